@@ -1,0 +1,137 @@
+"""Attention of the causal Wan transformer: block-causal or cached self-attention, and attention to the text."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from .kv_cache import CausalWanKVLayerCache
+from .rotary import Rotary, apply_rotary
+
+
+@dataclass
+class BlockLayout:
+    """Which earlier frames each block sees: everything, or the sink and a window that ends with the block itself.
+
+    A block of frames `[start, end)` sees frames `0 .. sink_size-1` and `end-(window-sink_size) .. end-1`; while
+    `end <= window`, and always with `window=-1`, that is all of `0 .. end-1`.
+    """
+
+    num_frames: int
+    frame_tokens: int
+    block_frames: int
+    window: int
+    sink_size: int
+    teacher_forcing: bool  # the sequence is [clean frames, noisy frames]
+    sink_shifts: dict[int, Rotary]  # relative positions: rotation of the sink keys, by the block's `end`
+
+    def context(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Frame ranges before `start` that the block `[start, end)` sees, the sink first."""
+        if self.window == -1 or end <= self.window:
+            return [(0, start)] if start else []
+        first = end - (self.window - self.sink_size)
+        return [r for r in [(0, self.sink_size), (first, start)] if r[0] < r[1]]
+
+    @property
+    def unit(self) -> int:
+        """Frames in the largest pieces of which every block and every context is a whole number."""
+        return math.gcd(self.block_frames, self.sink_size, 0 if self.window == -1 else self.window - self.sink_size)
+
+
+class CausalWanSelfAttnProcessor:
+    """Self-attention of a causal Wan block: dense attention per block over the keys it may see, so every attention
+    backend works and no mask is built."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: Rotary | None = None,
+        layout: BlockLayout | None = None,
+        kv_cache: CausalWanKVLayerCache | None = None,
+        kv_cache_mode: str | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query = apply_rotary(attn.norm_q(query).unflatten(2, (attn.heads, -1)), rotary_emb)
+        key = apply_rotary(attn.norm_k(key).unflatten(2, (attn.heads, -1)), rotary_emb)
+        value = value.unflatten(2, (attn.heads, -1))
+
+        if kv_cache is not None:
+            hidden_states = self._attend(query, *kv_cache.extend(key, value))
+            if kv_cache_mode == "write":
+                kv_cache.store(key, value)
+        else:
+            hidden_states = self._block_causal(query, key, value, layout)
+
+        hidden_states = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
+        return attn.to_out[1](hidden_states)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+
+    def _block_causal(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout
+    ) -> torch.Tensor:
+        n, unit = layout.block_frames, layout.unit
+        # Split once, then join what a block sees: the gradient of a split is one concatenation, while every slice of
+        # the whole sequence would cost a gradient of its full size.
+        queries = query.split(n * layout.frame_tokens, dim=1)
+        keys = key.split(unit * layout.frame_tokens, dim=1)
+        values = value.split(unit * layout.frame_tokens, dim=1)
+        outputs = []
+        for index, own_query in enumerate(queries):
+            # With teacher forcing the second half are the noisy frames; the context of both is the clean half.
+            start = index * n % layout.num_frames
+            ranges = [range(a // unit, b // unit) for a, b in layout.context(start, start + n)]
+            own = range(index * n // unit, (index + 1) * n // unit)
+            context = [keys[i] for r in ranges for i in r]
+            if start + n in layout.sink_shifts:
+                sink = layout.sink_size // unit
+                context[:sink] = [apply_rotary(k, layout.sink_shifts[start + n]) for k in context[:sink]]
+            own_key = torch.cat([*context, *(keys[i] for i in own)], dim=1)
+            own_value = torch.cat([*(values[i] for r in ranges for i in r), *(values[i] for i in own)], dim=1)
+            outputs.append(self._attend(own_query, own_key, own_value))
+        return torch.cat(outputs, dim=1)
+
+
+class CausalWanCrossAttnProcessor:
+    """Attention to the text. With a cache, keys and values are computed once a prompt."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None = None,
+        rotary_emb: None = None,
+        kv_cache: CausalWanKVLayerCache | None = None,
+    ) -> torch.Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        # What is cached carries no graph: with grad the text is projected anew, or its weights would never learn.
+        use_cache = kv_cache is not None and not torch.is_grad_enabled()
+        if use_cache and kv_cache.text_key is not None:
+            key, value = kv_cache.text_key, kv_cache.text_value
+        else:
+            if attn.fused_projections:
+                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            else:
+                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+            value = value.unflatten(2, (attn.heads, -1))
+            if use_cache:
+                kv_cache.text_key, kv_cache.text_value = key, value
+        hidden_states = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        hidden_states = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
+        return attn.to_out[1](hidden_states)

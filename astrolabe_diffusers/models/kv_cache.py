@@ -1,0 +1,170 @@
+"""K/V cache of a block-wise causal video transformer."""
+
+import torch
+
+from .rotary import Rotary, apply_rotary
+
+
+class CausalWanKVLayerCache:
+    """Keys and values of one transformer layer, shapes `(batch, tokens, heads, head_dim)`.
+
+    One buffer per tensor holds `capacity` frame slots followed by a workspace of one block. Slots fill from the right,
+    so that the frames in use and the workspace always form one contiguous slice: attention reads cache and current
+    block without a copy, whatever the fill level. The workspace is scratch for the block being denoised; slots only
+    ever receive what [`store`] is given.
+    """
+
+    def __init__(self, layout: "CausalWanKVCache"):
+        self._layout = layout
+        self.clear()
+
+    def clear(self):
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+        self.text_key: torch.Tensor | None = None
+        self.text_value: torch.Tensor | None = None
+        # Relative positions only: the sink keys as first stored, and the shift (in frames) that `key` has them at.
+        self._sink_key: torch.Tensor | None = None
+        self._sink_shift = 0
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cached keys and values followed by those of the current block.
+
+        Without grad the block goes to the workspace and views are returned: use them before the next call. With grad
+        the result is a new tensor, and the cached part is a constant.
+        """
+        if self.key is None:
+            return key, value
+        layout = self._layout
+        end = layout.capacity * layout.frame_tokens
+        start = end - min(layout.num_frames, layout.capacity) * layout.frame_tokens
+        stop = end + key.shape[1]
+        if torch.is_grad_enabled() or stop > self.key.shape[1]:
+            return torch.cat([self.key[:, start:end], key], dim=1), torch.cat([self.value[:, start:end], value], dim=1)
+        self.key[:, end:stop] = key
+        self.value[:, end:stop] = value
+        return self.key[:, start:stop], self.value[:, start:stop]
+
+    def store(self, key: torch.Tensor, value: torch.Tensor):
+        """Keep a block's (clean) keys and values; the frames that leave the window are overwritten."""
+        layout = self._layout
+        size = layout.frame_tokens
+        if self.key is None:
+            tokens = (layout.capacity + layout.block_frames) * size
+            self.key = key.new_empty(key.shape[0], tokens, *key.shape[2:])
+            self.value = torch.empty_like(self.key)
+        for i in range(key.shape[1] // size):
+            slot = layout.slot(layout.num_frames + i)
+            if slot is not None:
+                # Slot 0 is the rightmost one.
+                start = (layout.capacity - 1 - slot) * size
+                self.key[:, start : start + size] = key[:, i * size : (i + 1) * size].detach()
+                self.value[:, start : start + size] = value[:, i * size : (i + 1) * size].detach()
+
+    def shift_sink(self, shift: int, rotary: Rotary):
+        """Place the sink keys `shift` frames after their own positions; `rotary` is the rotation that does it."""
+        if shift == self._sink_shift or self.key is None:
+            return
+        layout = self._layout
+        end = layout.capacity * layout.frame_tokens
+        sink = self.key[:, end - layout.sink_size * layout.frame_tokens : end]
+        if self._sink_key is None:
+            # Always rotate the original: rotating a rotated bf16 key again and again would drift.
+            self._sink_key = sink.clone()
+        sink.copy_(apply_rotary(self._sink_key, rotary))
+        self._sink_shift = shift
+
+
+class CausalWanKVCache:
+    """Keys and values of the clean blocks generated so far, for every layer of a [`CausalWanTransformer3DModel`].
+
+    A plain object that belongs to one generation: pass it to the transformer's `forward` together with
+    `kv_cache_mode`. Each clean frame is written once, into a slot that never moves: the first `sink_size` frames stay
+    for ever, the others form a ring of the size that the model's window leaves. Which slots are in use is plain Python
+    arithmetic on the number of frames, so nothing here waits for the device. The order of the slots is not the order
+    of time; attention does not depend on it, because positions are rotated into the keys.
+
+    Args:
+        num_layers (`int`): number of transformer layers.
+        max_frames (`int`, *optional*):
+            The longest video in latent frames. Required if the model's window is unlimited (`local_attn_size=-1`),
+            and then an upper bound; ignored otherwise.
+    """
+
+    def __init__(self, num_layers: int, max_frames: int | None = None):
+        self.max_frames = max_frames
+        self.num_frames = 0  # latent frames stored so far, those that left the window included
+        self.capacity = self.sink_size = self.block_frames = self.frame_tokens = 0
+        self._ring = True
+        self._shape: tuple[int, int, int] | None = None
+        self._text: torch.Tensor | None = None
+        self.layer_caches = [CausalWanKVLayerCache(self) for _ in range(num_layers)]
+
+    def __len__(self) -> int:
+        return len(self.layer_caches)
+
+    def get(self, layer_idx: int) -> CausalWanKVLayerCache:
+        return self.layer_caches[layer_idx]
+
+    def clear(self):
+        """Forget everything, text included, and free the memory."""
+        self.num_frames = 0
+        self._text = None
+        for layer_cache in self.layer_caches:
+            layer_cache.clear()
+
+    def reset_text(self):
+        """Forget the text keys and values. Only needed after the weights changed: new text is noticed by itself."""
+        self._text = None
+        for layer_cache in self.layer_caches:
+            layer_cache.text_key = layer_cache.text_value = None
+
+    def slot(self, frame: int) -> int | None:
+        """The slot that keeps a latent frame, or `None` if no later block can see it."""
+        if frame < self.capacity:
+            return frame
+        ring = self.capacity - self.sink_size
+        return self.sink_size + (frame - self.sink_size) % ring if self._ring and ring > 0 else None
+
+    def begin_block(
+        self, frame_offset: int, num_frames: int, frame_tokens: int, shape: tuple[int, int, int], config
+    ):
+        """Check a block against the cache and, before the first one, size the slots by the model's window."""
+        if frame_offset != self.num_frames:
+            raise ValueError(
+                f"`frame_offset` must be {self.num_frames}, the number of latent frames in `kv_cache`, but is "
+                f"{frame_offset}."
+            )
+        if self.num_frames == 0:
+            self.frame_tokens, self._shape = frame_tokens, shape
+            self.block_frames = config.num_frames_per_block
+            self._ring = config.local_attn_size != -1
+            self.sink_size = config.sink_size if self._ring else 0
+            if not self._ring and self.max_frames is None:
+                raise ValueError(
+                    "the model's window is unlimited: state the longest video in latent frames, "
+                    "`CausalWanKVCache(num_layers, max_frames=...)`."
+                )
+            # The current block is never read from a slot, and nothing follows the last block of a bounded video.
+            longest = config.local_attn_size if self._ring else self.max_frames
+            self.capacity = max(longest - self.block_frames, 0)
+        elif shape != self._shape:
+            raise ValueError(f"`kv_cache` serves batch, height and width {self._shape}, but this block has {shape}.")
+        elif num_frames != self.block_frames:
+            raise ValueError(
+                f"a block of {num_frames} latent frames cannot follow cached ones: the model's blocks have "
+                f"{self.block_frames}."
+            )
+        if not self._ring and frame_offset + num_frames > self.max_frames:
+            raise ValueError(
+                f"latent frames {frame_offset}..{frame_offset + num_frames - 1} pass `max_frames={self.max_frames}` of "
+                "`kv_cache`."
+            )
+
+    def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:
+        """Whether the text keys and values of exactly this tensor are cached; if not, forget those of another."""
+        if self._text is not encoder_hidden_states:
+            self.reset_text()
+            self._text = encoder_hidden_states
+            return False
+        return self.layer_caches[-1].text_key is not None

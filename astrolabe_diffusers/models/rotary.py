@@ -1,0 +1,62 @@
+"""Rotary positions of latent frames, rows and columns."""
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
+
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def apply_rotary(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate the interleaved pairs of `x` `(B, L, heads, 2 * pairs)` by `(cos, sin)`, each `(1, L, 1, pairs)` fp32."""
+    cos, sin = rotary
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
+    """Wan's 3-D rotary positions starting at any latent frame."""
+
+    def _temporal(self, start: int, num_frames: int, device: torch.device) -> Rotary:
+        """cos and sin `(num_frames, t_dim / 2)` of frames `start..`, computed where the table ends."""
+        if start + num_frames <= self.max_seq_len:
+            rows = slice(start, start + num_frames)
+            return self.freqs_cos[rows, : self.t_dim : 2], self.freqs_sin[rows, : self.t_dim : 2]
+        dtype = maybe_adjust_dtype_for_device(torch.float64, device)
+        frames = torch.arange(start, start + num_frames, dtype=dtype, device=device)
+        freqs = 10000.0 ** (-torch.arange(0, self.t_dim, 2, dtype=dtype, device=device) / self.t_dim)
+        angles = frames[:, None] * freqs
+        return angles.cos().float(), angles.sin().float()
+
+    def forward(self, hidden_states: torch.Tensor, frame_offset: int = 0) -> Rotary:
+        """
+        Args:
+            hidden_states: latents `(B, C, F, H, W)`; only the shape is read.
+            frame_offset: latent frame index of the first frame.
+
+        Returns:
+            cos and sin, each `(1, F * H/2 * W/2, 1, head_dim / 2)`.
+        """
+        _, p_h, p_w = self.patch_size
+        f, h, w = hidden_states.shape[2], hidden_states.shape[3] // p_h, hidden_states.shape[4] // p_w
+        t, hw = self.t_dim, self.t_dim + self.h_dim
+        tables = []
+        for temporal, table in zip(
+            self._temporal(frame_offset, f, hidden_states.device), (self.freqs_cos, self.freqs_sin)
+        ):
+            rows, cols = table[:h, t:hw:2], table[:w, hw::2]
+            parts = [
+                temporal.view(f, 1, 1, -1).expand(f, h, w, -1),
+                rows.view(1, h, 1, -1).expand(f, h, w, -1),
+                cols.view(1, 1, w, -1).expand(f, h, w, -1),
+            ]
+            tables.append(torch.cat(parts, dim=-1).reshape(1, f * h * w, 1, -1))
+        return tables[0], tables[1]
+
+    def shift(self, num_frames: int, device: torch.device) -> Rotary:
+        """The rotation, `(1, 1, 1, head_dim / 2)`, that moves keys `num_frames` later in time."""
+        cos, sin = self._temporal(num_frames, 1, device)
+        still = (self.h_dim + self.w_dim) // 2
+        cos, sin = torch.cat([cos, cos.new_ones(1, still)], dim=1), torch.cat([sin, sin.new_zeros(1, still)], dim=1)
+        return cos.view(1, 1, 1, -1), sin.view(1, 1, 1, -1)

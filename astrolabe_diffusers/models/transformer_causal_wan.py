@@ -1,0 +1,289 @@
+"""Block-wise causal Wan transformer with a KV cache."""
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
+from diffusers.utils.peft_utils import apply_lora_scale
+from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
+from torch import nn
+
+from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
+from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
+from .rotary import CausalWanRotaryPosEmbed, Rotary
+
+
+KV_CACHE_MODES = ("read", "write")
+ROPE_MODES = ("absolute", "relative")
+
+
+class CausalWanTimesteps(nn.Module):
+    """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`, with float64 angles.
+
+    The published models are trained with float64 angles. In float32 the phase of t = 1000 is off by 1e-4, which is
+    visible in the output.
+    """
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.num_channels = num_channels
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        dtype = maybe_adjust_dtype_for_device(torch.float64, timesteps.device)
+        half = self.num_channels // 2
+        freqs = 10000.0 ** (-torch.arange(half, dtype=dtype, device=timesteps.device) / half)
+        angles = timesteps.to(dtype)[:, None] * freqs
+        return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+class CausalWanTransformerBlock(WanTransformerBlock):
+    """A Wan block whose modulation is per frame and whose self-attention is block-causal or cached."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.attn1.set_processor(CausalWanSelfAttnProcessor())
+        self.attn2.set_processor(CausalWanCrossAttnProcessor())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: Rotary,
+        layout: BlockLayout | None = None,
+        kv_cache: CausalWanKVLayerCache | None = None,
+        kv_cache_mode: str | None = None,
+    ) -> torch.Tensor:
+        # (B, frames or 1, 1, dim) each, broadcast over the tokens of a frame
+        shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (
+            self.scale_shift_table.unsqueeze(0) + temb.float()
+        ).chunk(6, dim=2)
+        frames = (shift_msa.shape[1], -1)
+
+        norm_hidden_states = self.norm1(hidden_states.float()).unflatten(1, frames) * (1 + scale_msa) + shift_msa
+        norm_hidden_states = norm_hidden_states.flatten(1, 2).type_as(hidden_states)
+        attn_output = self.attn1(
+            norm_hidden_states, None, None, rotary_emb, layout=layout, kv_cache=kv_cache, kv_cache_mode=kv_cache_mode
+        )
+        gated = (attn_output.unflatten(1, frames) * gate_msa).flatten(1, 2)
+        hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
+
+        norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, kv_cache=kv_cache)
+
+        norm_hidden_states = self.norm3(hidden_states.float()).unflatten(1, frames) * (1 + c_scale_msa) + c_shift_msa
+        ff_output = self.ffn(norm_hidden_states.flatten(1, 2).type_as(hidden_states))
+        gated = (ff_output.float().unflatten(1, frames) * c_gate_msa).flatten(1, 2)
+        return (hidden_states.float() + gated).type_as(hidden_states)
+
+
+class CausalWanTransformer3DModel(WanTransformer3DModel):
+    r"""
+    Wan2.1 transformer that generates a video block by block: full attention inside a block, and from a block to the
+    clean blocks before it (Self-Forcing and its descendants).
+
+    Parameters have the names of diffusers' [`WanTransformer3DModel`], so that stock Wan folders, single files and LoRA
+    load. The arguments are those of the stock class and:
+
+    Args:
+        num_frames_per_block (`int`, defaults to 3): latent frames in a block.
+        sink_size (`int`, defaults to 0): first latent frames that stay visible when the window moves on.
+        local_attn_size (`int`, defaults to -1):
+            Latent frames a block can see, itself and the sink included; -1 for all.
+        rope_mode (`str`, defaults to `"absolute"`):
+            `"absolute"`: a frame keeps the position of its index, which must stay below `rope_max_seq_len`.
+            `"relative"`: once the window moves, the sink is placed right before it, so that no distance exceeds the
+            window and the video may go on for ever.
+    """
+
+    _no_split_modules = ["CausalWanTransformerBlock"]
+    _repeated_blocks = ["CausalWanTransformerBlock"]
+    _skip_keys = ["kv_cache"]
+    _cp_plan = None
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        num_frames_per_block: int = 3,
+        sink_size: int = 0,
+        local_attn_size: int = -1,
+        rope_mode: str = "absolute",
+    ) -> None:
+        if image_dim is not None or added_kv_proj_dim is not None:
+            raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
+        if rope_mode not in ROPE_MODES:
+            raise ValueError(f"`rope_mode` must be one of {ROPE_MODES} but is {rope_mode!r}.")
+        if local_attn_size != -1 and local_attn_size < sink_size + num_frames_per_block:
+            raise ValueError(
+                f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = "
+                f"{sink_size + num_frames_per_block}, but is {local_attn_size}."
+            )
+        # The parent builds everything but the blocks, whose class is ours.
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=0,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            rope_max_seq_len=rope_max_seq_len,
+        )
+        self.register_to_config(num_layers=num_layers)
+        inner_dim = num_attention_heads * attention_head_dim
+        self.blocks = nn.ModuleList(
+            CausalWanTransformerBlock(inner_dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps)
+            for _ in range(num_layers)
+        )
+        self.rope = CausalWanRotaryPosEmbed(attention_head_dim, patch_size, rope_max_seq_len)
+        self.condition_embedder.timesteps_proj = CausalWanTimesteps(freq_dim)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        kv_cache: CausalWanKVCache | None = None,
+        kv_cache_mode: str | None = None,
+        frame_offset: int = 0,
+        clean_hidden_states: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        r"""
+        Predict the flow `noise - clean` of `hidden_states`.
+
+        Without a cache, all blocks of a video are computed at once, each seeing the blocks before it that window and
+        sink allow; with `clean_hidden_states` it sees those clean blocks, at t = 0, instead of the noisy ones (teacher
+        forcing). With a cache, the input is one block of any number of frames that sees the cached frames and itself.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`): noisy latents.
+            timestep (`torch.Tensor` of shape `(B,)` or `(B, F)`): 0 (clean) to 1000 (noise), fractions included.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, L, text_dim)`): text embeddings.
+            kv_cache ([`CausalWanKVCache`], *optional*): the clean blocks so far.
+            kv_cache_mode (`str`, *optional*):
+                `"read"`: attend to the cache and leave it as it is (with grad, its contents are constants; run the
+                backward pass before the next write). `"write"`: also store this block, which should then be clean.
+            frame_offset (`int`): latent frame index of the first frame; with a cache, the number of frames in it.
+            clean_hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`, *optional*):
+                The clean video, for teacher forcing. Gradients flow through it.
+
+        Returns:
+            [`Transformer2DModelOutput`] or a tuple with the flow, `(B, C, F, H, W)`.
+        """
+        batch_size, _, num_frames, height, width = hidden_states.shape
+        p_t, p_h, p_w = self.config.patch_size
+        frame_tokens = (height // p_h) * (width // p_w)
+        relative = self.config.rope_mode == "relative"
+        if not relative and frame_offset + num_frames > self.config.rope_max_seq_len:
+            raise ValueError(
+                f"latent frame {frame_offset + num_frames - 1} passes the model's {self.config.rope_max_seq_len} "
+                "absolute positions: make a shorter video or use a model with rope_mode='relative'."
+            )
+        if kv_cache is not None:
+            if kv_cache_mode not in KV_CACHE_MODES:
+                raise ValueError(f"`kv_cache_mode` must be one of {KV_CACHE_MODES} but is {kv_cache_mode!r}.")
+            if clean_hidden_states is not None:
+                raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
+            layout = None
+            kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
+            if relative and kv_cache.sink_size:
+                shift = max(frame_offset + num_frames - self.config.local_attn_size, 0)
+                sink_rotary = self.rope.shift(shift, hidden_states.device)
+                for layer_cache in kv_cache.layer_caches:
+                    layer_cache.shift_sink(shift, sink_rotary)
+        else:
+            if kv_cache_mode is not None:
+                raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
+            layout = self._block_layout(
+                num_frames, frame_tokens, clean_hidden_states is not None, relative, hidden_states.device
+            )
+
+        timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep  # (B, 1) or (B, F)
+        rotary_emb = self.rope(hidden_states, frame_offset)
+        hidden_states = self._embed(hidden_states)
+        if clean_hidden_states is not None:
+            hidden_states = torch.cat([self._embed(clean_hidden_states), hidden_states], dim=1)
+            rotary_emb = tuple(torch.cat([table, table], dim=1) for table in rotary_emb)
+            timestep = timestep.expand(-1, num_frames)
+            timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
+
+        embedder = self.condition_embedder
+        time_dtype = embedder.time_embedder.linear_1.weight.dtype
+        temb = embedder.time_embedder(embedder.timesteps_proj(timestep.flatten()).to(time_dtype))
+        temb = temb.type_as(encoder_hidden_states).unflatten(0, timestep.shape)  # (B, frames or 1, dim)
+        timestep_proj = embedder.time_proj(embedder.act_fn(temb)).unflatten(2, (6, -1))
+
+        # The keys of cached text are all that is used of it.
+        if kv_cache is None or torch.is_grad_enabled() or not kv_cache.has_text(encoder_hidden_states):
+            encoder_hidden_states = embedder.text_embedder(encoder_hidden_states)
+
+        # A checkpointed block runs twice: it must not write.
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache_mode != "write"
+        for i, block in enumerate(self.blocks):
+            args = (hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, layout)
+            args += (kv_cache.get(i) if kv_cache is not None else None, kv_cache_mode)
+            hidden_states = self._gradient_checkpointing_func(block, *args) if checkpointing else block(*args)
+
+        if kv_cache_mode == "write":
+            kv_cache.num_frames += num_frames
+        if clean_hidden_states is not None:
+            hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
+
+        shift, scale = (self.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
+        normed = self.norm_out(hidden_states.float()).unflatten(1, (temb.shape[1], -1)) * (1 + scale) + shift
+        hidden_states = self.proj_out(normed.flatten(1, 2).type_as(hidden_states))
+        hidden_states = hidden_states.reshape(
+            batch_size, num_frames // p_t, height // p_h, width // p_w, p_t, p_h, p_w, -1
+        )
+        output = hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _embed(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+
+    def _block_layout(
+        self, num_frames: int, frame_tokens: int, teacher_forcing: bool, relative: bool, device: torch.device
+    ) -> BlockLayout:
+        n, window = self.config.num_frames_per_block, self.config.local_attn_size
+        if num_frames % n != 0:
+            raise ValueError(f"{num_frames} latent frames are no whole number of blocks of {n} frames.")
+        shifts = {}
+        if relative and window != -1 and self.config.sink_size:
+            ends = range(n, num_frames + 1, n)
+            shifts = {end: self.rope.shift(end - window, device) for end in ends if end > window}
+        return BlockLayout(
+            num_frames=num_frames,
+            frame_tokens=frame_tokens,
+            block_frames=n,
+            window=window,
+            sink_size=self.config.sink_size if window != -1 else 0,
+            teacher_forcing=teacher_forcing,
+            sink_shifts=shifts,
+        )

@@ -1,0 +1,398 @@
+"""Text-to-video with causal Wan models, block by block."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchLCMScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from ..loaders.lora import check_lora_fits
+from ..models.kv_cache import CausalWanKVCache
+from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..models.vae_streaming import StreamingVAEDecoder
+from .pipeline_output import CausalWanPipelineOutput
+
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+
+class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    r"""
+    Text-to-video with a causal Wan model: a few denoising steps a block, a KV cache of the blocks before, and decoding
+    as the blocks come.
+
+    Args:
+        tokenizer: of the text encoder; google/umt5-xxl for the published models.
+        text_encoder ([`~transformers.UMT5EncoderModel`]): text encoder.
+        vae ([`AutoencoderKLWan`]): video autoencoder.
+        scheduler ([`FlowMatchLCMScheduler`]): few-step sampler; its `shift` warps `sigmas`.
+        transformer ([`CausalWanTransformer3DModel`]): the model.
+        sigmas (`list[float]`, defaults to `(1.0, 0.75, 0.5, 0.25)`):
+            Noise levels of the steps before the shift; (1, .75, .5, .25) at shift 5 are t = 1000, 937.5, 833.3, 625.
+        max_sequence_length (`int`, defaults to 512):
+            Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
+        height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
+        frame_rate (`int`, defaults to 16): frames per second the model was trained at.
+
+    What follows `transformer` is stored in `model_index.json` and serves as the defaults of `__call__`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchLCMScheduler,
+        transformer: CausalWanTransformer3DModel,
+        sigmas: list[float] = (1.0, 0.75, 0.5, 0.25),
+        max_sequence_length: int = 512,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        frame_rate: int = 16,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        )
+        self.register_to_config(
+            sigmas=list(sigmas),
+            max_sequence_length=max_sequence_length,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            frame_rate=frame_rate,
+        )
+        self.video_processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
+
+    def register_modules(self, **kwargs):
+        super().register_modules(**kwargs)
+        # The Hub accepts an index only if every library in it is a known one. Our model class is an attribute of
+        # diffusers once this package is imported, so the index says what diffusers' own would.
+        if isinstance(kwargs.get("transformer"), CausalWanTransformer3DModel):
+            self.register_to_config(transformer=("diffusers", type(kwargs["transformer"]).__name__))
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict, transformer, **kwargs):
+        """As the parent's, which `load_lora_weights` ends in; a LoRA of another model is refused in one line."""
+        check_lora_fits(state_dict, transformer)
+        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of a block."""
+        return self._num_timesteps
+
+    @property
+    def current_block(self) -> int:
+        """Index of the block being generated."""
+        return self._current_block
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to end the video with the current block, as it is."""
+        return self._interrupt
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Text embeddings `(B * num_videos_per_prompt, max_sequence_length, dim)`, zero beyond each prompt's end."""
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            text_inputs = self.tokenizer(
+                [prompt_clean(p) for p in prompt],
+                padding="max_length",
+                max_length=max_sequence_length or self.config.max_sequence_length,
+                truncation=True,
+                add_special_tokens=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            mask = text_inputs.attention_mask.to(device)
+            prompt_embeds = self.text_encoder(text_inputs.input_ids.to(device), mask).last_hidden_state
+            prompt_embeds = prompt_embeds * mask.unsqueeze(-1)
+        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype or self.transformer.dtype)
+        return prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        height: int,
+        width: int,
+        num_frames: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
+        if prompt is not None and not isinstance(prompt, (str, list)):
+            raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}.")
+        _, p_h, p_w = self.transformer.config.patch_size
+        scale = self.vae.config.scale_factor_spatial
+        if height % (scale * p_h) or width % (scale * p_w) or height <= 0 or width <= 0:
+            raise ValueError(
+                f"`height` and `width` have to be multiples of {scale * p_h} and {scale * p_w} but are {height} and "
+                f"{width}."
+            )
+        # The first latent frame is one frame, every other `scale` frames; a block is a whole number of latent frames.
+        scale, n = self.vae.config.scale_factor_temporal, self.transformer.config.num_frames_per_block
+        blocks = ((num_frames - 1) / scale + 1) / n
+        if blocks < 1 or blocks != int(blocks):
+            valid = sorted({1 + scale * (max(b, 1) * n - 1) for b in (int(blocks), int(blocks) + 1)})
+            raise ValueError(
+                f"`num_frames={num_frames}` is no whole number of blocks of {n} latent frames; the nearest valid "
+                f"numbers are {' and '.join(map(str, valid))}."
+            )
+        table = self.transformer.config.rope_max_seq_len
+        if self.transformer.config.rope_mode == "absolute" and blocks * n > table:
+            raise ValueError(
+                f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
+                f"{1 + scale * (table // n * n - 1)} frames, or a model with rope_mode='relative'."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES} but is {output_type!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
+                f"{sorted(unknown)}."
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        num_frames: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The initial noise `(B, C, f, h, w)` of all blocks, float32."""
+        shape = (
+            batch_size,
+            self.transformer.config.in_channels,
+            (num_frames - 1) // self.vae.config.scale_factor_temporal + 1,
+            height // self.vae.config.scale_factor_spatial,
+            width // self.vae.config.scale_factor_spatial,
+        )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} videos: pass one, or one a video.")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.shape != shape:
+            raise ValueError(f"`latents` must have the shape {shape} but have {tuple(latents.shape)}.")
+        return latents.to(device=device, dtype=torch.float32)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        sigmas: list[float] | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int | None = None,
+    ) -> CausalWanPipelineOutput | tuple:
+        r"""
+        Generate whole videos. What is left at `None` comes from the pipeline's config.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): the prompts; or pass `prompt_embeds`.
+            height, width (`int`, *optional*): in pixels, multiples of the latent patch (16 for Wan).
+            num_frames (`int`, *optional*):
+                Frames of the video, a whole number of blocks: 1 + 4 * (3 * blocks - 1) for blocks of 3 latent frames.
+            sigmas (`list[float]`, *optional*): noise levels of the denoising steps, before the scheduler's shift.
+            num_videos_per_prompt (`int`): videos for each prompt.
+            generator (`torch.Generator` or a list with one for each video, *optional*):
+                Source of the noise. With one for each video, a video does not depend on the batch it is made in.
+            latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all blocks.
+            prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
+            output_type (`str`): `"np"`, `"pt"`, `"pil"` or `"latent"`, see [`CausalWanPipelineOutput`].
+            return_dict (`bool`): return a [`CausalWanPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` scales a LoRA.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, callback_kwargs)` after each denoising step of each block;
+                `step` restarts in every block, `pipe.current_block` tells which. `latents` are the block's. It may
+                return a dict with replacements.
+            callback_on_step_end_tensor_inputs (`list[str]`): what `callback_kwargs` holds.
+            max_sequence_length (`int`, *optional*): text tokens.
+        """
+        pieces = list(
+            self.stream(
+                prompt,
+                height,
+                width,
+                num_frames,
+                sigmas,
+                num_videos_per_prompt,
+                generator,
+                latents,
+                prompt_embeds,
+                output_type,
+                attention_kwargs,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                max_sequence_length,
+            )
+        )
+        if output_type == "pil":
+            frames = [sum(video, []) for video in zip(*pieces)]
+        elif output_type == "np":
+            frames = np.concatenate(pieces, axis=1)
+        else:
+            frames = torch.cat(pieces, dim=2 if output_type == "latent" else 1)
+        return CausalWanPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        sigmas: list[float] | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int | None = None,
+    ) -> Iterator[torch.Tensor | np.ndarray | list]:
+        r"""
+        Generate block by block: yields the frames of each block, in the format of `output_type`, as soon as they
+        exist. Arguments as for `__call__`; the pieces joined in time are what `__call__` returns.
+        """
+        height, width = height or self.config.height, width or self.config.width
+        num_frames = num_frames or self.config.num_frames
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            prompt, prompt_embeds, height, width, num_frames, output_type, callback_on_step_end_tensor_inputs
+        )
+        device = self._execution_device
+        prompt_embeds = self.encode_prompt(prompt, num_videos_per_prompt, prompt_embeds, max_sequence_length, device)
+        latents = self.prepare_latents(prompt_embeds.shape[0], height, width, num_frames, device, generator, latents)
+        blocks = self._denoise_blocks(
+            latents,
+            prompt_embeds,
+            list(sigmas or self.config.sigmas),
+            generator,
+            attention_kwargs,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        return self._decode_blocks(blocks, output_type)
+
+    @torch.no_grad()
+    def _denoise_blocks(
+        self,
+        noise: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        sigmas: list[float],
+        generator: torch.Generator | list[torch.Generator] | None,
+        attention_kwargs: dict[str, Any] | None,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> Iterator[torch.Tensor]:
+        """Yields the clean latents `(B, C, n, h, w)`, float32, of each block."""
+        transformer = self.transformer
+        num_frames, n = noise.shape[2], transformer.config.num_frames_per_block
+        # Cache and sampler belong to this video, so that several streams can run side by side.
+        kv_cache = CausalWanKVCache(transformer.config.num_layers, max_frames=num_frames)
+        scheduler = copy.deepcopy(self.scheduler)
+        self._num_timesteps = len(sigmas)
+        self._interrupt = False
+
+        def predict(latents, timestep, mode):
+            return transformer(
+                latents.to(transformer.dtype),
+                timestep.expand(latents.shape[0]),
+                prompt_embeds,
+                kv_cache=kv_cache,
+                kv_cache_mode=mode,
+                frame_offset=start,
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+            )[0]
+
+        with self.progress_bar(total=num_frames // n) as progress_bar:
+            for start in range(0, num_frames, n):
+                self._current_block = start // n
+                latents = noise[:, :, start : start + n]
+                scheduler.set_timesteps(sigmas=sigmas, device=noise.device)
+                scheduler.set_begin_index(0)
+                for i, t in enumerate(scheduler.timesteps):
+                    if self.interrupt:
+                        break
+                    self._current_timestep = t
+                    flow = predict(latents, t, "read").float()
+                    if i + 1 < len(sigmas):
+                        latents = scheduler.step(flow, t, latents, generator=generator, return_dict=False)[0]
+                    else:
+                        # `step` would draw noise here too, to multiply it by zero: what the published samplers
+                        # generate from a seed would not come out.
+                        latents = latents - scheduler.sigmas[i] * flow
+                    if callback_on_step_end is not None:
+                        values = {"latents": latents, "prompt_embeds": prompt_embeds}
+                        callback_kwargs = {k: values[k] for k in callback_on_step_end_tensor_inputs}
+                        outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                        latents = outputs.pop("latents", latents)
+                        prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
+                self._current_timestep = None
+                # The clean pass only serves later blocks.
+                if start + n < num_frames and not self.interrupt:
+                    predict(latents, latents.new_zeros(1), "write")
+                progress_bar.update()
+                yield latents
+                if self.interrupt:
+                    return
+
+    @torch.no_grad()
+    def _decode_blocks(self, blocks: Iterator[torch.Tensor], output_type: str) -> Iterator:
+        decoder = StreamingVAEDecoder(self.vae)
+        try:
+            for latents in blocks:
+                if output_type == "latent":
+                    yield latents
+                else:
+                    yield self.video_processor.postprocess_video(decoder.decode(latents), output_type=output_type)
+        finally:
+            # Also when the caller closes the stream early.
+            blocks.close()
+            self.maybe_free_model_hooks()
