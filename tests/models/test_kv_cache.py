@@ -1,0 +1,190 @@
+"""What a CausalWanKVCache keeps, where, and for how long."""
+
+import pytest
+import torch
+
+from tests.models.test_transformer_causal_wan import (
+    TOLERANCE,
+    assert_one_line,
+    blocks_of,
+    build,
+    max_error,
+    new_cache,
+    read,
+    write,
+)
+
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def buffers(cache):
+    return [tensor for layer in cache.layer_caches for tensor in (layer.key, layer.value)]
+
+
+@pytest.mark.parametrize("rope_mode", ["absolute", "relative"])
+@pytest.mark.parametrize("n, window, sink", [(1, 4, 2), (2, -1, 0), (3, 8, 1)])
+def test_read_leaves_no_trace(n, window, sink, rope_mode):
+    """Noisy reads in between change neither other reads nor later blocks, bit for bit."""
+    model, _, noisy, clean, text = build(n, window, sink, rope_mode)
+    clean = torch.cat([clean, clean.flip(2)], dim=2)
+    noisy = torch.cat([noisy, noisy.flip(2)], dim=2)
+    disturbed, quiet = new_cache(model, clean.shape[2]), new_cache(model, clean.shape[2])
+    for noisy_block, clean_block in zip(blocks_of(noisy, n), blocks_of(clean, n)):
+        frames = disturbed.num_frames
+        first = read(model, noisy_block, 1000.0, text, disturbed)
+        read(model, 100 * torch.randn_like(noisy_block), 250.0, text, disturbed)
+        assert torch.equal(read(model, noisy_block, 1000.0, text, disturbed), first)
+        assert disturbed.num_frames == frames
+        a, b = write(model, clean_block, text, disturbed), write(model, clean_block, text, quiet)
+        assert torch.equal(a, b)
+        assert disturbed.num_frames == frames + n
+
+
+@pytest.mark.parametrize("n, window, sink", [(1, 4, 2), (2, -1, 0), (3, 8, 1)])
+def test_storage_is_allocated_once(n, window, sink):
+    """One allocation, no larger than the window, and a stored frame stays where it is until its slot is reused."""
+    model, _, noisy, clean, text = build(n, window, sink)
+    clean = torch.cat([clean] * 3, dim=2)
+    frames, frame_tokens = clean.shape[2], clean.shape[3] * clean.shape[4] // 4
+    longest = frames if window == -1 else window
+    cache = new_cache(model, max_frames=frames)
+    pointers = snapshot = None
+    for clean_block in blocks_of(clean, n):
+        read(model, torch.randn_like(clean_block), 1000.0, text, cache)
+        write(model, clean_block, text, cache)
+        current = [(tensor.data_ptr(), tensor.shape) for tensor in buffers(cache)]
+        assert pointers is None or current == pointers
+        pointers = current
+        for i, tensor in enumerate(buffers(cache)):
+            assert tensor.shape[1] <= longest * frame_tokens
+            if snapshot is not None:
+                # Bits, not values: slots that nothing was written to may hold NaN.
+                changed = (tensor.view(torch.int32) != snapshot[i].view(torch.int32)).flatten(2).any(2).any(0).sum().item()
+                # This block's frames, and as many of scratch space.
+                assert changed <= 2 * n * frame_tokens
+        snapshot = [tensor.clone() for tensor in buffers(cache)]
+
+
+def test_clear_starts_a_new_video():
+    """After `clear` another video, of another resolution and batch size, comes out as from a new cache."""
+    model, _, noisy, clean, text = build(2, 4, 2, "relative")
+    cache = new_cache(model)
+    for block in blocks_of(clean, 2):
+        write(model, block, text, cache)
+    cache.clear()
+    assert cache.num_frames == 0
+    other, other_text = torch.randn(3, 4, 8, 4, 6), torch.randn(3, 7, 32)
+    fresh = new_cache(model)
+    for block in blocks_of(other, 2):
+        assert torch.equal(write(model, block, other_text, cache), write(model, block, other_text, fresh))
+
+
+def test_text_is_projected_once():
+    """The text is projected in the first pass only, and a new prompt is taken up after `reset_text`."""
+    model, _, noisy, clean, text = build(2, 4, 2)
+    calls = []
+    model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    cache = new_cache(model)
+    for block in blocks_of(clean, 2)[:3]:
+        read(model, block, 1000.0, text, cache)
+        write(model, block, text, cache)
+    assert len(calls) == 1
+
+    new_text = torch.randn_like(text)
+    block = noisy[:, :, 6:8]
+    old = read(model, block, 1000.0, text, cache)
+    cache.reset_text()
+    new = read(model, block, 1000.0, new_text, cache)
+    assert len(calls) == 2
+    assert max_error(new, old) > 1e-2
+    cache.reset_text()
+    assert torch.equal(read(model, block, 1000.0, text, cache), old)
+
+
+def test_new_prompt_keeps_the_old_frames():
+    """A prompt change in mid-video: the frames so far keep the K/V that the old prompt gave them."""
+    model, reference, noisy, clean, text = build(3, 9, 3)
+    new_text = torch.randn_like(text)
+    cache, context = new_cache(model), reference.context_of(clean[:, :, :0], text)
+    for i, block in enumerate(blocks_of(clean, 3)):
+        if i == 2:
+            cache.reset_text()
+        prompt = text if i < 2 else new_text
+        expected = reference.block(block, torch.zeros(2), prompt, context, store=True)
+        assert max_error(write(model, block, prompt, cache), expected) <= TOLERANCE
+
+
+def test_two_videos_at_once():
+    """The state is in the caches alone: two videos in turns come out as one after the other."""
+    model, _, noisy, clean, text = build(1, 4, 2, "relative")
+    other, other_text = torch.randn(1, 4, 6, 6, 4), torch.randn(1, 9, 32)
+    alone = []
+    for video, prompt in ((clean, text), (other, other_text)):
+        cache = new_cache(model)
+        alone.append([write(model, block, prompt, cache) for block in blocks_of(video, 1)])
+    cache, other_cache = new_cache(model), new_cache(model)
+    for i in range(6):
+        assert torch.equal(write(model, clean[:, :, i : i + 1], text, cache), alone[0][i])
+        assert torch.equal(write(model, other[:, :, i : i + 1], other_text, other_cache), alone[1][i])
+
+
+def test_interface():
+    model, *_ = build(2)
+    cache = new_cache(model)
+    assert len(cache) == model.config.num_layers
+    assert cache.get(1) is cache.layer_caches[1]
+    assert cache.num_frames == 0
+
+
+# Errors
+
+
+def test_unlimited_window_needs_max_frames():
+    model, _, noisy, _, text = build(3)
+    with pytest.raises(ValueError) as error:
+        write(model, noisy[:, :, :3], text, new_cache(model))
+    assert_one_line(error, "max_frames")
+
+
+def test_max_frames_is_a_bound():
+    model, _, noisy, _, text = build(3)
+    cache = new_cache(model, max_frames=7)
+    for block in blocks_of(noisy, 3)[:2]:
+        write(model, block, text, cache)
+    for mode in ("read", "write"):
+        with pytest.raises(ValueError) as error:
+            read(model, noisy[:, :, 6:9], 0.0, text, cache, mode=mode)
+        assert_one_line(error, "max_frames", 7)
+
+
+def test_one_cache_serves_one_shape():
+    model, _, noisy, _, text = build(3)
+    cache = new_cache(model, max_frames=9)
+    write(model, noisy[:, :, :3], text, cache)
+    with pytest.raises(ValueError) as error:
+        read(model, torch.randn(2, 4, 3, 4, 4), 0.0, text, cache)
+    assert_one_line(error)
+    with pytest.raises(ValueError) as error:
+        read(model, noisy[:1, :, :3], 0.0, text[:1], cache)
+    assert_one_line(error)
+
+
+def test_clean_frames_and_cache_exclude_each_other():
+    model, _, noisy, clean, text = build(3)
+    with pytest.raises(ValueError) as error:
+        model(
+            noisy[:, :, :3],
+            torch.zeros(2),
+            text,
+            kv_cache=new_cache(model, 9),
+            kv_cache_mode="read",
+            clean_hidden_states=clean[:, :, :3],
+        )
+    assert_one_line(error, "clean_hidden_states", "kv_cache")

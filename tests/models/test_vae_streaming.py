@@ -1,0 +1,110 @@
+"""Piecewise decoding against AutoencoderKLWan's own whole-clip decoding, bit for bit."""
+
+import pytest
+import torch
+
+from astrolabe_diffusers import StreamingVAEDecoder
+from astrolabe_diffusers.models.vae_streaming import decode_latents, encode_video
+from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
+
+
+VARIANTS = {
+    "wan2.1": dict(),
+    "patched": dict(patch_size=2),
+    "wan2.2": dict(patch_size=2, is_residual=True),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def vae(request):
+    return tiny_vae(**VARIANTS[request.param])
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def raw(vae, latents):
+    """Latents as the autoencoder takes them."""
+    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    return latents * std.view(-1, 1, 1, 1) + mean.view(-1, 1, 1, 1)
+
+
+def random_latents(frames=7, batch=2, height=4, width=6):
+    """Not smaller: for a handful of pixels PyTorch's convolution rounds one frame unlike the same frame among many."""
+    return torch.randn(batch, LATENT_CHANNELS, frames, height, width)
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 3, 1), (2, 5)])
+def test_pieces_equal_whole(vae, sizes):
+    latents = random_latents()
+    expected = vae.decode(raw(vae, latents)).sample
+    assert torch.equal(decode_latents(vae, latents), expected)
+    decoder = StreamingVAEDecoder(vae)
+    pieces = [decoder.decode(piece) for piece in latents.split(sizes, dim=2)]
+    assert [piece.shape[2] for piece in pieces] == [4 * f - 3 * (i == 0) for i, f in enumerate(sizes)]
+    assert torch.equal(torch.cat(pieces, dim=2), expected)
+    scale = vae.config.scale_factor_spatial
+    assert expected.shape == (2, 3, 25, 4 * scale, 6 * scale)
+    assert expected.abs().max() <= 1
+
+
+def test_memory_matters(vae):
+    """Forgetting the past at a cut gives other frames: the equality above is not one of independent pieces."""
+    latents = random_latents(4)
+    decoder = StreamingVAEDecoder(vae)
+    decoder.decode(latents[:, :, :3])
+    remembered = decoder.decode(latents[:, :, 3:])
+    decoder.reset()
+    assert remembered.shape[2] == 4
+    assert decoder.decode(latents[:, :, 3:]).shape[2] == 1
+    other = StreamingVAEDecoder(vae)
+    other.decode(random_latents(3))
+    assert (other.decode(latents[:, :, 3:]) - remembered).abs().max() > 1e-3
+
+
+def test_reset_starts_a_video(vae):
+    latents = random_latents(3)
+    decoder = StreamingVAEDecoder(vae)
+    first = decoder.decode(latents)
+    decoder.decode(random_latents(2))
+    decoder.reset()
+    assert torch.equal(decoder.decode(latents), first)
+
+
+def test_streams_do_not_disturb_each_other(vae):
+    videos = [random_latents(6), random_latents(6, batch=1, height=6, width=4)]
+    expected = [vae.decode(raw(vae, video)).sample for video in videos]
+    decoders = [StreamingVAEDecoder(vae) for _ in videos]
+    pieces = [[], []]
+    for start in range(0, 6, 2):
+        for i, video in enumerate(videos):
+            pieces[i].append(decoders[i].decode(video[:, :, start : start + 2]))
+            # Another user of the autoencoder: both calls clear its own feature memory.
+            decode_latents(vae, random_latents(2, batch=1))
+            scale = vae.config.scale_factor_spatial
+            encode_video(vae, torch.rand(1, 3, 5, 2 * scale, 2 * scale) * 2 - 1)
+    for piece, whole in zip(pieces, expected):
+        assert torch.equal(torch.cat(piece, dim=2), whole)
+
+
+def test_encode_video(vae):
+    scale = vae.config.scale_factor_spatial
+    video = torch.rand(2, 3, 9, 2 * scale, 3 * scale) * 2 - 1
+    latents = encode_video(vae, video)
+    assert latents.shape == (2, LATENT_CHANNELS, 3, 2, 3)
+    assert latents.dtype == torch.float32
+    # The posterior's mean is the first half of the moments.
+    moments = vae.encode(video).latent_dist.parameters
+    assert torch.allclose(raw(vae, latents), moments[:, :LATENT_CHANNELS], atol=1e-6)
+
+
+def test_bfloat16(vae):
+    latents = random_latents(3)
+    expected = decode_latents(vae, latents)
+    vae.to(torch.bfloat16)
+    out = StreamingVAEDecoder(vae).decode(latents)
+    assert torch.equal(out, decode_latents(vae, latents))
+    assert (out.float() - expected).abs().mean() < 0.02

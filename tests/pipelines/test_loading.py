@@ -1,0 +1,226 @@
+"""Folders and LoRA files: saved here, loaded here and in a fresh process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+
+from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
+from tests.tiny_pipeline import model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
+
+
+PROMPTS = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
+OVERRIDES = dict(local_attn_size=5, sink_size=1, rope_mode="relative", num_frames=33, sigmas=(1.0, 0.6, 0.2))
+RANK, ALPHA = 4, 10
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+
+def generate(pipe, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(PROMPTS, generator=generator, output_type="pt", **kwargs).frames
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"), **OVERRIDES)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A folder with LoRA weights (alpha != rank), and the frames that they give."""
+    path = tmp_path_factory.mktemp("lora")
+    pipe = tiny_pipeline(**OVERRIDES)
+    torch.manual_seed(7)
+    pipe.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False))
+    CausalWanPipeline.save_lora_weights(
+        path,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        **_collate_lora_metadata({"transformer": pipe.transformer}),
+    )
+    return path, generate(pipe)
+
+
+@pytest.fixture
+def pipe(folder):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+FRESH_PROCESS = """
+import sys
+
+# Not installed, as far as this process can tell: none of them is needed to generate.
+for name in ("torchvision", "flash_attn", "open_clip"):
+    sys.modules[name] = None
+
+import torch
+from diffusers import DiffusionPipeline
+import astrolabe_diffusers
+
+folder, lora, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+
+def frames():
+    generator = torch.Generator().manual_seed(0)
+    return pipe(%r, generator=generator, output_type="pt").frames
+
+result = {"class": type(pipe).__name__, "plain": frames()}
+pipe.load_lora_weights(lora)
+result["lora"] = frames()
+torch.save(result, out)
+"""
+
+
+def test_fresh_process(folder, lora, tmp_path):
+    lora_folder, lora_frames = lora
+    script = tmp_path / "generate.py"
+    script.write_text(FRESH_PROCESS % PROMPTS)
+    env = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, str(script), str(folder), str(lora_folder), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = torch.load(tmp_path / "out.pt")
+    assert result["class"] == "CausalWanPipeline"
+    assert torch.equal(result["plain"], generate(tiny_pipeline(**OVERRIDES)))
+    assert (result["lora"] - lora_frames).abs().max() <= 1e-5
+    assert (result["lora"] - result["plain"]).abs().max() > 1e-2
+
+
+def test_model_index_is_safe_for_the_hub(folder):
+    """The Hub's check accepts no library that it does not know."""
+    index = model_index(folder)
+    assert index["_class_name"] == "CausalWanPipeline"
+    components = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    assert components["transformer"] == ["diffusers", "CausalWanTransformer3DModel"]
+    assert {library for library, _ in components.values()} == {"diffusers", "transformers"}
+    assert index["sigmas"] == [1.0, 0.6, 0.2]
+    assert (index["num_frames"], index["height"], index["width"]) == (33, 32, 48)
+    assert (index["max_sequence_length"], index["frame_rate"]) == (16, 16)
+    assert str(folder) not in json.dumps(index)
+
+
+def test_round_trip(folder, pipe, tmp_path):
+    assert type(pipe) is CausalWanPipeline and type(pipe.transformer) is CausalWanTransformer3DModel
+    assert pipe.config.sigmas == [1.0, 0.6, 0.2]
+    expected = generate(tiny_pipeline(**OVERRIDES))
+    assert torch.equal(generate(pipe), expected)
+    pipe.save_pretrained(tmp_path)
+    origin = {"_name_or_path"}
+    assert {k: v for k, v in model_index(tmp_path).items() if k not in origin} == model_index(folder)
+    again = CausalWanPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(again), expected)
+
+
+def test_components_can_be_replaced(folder):
+    """The usual keywords of `from_pretrained`: another component, and a dtype."""
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+    transformer = CausalWanTransformer3DModel.from_pretrained(folder, subfolder="transformer", local_attn_size=-1)
+    pipe = DiffusionPipeline.from_pretrained(folder, vae=vae, transformer=transformer, dtype=torch.bfloat16)
+    assert pipe.vae is vae and pipe.transformer is transformer
+    assert pipe.text_encoder.dtype == torch.bfloat16
+    half = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.transformer.blocks[0].ffn.net[2].weight.dtype == torch.bfloat16
+    assert half.transformer.scale_shift_table.dtype == torch.float32
+    assert generate(half).isfinite().all()
+
+
+def test_stock_transformer_in_a_pipeline(folder, tmp_path):
+    """A transformer folder that diffusers' own class wrote serves as a causal one."""
+    pipe = tiny_pipeline(**OVERRIDES)
+    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
+    config = {k: v for k, v in pipe.transformer.config.items() if k not in ours and not k.startswith("_")}
+    stock = WanTransformer3DModel(**config)
+    stock.load_state_dict(pipe.transformer.state_dict())
+    stock.save_pretrained(tmp_path)
+    transformer = CausalWanTransformer3DModel.from_pretrained(
+        tmp_path, sink_size=1, local_attn_size=5, rope_mode="relative"
+    )
+    loaded = DiffusionPipeline.from_pretrained(folder, transformer=transformer)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(loaded), generate(pipe))
+
+
+def test_prompt_folder(folder):
+    train = (folder / "prompts" / "train.txt").read_text().splitlines()
+    test = (folder / "prompts" / "test.txt").read_text().splitlines()
+    assert len(train) == 8 and len(test) == 4 and not set(train) & set(test)
+    assert set(train + test) <= set(tiny_shapes_captions())
+
+
+# LoRA
+
+
+def test_lora_file(lora):
+    path, _ = lora
+    with safe_open(path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        keys = list(file.keys())
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    # Two layers, twelve linear modules in each, two matrices.
+    assert len(keys) == 2 * (4 + 4 + 2) * 2
+    assert all(key.startswith("transformer.blocks.") for key in keys)
+    assert metadata["transformer.r"] == RANK and metadata["transformer.lora_alpha"] == ALPHA
+
+
+def test_lora_load_fuse_unload(pipe, lora):
+    path, expected = lora
+    base = generate(pipe)
+    assert (expected - base).abs().max() > 1e-2
+
+    pipe.load_lora_weights(path, adapter_name="style")
+    config = pipe.transformer.peft_config["style"]
+    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
+    scaling = pipe.transformer.blocks[0].attn1.to_q.scaling["style"]
+    assert scaling == ALPHA / RANK
+    assert (generate(pipe) - expected).abs().max() <= 1e-5
+    assert torch.equal(generate(pipe, attention_kwargs={"scale": 0.0}), base)
+    half = generate(pipe, attention_kwargs={"scale": 0.5})
+    pipe.set_adapters("style", 0.5)
+    assert (generate(pipe) - half).abs().max() <= 1e-5 and (half - base).abs().max() > 1e-3
+    pipe.set_adapters("style", 1.0)
+
+    pipe.fuse_lora()
+    assert (generate(pipe) - expected).abs().max() <= 1e-4
+    pipe.unfuse_lora()
+    assert (generate(pipe) - expected).abs().max() <= 1e-4
+    pipe.unload_lora_weights()
+    assert not any("lora" in name for name, _ in pipe.transformer.named_parameters())
+    assert (generate(pipe) - base).abs().max() <= 1e-4
+
+
+def test_lora_survives_fusing_and_saving(pipe, lora, tmp_path):
+    """A fused pipeline is an ordinary folder."""
+    path, expected = lora
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    fused = DiffusionPipeline.from_pretrained(tmp_path)
+    fused.set_progress_bar_config(disable=True)
+    assert (generate(fused) - expected).abs().max() <= 1e-4
+
+
+def test_adapter_of_another_model(lora):
+    """One line instead of a page of size mismatches, and nothing of the adapter stays behind."""
+    path, _ = lora
+    wider = tiny_pipeline(num_attention_heads=3)
+    with pytest.raises(ValueError) as error:
+        wider.load_lora_weights(path)
+    assert "\n" not in str(error.value)
+    assert not any("lora" in name for name, _ in wider.transformer.named_parameters())

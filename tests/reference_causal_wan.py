@@ -1,0 +1,299 @@
+"""Causal Wan written the slow way, as the yardstick of the tests.
+
+Plain functions of a state dict (Diffusers parameter names): Python loops over layers, blocks and frames, one attention
+call a block, complex numbers for the rotary embedding and positions computed instead of looked up. Nothing is evicted:
+every frame's unrotated keys and values are kept, and a block picks the frames that it may see. Runs in float64 unless
+told otherwise, and is differentiable in the state dict.
+
+Frames of one video are Python lists; `B` samples are computed together, tokens of a frame are ordered row by row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+
+def warped_sigmas(sigmas, shift: float) -> np.ndarray:
+    """shift * s / (1 + (shift - 1) * s) in float32, as published; timesteps are 1000 times these."""
+    sigmas = np.asarray(sigmas, dtype=np.float32)
+    return np.float32(shift) * sigmas / (1 + np.float32(shift - 1) * sigmas)
+
+
+def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
+    """[N] -> [N, dim] float64: cosines of t * 10000^(-i / (dim / 2)), then the sines."""
+    half = dim // 2
+    frequencies = torch.tensor([10000.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
+    angles = timestep.to(torch.float64)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class KeptContext:
+    """Unrotated keys and values of every clean frame so far: `layers[layer][frame] = (key, value)`."""
+
+    def __init__(self, num_layers: int):
+        self.layers = [[] for _ in range(num_layers)]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.layers[0])
+
+
+class ReferenceCausalWan:
+    def __init__(self, state_dict: dict, config: dict, dtype: torch.dtype = torch.float64):
+        self.weights = {name: tensor.to(dtype) for name, tensor in state_dict.items()}
+        self.dtype = dtype
+        self.heads = config["num_attention_heads"]
+        self.head_dim = config["attention_head_dim"]
+        self.num_layers = config["num_layers"]
+        self.freq_dim = config["freq_dim"]
+        self.eps = config["eps"]
+        self.cross_attn_norm = config["cross_attn_norm"]
+        self.out_channels = config["out_channels"]
+        self.patch = config["patch_size"][1]
+        self.frames_per_block = config["num_frames_per_block"]
+        self.sink = config["sink_size"]
+        self.window = config["local_attn_size"]
+        self.relative = config["rope_mode"] == "relative"
+
+    # Which frames a block sees, and where their keys sit in time.
+
+    def visible_frames(self, end: int) -> list[int]:
+        """Frames that the block ending before frame `end` sees, its own frames included."""
+        if self.window == -1 or end <= self.window:
+            return list(range(end))
+        first_recent = end - (self.window - self.sink)
+        return [frame for frame in range(end) if frame < self.sink or frame >= first_recent]
+
+    def key_position(self, frame: int, end: int) -> int:
+        if self.relative and self.window != -1 and end > self.window and frame < self.sink:
+            return frame + (end - self.window)
+        return frame
+
+    # Layers.
+
+    def linear(self, x, name):
+        return x @ self.weights[name + ".weight"].T + self.weights[name + ".bias"]
+
+    def layer_norm(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + self.eps)
+
+    def rms_norm(self, x, name):
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.eps) * self.weights[name + ".weight"]
+
+    def split_heads(self, x):
+        return x.reshape(*x.shape[:2], self.heads, self.head_dim)
+
+    @staticmethod
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    @staticmethod
+    def gelu_tanh(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def attention(self, query, key, value):
+        """[B, Lq, heads, D], [B, Lk, heads, D], [B, Lk, heads, D] -> [B, Lq, heads * D]."""
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(self.head_dim)
+        scores = torch.exp(scores - scores.amax(-1, keepdim=True))
+        scores = scores / scores.sum(-1, keepdim=True)
+        return torch.einsum("bhqk,bkhd->bqhd", scores, value).flatten(2)
+
+    def rotate(self, x, position: int, rows: int, columns: int):
+        """Rotary embedding of one frame's tokens [B, rows * columns, heads, D] at one position in time."""
+        axis_dim = 2 * (self.head_dim // 6)
+        dims = {"t": self.head_dim - 2 * axis_dim, "h": axis_dim, "w": axis_dim}
+        angles = []
+        for row in range(rows):
+            for column in range(columns):
+                place = {"t": position, "h": row, "w": column}
+                angles.append([place[a] * 10000.0 ** (-2 * i / d) for a, d in dims.items() for i in range(d // 2)])
+        angles = torch.tensor(angles, dtype=torch.float64)
+        turn = torch.polar(torch.ones_like(angles), angles)[None, :, None, :]
+        pairs = torch.view_as_complex(x.to(torch.float64).reshape(*x.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+    # Embeddings and head.
+
+    def embed_frame(self, frame):
+        """[B, C, H, W] -> tokens [B, H / p * W / p, dim]."""
+        weight = self.weights["patch_embedding.weight"][:, :, 0]
+        p = self.patch
+        tokens = []
+        for row in range(frame.shape[2] // p):
+            for column in range(frame.shape[3] // p):
+                patch = frame[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p]
+                tokens.append(torch.einsum("bcij,dcij->bd", patch, weight))
+        return torch.stack(tokens, dim=1) + self.weights["patch_embedding.bias"]
+
+    def embed_time(self, timestep):
+        """[B] -> embedding [B, dim] and modulation [B, 6, dim] of one frame."""
+        name = "condition_embedder.time_embedder"
+        embedding = self.linear(sinusoid(timestep, self.freq_dim).to(self.dtype), f"{name}.linear_1")
+        embedding = self.linear(self.silu(embedding), f"{name}.linear_2")
+        modulation = self.linear(self.silu(embedding), "condition_embedder.time_proj")
+        return embedding, modulation.reshape(modulation.shape[0], 6, -1)
+
+    def embed_text(self, text):
+        text = self.linear(text.to(self.dtype), "condition_embedder.text_embedder.linear_1")
+        return self.linear(self.gelu_tanh(text), "condition_embedder.text_embedder.linear_2")
+
+    def head(self, tokens, embedding, rows, columns):
+        """Tokens of one frame -> [B, out_channels, H, W]."""
+        shift, scale = (self.weights["scale_shift_table"] + embedding[:, None]).chunk(2, dim=1)
+        values = self.linear(self.layer_norm(tokens) * (1 + scale) + shift, "proj_out")
+        p = self.patch
+        frame = values.new_zeros(values.shape[0], self.out_channels, rows * p, columns * p)
+        for row in range(rows):
+            for column in range(columns):
+                patch = values[:, row * columns + column].reshape(-1, p, p, self.out_channels)
+                frame[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p] = patch.permute(0, 3, 1, 2)
+        return frame
+
+    # One transformer block, in three steps so that the callers decide what the self-attention sees.
+
+    def self_attention_inputs(self, layer, tokens, modulation):
+        """Unrotated query, key and value of one frame."""
+        name = f"blocks.{layer}"
+        table = self.weights[f"{name}.scale_shift_table"] + modulation
+        x = self.layer_norm(tokens) * (1 + table[:, 1:2]) + table[:, 0:1]
+        query = self.rms_norm(self.linear(x, f"{name}.attn1.to_q"), f"{name}.attn1.norm_q")
+        key = self.rms_norm(self.linear(x, f"{name}.attn1.to_k"), f"{name}.attn1.norm_k")
+        value = self.linear(x, f"{name}.attn1.to_v")
+        return self.split_heads(query), self.split_heads(key), self.split_heads(value)
+
+    def self_attention(self, query, frame, keys_and_values, end, grid):
+        """One frame's query against `{frame: (key, value)}`, for the block that ends before `end`."""
+        query = self.rotate(query, frame, *grid)
+        keys = [self.rotate(key, self.key_position(j, end), *grid) for j, (key, _) in keys_and_values.items()]
+        values = [value for _, value in keys_and_values.values()]
+        return self.attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1))
+
+    def rest_of_block(self, layer, tokens, attended, modulation, text):
+        name = f"blocks.{layer}"
+        table = self.weights[f"{name}.scale_shift_table"] + modulation
+        tokens = tokens + table[:, 2:3] * self.linear(attended, f"{name}.attn1.to_out.0")
+
+        x = tokens
+        if self.cross_attn_norm:
+            x = self.layer_norm(x) * self.weights[f"{name}.norm2.weight"] + self.weights[f"{name}.norm2.bias"]
+        query = self.split_heads(self.rms_norm(self.linear(x, f"{name}.attn2.to_q"), f"{name}.attn2.norm_q"))
+        key = self.split_heads(self.rms_norm(self.linear(text, f"{name}.attn2.to_k"), f"{name}.attn2.norm_k"))
+        value = self.split_heads(self.linear(text, f"{name}.attn2.to_v"))
+        tokens = tokens + self.linear(self.attention(query, key, value), f"{name}.attn2.to_out.0")
+
+        x = self.layer_norm(tokens) * (1 + table[:, 4:5]) + table[:, 3:4]
+        x = self.linear(self.gelu_tanh(self.linear(x, f"{name}.ffn.net.0.proj")), f"{name}.ffn.net.2")
+        return tokens + table[:, 5:6] * x
+
+    # 1 and 2: a whole video in one pass, layer by layer.
+
+    def forward(self, latents, timestep, text, clean=None):
+        """Block-causal pass over all frames; `timestep` is [B] or [B, F].
+
+        With `clean` latents (teacher forcing) a block sees the clean frames before it, run at t = 0, and itself.
+        """
+        num_frames, n = latents.shape[2], self.frames_per_block
+        if timestep.ndim == 1:
+            timestep = timestep[:, None].expand(-1, num_frames)
+        grid = (latents.shape[3] // self.patch, latents.shape[4] // self.patch)
+        text = self.embed_text(text)
+
+        halves = {"noisy": (latents.to(self.dtype), timestep)}
+        if clean is not None:
+            halves["clean"] = (clean.to(self.dtype), torch.zeros_like(timestep))
+        context_half = "noisy" if clean is None else "clean"
+
+        tokens, embeddings, modulations = {}, {}, {}
+        for half, (x, t) in halves.items():
+            tokens[half] = [self.embed_frame(x[:, :, f]) for f in range(num_frames)]
+            times = [self.embed_time(t[:, f]) for f in range(num_frames)]
+            embeddings[half], modulations[half] = [e for e, _ in times], [m for _, m in times]
+
+        for layer in range(self.num_layers):
+            inputs = {
+                half: [
+                    self.self_attention_inputs(layer, tokens[half][f], modulations[half][f]) for f in range(num_frames)
+                ]
+                for half in halves
+            }
+            for half in halves:
+                updated = []
+                for f in range(num_frames):
+                    start = f // n * n
+                    end = start + n
+                    seen = {j: inputs[half if j >= start else context_half][j][1:] for j in self.visible_frames(end)}
+                    attended = self.self_attention(inputs[half][f][0], f, seen, end, grid)
+                    updated.append(self.rest_of_block(layer, tokens[half][f], attended, modulations[half][f], text))
+                tokens[half] = updated
+
+        frames = [self.head(tokens["noisy"][f], embeddings["noisy"][f], *grid) for f in range(num_frames)]
+        return torch.stack(frames, dim=2)
+
+    # 3: block after block, keeping every clean frame.
+
+    def block(self, latents, timestep, text, context: KeptContext, store: bool):
+        """One block [B, C, f, H, W] after the frames in `context`; `store` appends its keys and values to it."""
+        start, num_frames = context.num_frames, latents.shape[2]
+        end = start + num_frames
+        if timestep.ndim == 1:
+            timestep = timestep[:, None].expand(-1, num_frames)
+        grid = (latents.shape[3] // self.patch, latents.shape[4] // self.patch)
+        text = self.embed_text(text)
+        latents = latents.to(self.dtype)
+        tokens = [self.embed_frame(latents[:, :, f]) for f in range(num_frames)]
+        times = [self.embed_time(timestep[:, f]) for f in range(num_frames)]
+        visible = self.visible_frames(end)
+        new = []
+        for layer in range(self.num_layers):
+            inputs = [self.self_attention_inputs(layer, tokens[f], times[f][1]) for f in range(num_frames)]
+            everything = context.layers[layer] + [(key, value) for _, key, value in inputs]
+            seen = {j: everything[j] for j in visible}
+            tokens = [
+                self.rest_of_block(
+                    layer,
+                    tokens[f],
+                    self.self_attention(inputs[f][0], start + f, seen, end, grid),
+                    times[f][1],
+                    text,
+                )
+                for f in range(num_frames)
+            ]
+            new.append([(key, value) for _, key, value in inputs])
+        if store:
+            for kept, pairs in zip(context.layers, new):
+                kept.extend((key.detach(), value.detach()) for key, value in pairs)
+        return torch.stack([self.head(tokens[f], times[f][0], *grid) for f in range(num_frames)], dim=2)
+
+    def context_of(self, clean, text) -> KeptContext:
+        """The context after all blocks of `clean` [B, C, F, H, W] have been run at t = 0."""
+        context = KeptContext(self.num_layers)
+        zero = torch.zeros(clean.shape[0])
+        with torch.no_grad():
+            for start in range(0, clean.shape[2], self.frames_per_block):
+                block = clean[:, :, start : start + self.frames_per_block]
+                self.block(block, zero, text, context, store=True)
+        return context
+
+    def sample(self, noise, renoise, text, sigmas=(1.0, 0.75, 0.5, 0.25), shift=5.0):
+        """The few-step sampler.
+
+        `noise` [B, C, F, H, W] starts every block; `renoise[block][step]` [B, C, f, H, W] is the noise that takes the
+        estimate of `step` to the next noise level (one less than there are steps). Returns clean latents.
+        """
+        sigmas = warped_sigmas(sigmas, shift)
+        context = KeptContext(self.num_layers)
+        blocks = []
+        for index, x in enumerate(noise.to(self.dtype).split(self.frames_per_block, dim=2)):
+            for step, sigma in enumerate(sigmas):
+                timestep = torch.full((x.shape[0],), float(np.float32(1000) * sigma), dtype=torch.float64)
+                x0 = x - float(sigma) * self.block(x, timestep, text, context, store=False)
+                if step + 1 < len(sigmas):
+                    following = float(sigmas[step + 1])
+                    x = (1 - following) * x0 + following * renoise[index][step].to(self.dtype)
+            self.block(x0, torch.zeros(x0.shape[0]), text, context, store=True)
+            blocks.append(x0)
+        return torch.cat(blocks, dim=2)
