@@ -66,7 +66,8 @@ def test_storage_is_allocated_once(n, window, sink):
             assert tensor.shape[1] <= longest * frame_tokens
             if snapshot is not None:
                 # Bits, not values: slots that nothing was written to may hold NaN.
-                changed = (tensor.view(torch.int32) != snapshot[i].view(torch.int32)).flatten(2).any(2).any(0).sum().item()
+                different = tensor.view(torch.int32) != snapshot[i].view(torch.int32)
+                changed = different.flatten(2).any(2).any(0).sum().item()
                 # This block's frames, and as many of scratch space.
                 assert changed <= 2 * n * frame_tokens
         snapshot = [tensor.clone() for tensor in buffers(cache)]
