@@ -1,0 +1,60 @@
+"""From rewards to advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+# A group whose rewards differ by less says nothing about which sample is better.
+ZERO_SPREAD = 1e-6
+# Keeps the quotient finite where the spread is small, as in the published code.
+STD_EPSILON = 1e-4
+
+
+@dataclass
+class Advantages:
+    """`values` and `valid` (bool) are `(N,)`; `group_std` `(G,)` is the spread of each group's rewards."""
+
+    values: torch.Tensor
+    valid: torch.Tensor
+    group_std: torch.Tensor
+
+    @property
+    def zero_spread(self) -> float:
+        """Fraction of groups whose samples all have the same reward: nothing is learnt from them."""
+        return (self.group_std < ZERO_SPREAD).float().mean().item()
+
+
+def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, std: str = "global") -> Advantages:
+    """Group-relative advantages, Astrolabe (arXiv 2603.17051) eq. 4 and its table S1.
+
+    `A_i = (r_i - mean of i's group) / s`, where `s` is the standard deviation of all rewards (`"global"`), that of the
+    group's (`"group"`), or 1 (`"none"`). A group of zero spread has zero advantage. A NaN reward takes no part: it
+    counts in no mean or deviation, its advantage is 0 and `valid` is false.
+
+    Args:
+        rewards: `(N,)` float.
+        groups: `(N,)` long, the group of each sample; a group may be of any size and lie anywhere.
+    """
+    valid = ~rewards.isnan()
+    # In double precision the mean of equal float32 rewards is exact, and their advantages are exactly zero.
+    values = torch.where(valid, rewards, 0.0).double()
+    weight = valid.double()
+    num_groups = int(groups.max()) + 1
+
+    def group_mean(x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, groups, x * weight)
+        count = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, groups, weight)
+        return total / count.clamp(min=1)
+
+    centred = (values - group_mean(values)[groups]) * weight
+    group_std = group_mean(centred**2).sqrt()
+    if std == "group":
+        divisor = group_std[groups] + STD_EPSILON
+    elif std == "global":
+        divisor = (values[valid].std(correction=0) if valid.any() else 0.0) + STD_EPSILON
+    else:
+        divisor = 1.0
+    return Advantages((centred / divisor).float(), valid, group_std.float())

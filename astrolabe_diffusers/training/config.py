@@ -1,0 +1,288 @@
+"""The settings of a run: one dataclass, read from YAML and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .. import TINY_SHAPES
+from .errors import UserError, one_line
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, minimum: float | None = None):
+    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class NFTConfig:
+    """Settings of an NFT run.
+
+    Names are those of diffusers' example trainers where these have them. The defaults are the published settings for
+    8 devices; `examples/configs/` holds what suits a given model. Values are checked when the object is made.
+    """
+
+    # Model and data
+    pretrained_model_name_or_path: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
+    revision: str | None = option(None, "revision of the model on the Hub")
+    variant: str | None = option(None, "variant of the weight files, such as bf16")
+    prompts: str | None = option(
+        None,
+        "folder with train.txt and test.txt (or .jsonl), or one .txt or .jsonl file from which num_eval_prompts "
+        "prompts are held out; the model's own folder prompts/ if not given",
+    )
+    output_dir: str = option("nft-lora", "everything the run writes")
+    seed: int = option(42, "seed of LoRA initialisation, prompts, samples and training noise")
+
+    # Videos: the pipeline's own size if not given
+    height: int | None = option(None, "height of the videos in pixels", minimum=1)
+    width: int | None = option(None, "width of the videos in pixels", minimum=1)
+    num_frames: int | None = option(None, "frames of a video", minimum=1)
+
+    # Rollout
+    train_batch_size: int = option(3, "videos in a batch on each device, in sampling and in training", minimum=1)
+    batches_per_epoch: int = option(16, "batches an epoch on each device", minimum=1)
+    samples_per_prompt: int = option(24, "videos of a group, all from one prompt", minimum=1)
+
+    # Rewards
+    rewards: dict[str, float] = option(
+        {"tiny_shapes_prompt_match": 1.0}, "rewards and their weights: name, or name=weight,name=weight"
+    )
+    eval_rewards: list[str] = option([], "rewards that are watched on the held-out prompts and never trained on")
+    nan_reward: str = option(
+        "stop", "a NaN reward stops the run, or its sample is skipped in training", choices=("stop", "skip")
+    )
+
+    # Algorithm
+    beta: float = option(1.0, "how far the implicit policies lie from the old one")
+    kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
+    adv_clip_max: float = option(5.0, "advantages are clipped to +-this")
+    advantage_std: str = option(
+        "global",
+        "what centred rewards are divided by: the spread of all rewards of the epoch, of the group's, or nothing",
+        choices=("global", "group", "none"),
+    )
+    train_timesteps: str = option(
+        "warped",
+        "noise levels that are trained: the sampler's own, or those before its shift (1000 750 500 250)",
+        choices=("warped", "raw"),
+    )
+    old_policy_decay_rate: float = option(0.001, "after step n, old = d old + (1 - d) current, d = min(rate n, max)")
+    old_policy_decay_max: float = option(0.5, "upper limit of that d")
+    collapse_factor: float = option(
+        2.0, "stop if the norm of predicted clean videos grows or shrinks by this factor; 0: never", minimum=0
+    )
+
+    # LoRA
+    rank: int = option(256, "LoRA rank", minimum=1)
+    lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank")
+    lora_dropout: float = option(0.0, "LoRA dropout", minimum=0)
+    lora_target_modules: list[str] = option([], "suffixes of module names; every Linear of the blocks if not given")
+
+    # Optimisation
+    num_train_epochs: int = option(100, "length of the run in epochs", minimum=1)
+    max_train_steps: int | None = option(None, "length in optimizer steps; goes before num_train_epochs", minimum=1)
+    gradient_accumulation_steps: int | None = option(
+        None, "batches in an optimizer step; batches_per_epoch if not given", minimum=1
+    )
+    learning_rate: float = option(1e-5, "peak learning rate")
+    lr_scheduler: str = option("constant", "schedule of diffusers.optimization.get_scheduler")
+    lr_warmup_steps: int = option(0, "optimizer steps of warm-up, for `constant` too", minimum=0)
+    adam_beta1: float = option(0.9, "beta1 of AdamW")
+    adam_beta2: float = option(0.999, "beta2 of AdamW")
+    adam_weight_decay: float = option(1e-4, "weight decay of AdamW")
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=("no", "bf16"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
+    allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")
+
+    # Evaluation on held-out prompts
+    eval_steps: int = option(10, "optimizer steps between evaluations; the first is before training", minimum=1)
+    num_eval_prompts: int = option(32, "held-out prompts, spread evenly over the file", minimum=1)
+    eval_seeds: int = option(2, "videos for each of them; the same seeds in every evaluation and run", minimum=1)
+    num_eval_videos: int = option(4, "videos kept of each evaluation, and rows of the before/after sheet", minimum=0)
+
+    # Checkpoints, trackers and the Hub
+    checkpointing_steps: int = option(30, "optimizer steps between checkpoints", minimum=1)
+    checkpoints_total_limit: int | None = option(None, "checkpoints that are kept", minimum=1)
+    resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest` in output_dir")
+    report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "none"))
+    logging_dir: str = option("logs", "folder of the tracker inside output_dir")
+    push_to_hub: bool = option(False, "upload the adapter with a model card")
+    hub_model_id: str | None = option(None, "repository to push to; the name of output_dir if not given")
+    hub_token: str | None = option(None, "token to push with; the stored one if not given")
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            value = _coerce(f.name, getattr(self, f.name), hints[f.name])
+            setattr(self, f.name, value)
+            choices, minimum = f.metadata["choices"], f.metadata["minimum"]
+            if choices is not None and value is not None and value not in choices:
+                raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
+            if minimum is not None and value is not None and value < minimum:
+                raise UserError(f"{f.name} must be at least {minimum}, not {value}.")
+        if not self.rewards:
+            raise UserError("rewards is empty: name at least one reward to train on.")
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = self.batches_per_epoch
+        if self.batches_per_epoch % self.gradient_accumulation_steps:
+            raise UserError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
+                f"batches_per_epoch={self.batches_per_epoch}; it can be {_listing(_divisors(self.batches_per_epoch))}."
+            )
+        if self.max_train_steps is None:
+            self.max_train_steps = self.num_train_epochs * self.steps_per_epoch
+        if self.max_train_steps % self.steps_per_epoch:
+            lower = self.max_train_steps // self.steps_per_epoch * self.steps_per_epoch
+            valid = [n for n in (lower, lower + self.steps_per_epoch) if n]
+            raise UserError(
+                f"max_train_steps={self.max_train_steps} is no whole number of epochs of {self.steps_per_epoch} "
+                f"optimizer steps; the nearest are {_listing(valid)}."
+            )
+        self.num_train_epochs = self.max_train_steps // self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return self.batches_per_epoch // self.gradient_accumulation_steps
+
+    def groups_per_epoch(self, num_processes: int) -> int:
+        """Prompts an epoch on all processes together; a `UserError` unless that is a whole number."""
+        samples = num_processes * self.train_batch_size * self.batches_per_epoch
+        if samples % self.samples_per_prompt:
+            processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+            raise UserError(
+                f"{processes} x train_batch_size {self.train_batch_size} x batches_per_epoch {self.batches_per_epoch} "
+                f"= {samples} samples an epoch are no whole number of groups of samples_per_prompt="
+                f"{self.samples_per_prompt}; samples_per_prompt can be {_listing(_divisors(samples)[1:])}."
+            )
+        return samples // self.samples_per_prompt
+
+    def save(self, path: str | Path):
+        """Writes every setting as YAML; a run with `--config path` repeats this one. The token stays out."""
+        values = {name: value for name, value in asdict(self).items() if name != "hub_token"}
+        Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = None) -> NFTConfig:
+    """Settings from `--config NAME_OR_YAML` and `--any_field value`; the command line goes before the file.
+
+    Args:
+        argv: the arguments; those of the process if `None`.
+        config_dir: folder in which `--config NAME` finds `NAME.yaml`.
+    """
+    parser = argparse.ArgumentParser(
+        description="Trains a LoRA of a causal video model with NFT (online reinforcement learning).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help=f"a YAML file, or one of: {', '.join(_config_names(config_dir))}")
+    hints = get_type_hints(NFTConfig)
+    defaults = NFTConfig()
+    for f in fields(NFTConfig):
+        flag = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
+        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        text = f"{f.metadata['help']}{choices} [{getattr(defaults, f.name)}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **flag)
+    parser.error = _raise_user_error
+
+    arguments, unknown = parser.parse_known_args(argv)
+    names = [f.name for f in fields(NFTConfig)]
+    if unknown:
+        flag = next((a for a in unknown if a.startswith("--")), unknown[0]).split("=")[0]
+        raise UserError(f"unknown argument {flag}{_close_matches(flag.lstrip('-'), names, '--')}.")
+    arguments = vars(arguments)
+    values = _read_yaml(arguments.pop("config"), config_dir, names)
+    return NFTConfig(**{**values, **arguments})
+
+
+def _raise_user_error(message: str):
+    raise UserError(one_line(message))
+
+
+def _config_names(config_dir: str | Path | None) -> list[str]:
+    return sorted(path.stem for path in Path(config_dir).glob("*.yaml")) if config_dir else []
+
+
+def _read_yaml(config: str | None, config_dir: str | Path | None, names: list[str]) -> dict[str, Any]:
+    if config is None:
+        return {}
+    path = Path(config)
+    if path.suffix not in (".yaml", ".yml") and config_dir:
+        path = Path(config_dir) / f"{config}.yaml"
+    if not path.is_file():
+        known = ", ".join(_config_names(config_dir)) or "none"
+        raise UserError(f"--config {config}: no such file and no such name; the names are: {known}.")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `field: value` lines.")
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        known = "; ".join(f"{name}{_close_matches(str(name), names)}" for name in unknown)
+        raise UserError(f"{path}: unknown field{'s' if len(unknown) > 1 else ''} {known}.")
+    return values
+
+
+def _close_matches(name: str, names: list[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name, names, n=3)
+    return f" (did you mean {' or '.join(prefix + match for match in matches)}?)" if matches else ""
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """A value from YAML or the command line as the type that the field declares."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    try:
+        if hint is str:
+            if not isinstance(value, (str, int, float, Path)) or isinstance(value, bool):
+                raise ValueError
+            return str(value)
+        if hint is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if hint is int:
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(float(value))
+        if hint is float:
+            # YAML reads 1e-4 as a string: it wants 1.0e-4.
+            return float(value)
+        if get_origin(hint) is list:
+            value = [v for v in value.strip("[] ").split(",") if v.strip()] if isinstance(value, str) else value
+            return [str(v).strip().strip("'\"") for v in value]
+        if isinstance(value, str):
+            value = _parse_weights(value)
+        return {str(key): float(weight) for key, weight in value.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+            hint, "names, comma-separated" if get_origin(hint) is list else "name=weight, comma-separated"
+        )
+        raise UserError(f"{name} must be {expected}, not {value!r}.") from error
+
+
+def _parse_weights(text: str) -> dict[str, Any]:
+    if text.strip().startswith("{"):
+        return yaml.safe_load(text)
+    pairs = (part.partition("=") for part in text.split(",") if part.strip())
+    return {name.strip(): weight.strip() if equals else 1.0 for name, equals, weight in pairs}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listing(values: list[int]) -> str:
+    return ", ".join(map(str, values[:-1])) + (" or " if len(values) > 1 else "") + str(values[-1])

@@ -1,0 +1,41 @@
+"""What a user can put right is told in one line."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+
+class UserError(Exception):
+    """A mistake in the configuration or the data of a run. Its message is one complete line, fit to be printed alone.
+
+    `examples/train_nft.py` prints it and exits with code 2. A bug is never a `UserError` and keeps its traceback.
+    """
+
+
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Errors raised inside, by code that checks what the user gave, become [`UserError`]s that begin with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, OSError, ImportError, SafetensorError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f"{what}: {one_line(message)}") from error
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def summarize_exception(error: BaseException) -> str:
+    """Type, message and place of an exception in one line; the whole traceback goes to the debug log."""
+    logging.getLogger(__name__).debug("the traceback:", exc_info=error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"

@@ -1,0 +1,50 @@
+"""The NFT loss (DiffusionNFT, arXiv 2509.16117) in the space of clean latents (Astrolabe, arXiv 2603.17051)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """`x_t = (1 - sigma) x_0 + sigma eps`; `sigma` `(B,)` in [0, 1], the others `(B, ...)`."""
+    sigma = _per_sample(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def predicted_clean(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """`x_0 = x_t - sigma v` with the predicted flow `v = eps - x_0`; `sigma` `(B,)`, the others `(B, ...)`."""
+    return noisy - _per_sample(sigma, noisy) * velocity
+
+
+def optimality(advantages: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
+    """`r = clip(A, -A_max, A_max) / (2 A_max) + 1/2`, in [0, 1]: how much a sample counts as a good one. `(B,)`."""
+    return advantages.clamp(-adv_clip_max, adv_clip_max) / (2 * adv_clip_max) + 0.5
+
+
+def nft_loss(
+    current: torch.Tensor, old: torch.Tensor, clean: torch.Tensor, optimality: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """Policy loss of each sample, `(B,)`; Astrolabe eq. 1-2 and algorithm 1, without adaptive weights.
+
+    `r |x+ - x_0|^2 + (1 - r) |x- - x_0|^2`, squares averaged over all but the batch, with the implicit policies
+    `x+ = (1 - beta) x_old + beta x_cur` and `x- = (1 + beta) x_old - beta x_cur`.
+
+    Args:
+        current, old: `(B, ...)` clean latents that the two policies predict from the same noisy ones.
+        clean: `(B, ...)` the sample itself.
+        optimality: `(B,)` r in [0, 1].
+        beta: distance of the implicit policies from the old one.
+    """
+    positive = (1 - beta) * old + beta * current
+    negative = (1 + beta) * old - beta * current
+    return optimality * squared_distance(positive, clean) + (1 - optimality) * squared_distance(negative, clean)
+
+
+def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of each sample, `(B, ...)` to `(B,)`. With the reference policy's prediction as `b` this
+    is the KL term of the loss: both predict with the same fixed variance."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

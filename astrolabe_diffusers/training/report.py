@@ -1,0 +1,201 @@
+"""What a run tells: log files, tracker, curves, the line of an epoch, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from .config import NFTConfig
+from .evaluation import Evaluation, paired_difference
+from .plots import draw_curves, gif_bytes, side_by_side
+
+
+class RunReport:
+    """Everything a run says about itself; only the main process writes.
+
+    `metrics.jsonl` has a line an epoch, `eval.jsonl` one an evaluation with the score of every held-out video;
+    `rewards.png` is drawn from both.
+
+    Attributes:
+        evaluations: all so far, in every process.
+    """
+
+    def __init__(self, config: NFTConfig, accelerator: Accelerator):
+        self.config = config
+        self.accelerator = accelerator
+        self.output_dir = Path(config.output_dir)
+        self.evaluations: list[Evaluation] = []
+        self.curve: list[tuple[int, float]] = []  # (step, mean training reward)
+
+    def start(self, step: int | None):
+        """Open the logs: anew, or where a run that is resumed had come to at `step`."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.config.save(self.output_dir / "config.yaml")
+            epochs, evaluations = (
+                cut_jsonl(self.output_dir / name, last_step=-1 if step is None else step)
+                for name in ("metrics.jsonl", "eval.jsonl")
+            )
+            self.curve = [(record["step"], record["reward"]) for record in epochs]
+            self.evaluations = [Evaluation(record["step"], record["scores"]) for record in evaluations]
+        if torch.distributed.is_initialized():
+            holder = [self.evaluations]
+            torch.distributed.broadcast_object_list(holder, src=0)
+            self.evaluations = holder[0]
+        settings = {name: str(value) for name, value in vars(self.config).items() if name != "hub_token"}
+        self.accelerator.init_trackers("nft", config=settings)
+        # disable=None: no bar in a log file, where it would be noise. The lines of the epochs are there in any case.
+        self.progress = tqdm(
+            total=self.config.max_train_steps,
+            initial=step or 0,
+            desc="steps",
+            disable=None if self.accelerator.is_main_process else True,
+        )
+
+    def print(self, text: str):
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def activity(self, text: str):
+        """What is being done, at the end of the progress bar."""
+        self.progress.set_postfix_str(text)
+
+    def add_epoch(self, metrics: dict[str, float], seconds_left: float):
+        self.accelerator.log({f"train/{name}": value for name, value in metrics.items()}, step=metrics["step"])
+        if self.accelerator.is_main_process:
+            self.curve.append((metrics["step"], metrics["reward"]))
+            append_jsonl(self.output_dir / "metrics.jsonl", metrics)
+        latest = self.evaluations[-1]
+        self.print(
+            f"step {metrics['step']}/{self.config.max_train_steps}  reward {metrics['reward']:.4f}  "
+            f"held-out {latest.mean():.4f} ({latest.mean() - self.evaluations[0].mean():+.4f} at step {latest.step})  "
+            f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2g}  "
+            f"{metrics['seconds']:.1f} s/epoch  ETA {duration(seconds_left)}"
+        )
+
+    def add_evaluation(self, evaluation: Evaluation, videos: Sequence[torch.Tensor], frame_rate: int):
+        """Log an evaluation, redraw the curves and show `videos` in TensorBoard."""
+        self.evaluations.append(evaluation)
+        means = {f"held-out/{name}": evaluation.mean(name) for name in evaluation.scores}
+        self.accelerator.log(means, step=evaluation.step)
+        self.print(f"step {evaluation.step}: held-out reward {evaluation.mean():.4f}")
+        if not self.accelerator.is_main_process:
+            return
+        append_jsonl(self.output_dir / "eval.jsonl", evaluation.to_json())
+        self.draw_curves()
+        if self.config.report_to == "tensorboard" and videos:
+            images = side_by_side(videos, columns=min(4, len(videos)))
+            log_gif(
+                self.accelerator.get_tracker("tensorboard", unwrap=True),
+                gif_bytes(images, frame_rate),
+                images[0].size,
+                evaluation.step,
+            )
+
+    def draw_curves(self):
+        held_out = [(evaluation.step, evaluation.mean()) for evaluation in self.evaluations]
+        draw_curves(
+            {"train": self.curve, "held-out": held_out},
+            self.output_dir / "rewards.png",
+            title=" + ".join(self.config.rewards),
+            x_label="optimizer step",
+            y_label="reward",
+        )
+
+    def finish(self, results: dict[str, Any], num_prompts: int) -> str:
+        """Write results.json and print the table of before and after; returns the table."""
+        self.progress.close()
+        before, after = self.evaluations[0], self.evaluations[-1]
+        rows = comparison_rows(before, after)
+        results["scores"] = {
+            name: {"before": old, "after": new, "change": change, "half_width_95": half}
+            for name, old, new, change, half in rows
+        }
+        table = comparison_table(rows, list(self.config.rewards))
+        number = len(after.scores["reward"])
+        table = (
+            f"{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
+            f"{after.step} steps\n{table}"
+        )
+        (self.output_dir / "results.json").write_text(json.dumps(results, indent=2))
+        files = "\n".join(f"{name + ':':<20}{path}" for name, path in results["files"].items())
+        self.print(
+            f"\n{table}\n\ntraining took {duration(results['train_seconds'])} without evaluations, "
+            f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
+            f"\n{files}"
+        )
+        return table
+
+
+def append_jsonl(path: Path, record: dict):
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cut_jsonl(path: Path, last_step: int) -> list[dict]:
+    """Records up to `last_step`. Later ones, of a run that is resumed from there or replaced, are cut off the file."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # a run was killed while it wrote the line
+            break
+    records = [record for record in records if record["step"] <= last_step]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process on a CUDA device, else its peak resident memory; GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # Linux counts in KB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, float, float, float, float]]:
+    """For every score its name, the means before and after, their paired difference and half its 95 % interval."""
+    return [
+        (name, before.mean(name), after.mean(name), *paired_difference(before.scores[name], after.scores[name]))
+        for name in after.scores
+        if name in before.scores
+    ]
+
+
+def comparison_table(rows: Sequence[tuple[str, float, float, float, float]], rewards: Sequence[str]) -> str:
+    """The rows of [`comparison_rows`] as text. Scores of `rewards` were trained on, the others are only watched."""
+    width = max(len(row[0]) for row in rows) + 2
+    lines = [f"{'':<{width}}{'before':>9}{'after':>9}   change (95 % interval)"]
+    trained = {row[0] for row in rows if row[0] == "reward" or row[0].split("/")[0] in rewards}
+    for title, wanted in (("trained on:", True), ("only watched:", False)):
+        group = [row for row in rows if (row[0] in trained) == wanted]
+        lines += [title] * bool(group)
+        for name, old, new, change, half in group:
+            interval = f"[{change - half:+.4f}, {change + half:+.4f}]"
+            lines.append(f"  {name:<{width - 2}}{old:>9.4f}{new:>9.4f}   {change:+.4f}  {interval}")
+    return "\n".join(lines)
+
+
+def log_gif(writer, gif: bytes, size: tuple[int, int], step: int):
+    """Show an animated GIF among TensorBoard's images; the writer's own `add_video` would need moviepy."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=gif)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="held-out/videos", image=image)]), step)

@@ -1,0 +1,230 @@
+"""Sampling videos, and decoding and scoring them while the next ones are sampled."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKLWan
+
+from ..models.vae_streaming import decode_latents
+from ..rewards import RewardError, RewardSet
+from .errors import UserError, one_line, summarize_exception
+from .prompts import Sample
+from .seeds import seeded_generator
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Scores:
+    """What the rewards say of one batch.
+
+    `values` has `"reward"`, the weighted sum, each reward by its name, and its parts as `"name/part"`, every one
+    `(B,)` float32 on the CPU. `videos` holds those `(F, 3, H, W)` that were to be kept, by sample key.
+    """
+
+    values: dict[str, torch.Tensor]
+    videos: dict[tuple, torch.Tensor]
+    seconds: float
+
+
+@dataclass
+class VideoBatch:
+    """Sampled videos: `latents` `(B, C, f, h, w)` float32, `prompt_embeds` `(B, L, D)`, a future of [`Scores`]."""
+
+    samples: Sequence[Sample]
+    prompt_embeds: torch.Tensor
+    latents: torch.Tensor
+    scores: Future = field(repr=False)
+
+
+class PromptEncoder:
+    """Text embeddings of prompts, each computed once. The least recently used of more than `max_prompts` go.
+
+    Prompts are encoded one at a time, so that an embedding does not depend on which others are asked for.
+    """
+
+    def __init__(self, pipeline, max_prompts: int = 512):
+        self.pipeline = pipeline
+        self.max_prompts = max_prompts
+        self._embeds: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Iterable[str]) -> torch.Tensor:
+        """`(B, L, D)`, on the pipeline's device."""
+        return torch.cat([self._encode(prompt) for prompt in prompts])
+
+    def _encode(self, prompt: str) -> torch.Tensor:
+        if prompt not in self._embeds:
+            if len(self._embeds) >= self.max_prompts:
+                del self._embeds[next(iter(self._embeds))]
+            self._embeds[prompt] = self.pipeline.encode_prompt([prompt])
+        else:
+            self._embeds[prompt] = self._embeds.pop(prompt)
+        return self._embeds[prompt]
+
+
+class RewardWorker:
+    """Decodes and scores videos in one background thread.
+
+    Args:
+        vae ([`AutoencoderKLWan`]): decodes the latents; nothing else should use it meanwhile.
+        rewards ([`RewardSet`]): the rewards that are trained on.
+        watched ([`RewardSet`], *optional*): rewards that are only reported.
+        skip_bad (`bool`): a video without a finite score gets NaN, instead of ending the run.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        rewards: RewardSet,
+        watched: RewardSet | None = None,
+        skip_bad: bool = False,
+    ):
+        self.vae = vae
+        self.rewards = rewards
+        self.watched = watched
+        self.skip_bad = skip_bad
+        # The current CUDA device belongs to a thread.
+        initializer = (lambda: torch.cuda.set_device(vae.device)) if vae.device.type == "cuda" else None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rewards", initializer=initializer)
+
+    def submit(
+        self,
+        latents: torch.Tensor,
+        samples: Sequence[Sample],
+        watched: bool = False,
+        keep: Collection[tuple] = (),
+    ) -> Future:
+        """Scores of `latents` `(B, C, f, h, w)` as a future; a reward's error becomes a [`UserError`].
+
+        Args:
+            watched: ask the watched rewards too.
+            keep: keys of the samples whose videos are wanted back.
+        """
+        return self._executor.submit(self._run, latents, samples, watched, keep)
+
+    def _run(self, latents, samples, watched, keep) -> Scores:
+        start = time.perf_counter()
+        videos = decode_videos(self.vae, latents)
+        values = self.score(videos, samples, watched)
+        kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
+        return Scores(values, kept, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def score(
+        self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Values as in [`Scores`] of `videos` `(B, F, 3, H, W)` in [0, 1], at once and in this thread."""
+        values = self._call(self.rewards, videos, samples)
+        if watched and self.watched is not None:
+            values |= {n: v for n, v in self._call(self.watched, videos, samples).items() if n not in values}
+        return values
+
+    def _call(self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        prompts = [sample.prompt.text for sample in samples]
+        metadata = [sample.prompt.metadata or {} for sample in samples]
+        try:
+            output = rewards(videos, prompts, metadata)
+        except RewardError as error:
+            if not self.skip_bad:
+                raise UserError(one_line(error)) from error
+            if len(samples) > 1:
+                parts = [self._call(rewards, video[None], [sample]) for video, sample in zip(videos, samples)]
+                return stack_scores(parts)
+            logger.warning("skipped: %s", one_line(error))
+            return {name: torch.tensor([math.nan]) for name in ("reward", *rewards.weights)}
+        except Exception as error:
+            raise UserError(f"a reward failed on {prompts[0]!r}: {summarize_exception(error)}") from error
+        return {"reward": output.total, **output.scores, **output.info}
+
+    def shutdown(self):
+        self._executor.shutdown(cancel_futures=True)
+
+
+def sample_latents(
+    pipeline, prompt_embeds: torch.Tensor, samples: Sequence[Sample], size: dict[str, int]
+) -> torch.Tensor:
+    """Latents `(B, C, f, h, w)`, each from its sample's own generator.
+
+    Args:
+        size: `height`, `width` and `num_frames`.
+    """
+    generators = [seeded_generator("sample", *sample.key) for sample in samples]
+    return pipeline(prompt_embeds=prompt_embeds, generator=generators, output_type="latent", **size).frames
+
+
+@torch.no_grad()
+def decode_videos(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Videos `(B, F, 3, H, W)` in [0, 1], float32."""
+    return (decode_latents(vae, latents).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+def generate(
+    pipeline,
+    encoder: PromptEncoder,
+    worker: RewardWorker,
+    batches: Iterable[Sequence[Sample]],
+    size: dict[str, int],
+    watched: bool = False,
+    keep: Collection[tuple] = (),
+) -> Iterator[VideoBatch]:
+    """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
+
+    Args:
+        watched, keep: as in [`RewardWorker.submit`].
+    """
+    scores = None
+    for samples in batches:
+        prompt_embeds = encoder(sample.prompt.text for sample in samples)
+        latents = sample_latents(pipeline, prompt_embeds, samples, size)
+        if scores is not None:
+            # If rewards are slower than the model, videos must not pile up.
+            wait([scores])
+        scores = worker.submit(latents, samples, watched, keep)
+        yield VideoBatch(samples, prompt_embeds, latents, scores)
+
+
+def stack_scores(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The values of several batches as one; a name that a batch lacks is NaN there."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    missing = [torch.full_like(part["reward"], math.nan) for part in parts]
+    return {name: torch.cat([part.get(name, nan) for part, nan in zip(parts, missing)]) for name in names}
+
+
+def gather_scores(
+    batches: Sequence[VideoBatch], samples: Sequence[Sample]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Wait for the scores of this process and exchange them with the others.
+
+    Args:
+        batches: what this process sampled.
+        samples: all samples, in the order in which their scores are wanted.
+
+    Returns:
+        For each name the scores `(N,)` of all samples, and the seconds that the slowest process spent on scoring. If
+        a reward failed anywhere, its error is raised in every process: none is left waiting.
+    """
+    scores, error = [], None
+    try:
+        scores = [batch.scores.result() for batch in batches]
+    except UserError as failure:
+        error = str(failure)
+    keys = [sample.key for batch in batches for sample in batch.samples]
+    values = stack_scores([part.values for part in scores])
+    gathered = gather_object([(error, keys, values, sum(part.seconds for part in scores))])
+    errors = [error for error, *_ in gathered if error]
+    if errors:
+        raise UserError(errors[0])
+    row = {key: i for i, key in enumerate(key for _, keys, *_ in gathered for key in keys)}
+    order = torch.tensor([row[sample.key] for sample in samples])
+    columns = stack_scores([values for _, _, values, _ in gathered if values])
+    return {name: column[order] for name, column in columns.items()}, max(seconds for *_, seconds in gathered)

@@ -1,0 +1,94 @@
+"""What a run is made of, from its settings: prompts, pipeline, rewards, optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+
+from ..rewards import RewardSet
+from .config import NFTConfig
+from .errors import UserError, as_user_error
+
+
+def make_accelerator(config: NFTConfig) -> Accelerator:
+    logging_dir = Path(config.output_dir) / config.logging_dir
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(logging_dir)),
+        # The schedule counts optimizer steps, whatever the number of processes.
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def prompt_path(config: NFTConfig) -> str | Path:
+    """The configured prompts, or those that lie beside the model."""
+    if config.prompts is not None:
+        return config.prompts
+    path = Path(config.pretrained_model_name_or_path) / "prompts"
+    if not path.is_dir():
+        raise UserError(
+            f"there is no folder {path}: check pretrained_model_name_or_path, or give prompts, a file or a folder."
+        )
+    return path
+
+
+def load_pipeline(config: NFTConfig, accelerator: Accelerator) -> DiffusionPipeline:
+    """The frozen pipeline on its device; in bf16 runs all of it is bf16 but the autoencoder."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    with as_user_error(f"cannot load {config.pretrained_model_name_or_path}"):
+        pipeline = DiffusionPipeline.from_pretrained(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            dtype={"default": dtype, "vae": torch.float32},
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    for component in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+        component.requires_grad_(False).eval()
+    return pipeline.to(accelerator.device)
+
+
+def video_size(config: NFTConfig, pipeline: DiffusionPipeline) -> dict[str, int]:
+    """`height`, `width` and `num_frames`, checked by the pipeline."""
+    size = {name: getattr(config, name) or pipeline.config[name] for name in ("height", "width", "num_frames")}
+    with as_user_error("video size"):
+        pipeline.check_inputs(
+            prompt="", prompt_embeds=None, output_type="latent", callback_on_step_end_tensor_inputs=[], **size
+        )
+    return size
+
+
+def make_rewards(config: NFTConfig) -> tuple[RewardSet, RewardSet | None]:
+    """The rewards that are trained on, and those that are only watched."""
+    with as_user_error("rewards"):
+        rewards = RewardSet(config.rewards)
+    watched = None
+    if config.eval_rewards:
+        with as_user_error("eval_rewards"):
+            watched = RewardSet(dict.fromkeys(config.eval_rewards, 1.0))
+    return rewards, watched
+
+
+def make_optimizer(config: NFTConfig, parameters: list[torch.nn.Parameter]):
+    """AdamW and its learning rate schedule."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    name = config.lr_scheduler
+    if name == "constant" and config.lr_warmup_steps:
+        name = "constant_with_warmup"
+    with as_user_error("lr_scheduler"):
+        schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+        )
+    return optimizer, schedule

@@ -1,0 +1,284 @@
+"""The NFT trainer: prompts -> videos of the old policy -> rewards -> advantages -> update of the current policy."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from .advantages import Advantages, group_advantages
+from .checkpoints import WEIGHT_NAMES, Checkpoints, save_adapter
+from .config import NFTConfig
+from .errors import UserError, as_user_error
+from .evaluation import compare_videos, evaluate
+from .hub import create_hub_repo, push_to_hub
+from .policies import (
+    CURRENT,
+    activate_current,
+    add_policies,
+    old_policy_decay,
+    policy_parameters,
+    update_old_policy,
+    use_policy,
+)
+from .prompts import Sample, epoch_samples, eval_samples, load_prompts, process_batches
+from .report import RunReport, peak_memory_gb
+from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
+from .setup import load_pipeline, make_accelerator, make_optimizer, make_rewards, prompt_path, video_size
+from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
+
+
+class NFTTrainer:
+    """Trains a LoRA of a causal video pipeline with NFT.
+
+    Every process makes one trainer; [`~NFTTrainer.train`] runs it. Mistakes of the user raise [`UserError`].
+
+    Args:
+        config ([`NFTConfig`]): the settings.
+    """
+
+    def __init__(self, config: NFTConfig):
+        self.config = config
+        self.accelerator = make_accelerator(config)
+        self.num_groups = config.groups_per_epoch(self.accelerator.num_processes)
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        set_seed(config.seed)
+
+        self.prompts, self.eval_prompts = load_prompts(prompt_path(config), config.num_eval_prompts)
+        self.eval_samples = eval_samples(self.eval_prompts, config.eval_seeds)
+        rewards, watched = make_rewards(config)  # before the large model is loaded: a wrong name is found at once
+        self.pipeline = load_pipeline(config, self.accelerator)
+        self.rewards = RewardWorker(self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip")
+        self.size = video_size(config, self.pipeline)
+        self.encoder = PromptEncoder(self.pipeline)
+        self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
+
+        self.transformer = self.pipeline.transformer
+        with as_user_error("cannot add the LoRA"):
+            add_policies(
+                self.transformer, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+            )
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        # DDP synchronises the parameters that are trainable when it wraps the model, and no others.
+        activate_current(self.transformer)
+        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
+            self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
+        )
+        self.checkpoints = Checkpoints(
+            self.accelerator, self.transformer, config.output_dir, config.checkpoints_total_limit
+        )
+        self.report = RunReport(config, self.accelerator)
+
+        self.epoch = 0
+        self.step = 0
+        self.train_seconds = 0.0
+        self.guard = CollapseGuard(config.collapse_factor)
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end. Returns what it wrote to results.json: the comparison of before and after, and files."""
+        self.start()
+        if not self.report.evaluations:
+            self.evaluate()
+        while self.epoch < self.config.num_train_epochs:
+            started = time.perf_counter()
+            samples = epoch_samples(
+                self.prompts, self.num_groups, self.config.samples_per_prompt, self.epoch, self.config.seed
+            )
+            batches = self.rollout(samples)
+            sampled = time.perf_counter()
+            scores, scoring_seconds = gather_scores(batches, samples)
+            scored = time.perf_counter()
+            advantages = self.advantages(scores, samples)
+            statistics = self.update(batches, advantages)
+            update_old_policy(self.transformer, self.old_policy_decay)
+            ended = time.perf_counter()
+
+            self.epoch += 1
+            self.train_seconds += ended - started
+            self.log(
+                scores,
+                advantages,
+                statistics,
+                seconds=ended - started,
+                seconds_sampling=sampled - started,
+                seconds_scoring=scoring_seconds,
+                seconds_waiting_for_scores=scored - sampled,
+                seconds_training=ended - scored,
+                samples_per_second=len(samples) / (ended - started),
+            )
+            if self.is_due(self.config.eval_steps):
+                self.evaluate()
+            if self.is_due(self.config.checkpointing_steps):
+                self.save_checkpoint()
+        return self.finish()
+
+    def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
+        """This process's part of the epoch's videos, sampled from the old policy and being scored."""
+        batches = []
+        with use_policy(self.transformer, "old"):
+            for batch in generate(self.pipeline, self.encoder, self.rewards, self.split(samples), self.size):
+                batches.append(batch)
+                self.report.activity(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
+        return batches
+
+    def advantages(self, scores: dict[str, torch.Tensor], samples: list[Sample]) -> Advantages:
+        """Advantages of the samples of all processes: a group may lie on several."""
+        groups = torch.tensor([sample.group for sample in samples])
+        advantages = group_advantages(scores["reward"], groups, self.config.advantage_std)
+        if not advantages.valid.any():
+            raise UserError("no video of this epoch has a finite reward: nothing is left to train on.")
+        return advantages
+
+    def update(self, batches: list[VideoBatch], advantages: Advantages) -> list[dict[str, float]]:
+        """The optimizer steps of an epoch; returns their statistics."""
+        values, valid = self.split(advantages.values), self.split(advantages.valid)
+        accumulation = self.config.gradient_accumulation_steps
+        statistics = []
+        for first in range(0, len(batches), accumulation):
+            self.report.activity("training")
+            noised = [
+                noise_batch(batches[i], self.sigmas, values[i], valid[i], self.config.adv_clip_max)
+                for i in range(first, first + accumulation)
+            ]
+            statistics.append(
+                optimizer_step(
+                    self.accelerator,
+                    self.model,
+                    self.optimizer,
+                    self.lr_scheduler,
+                    noised,
+                    self.config,
+                    self.guard,
+                    self.step + 1,
+                )
+            )
+            self.step += 1
+            self.report.progress.update()
+        return statistics
+
+    def evaluate(self):
+        """Score the current policy on the held-out prompts."""
+        self.report.activity("evaluating")
+        folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
+        with use_policy(self.transformer, "current"):
+            evaluation, videos = evaluate(
+                self.pipeline,
+                self.encoder,
+                self.rewards,
+                self.eval_samples,
+                self.size,
+                self.config.train_batch_size,
+                self.step,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                folder,
+                self.config.num_eval_videos,
+            )
+        self.report.add_evaluation(evaluation, list(videos.values()), self.pipeline.config.frame_rate)
+
+    def split(self, items):
+        """This process's batches of the epoch's samples, or of a tensor `(N,)` in their order."""
+        return process_batches(
+            items, self.config.train_batch_size, self.accelerator.process_index, self.accelerator.num_processes
+        )
+
+    @property
+    def old_policy_decay(self) -> float:
+        return old_policy_decay(self.step, self.config.old_policy_decay_rate, self.config.old_policy_decay_max)
+
+    def is_due(self, interval: int) -> bool:
+        """Whether a multiple of `interval` steps, or the end, fell into the epoch that is over."""
+        before = self.step - self.config.steps_per_epoch
+        return self.step // interval > before // interval or self.step >= self.config.max_train_steps
+
+    def start(self):
+        """Resume if asked to, open the logs, and say what is about to happen."""
+        config = self.config
+        self.repo_id = create_hub_repo(config) if config.push_to_hub and self.accelerator.is_main_process else None
+        path = self.checkpoints.find(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+        if path is not None:
+            state = self.checkpoints.load(path)
+            self.step, self.epoch, self.train_seconds = state["step"], state["epoch"], state["train_seconds"]
+            self.guard.start_norm = state["start_norm"]
+        self.report.start(None if path is None else self.step)
+
+        if config.resume_from_checkpoint:
+            self.report.print(f"resuming from {path}" if path else "no checkpoint to resume from: starting anew")
+        trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
+        processes = self.accelerator.num_processes
+        self.report.print(
+            f"{config.pretrained_model_name_or_path}: {self.size['num_frames']} frames of {self.size['height']}x"
+            f"{self.size['width']}; LoRA of rank {config.rank}, {trainable:,} parameters\n"
+            f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
+            f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
+            f"{config.samples_per_prompt} samples an epoch, {config.max_train_steps} steps; "
+            f"{len(self.eval_samples)} held-out videos; output in {config.output_dir}"
+        )
+
+    def log(
+        self,
+        scores: dict[str, torch.Tensor],
+        advantages: Advantages,
+        statistics: list[dict[str, float]],
+        **timing: float,
+    ):
+        """Metrics of an epoch: means over all samples and optimizer steps."""
+        metrics = {"step": self.step, "epoch": self.epoch}
+        metrics |= {name: values.nanmean().item() for name, values in scores.items()}
+        metrics["group_std"] = advantages.group_std.mean().item()
+        metrics["zero_spread_groups"] = advantages.zero_spread
+        metrics["skipped_samples"] = int((~advantages.valid).sum())
+        metrics |= {key: sum(s[key] for s in statistics) / len(statistics) for key in statistics[0]}
+        metrics["old_policy_decay"] = self.old_policy_decay
+        metrics |= timing
+        metrics["peak_memory_gb"] = peak_memory_gb(self.accelerator.device)
+        epochs_left = self.config.num_train_epochs - self.epoch
+        self.report.add_epoch(metrics, seconds_left=epochs_left * self.train_seconds / self.epoch)
+
+    def save_checkpoint(self):
+        state = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "train_seconds": self.train_seconds,
+            "start_norm": self.guard.start_norm,
+        }
+        self.checkpoints.save(self.step, state)
+
+    def finish(self) -> dict[str, Any]:
+        """The adapter, the comparison of before and after, and the upload if asked for."""
+        if self.report.evaluations[-1].step != self.step:
+            self.evaluate()
+        results = {}
+        if self.accelerator.is_main_process:
+            output_dir = Path(self.config.output_dir)
+            save_adapter(self.transformer, output_dir)
+            files = {"adapter": str(output_dir / WEIGHT_NAMES[CURRENT]), "curve": str(output_dir / "rewards.png")}
+            files |= compare_videos(
+                self.pipeline,
+                self.transformer,
+                self.encoder,
+                self.eval_samples[: self.config.num_eval_videos],
+                self.size,
+                self.config.train_batch_size,
+                output_dir,
+            )
+            num_samples = self.epoch * self.num_groups * self.config.samples_per_prompt
+            results = {
+                "num_videos": len(self.eval_samples),
+                "train_seconds": self.train_seconds,
+                "samples_per_second": num_samples / self.train_seconds,
+                "peak_memory_gb": peak_memory_gb(self.accelerator.device),
+                "files": files,
+            }
+            table = self.report.finish(results, len(self.eval_prompts))
+            if self.repo_id:
+                push_to_hub(self.config, self.repo_id, table)
+                self.report.print(f"pushed to {self.repo_id}")
+        self.rewards.shutdown()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return results

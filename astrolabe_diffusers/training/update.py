@@ -1,0 +1,253 @@
+"""One optimizer step of NFT."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from ..models.kv_cache import CausalWanKVCache
+from .config import NFTConfig
+from .errors import UserError
+from .losses import add_noise, nft_loss, optimality, predicted_clean, squared_distance
+from .policies import policy_parameters, use_policy
+from .prompts import Sample
+from .rollout import VideoBatch
+from .seeds import seeded_generator
+
+
+# Sums over samples that an optimizer step reports, in this order.
+STATISTICS = ("loss", "policy_loss", "kl", "deviation", "x0_norm")
+
+
+@dataclass
+class NoisedBatch:
+    """Sampled clips, and the same with noise.
+
+    `clean`, `noisy` `(B, C, F, h, w)` float32; `sigma`, `timestep` (0 to 1000), `optimality` and `weight` (0 for a
+    sample that is skipped, else 1) `(B,)`; `prompt_embeds` `(B, L, D)`.
+    """
+
+    clean: torch.Tensor
+    noisy: torch.Tensor
+    sigma: torch.Tensor
+    timestep: torch.Tensor
+    prompt_embeds: torch.Tensor
+    optimality: torch.Tensor
+    weight: torch.Tensor
+
+
+def training_sigmas(pipeline, train_timesteps: str) -> torch.Tensor:
+    """Noise levels `(steps,)` in (0, 1] that are trained.
+
+    `"warped"`: those of the sampler. `"raw"`: those before its shift, as the code released with Astrolabe has it.
+    """
+    sigmas = list(pipeline.config.sigmas)
+    if train_timesteps == "raw":
+        return torch.tensor(sigmas, dtype=torch.float32)
+    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(sigmas=sigmas)
+    return scheduler.sigmas[:-1].float()
+
+
+def noise_batch(
+    batch: VideoBatch, sigmas: torch.Tensor, advantages: torch.Tensor, valid: torch.Tensor, adv_clip_max: float
+) -> NoisedBatch:
+    """Noise every sample to one step of the sampler, drawn with the noise from the sample's own generator.
+
+    Args:
+        sigmas: from [`training_sigmas`].
+        advantages, valid: `(B,)`.
+    """
+    draws = [_draw(sample, sigmas, batch.latents.shape[1:]) for sample in batch.samples]
+    device = batch.latents.device
+    sigma = torch.stack([sigma for sigma, _ in draws]).to(device)
+    noise = torch.stack([noise for _, noise in draws]).to(device)
+    return NoisedBatch(
+        clean=batch.latents,
+        noisy=add_noise(batch.latents, noise, sigma),
+        sigma=sigma,
+        timestep=1000 * sigma,
+        prompt_embeds=batch.prompt_embeds,
+        optimality=optimality(advantages.to(device), adv_clip_max),
+        weight=valid.to(device).float(),
+    )
+
+
+def _draw(sample: Sample, sigmas: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = seeded_generator("train", *sample.key)
+    sigma = sigmas[torch.randint(len(sigmas), (), generator=generator)]
+    return sigma, torch.randn(shape, generator=generator)
+
+
+class BlockwiseModel:
+    """The transformer on one clip, block by block as in inference: every noisy block sees the clean ones before it.
+
+    The context's K/V are the policy's own and carry no gradient, so that each block has a graph of its own and its
+    backward pass may run at once: memory follows one block, not the clip.
+
+    Args:
+        transformer: the [`CausalWanTransformer3DModel`] itself.
+        batch: the clips.
+        forward: what computes the prediction: the transformer, or what DDP made of it.
+    """
+
+    def __init__(self, transformer, batch: NoisedBatch, forward=None):
+        self.transformer = transformer
+        self.forward = forward or transformer
+        self.batch = batch
+        self.dtype = transformer.dtype
+        self.num_frames = batch.clean.shape[2]
+        size = transformer.config.num_frames_per_block
+        self.blocks = [slice(start, start + size) for start in range(0, self.num_frames, size)]  # latent frames
+        self.cache = CausalWanKVCache(transformer.config.num_layers, max_frames=self.num_frames)
+
+    def predict(self, frames: slice) -> torch.Tensor:
+        """Clean latents `(B, C, n, h, w)` of a block, predicted from its noisy ones."""
+        noisy = self.batch.noisy[:, :, frames]
+        velocity = self.forward(
+            noisy.to(self.dtype),
+            self.batch.timestep,
+            self.batch.prompt_embeds,
+            kv_cache=self.cache,
+            kv_cache_mode="read",
+            frame_offset=frames.start,
+            return_dict=False,
+        )[0]
+        return predicted_clean(noisy, velocity.float(), self.batch.sigma)
+
+    @torch.no_grad()
+    def advance(self, frames: slice):
+        """Store the K/V of a clean block for those that follow. Nothing follows the last one."""
+        if frames.stop < self.num_frames:
+            self.transformer(
+                self.batch.clean[:, :, frames].to(self.dtype),
+                torch.zeros_like(self.batch.timestep),
+                self.batch.prompt_embeds,
+                kv_cache=self.cache,
+                kv_cache_mode="write",
+                frame_offset=frames.start,
+                return_dict=False,
+            )
+
+    def predict_clip(self) -> torch.Tensor:
+        """The prediction for all blocks, `(B, C, F, h, w)`."""
+        predictions = []
+        for frames in self.blocks:
+            predictions.append(self.predict(frames))
+            self.advance(frames)
+        return torch.cat(predictions, dim=2)
+
+
+def accumulate_gradients(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    batch: NoisedBatch,
+    config: NFTConfig,
+    samples_per_step: int,
+    synchronize: bool,
+) -> torch.Tensor:
+    """Add a batch's part of the gradient of the mean loss to the current policy's parameters.
+
+    Args:
+        model: the prepared transformer (wrapped by DDP if there are several processes).
+        samples_per_step: samples of an optimizer step on this process.
+        synchronize: whether this is the last batch of the step, after which processes average their gradients.
+
+    Returns:
+        The sums over samples of [`STATISTICS`], `(5,)`.
+    """
+    transformer = accelerator.unwrap_model(model)
+    with use_policy(transformer, "old"):
+        old = BlockwiseModel(transformer, batch).predict_clip()
+    reference = None
+    if config.kl_weight:
+        with use_policy(transformer, "reference"):
+            reference = BlockwiseModel(transformer, batch).predict_clip()
+
+    statistics = torch.zeros(len(STATISTICS), device=batch.clean.device)
+    current = BlockwiseModel(transformer, batch, forward=model)
+    for frames in current.blocks:
+        is_last = synchronize and frames == current.blocks[-1]
+        # Inside no_sync go both passes: DDP decides in the forward pass what the backward pass does.
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            prediction = current.predict(frames)
+            policy_loss = nft_loss(
+                prediction, old[:, :, frames], batch.clean[:, :, frames], batch.optimality, config.beta
+            )
+            kl = torch.zeros_like(policy_loss)
+            if reference is not None:
+                kl = squared_distance(prediction, reference[:, :, frames])
+            loss = policy_loss + config.kl_weight * kl
+            # Means over blocks of equal size, weighted by their share of the clip, add up to the mean over the clip.
+            share = prediction.shape[2] / batch.clean.shape[2]
+            accelerator.backward((loss * batch.weight).sum() * share / samples_per_step)
+        current.advance(frames)
+        with torch.no_grad():
+            deviation = squared_distance(prediction, old[:, :, frames])
+            norm = prediction.square().flatten(1).mean(1)
+            statistics += share * torch.stack([loss, policy_loss, kl, deviation, norm]).sum(1)
+    return statistics
+
+
+class CollapseGuard:
+    """Stops a run whose policy falls apart, before the step that would make it worse.
+
+    The norm of the predicted clean videos is compared with that of the first step.
+    """
+
+    def __init__(self, factor: float, start_norm: float | None = None):
+        self.factor = factor
+        self.start_norm = start_norm
+
+    def check(self, loss: float, norm: float, step: int):
+        if not (torch.tensor([loss, norm]).isfinite().all()):
+            raise UserError(f"step {step}: the loss is {loss}; the policy has collapsed. {self._advice}")
+        self.start_norm = self.start_norm or norm
+        ratio = norm / self.start_norm
+        if self.factor and not 1 / self.factor <= ratio <= self.factor:
+            raise UserError(
+                f"step {step}: predicted videos have {ratio:.2f} times the norm they started with "
+                f"(collapse_factor={self.factor:g}); the policy has collapsed. {self._advice}"
+            )
+
+    _advice = "Lower learning_rate or add lr_warmup_steps, and resume from a checkpoint before the collapse."
+
+
+def optimizer_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer,
+    lr_scheduler,
+    batches: Sequence[NoisedBatch],
+    config: NFTConfig,
+    guard: CollapseGuard,
+    step: int,
+) -> dict[str, float]:
+    """Train on the batches of one optimizer step; returns means over all samples of all processes.
+
+    `deviation` and `x0_norm` are root mean squares: of the distance between the predictions of current and old
+    policy, and of the current one's predictions.
+    """
+    accelerator.unwrap_model(model).train()
+    count = sum(len(batch.clean) for batch in batches)
+    totals = sum(
+        accumulate_gradients(accelerator, model, batch, config, count, synchronize=i == len(batches) - 1)
+        for i, batch in enumerate(batches)
+    )
+    means = accelerator.reduce(totals / count, reduction="mean").tolist()
+    statistics = dict(zip(STATISTICS, means))
+    statistics["deviation"] **= 0.5
+    statistics["x0_norm"] **= 0.5
+    guard.check(statistics["loss"], statistics["x0_norm"], step)
+
+    parameters = policy_parameters(accelerator.unwrap_model(model))
+    statistics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+    statistics["learning_rate"] = lr_scheduler.get_last_lr()[0]
+    optimizer.step()
+    lr_scheduler.step()
+    optimizer.zero_grad()
+    return statistics

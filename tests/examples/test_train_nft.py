@@ -1,0 +1,244 @@
+"""Whole runs of examples/train_nft.py, in this process, on the random tiny pipeline."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from astrolabe_diffusers.training.evaluation import evaluate
+from astrolabe_diffusers.training.prompts import eval_samples, load_prompts
+from astrolabe_diffusers.training.rollout import PromptEncoder
+from tests.training.helpers import reward_worker, tiny_arguments
+
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from train_nft import main  # noqa: E402
+
+
+BRIGHTNESS = "tests.training.rewards:brightness"
+FOUR_STEPS = dict(
+    max_train_steps=4, checkpointing_steps=2, eval_steps=2, lr_scheduler="cosine", lr_warmup_steps=1, seed=3
+)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """Folder and standard output of an uninterrupted run of four steps."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = main(tiny_arguments(model_folder, folder, **FOUR_STEPS))
+    assert code == 0
+    return folder, output.getvalue()
+
+
+def test_run_writes_its_files(finished):
+    folder, _ = finished
+    for name in (
+        "pytorch_lora_weights.safetensors",
+        "checkpoints/checkpoint-2/pytorch_lora_weights.safetensors",
+        "checkpoints/checkpoint-4/pytorch_lora_weights_old.safetensors",
+        "eval_videos/step-0/000.mp4",
+        "eval_videos/step-4/001.mp4",
+        "before_after.mp4",
+        "before_after.png",
+        "rewards.png",
+        "results.json",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert list(folder.glob("logs/nft/events.out.tfevents.*"))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["rank"] == 4
+
+
+def test_run_reports_everything(finished):
+    folder, output = finished
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    names = {"reward", BRIGHTNESS, f"{BRIGHTNESS}/red", "group_std", "zero_spread_groups", "loss", "policy_loss", "kl"}
+    names |= {"grad_norm", "deviation", "x0_norm", "learning_rate", "seconds_sampling", "seconds_scoring"}
+    names |= {"seconds_training", "samples_per_second", "peak_memory_gb"}
+    assert names <= metrics[0].keys()
+    # All policies are equal before the first step.
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-10) and metrics[0]["deviation"] == pytest.approx(0, abs=1e-5)
+    assert metrics[-1]["kl"] > 0 and metrics[-1]["deviation"] > 0
+    evaluations = read_jsonl(folder / "eval.jsonl")
+    assert [record["step"] for record in evaluations] == [0, 2, 4]
+    assert len(evaluations[0]["scores"]["reward"]) == 4
+    results = json.loads((folder / "results.json").read_text())
+    change = results["scores"]["reward"]
+    assert change["after"] == pytest.approx(evaluations[-1]["mean"]["reward"])
+    assert change["change"] == pytest.approx(change["after"] - change["before"])
+    for text in ("step 4/4", "only watched", "tests.training.rewards:contrast", "peak memory", str(folder)):
+        assert text in output
+
+
+def test_reloaded_adapter_reproduces_the_evaluation(finished, model_folder):
+    folder, _ = finished
+    pipe = DiffusionPipeline.from_pretrained(model_folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(folder)
+    samples = eval_samples(load_prompts(model_folder / "prompts", 2)[1], 2)
+    worker = reward_worker(pipe)
+    size = {"height": 32, "width": 32, "num_frames": 21}
+    with torch.no_grad():
+        evaluation, _ = evaluate(pipe, PromptEncoder(pipe), worker, samples, size, 4, 4, 0, 1)
+    worker.shutdown()
+    first, *_, last = read_jsonl(folder / "eval.jsonl")
+    assert evaluation.scores["reward"] == pytest.approx(last["scores"]["reward"], abs=1e-6)
+    differences = [abs(a - b) for a, b in zip(first["scores"]["reward"], last["scores"]["reward"])]
+    assert min(differences) > 1e-5
+
+
+def test_resumed_run_has_the_numbers_of_the_uninterrupted_one(finished, model_folder, tmp_path):
+    folder, _ = finished
+    arguments = tiny_arguments(model_folder, tmp_path, **FOUR_STEPS)
+    assert main(arguments) == 0
+    # As if killed while writing the second checkpoint: the logs have come further than the checkpoint before.
+    last = tmp_path / "checkpoints" / "checkpoint-4"
+    last.rename(last.with_name("checkpoint-4.partial"))
+    assert main([*arguments, "--resume_from_checkpoint", "latest"]) == 0
+
+    expected = load_file(folder / "pytorch_lora_weights.safetensors")
+    actual = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    names = ("reward", "loss", "kl", "grad_norm", "deviation", "x0_norm", "learning_rate", "group_std")
+    for a, b in zip(read_jsonl(folder / "metrics.jsonl"), read_jsonl(tmp_path / "metrics.jsonl"), strict=True):
+        assert {name: a[name] for name in names} == {name: b[name] for name in names}
+    assert read_jsonl(folder / "eval.jsonl") == read_jsonl(tmp_path / "eval.jsonl")
+    file = "checkpoints/checkpoint-4/trainer_state.json"
+    states = [json.loads((path / file).read_text()) for path in (folder, tmp_path)]
+    for state in states:
+        state.pop("train_seconds")
+    assert states[0] == states[1]
+
+
+def test_resuming_a_finished_run_only_reports(finished, model_folder, capsys):
+    folder, _ = finished
+    before = load_file(folder / "pytorch_lora_weights.safetensors")
+    arguments = tiny_arguments(model_folder, folder, **FOUR_STEPS, resume_from_checkpoint="latest")
+    assert main(arguments) == 0
+    after = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [record["step"] for record in read_jsonl(folder / "eval.jsonl")] == [0, 2, 4]
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_several_optimizer_steps_an_epoch(model_folder, tmp_path):
+    arguments = tiny_arguments(model_folder, tmp_path, gradient_accumulation_steps=1, max_train_steps=4, eval_steps=4)
+    assert main(arguments) == 0
+    metrics = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(record["epoch"], record["step"]) for record in metrics] == [(1, 2), (2, 4)]
+    # Inside an epoch the current policy leaves the old one, which made the samples.
+    assert metrics[0]["deviation"] > 1e-4
+
+
+def test_bfloat16_run(model_folder, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        arguments = tiny_arguments(model_folder, tmp_path, mixed_precision="bf16", max_train_steps=2, eval_steps=2)
+        assert main(arguments) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    metrics = read_jsonl(tmp_path / "metrics.jsonl")
+    # Old and current policy run at the same precision: what tells them apart is training alone.
+    assert metrics[0]["deviation"] == pytest.approx(0, abs=1e-6) and metrics[1]["deviation"] > 1e-4
+    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
+    arguments = tiny_arguments(
+        model_folder, tmp_path, rewards="tests.training.rewards:sometimes_nan", nan_reward="skip", max_train_steps=1
+    )
+    assert main(arguments) == 0
+    record = read_jsonl(tmp_path / "metrics.jsonl")[0]
+    assert 0 < record["skipped_samples"] < 8 and record["loss"] == record["loss"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_frames": 20}, ["num_frames=20", "9 and 21"]),
+        ({"height": 30}, ["height", "multiples"]),
+        ({"rewards": "beauty"}, ["unknown reward 'beauty'", "tiny_shapes_prompt_match"]),
+        ({"eval_rewards": "beauty"}, ["eval_rewards", "unknown reward 'beauty'"]),
+        ({"rewards": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),
+        ({"rewards": "tests.training.rewards:always_nan", "nan_reward": "skip"}, ["no video of this epoch"]),
+        ({"rewards": "tests.training.rewards:broken"}, ["ZeroDivisionError", "a reward that cannot work"]),
+        ({"prompts": "nowhere"}, ["no prompt file or folder nowhere"]),
+        ({"pretrained_model_name_or_path": "/no/model"}, ["cannot load /no/model"]),
+        ({"pretrained_model_name_or_path": "/no/model", "prompts": "none"}, ["no folder /no/model/prompts"]),
+        ({"samples_per_prompt": 5}, ["8 samples", "2, 4 or 8"]),
+        ({"resume_from_checkpoint": "checkpoint-7"}, ["no checkpoint checkpoint-7"]),
+        ({"lora_target_modules": "nothing_like_it"}, ["cannot add the LoRA", "nothing_like_it"]),
+        ({"lr_scheduler": "wave"}, ["lr_scheduler", "wave"]),
+        ({"learning_rate": 30, "collapse_factor": 1.001}, ["step 2", "collapsed", "learning_rate"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, values, words):
+    # Prompts of their own: a wrong model is to be found by loading it.
+    values = {"prompts": model_folder / "prompts"} | values
+    assert main(tiny_arguments(model_folder, tmp_path / "out", **values)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_empty_prompt_file(model_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n")
+    assert main(tiny_arguments(model_folder, tmp_path / "out", prompts=tmp_path / "prompts.txt")) == 2
+    assert "prompts.txt is empty" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_rank(finished, model_folder, capsys):
+    folder, _ = finished
+    arguments = tiny_arguments(model_folder, folder, **FOUR_STEPS, resume_from_checkpoint="latest")
+    assert main([*arguments, "--rank", "8"]) == 2
+    assert "it has rank 4, this run has rank 8" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("astrolabe_diffusers.training.trainer.update_old_policy", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(tiny_arguments(model_folder, tmp_path))
+
+
+def test_reward_goes_where_its_weight_points(model_folder, tmp_path):
+    """The same run for a bright and for a dark video: on held-out prompts the reward rises, or falls."""
+    change = {}
+    for weight in (1, -1):
+        folder = tmp_path / str(weight)
+        arguments = tiny_arguments(
+            model_folder,
+            folder,
+            rewards=f"{BRIGHTNESS}={weight}",
+            num_frames=9,
+            train_batch_size=32,
+            batches_per_epoch=1,
+            samples_per_prompt=8,
+            max_train_steps=10,
+            eval_steps=10,
+            num_eval_prompts=4,
+            eval_seeds=4,
+            checkpointing_steps=10,
+            advantage_std="group",
+            report_to="none",
+        )
+        assert main(arguments) == 0
+        scores = json.loads((folder / "results.json").read_text())["scores"]
+        change[weight] = scores[BRIGHTNESS]["change"]
+        assert scores["reward"]["change"] > 2 * scores["reward"]["half_width_95"]
+    assert change[1] > 0 > change[-1]

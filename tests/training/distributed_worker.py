@@ -1,0 +1,89 @@
+"""What each of two processes does for test_distributed.py; started by torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from astrolabe_diffusers.training.checkpoints import Checkpoints
+from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.training.policies import activate_current, policy_parameters, use_policy
+from astrolabe_diffusers.training.prompts import process_batches
+from astrolabe_diffusers.training.rollout import PromptEncoder, gather_scores, generate
+from astrolabe_diffusers.training.update import accumulate_gradients, noise_batch
+from tests.training.helpers import BRIGHTNESS, SIZE, config, make_samples, policy_pipeline, reward_worker
+
+
+SAMPLES = make_samples(8, group_size=4)
+SIGMAS = torch.tensor([1.0, 0.9375, 0.8333, 0.625])
+ADVANTAGES = torch.linspace(-3, 3, 8)
+BROKEN = "tests.training.rewards:broken"
+
+
+def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNESS):
+    """Scores of all samples and this process's gradients after all of its batches."""
+    pipe = policy_pipeline()
+    activate_current(pipe.transformer)
+    model = accelerator.prepare(pipe.transformer)
+    worker = reward_worker(pipe, rewards)
+
+    def split(items):
+        return process_batches(items, batch_size, accelerator.process_index, accelerator.num_processes)
+
+    with use_policy(pipe.transformer, "old"):
+        batches = list(generate(pipe, PromptEncoder(pipe), worker, split(SAMPLES), SIZE))
+    scores, _ = gather_scores(batches, SAMPLES)
+    count = sum(len(batch.samples) for batch in batches)
+    for i, (batch, advantages) in enumerate(zip(batches, split(ADVANTAGES))):
+        noised = noise_batch(batch, SIGMAS, advantages, torch.ones(len(advantages), dtype=torch.bool), 5.0)
+        accumulate_gradients(accelerator, model, noised, config(), count, synchronize=i == len(batches) - 1)
+    worker.shutdown()
+    return pipe.transformer, scores, [p.grad.clone() for p in policy_parameters(pipe.transformer)]
+
+
+def gradients_without_synchronisation(accelerator, batch_size: int):
+    """The same with the model wrapped while the old policy was active: what DDP then does not do, silently."""
+    pipe = policy_pipeline()
+    pipe.transformer.set_adapter("old")
+    model = accelerator.prepare(pipe.transformer)
+    activate_current(pipe.transformer)
+    worker = reward_worker(pipe)
+    with use_policy(pipe.transformer, "old"):
+        batches = process_batches(SAMPLES, batch_size, accelerator.process_index, accelerator.num_processes)
+        batch = next(generate(pipe, PromptEncoder(pipe), worker, batches, SIZE))
+    worker.shutdown()
+    noised = noise_batch(batch, SIGMAS, torch.ones(batch_size), torch.ones(batch_size, dtype=torch.bool), 5.0)
+    accumulate_gradients(accelerator, model, noised, config(), batch_size, synchronize=True)
+    return [p.grad.clone() for p in policy_parameters(pipe.transformer)]
+
+
+def main(folder: Path):
+    accelerator = Accelerator(mixed_precision="no")
+    transformer, scores, gradients = rollout_and_gradients(accelerator, batch_size=2)
+    checkpoint = Checkpoints(accelerator, transformer, folder, total_limit=1).save(1, {"step": 1})
+
+    # A reward that fails on the second process only.
+    try:
+        rollout_and_gradients(accelerator, 2, BROKEN if accelerator.process_index else BRIGHTNESS)
+        error = None
+    except UserError as failure:
+        error = str(failure)
+
+    result = {
+        "world_size": accelerator.num_processes,
+        "scores": scores,
+        "gradients": gradients,
+        "wrapped_wrongly": gradients_without_synchronisation(accelerator, 2),
+        "checkpoint": sorted(path.name for path in checkpoint.iterdir()),
+        "error": error,
+    }
+    torch.save(result, folder / f"rank{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

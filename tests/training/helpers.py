@@ -1,0 +1,95 @@
+"""Small runs of the trainer's parts on the random tiny pipeline."""
+
+from __future__ import annotations
+
+import torch
+
+from astrolabe_diffusers.rewards import RewardSet
+from astrolabe_diffusers.training.config import NFTConfig
+from astrolabe_diffusers.training.policies import OLD, add_policies, policy_parameters
+from astrolabe_diffusers.training.prompts import Prompt, Sample
+from astrolabe_diffusers.training.rollout import RewardWorker
+from astrolabe_diffusers.training.update import NoisedBatch
+from tests.tiny_pipeline import tiny_pipeline
+
+
+BRIGHTNESS = "tests.training.rewards:brightness"
+SIZE = {"height": 32, "width": 32, "num_frames": 21}
+
+
+def policy_pipeline(rank: int = 4, randomize: bool = True, **overrides):
+    """The tiny pipeline of two blocks (6 latent frames) with both adapters, which differ unless `randomize` is off."""
+    pipe = tiny_pipeline(**{**SIZE, **overrides})
+    torch.manual_seed(0)
+    add_policies(pipe.transformer, rank=rank, lora_alpha=2 * rank)
+    if randomize:
+        randomize_adapters(pipe.transformer)
+    return pipe
+
+
+def randomize_adapters(transformer):
+    """B starts at zero, where all policies are equal and A has no gradient: move both adapters away from there."""
+    generator = torch.Generator().manual_seed(1)
+    for adapter, scale in (("default", 0.15), (OLD, 0.1)):
+        for parameter in policy_parameters(transformer, adapter):
+            parameter.data.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def make_samples(number: int, group_size: int = 2) -> list[Sample]:
+    prompts = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
+    return [
+        Sample(Prompt(prompts[i // group_size % 2]), i // group_size, (7, 0, i // group_size, i % group_size))
+        for i in range(number)
+    ]
+
+
+def noised_batch(pipe, batch_size: int = 2, frames: int = 6, seed: int = 0) -> NoisedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch_size, pipe.transformer.config.in_channels, frames, 4, 4)
+    clean, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    sigma = torch.tensor([1.0, 0.9375, 0.625, 0.8333])[torch.arange(batch_size) % 4]
+    view = sigma.view(-1, 1, 1, 1, 1)
+    return NoisedBatch(
+        clean=clean,
+        noisy=(1 - view) * clean + view * noise,
+        sigma=sigma,
+        timestep=1000 * sigma,
+        prompt_embeds=torch.randn(batch_size, 16, 32, generator=generator),
+        optimality=torch.rand(batch_size, generator=generator),
+        weight=torch.ones(batch_size),
+    )
+
+
+def config(**values) -> NFTConfig:
+    return NFTConfig(**{"rewards": {BRIGHTNESS: 1.0}, "beta": 0.7, "kl_weight": 0.3, **values})
+
+
+def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, skip_bad=False) -> RewardWorker:
+    return RewardWorker(pipe.vae, RewardSet({rewards: 1.0}), RewardSet({watched: 1.0}) if watched else None, skip_bad)
+
+
+def tiny_arguments(model, output_dir, **values) -> list[str]:
+    """Command line of a run of two steps that takes seconds."""
+    defaults = {
+        "pretrained_model_name_or_path": model,
+        "output_dir": output_dir,
+        "rewards": BRIGHTNESS,
+        "eval_rewards": "tests.training.rewards:contrast",
+        "height": 32,
+        "width": 32,
+        "num_frames": 21,
+        "train_batch_size": 4,
+        "batches_per_epoch": 2,
+        "samples_per_prompt": 4,
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "rank": 4,
+        "lora_alpha": 8,
+        "eval_steps": 1,
+        "num_eval_prompts": 2,
+        "eval_seeds": 2,
+        "num_eval_videos": 2,
+        "checkpointing_steps": 1,
+        "mixed_precision": "no",
+    }
+    return [part for name, value in (defaults | values).items() for part in (f"--{name}", str(value))]

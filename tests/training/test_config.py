@@ -1,0 +1,120 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.training.config import NFTConfig, parse_args
+from astrolabe_diffusers.training.errors import UserError
+
+
+@pytest.fixture
+def configs(tmp_path):
+    (tmp_path / "small.yaml").write_text("rank: 16\nlearning_rate: 3e-4\nrewards: {sharpness: 2, flicker: 0.5}\n")
+    return tmp_path
+
+
+def test_defaults_are_the_published_settings():
+    config = NFTConfig()
+    assert config.pretrained_model_name_or_path == TINY_SHAPES
+    published = dict(
+        beta=1.0, kl_weight=1e-4, adv_clip_max=5.0, rank=256, lora_alpha=256, learning_rate=1e-5, max_grad_norm=1.0
+    )
+    assert {name: getattr(config, name) for name in published} == published
+    assert config.steps_per_epoch == 1
+
+
+def test_command_line_goes_before_file_goes_before_default(configs):
+    config = parse_args(["--config", "small", "--rank", "8"], configs)
+    assert (config.rank, config.learning_rate, config.beta) == (8, 3e-4, 1.0)
+    assert config.rewards == {"sharpness": 2.0, "flicker": 0.5}
+
+
+def test_config_by_path(configs):
+    assert parse_args(["--config", str(configs / "small.yaml")]).rank == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
+        (["--gradient_checkpointing"], "gradient_checkpointing", True),
+        (["--gradient_checkpointing", "false"], "gradient_checkpointing", False),
+        (["--rewards", "sharpness"], "rewards", {"sharpness": 1.0}),
+        (["--rewards", "sharpness=2,flicker=0.5"], "rewards", {"sharpness": 2.0, "flicker": 0.5}),
+        (["--rewards", "{sharpness: 2}"], "rewards", {"sharpness": 2.0}),
+        (["--rewards", "my.module:Reward=3"], "rewards", {"my.module:Reward": 3.0}),
+        (["--eval_rewards", "sharpness,flicker"], "eval_rewards", ["sharpness", "flicker"]),
+        (["--eval_rewards", ""], "eval_rewards", []),
+        (["--mixed_precision", "none"], "mixed_precision", None),
+        (["--num_frames", "33"], "num_frames", 33),
+        (["--max_train_steps", "7"], "num_train_epochs", 7),
+    ],
+)
+def test_values_get_the_type_of_their_field(arguments, field, value):
+    assert getattr(parse_args(arguments), field) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
+        (["--config", "nothing"], ["nothing", "small"]),
+        (["--rank", "many"], ["rank", "whole number", "many"]),
+        (["--rank", "0"], ["rank", "at least 1"]),
+        (["--advantage_std", "both"], ["global, group, none", "both"]),
+        (["--rewards", ""], ["rewards", "at least one"]),
+        (["--rewards", "sharpness=high"], ["rewards", "name=weight"]),
+        (["--gradient_checkpointing", "maybe"], ["true or false"]),
+        (["--batches_per_epoch", "6", "--gradient_accumulation_steps", "4"], ["1, 2, 3 or 6"]),
+        (
+            ["--batches_per_epoch", "4", "--gradient_accumulation_steps", "2", "--max_train_steps", "7"],
+            ["max_train_steps=7", "6 or 8"],
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line_that_names_the_choices(arguments, words, configs):
+    with pytest.raises(UserError) as error:
+        parse_args(arguments, configs)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_unknown_key_of_a_file_suggests_the_right_one(configs):
+    (configs / "typo.yaml").write_text("learnin_rate: 1\nzzz: 2\n")
+    with pytest.raises(UserError, match="learnin_rate.*did you mean learning_rate.*zzz"):
+        parse_args(["--config", "typo"], configs)
+
+
+def test_file_that_is_no_yaml(configs):
+    (configs / "bad.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match="bad.yaml is no valid YAML") as error:
+        parse_args(["--config", "bad"], configs)
+    assert "\n" not in str(error.value)
+
+
+def test_groups_must_be_whole():
+    config = NFTConfig(train_batch_size=3, batches_per_epoch=4, samples_per_prompt=8)
+    assert config.groups_per_epoch(2) == 3
+    with pytest.raises(UserError, match="12 samples.*samples_per_prompt can be 2, 3, 4, 6 or 12"):
+        config.groups_per_epoch(1)
+
+
+def test_saved_config_repeats_the_run_without_the_token(tmp_path):
+    config = NFTConfig(rank=3, rewards={"sharpness": 1.0}, eval_rewards=["flicker"], hub_token="secret")
+    config.save(tmp_path / "config.yaml")
+    assert "secret" not in (tmp_path / "config.yaml").read_text()
+    again = parse_args(["--config", str(tmp_path / "config.yaml")])
+    assert dataclasses.asdict(again) == {**dataclasses.asdict(config), "hub_token": None}
+
+
+def test_every_field_has_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(NFTConfig))
+
+
+def test_shipped_configs_are_valid(request):
+    folder = request.config.rootpath / "examples" / "configs"
+    for path in folder.glob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict)
+        parse_args(["--config", path.stem], folder).groups_per_epoch(1)

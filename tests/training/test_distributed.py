@@ -1,0 +1,66 @@
+"""Two processes over gloo against one process in here."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.training.distributed_worker import rollout_and_gradients
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(request.config.rootpath), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.training.distributed_worker", str(folder)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    assert [result["world_size"] for result in results] == [2, 2]
+    return results
+
+
+@pytest.fixture(scope="module")
+def single():
+    accelerator = Accelerator(mixed_precision="no")
+    assert accelerator.num_processes == 1
+    return rollout_and_gradients(accelerator, batch_size=4)
+
+
+def test_samples_and_scores_do_not_depend_on_the_number_of_processes(ranks, single):
+    _, scores, _ = single
+    for result in ranks:
+        assert result["scores"].keys() == scores.keys()
+        for name, values in scores.items():
+            torch.testing.assert_close(result["scores"][name], values, rtol=0, atol=1e-5)
+
+
+def test_averaged_gradients_are_those_of_one_process(ranks, single):
+    _, _, expected = single
+    assert all(map(torch.equal, ranks[0]["gradients"], ranks[1]["gradients"]))
+    largest = max(g.abs().max() for g in expected)
+    torch.testing.assert_close(ranks[0]["gradients"], expected, rtol=1e-3, atol=1e-4 * largest.item())
+
+
+def test_wrapping_while_the_old_policy_is_active_would_not_synchronise(ranks):
+    """The reason for the order in the trainer; should peft or DDP change, this says that it may go."""
+    assert not all(map(torch.equal, ranks[0]["wrapped_wrongly"], ranks[1]["wrapped_wrongly"]))
+
+
+def test_error_of_one_process_reaches_the_other(ranks):
+    assert "ZeroDivisionError" in ranks[0]["error"] and ranks[0]["error"] == ranks[1]["error"]
+
+
+def test_checkpoint_of_two_processes_is_complete(ranks):
+    for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_old.safetensors", "trainer_state.json"):
+        assert name in ranks[0]["checkpoint"]
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= set(ranks[0]["checkpoint"])

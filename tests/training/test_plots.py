@@ -1,0 +1,102 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from astrolabe_diffusers.training.plots import (
+    COLORS,
+    before_after_video,
+    contact_sheet,
+    draw_curves,
+    gif_bytes,
+    nice_ticks,
+    side_by_side,
+    video_images,
+)
+
+
+def colored(color, frames=5, height=32, width=48):
+    return torch.tensor(color).view(1, 3, 1, 1).expand(frames, 3, height, width)
+
+
+RED, GREEN = colored([1.0, 0.0, 0.0]), colored([0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.711, 0.763, [0.72, 0.73, 0.74, 0.75, 0.76]),
+        (-30, 80, [-20, 0, 20, 40, 60, 80]),
+    ],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_step_axis_has_whole_ticks():
+    assert nice_ticks(0, 4, 8, smallest_step=1) == [0, 1, 2, 3, 4]
+
+
+def test_curves_go_where_the_numbers_are(tmp_path):
+    path = tmp_path / "curves.png"
+    rising = [(step, step / 80) for step in range(81)]
+    draw_curves({"train": rising, "held-out": [(0, 1.0), (40, float("nan")), (80, 0.0)]}, path, "title", "step", "y")
+    pixels = np.array(Image.open(path)).astype(int)
+    assert path.stat().st_size < 40_000
+
+    def heights(color):
+        rows, columns = np.nonzero((pixels[60:390] == color).all(-1))
+        return rows[columns < 120].mean(), rows[(columns > 720) & (columns < 780)].mean()
+
+    for color, rises in zip(COLORS, (True, False)):
+        left, right = heights(color)
+        assert (right < left) == rises and abs(left - right) > 200
+
+
+@pytest.mark.parametrize("points", [[], [(0, float("nan"))], [(0, 0.5)], [(0, 0.5), (1, 0.5)], [(3, 0.0)]])
+def test_degenerate_curves(tmp_path, points):
+    draw_curves({"train": points, "held-out": []}, tmp_path / "curves.png", "title", "step", "y")
+    assert (tmp_path / "curves.png").exists() == bool(points and points[0][1] == points[0][1])
+
+
+def test_video_images_are_the_frames():
+    video = torch.rand(2, 3, 8, 8)
+    images = video_images(video, (16, 16))
+    assert len(images) == 2 and images[0].size == (16, 16)
+    expected = (video[1] * 255).round().permute(1, 2, 0).numpy()
+    assert np.array_equal(np.array(images[1])[::2, ::2], expected)
+
+
+def test_gif_moves():
+    videos = [torch.rand(5, 3, 32, 32), torch.rand(5, 3, 32, 32)]
+    gif = Image.open(io.BytesIO(gif_bytes(side_by_side(videos), 16)))
+    assert gif.n_frames == 5 and gif.info["loop"] == 0 and 50 <= gif.info["duration"] <= 70
+    assert gif.size == (2 * 132, 132)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("size", [(32, 48), (480, 832)])
+def test_before_and_after_are_side_by_side(number, size):
+    red, green = (colored(c, 3, *size) for c in ([1.0, 0, 0], [0, 1.0, 0]))
+    frames = before_after_video([red] * number, [green] * number)
+    assert len(frames) == 3 and frames[0].width % 16 == 0 and frames[0].height % 16 == 0
+    pixels = np.array(frames[1])
+    is_red, is_green = ((pixels == c).all(-1) for c in ([255, 0, 0], [0, 255, 0]))
+    assert is_red.sum() == is_green.sum() > 0
+    row = is_red.any(1).nonzero()[0][0]
+    assert is_red[row].nonzero()[0][0] < is_green[row].nonzero()[0][0]
+
+
+def test_contact_sheet_has_a_row_a_pair():
+    before, after = [RED, RED, RED], [GREEN, GREEN, GREEN]
+    sheet = contact_sheet(before, after, ["short", "a very long caption " * 30, "last"], num_frames=4)
+    pixels = np.array(sheet)
+    left, right = pixels[:, : sheet.width // 2], pixels[:, sheet.width // 2 :]
+    for half, color in ((left, [255, 0, 0]), (right, [0, 255, 0])):
+        mask = (half == color).all(-1)
+        assert mask.sum() == 3 * 4 * 96 * 64
+    middle = (left == [255, 0, 0]).all(-1).any(1)
+    assert np.diff(middle.astype(int)).clip(0).sum() == 3

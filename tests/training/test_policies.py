@@ -1,0 +1,160 @@
+"""Above all the traps of several peft adapters on one model: what is trainable, and when, fails without an error."""
+
+import pytest
+import torch
+from torch import nn
+
+from astrolabe_diffusers.training.policies import (
+    OLD,
+    activate_current,
+    add_policies,
+    block_linear_names,
+    old_policy_decay,
+    policy_parameters,
+    update_old_policy,
+    use_policy,
+)
+from tests.tiny_pipeline import tiny_transformer
+from tests.training.helpers import randomize_adapters
+
+
+@pytest.fixture
+def transformer():
+    model = tiny_transformer()
+    torch.manual_seed(0)
+    add_policies(model, rank=4, lora_alpha=8)
+    return model
+
+
+def forward(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, 4, 3, 4, 4, generator=generator)
+    text = torch.randn(2, 5, 32, generator=generator)
+    return model(latents, torch.tensor([625.0, 1000.0]), text, return_dict=False)[0]
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def current_names(model):
+    return {name for name, _ in model.named_parameters() if ".default." in name}
+
+
+def test_lora_is_on_every_linear_of_the_blocks_and_nowhere_else():
+    model = tiny_transformer()
+    linears = {name for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)}
+    add_policies(model, rank=2, lora_alpha=2)
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A.default" in name}
+    assert adapted == {f"blocks.{name}" for name in linears}
+    assert len(adapted) == 2 * 10  # two blocks of 4 + 4 + 2
+
+
+def test_target_modules_can_be_chosen():
+    model = tiny_transformer()
+    assert {"attn1.to_q", "attn2.to_out.0", "ffn.net.2"} < set(block_linear_names(model))
+    add_policies(model, rank=2, lora_alpha=2, target_modules=["attn1.to_q"])
+    assert len(policy_parameters(model)) == 2 * 2
+
+
+def test_all_policies_coincide_at_first(transformer):
+    base = forward(tiny_transformer())
+    for policy in ("current", "old", "reference"):
+        with use_policy(transformer, policy):
+            torch.testing.assert_close(forward(transformer), base, rtol=0, atol=1e-6)
+    pairs = zip(policy_parameters(transformer), policy_parameters(transformer, OLD), strict=True)
+    assert all(torch.equal(current, old) for current, old in pairs)
+
+
+def test_policies_differ_once_their_weights_do(transformer):
+    randomize_adapters(transformer)
+    outputs = []
+    for policy in ("current", "old", "reference"):
+        with use_policy(transformer, policy):
+            outputs.append(forward(transformer))
+    torch.testing.assert_close(outputs[0], forward(transformer).detach())
+    torch.testing.assert_close(outputs[2], forward(tiny_transformer()), rtol=0, atol=1e-6)
+    assert min((a - b).abs().max() for a, b in ((outputs[0], outputs[1]), (outputs[1], outputs[2]))) > 1e-2
+
+
+def test_only_the_current_policy_is_trainable(transformer):
+    assert trainable(transformer) == current_names(transformer) != set()
+    assert {id(p) for p in policy_parameters(transformer)} == {
+        id(p) for p in transformer.parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("policy", ["current", "old", "reference"])
+@pytest.mark.parametrize("training", [True, False])
+def test_use_policy_restores_the_current_one(transformer, policy, training):
+    randomize_adapters(transformer)
+    expected = forward(transformer).detach()
+    transformer.train(training)
+    with use_policy(transformer, policy):
+        assert not transformer.training and not torch.is_grad_enabled()
+    assert transformer.training == training and torch.is_grad_enabled()
+    assert trainable(transformer) == current_names(transformer)
+    torch.testing.assert_close(forward(transformer), expected)
+
+
+@pytest.mark.parametrize("policy", ["old", "reference"])
+def test_use_policy_restores_after_an_error(transformer, policy):
+    with pytest.raises(RuntimeError, match="inside"), use_policy(transformer, policy):
+        raise RuntimeError("inside")
+    assert trainable(transformer) == current_names(transformer)
+    assert transformer.active_adapters() == ["default"]
+
+
+def test_unknown_policy(transformer):
+    with pytest.raises(ValueError, match="current.*old.*reference"), use_policy(transformer, "new"):
+        pass
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_the_current_policy_only(transformer, checkpointing):
+    randomize_adapters(transformer)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    for policy in ("reference", "old"):
+        with use_policy(transformer, policy):
+            forward(transformer)
+    forward(transformer).square().mean().backward()
+    with_gradient = {n for n, p in transformer.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert with_gradient == current_names(transformer)
+
+
+def test_old_policy_is_blended_pairwise(transformer):
+    randomize_adapters(transformer)
+    old = [p.clone() for p in policy_parameters(transformer, OLD)]
+    current = [p.clone() for p in policy_parameters(transformer)]
+    update_old_policy(transformer, 0.75)
+    for before, now, target in zip(old, policy_parameters(transformer, OLD), current, strict=True):
+        torch.testing.assert_close(now, 0.75 * before + 0.25 * target)
+    assert all(map(torch.equal, policy_parameters(transformer), current))
+    update_old_policy(transformer, 0.0)
+    assert all(map(torch.equal, policy_parameters(transformer, OLD), current))
+    assert trainable(transformer) == current_names(transformer)
+
+
+def test_decay_schedule():
+    assert [old_policy_decay(step, 0.001, 0.5) for step in (0, 100, 500, 9000)] == [0.0, 0.1, 0.5, 0.5]
+
+
+def test_lora_is_float32_on_a_bfloat16_base():
+    model = tiny_transformer().to(torch.bfloat16)
+    add_policies(model, rank=4, lora_alpha=4)
+    for adapter in ("default", OLD):
+        assert {p.dtype for p in policy_parameters(model, adapter)} == {torch.float32}
+    assert model.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16
+
+
+def test_optimizer_made_for_the_current_policy_moves_nothing_else(transformer):
+    randomize_adapters(transformer)
+    before = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
+    activate_current(transformer)
+    optimizer = torch.optim.AdamW(policy_parameters(transformer), lr=0.1, weight_decay=0.1)
+    forward(transformer).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, parameter in transformer.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == current_names(transformer)

@@ -1,0 +1,115 @@
+import json
+from collections import Counter
+
+import pytest
+
+from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.training.prompts import (
+    Prompt,
+    epoch_samples,
+    eval_samples,
+    load_prompts,
+    process_batches,
+    read_prompts,
+    spread,
+)
+from astrolabe_diffusers.training.seeds import stable_seed
+
+
+PROMPTS = [Prompt(f"prompt {i}") for i in range(5)]
+
+
+def test_text_files_of_a_folder(tmp_path):
+    (tmp_path / "train.txt").write_text("one\n\n  two \nthree\n")
+    (tmp_path / "test.txt").write_text("\n".join(f"held out {i}" for i in range(10)))
+    train, test = load_prompts(tmp_path, 3)
+    assert [p.text for p in train] == ["one", "two", "three"]
+    assert [p.text for p in test] == ["held out 0", "held out 3", "held out 6"]
+
+
+def test_jsonl_keeps_the_metadata(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "color": "red"}) + "\n")
+    assert read_prompts(tmp_path / "p.jsonl") == [Prompt("a cat", {"color": "red"})]
+
+
+def test_single_file_is_split_without_overlap(tmp_path):
+    path = tmp_path / "all.txt"
+    path.write_text("\n".join(f"p{i}" for i in range(10)))
+    train, test = load_prompts(path, 4)
+    assert len(test) == 4 and {p.text for p in train} | {p.text for p in test} == {f"p{i}" for i in range(10)}
+    assert len(train) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "no prompt file or folder"),
+        ({"prompts/train.txt": "a"}, "has no test.txt and no test.jsonl"),
+        ({"prompts/train.txt": " \n", "prompts/test.txt": "a"}, "train.txt is empty"),
+        ({"prompts/train.jsonl": '{"text": "a"}', "prompts/test.txt": "a"}, "train.jsonl, line 1"),
+        ({"prompts/train.jsonl": '{"prompt": "a"}\nnonsense', "prompts/test.txt": "a"}, "train.jsonl, line 2"),
+    ],
+)
+def test_bad_folders(tmp_path, content, words):
+    for name, text in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_prompts(tmp_path / "prompts", 2)
+
+
+def test_single_file_too_short_or_of_unknown_kind(tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb")
+    with pytest.raises(UserError, match="has 2 prompts, but num_eval_prompts=2"):
+        load_prompts(tmp_path / "p.txt", 2)
+    (tmp_path / "p.csv").write_text("a\nb")
+    with pytest.raises(UserError, match="must be a .txt or a .jsonl"):
+        load_prompts(tmp_path / "p.csv", 1)
+
+
+def test_spread_covers_and_never_repeats():
+    assert spread(list("abcdefgh"), 4) == ["a", "c", "e", "g"]
+    assert spread("abc", 9) == ["a", "b", "c"]
+
+
+def test_epochs_pass_through_all_prompts_evenly_and_reproducibly():
+    samples = [s for epoch in range(5) for s in epoch_samples(PROMPTS, 3, 2, epoch, seed=1)]
+    assert set(Counter(s.prompt.text for s in samples).values()) == {6}  # 15 groups of 2 over 5 prompts
+    assert len({s.key for s in samples}) == len(samples) == 30
+    assert samples[6:12] == epoch_samples(PROMPTS, 3, 2, 1, seed=1)
+    assert [s.prompt for s in samples[:6]] != [s.prompt for s in epoch_samples(PROMPTS, 3, 2, 0, seed=2)]
+    for epoch in range(5):
+        for group in range(3):
+            members = samples[(epoch * 3 + group) * 2 :][:2]
+            assert {m.group for m in members} == {group} and len({m.prompt for m in members}) == 1
+
+
+def test_prompt_twice_in_an_epoch_makes_different_samples():
+    samples = epoch_samples(PROMPTS[:1], 3, 2, 0, seed=1)
+    assert len({s.key for s in samples}) == 6 and {s.group for s in samples} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_processes(num_processes):
+    items = list(range(32))
+    batch_size = 8 // num_processes
+    parts = [process_batches(items, batch_size, rank, num_processes) for rank in range(num_processes)]
+    assert [[i for part in parts for i in part[b]] for b in range(4)] == [items[i : i + 8] for i in range(0, 32, 8)]
+
+
+def test_uneven_evaluation_is_complete():
+    items = list(range(13))
+    parts = [process_batches(items, 4, rank, 3) for rank in range(3)]
+    assert sorted(i for part in parts for batch in part for i in batch) == items
+
+
+def test_eval_samples_take_every_prompt_before_the_next_seed():
+    samples = eval_samples(PROMPTS, 2)
+    assert [s.prompt for s in samples] == PROMPTS * 2
+    assert len({s.key for s in samples}) == 10
+
+
+def test_stable_seed_is_stable():
+    # The number must never change: it decides what a seed in a configuration means.
+    assert stable_seed("sample", 42, 0, 1, 2) == 4776087824508481470
+    assert stable_seed("a", 1) != stable_seed("a", 2)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from astrolabe_diffusers.training import NFTTrainer, parse_args
+from astrolabe_diffusers.training.policies import use_policy
+from astrolabe_diffusers.training.rollout import decode_videos, sample_latents
+from tests.training.helpers import randomize_adapters, tiny_arguments
+
+
+@pytest.fixture(scope="module")
+def trainer(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainer")
+    arguments = tiny_arguments(
+        model_folder, folder, batches_per_epoch=4, gradient_accumulation_steps=2, max_train_steps=20
+    )
+    trainer = NFTTrainer(parse_args(arguments))
+    randomize_adapters(trainer.transformer)
+    trainer.start()
+    yield trainer
+    trainer.rewards.shutdown()
+    trainer.accelerator.end_training()
+
+
+def latents_of(trainer, policy, samples):
+    with use_policy(trainer.transformer, policy):
+        embeds = trainer.encoder(sample.prompt.text for sample in samples)
+        return sample_latents(trainer.pipeline, embeds, samples, trainer.size)
+
+
+def test_old_policy_makes_the_samples(trainer):
+    samples = trainer.eval_samples[:4]
+    batches = trainer.rollout(samples)
+    expected = latents_of(trainer, "old", samples)
+    torch.testing.assert_close(batches[0].latents, expected)
+    for policy in ("current", "reference"):
+        assert (latents_of(trainer, policy, samples) - expected).abs().max() > 1e-2
+
+
+def test_current_policy_is_evaluated(trainer):
+    trainer.evaluate()
+    videos = decode_videos(trainer.pipeline.vae, latents_of(trainer, "current", trainer.eval_samples))
+    scores = trainer.report.evaluations[-1].scores["reward"]
+    assert scores == pytest.approx(videos.mean(dim=(1, 2, 3, 4)).tolist(), abs=1e-5)
+
+
+def test_only_the_current_policy_is_given_to_the_optimizer(trainer):
+    names = {id(parameter): name for name, parameter in trainer.transformer.named_parameters()}
+    optimized = {names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimized == {name for name in names.values() if ".default." in name}
+
+
+def test_intervals_count_steps_and_end_with_the_run(trainer):
+    due = []
+    for trainer.step in range(2, 21, 2):  # two steps an epoch
+        due.append(trainer.is_due(5))
+    trainer.step = 0
+    # 5 falls into 5-6, 10 into 9-10, 15 into 15-16, 20 into 19-20
+    assert due == [False, False, True, False, True, False, False, True, False, True]
+
+
+def test_old_policy_decay_follows_the_steps(trainer):
+    decays = []
+    for trainer.step in (0, 100, 1000):
+        decays.append(trainer.old_policy_decay)
+    trainer.step = 0
+    assert decays == pytest.approx([0, 0.1, 0.5])
