@@ -157,7 +157,7 @@ class CausalWanKVCache:
             )
         if not self._ring and frame_offset + num_frames > self.max_frames:
             raise ValueError(
-                f"latent frame {frame_offset + num_frames - 1} passes the `max_frames={self.max_frames}` of `kv_cache`."
+                f"latent frame {frame_offset + num_frames - 1} passes `max_frames={self.max_frames}` of `kv_cache`."
             )
 
     def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:

@@ -1,0 +1,108 @@
+"""Registration and the finding of rewards by name."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from astrolabe_diffusers.rewards import Flicker, Reward, RewardOutput, get_reward, register_reward
+
+
+MODULE = """
+import numpy as np
+from astrolabe_diffusers.rewards import Reward, RewardOutput
+
+class Brightness(Reward):
+    def score(self, videos, prompts, metadata=None):
+        return RewardOutput(videos.mean((1, 2, 3, 4)))
+
+def brightness(videos, prompts, metadata):
+    scores = videos.mean((1, 2, 3, 4)).double().numpy()
+    return scores, {"length": [len(prompt) for prompt in prompts], "seen": np.array([m["seen"] for m in metadata])}
+
+def without_info(videos, prompts, metadata):
+    return videos.mean((1, 2, 3, 4)).tolist(), None
+
+class NotAReward:
+    pass
+
+CONSTANT = 3
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    folder = tmp_path / "users"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "my_rewards.py").write_text(MODULE)
+    (folder / "broken.py").write_text("import a_library_that_is_missing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "users"]:
+        del sys.modules[name]
+
+
+def test_built_in_rewards_are_registered():
+    assert isinstance(get_reward("flicker"), Flicker)
+    for name in ("tiny_shapes_prompt_match", "motion_smoothness", "sharpness"):
+        assert isinstance(get_reward(name), Reward)
+
+
+def test_register_reward_makes_a_name_known_once():
+    @register_reward("constant_of_this_test")
+    class Constant(Reward):
+        def score(self, videos, prompts, metadata=None):
+            return RewardOutput(torch.full((len(videos),), 2.0))
+
+    assert get_reward("constant_of_this_test").score(torch.zeros(3, 1, 3, 4, 4), [""] * 3).scores.tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="'constant_of_this_test' is taken by .*Constant"):
+        register_reward("constant_of_this_test")(Constant)
+
+
+@pytest.mark.parametrize("separator", [":", "."])
+def test_dotted_path_of_a_class(user_module, separator):
+    videos = torch.rand(2, 3, 3, 4, 4)
+    output = get_reward(f"users.my_rewards{separator}Brightness").score(videos, ["a", "b"])
+    torch.testing.assert_close(output.scores, videos.mean((1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize("separator", [":", "."])
+def test_dotted_path_of_a_function(user_module, separator):
+    videos = torch.rand(2, 3, 3, 4, 4)
+    reward = get_reward(f"users.my_rewards{separator}brightness")
+    output = reward.score(videos, ["a", "bcd"], [{"seen": 1}, {"seen": 0}])
+    assert output.scores.dtype == torch.float32
+    torch.testing.assert_close(output.scores, videos.mean((1, 2, 3, 4)))
+    assert {name: part.tolist() for name, part in output.info.items()} == {"length": [1, 3], "seen": [1, 0]}
+    assert all(part.dtype == torch.float32 for part in output.info.values())
+
+
+def test_function_may_return_lists_and_no_info(user_module):
+    output = get_reward("users.my_rewards:without_info").score(torch.ones(2, 1, 3, 4, 4), ["a", "b"])
+    assert output.scores.tolist() == [1, 1] and output.info == {}
+    assert np.asarray(output.scores).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("prompt_macth", "unknown reward 'prompt_macth'; known: .*flicker, .*motion_smoothness, .*sharpness"),
+        ("users.nowhere:Brightness", "no module named 'users.nowhere'.*known: "),
+        ("nowhere.at.all", "no module named 'nowhere'.*PYTHONPATH"),
+        ("users.my_rewards:Brihgtness", "users.my_rewards has no such attribute"),
+        ("users.my_rewards:CONSTANT", "holds a int there"),
+        ("users.my_rewards:NotAReward", "neither a Reward subclass nor a function"),
+        ("users.my_rewards:", "unknown reward"),
+    ],
+)
+def test_unknown_rewards_are_one_clear_line(user_module, name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        get_reward(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_import_inside_the_users_module_is_not_hidden(user_module):
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
+        get_reward("users.broken:Brightness")

@@ -1,0 +1,111 @@
+"""Several rewards as one: sums, parts, threads, and what is refused."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from astrolabe_diffusers.rewards import RewardError, RewardSet, get_reward
+
+
+PATH = "tests.rewards.test_reward_set"
+CAPTIONS = ["a red circle moves right on a black background", "a blue cross moves up on a white background"]
+
+
+def mean_red(videos, prompts, metadata):
+    return videos[:, :, 0].mean((1, 2, 3)), {"blue": videos[:, :, 2].mean((1, 2, 3))}
+
+
+def one_nan(videos, prompts, metadata):
+    return [0.5] * (len(prompts) - 1) + [float("nan")], {}
+
+
+def one_infinity(videos, prompts, metadata):
+    return [float("-inf")] + [0.5] * (len(prompts) - 1), {}
+
+
+def per_frame(videos, prompts, metadata):
+    return videos.mean((2, 3, 4)), {}
+
+
+def short_info(videos, prompts, metadata):
+    return videos.mean((1, 2, 3, 4)), {"part": [1.0]}
+
+
+def learned(videos, prompts, metadata):
+    weight = torch.nn.Parameter(torch.ones(()))
+    score = weight * videos.mean((1, 2, 3, 4))
+    return score, {"records_gradients": [float(score.requires_grad)] * len(prompts)}
+
+
+def test_total_is_the_weighted_sum_of_raw_scores():
+    videos = torch.rand(2, 4, 3, 16, 16)
+    weights = {"sharpness": 2.0, "flicker": -0.5, f"{PATH}:mean_red": 3.0, "motion_smoothness": 0.0}
+    output = RewardSet(weights)(videos, CAPTIONS)
+    assert list(output.scores) == list(weights)
+    for name in ("sharpness", "flicker", "motion_smoothness"):
+        torch.testing.assert_close(output.scores[name], get_reward(name).score(videos, CAPTIONS).scores)
+    expected = 2 * output.scores["sharpness"] - 0.5 * output.scores["flicker"] + 3 * videos[:, :, 0].mean((1, 2, 3))
+    torch.testing.assert_close(output.total, expected)
+    assert output.total.dtype == torch.float32 and output.total.shape == (2,)
+
+
+def test_parts_are_named_after_their_reward():
+    videos = torch.rand(2, 4, 3, 64, 64)
+    output = RewardSet({"tiny_shapes_prompt_match": 1.0, f"{PATH}:mean_red": 1.0})(videos, CAPTIONS)
+    assert sorted(output.info) == sorted(
+        [f"tiny_shapes_prompt_match/{part}" for part in ("color", "shape", "background", "direction")]
+        + [f"{PATH}:mean_red/blue"]
+    )
+    torch.testing.assert_close(output.info[f"{PATH}:mean_red/blue"], videos[:, :, 2].mean((1, 2, 3)))
+
+
+def test_metadata_reaches_the_rewards():
+    seen = []
+
+    def remember(videos, prompts, metadata):
+        seen.append(metadata)
+        return torch.zeros(len(prompts)), {}
+
+    globals()["remember"] = remember
+    try:
+        RewardSet({f"{PATH}:remember": 1.0})(torch.rand(2, 1, 3, 8, 8), CAPTIONS, [{"a": 1}, {"a": 2}])
+    finally:
+        del globals()["remember"]
+    assert seen == [[{"a": 1}, {"a": 2}]]
+
+
+def test_scoring_in_a_worker_thread_records_no_gradients_and_its_scores_may_enter_a_loss():
+    with ThreadPoolExecutor(1) as executor:
+        output = executor.submit(RewardSet({f"{PATH}:learned": 1.0}), torch.rand(2, 2, 3, 8, 8), CAPTIONS).result()
+    assert output.info[f"{PATH}:learned/records_gradients"].tolist() == [0, 0]
+    weight = torch.ones(2, requires_grad=True)
+    for values in (output.total, output.scores[f"{PATH}:learned"], output.info[f"{PATH}:learned/records_gradients"]):
+        (weight * values).sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * output.total)
+
+
+@pytest.mark.parametrize("function, value, index", [("one_nan", "nan", 1), ("one_infinity", "-inf", 0)])
+def test_a_score_that_is_not_finite_names_reward_prompt_and_index(function, value, index):
+    with pytest.raises(RewardError) as caught:
+        RewardSet({"flicker": 1.0, f"{PATH}:{function}": 1.0})(torch.rand(2, 2, 3, 8, 8), CAPTIONS)
+    message = str(caught.value)
+    assert f"reward '{PATH}:{function}' gave {value} for sample {index}, prompt {CAPTIONS[index]!r}" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "function, message", [("per_frame", r"reward .*per_frame.*\[2, 3\]"), ("short_info", r"info 'part'.*\[1\]")]
+)
+def test_a_wrong_shape_is_refused(function, message):
+    with pytest.raises(RewardError, match=message):
+        RewardSet({f"{PATH}:{function}": 1.0})(torch.rand(2, 3, 3, 8, 8), CAPTIONS)
+
+
+def test_bad_input_is_one_clear_line():
+    with pytest.raises(ValueError, match="no reward is named"):
+        RewardSet({})
+    with pytest.raises(ValueError, match="unknown reward 'sharpnes'; known: .*sharpness"):
+        RewardSet({"sharpnes": 1.0})
+    with pytest.raises(ValueError, match="one prompt each; got .* and 1 prompts"):
+        RewardSet({"flicker": 1.0})(torch.rand(2, 2, 3, 8, 8), ["only one"])
