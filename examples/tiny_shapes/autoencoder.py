@@ -1,0 +1,117 @@
+"""Stage 1: a small Wan video autoencoder, trained on clips of shapes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from data import sample_batch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from optimize import optimize
+
+
+LATENT_CHANNELS = 8
+
+
+def build_autoencoder() -> AutoencoderKLWan:
+    """8x in space (2x by patches, 4x by convolutions) and 4x in time, as Wan's, with few channels."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+
+
+@contextmanager
+def whole_clips(vae: AutoencoderKLWan) -> Iterator[None]:
+    """Inside, encoder and decoder take a whole clip at once where the class goes through it in pieces.
+
+    The result is the same, since every convolution is causal, for a fraction of the kernels. Without a feature cache
+    the class leaves out resampling in time, which is added here: the first frame stands for itself, and from it on
+    pairs of frames become one, or one becomes two.
+    """
+
+    def down(module, args, output):
+        return torch.cat([output[:, :, :1], module.time_conv(output)], dim=2)
+
+    def up(module, args):
+        first, rest = args[0].split([1, args[0].shape[2] - 1], dim=2)
+        doubled = module.time_conv(rest).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
+        return torch.cat([first, doubled.movedim(1, 3).flatten(2, 3)], dim=2)
+
+    hooks = []
+    for module in vae.modules():
+        if isinstance(module, WanResample) and module.mode == "downsample3d":
+            hooks.append(module.register_forward_hook(down))
+        elif isinstance(module, WanResample) and module.mode == "upsample3d":
+            hooks.append(module.register_forward_pre_hook(up))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> DiagonalGaussianDistribution:
+    """`vae.encode`, inside [`whole_clips`]."""
+    return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(patchify(video, vae.config.patch_size))))
+
+
+def decode_whole(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """`vae.decode` without its clamping, inside [`whole_clips`]."""
+    return unpatchify(vae.decoder(vae.post_quant_conv(latents)), vae.config.patch_size)
+
+
+def train_autoencoder(
+    vae: AutoencoderKLWan, num_clips: int, steps: int, batch_size: int, device: torch.device, seed: int
+) -> None:
+    """L1 and MSE reconstruction with a light KL term, which keeps the latents smooth enough to be denoised."""
+    generator = torch.Generator(device).manual_seed(seed)
+    # 25 frames are 7 latent frames: more than the convolutions look back, so that longer videos hold nothing new.
+    clips = torch.cat(
+        [
+            (sample_batch(256, 25, generator, device, switch_prob=0.2)["videos"] * 255).round().byte()
+            for _ in range(num_clips // 256)
+        ]
+    )
+    torch.manual_seed(seed)
+    vae.to(device).train()
+
+    def loss_fn():
+        index = torch.randint(num_clips, (batch_size,), device=device)
+        video = clips[index].transpose(1, 2).float() / 127.5 - 1
+        posterior = encode_whole(vae, video)
+        reconstruction = decode_whole(vae, posterior.sample())
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.l1_loss(reconstruction, video) + 2 * F.mse_loss(reconstruction, video) + 3e-5 * kl
+
+    with whole_clips(vae):
+        optimize("autoencoder", vae, loss_fn, steps, learning_rate=3e-3)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        video = clips[:256].transpose(1, 2).float() / 127.5 - 1
+        error = F.mse_loss(vae.decode(vae.encode(video).latent_dist.mode()).sample, video) / 4
+        print(f"autoencoder PSNR {-10 * error.log10().item():.1f} dB", flush=True)
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, device: torch.device, seed: int) -> None:
+    """Write the channels' mean and standard deviation into the config, as Wan's has them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    latents = []
+    for _ in range(8):
+        clips = sample_batch(128, 21, generator, device)["videos"]
+        latents.append(vae.encode(clips.transpose(1, 2) * 2 - 1).latent_dist.mode().transpose(0, 1).flatten(1))
+    latents = torch.cat(latents, dim=1)
+    vae.register_to_config(latents_mean=latents.mean(dim=1).tolist(), latents_std=latents.std(dim=1).tolist())

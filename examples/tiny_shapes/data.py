@@ -1,0 +1,196 @@
+"""Training clips of tiny_shapes: one coloured shape moves over a plain background and comes back at the other side.
+
+Attributes travel as index tensors [..., 4] in the order of `ATTRIBUTES` (color, shape, background, direction).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from astrolabe_diffusers.rewards.tiny_shapes import ATTRIBUTES, BACKGROUNDS, COLORS, DIRECTIONS, caption, shape_mask
+
+
+SIZE = 64
+RADIUS = (8.0, 13.0)
+SPEED = (1.2, 2.4)
+
+_COUNTS = tuple(len(values) for values in ATTRIBUTES.values())
+_SPLITS = ("train", "test")
+
+
+def combinations() -> torch.Tensor:
+    """Long tensor [368, 4]: every combination whose object and background differ in colour. A row number is a caption
+    id."""
+    table = torch.cartesian_prod(*(torch.arange(count) for count in _COUNTS))
+    colors, backgrounds = ATTRIBUTES["color"], ATTRIBUTES["background"]
+    valid = [colors[row[0]] != backgrounds[row[2]] for row in table.tolist()]
+    return table[torch.tensor(valid)]
+
+
+def split_ids(split: str) -> torch.Tensor:
+    """
+    Caption ids of "train" (306) or of "test" (62), which is held out.
+
+    A combination is held out if its indices add up to a multiple of 6, the number of colours: then exactly one colour
+    is held out for every (shape, background, direction), and every pair of values is left in training.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(_SPLITS)}.")
+    held_out = combinations().sum(1) % len(COLORS) == 0
+    return (held_out if split == "test" else ~held_out).nonzero().flatten()
+
+
+def captions(ids: torch.Tensor | None = None) -> list[str]:
+    """The captions of caption ids, or all of them in the order of their ids."""
+    table = combinations() if ids is None else combinations()[ids.cpu()]
+    return [caption(*(values[i] for values, i in zip(ATTRIBUTES.values(), row))) for row in table.tolist()]
+
+
+def _id_table() -> torch.Tensor:
+    """Long tensor [6, 4, 4, 4]: the caption id of four indices, -1 where object and background are of one colour."""
+    table = torch.full(_COUNTS, -1)
+    rows = combinations()
+    table[tuple(rows.T)] = torch.arange(len(rows))
+    return table
+
+
+def caption_ids(attributes: torch.Tensor) -> torch.Tensor:
+    """Caption ids [...] of attributes [..., 4]; -1 where object and background are of one colour."""
+    return _id_table().to(attributes.device)[attributes.unbind(-1)]
+
+
+def switch_frames(num_frames: int, frames_per_block: int = 3, temporal_scale: int = 4) -> list[int]:
+    """
+    Pixel frames at which a block begins, the first one left out.
+
+    Latent frame 0 is pixel frame 0, latent frame f >= 1 begins at pixel frame 1 + 4 (f - 1).
+    """
+    num_latent_frames = (num_frames - 1) // temporal_scale + 1
+    return [1 + temporal_scale * (f - 1) for f in range(frames_per_block, num_latent_frames, frames_per_block)]
+
+
+def render(
+    attributes: torch.Tensor,
+    start: torch.Tensor,
+    radius: torch.Tensor,
+    speed: torch.Tensor,
+    num_frames: int,
+    before: torch.Tensor | None = None,
+    switch_frame: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Draws clips; the position goes on through a switch of the scene.
+
+    Args:
+        attributes: long tensor [B, 4].
+        start: float tensor [B, 2], the centre (x, y) in the first frame, in pixels.
+        radius: float tensor [B] in pixels.
+        speed: float tensor [B] in pixels a frame.
+        num_frames: F.
+        before: long tensor [B, 4], the attributes in the frames before `switch_frame`.
+        switch_frame: long tensor [B], the first frame with `attributes`; 0 where there is no switch.
+
+    Returns:
+        float tensor [B, F, 3, 64, 64] in [0, 1].
+    """
+    device, batch = attributes.device, len(attributes)
+    scene = attributes[:, None].expand(batch, num_frames, 4)
+    if switch_frame is not None:
+        early = torch.arange(num_frames, device=device) < switch_frame[:, None]
+        scene = torch.where(early[..., None], before[:, None], scene)
+    scene = scene.flatten(0, 1)
+    palettes = (COLORS, BACKGROUNDS, DIRECTIONS)
+    color, background, direction = (torch.tensor(list(p.values()), device=device) for p in palettes)
+
+    step = direction[scene[:, 3]].view(batch, num_frames, 2) * speed[:, None, None]
+    # Frame f stands where the motion of the frame before it has brought it.
+    step = torch.cat([start[:, None], step[:, :-1]], dim=1)
+    center = step.cumsum(1).flatten(0, 1)
+    mask = shape_mask(scene[:, 1], center, radius.repeat_interleave(num_frames), SIZE, SIZE)[:, None]
+    videos = torch.lerp(background[scene[:, 2]][..., None, None], color[scene[:, 0]][..., None, None], mask)
+    return videos.view(batch, num_frames, 3, SIZE, SIZE)
+
+
+def _mishear(attributes: torch.Tensor, caption_noise: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Replaces each attribute with probability `caption_noise` by another one, so that a training caption results."""
+    known = torch.zeros(_COUNTS, dtype=torch.bool)
+    known[combinations()[split_ids("train")].unbind(1)] = True
+    known = known.to(attributes.device)
+    device = generator.device if generator is not None else "cpu"
+    heard = attributes.clone()
+    for axis, count in enumerate(_COUNTS):
+        index = list(heard.unbind(1))
+        rows = known.movedim(axis, -1)[tuple(index[:axis] + index[axis + 1 :])]
+        others = rows & (torch.arange(count, device=attributes.device) != index[axis][:, None])
+        # The largest of independent uniform draws is a uniform choice among the allowed.
+        draws = torch.rand(len(attributes), count + 1, generator=generator, device=device).to(attributes.device)
+        choice = draws[:, :count].masked_fill(~others, -1).argmax(1)
+        heard[:, axis] = torch.where(draws[:, count] < caption_noise, choice, index[axis])
+    return heard
+
+
+def sample_batch(
+    batch_size: int,
+    num_frames: int = 21,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    caption_noise: float = 0.0,
+    switch_prob: float = 0.0,
+    split: str = "train",
+) -> dict[str, torch.Tensor]:
+    """
+    Draws a batch of clips and what their captions say. The draws come from the generator's device, so a CPU generator
+    gives the same batch everywhere.
+
+    Args:
+        caption_noise: probability, for each attribute on its own, that the caption names another value instead. What
+            it says then is always a caption of the training split.
+        switch_prob: probability that the clip begins as another scene and turns into the described one at a block's
+            first frame.
+
+    Returns:
+        `videos` float [B, F, 3, 64, 64] in [0, 1]; `attributes` long [B, 4], what is seen from `switch_frame` on;
+        `caption_attributes` long [B, 4] and `caption_ids` long [B], what the caption says of it; `switch_frame` long
+        [B], 0 where there is no switch; `before` long [B, 4], what is seen before the switch.
+    """
+    draw_on = generator.device if generator is not None else "cpu"
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, device=draw_on).to(device)
+
+    def choice(values):
+        index = torch.randint(len(values), (batch_size,), generator=generator, device=draw_on)
+        return values[index.cpu()].to(device)
+
+    allowed = combinations()[split_ids(split)]
+    attributes, before = choice(allowed), choice(allowed)
+    start = uniform(batch_size, 2) * SIZE
+    radius = RADIUS[0] + uniform(batch_size) * (RADIUS[1] - RADIUS[0])
+    speed = SPEED[0] + uniform(batch_size) * (SPEED[1] - SPEED[0])
+    switch_frame = torch.zeros(batch_size, dtype=torch.long, device=device)
+    if switch_prob > 0:
+        frames = switch_frames(num_frames)
+        if not frames:
+            raise ValueError(f"{num_frames} frames are a single block; a scene switch needs at least 21.")
+        switch_frame = torch.where(uniform(batch_size) < switch_prob, choice(torch.tensor(frames)), 0)
+    said = _mishear(attributes, caption_noise, generator)
+    return {
+        "videos": render(attributes, start, radius, speed, num_frames, before, switch_frame),
+        "attributes": attributes,
+        "caption_attributes": said,
+        "caption_ids": caption_ids(said),
+        "before": torch.where(switch_frame[:, None] > 0, before, attributes),
+        "switch_frame": switch_frame,
+    }
+
+
+def write_prompts(folder: str | Path) -> None:
+    """Writes `train.txt` and `test.txt`, one caption a line, in a fixed order in which any first lines are varied."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in _SPLITS:
+        ids = split_ids(split)
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+        (folder / f"{split}.txt").write_text("\n".join(captions(ids)) + "\n")
