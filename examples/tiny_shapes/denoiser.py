@@ -72,9 +72,10 @@ def encode_clips(
 ) -> LatentBank:
     generator = torch.Generator(device).manual_seed(seed)
     latents, attributes, first_block = [], [], []
-    for _ in range(num_clips // 256):
+    num_frames = 1 + 4 * (LATENT_FRAMES - 1)
+    for part in torch.arange(num_clips).split(256):
         batch = sample_batch(
-            256, 1 + 4 * (LATENT_FRAMES - 1), generator, device, caption_noise=caption_noise, switch_prob=switch_prob
+            len(part), num_frames, generator, device, caption_noise=caption_noise, switch_prob=switch_prob
         )
         latents.append(encode_video(vae, batch["videos"].transpose(1, 2) * 2 - 1).half())
         attributes.append(batch["caption_attributes"])
@@ -144,8 +145,7 @@ def solve_trajectories(
     levels = warp(raw)
     keep = [ode_steps - round(s * ode_steps) for s in STEP_SIGMAS] + [ode_steps]
     trajectories = []
-    for start in range(0, num_clips, 1024):
-        clips = slice(start, start + 1024)
+    for clips in torch.arange(num_clips, device=device).split(1024):
         latents = bank.latents[clips].float()
         text, context = tokens(bank.attributes[clips]), noisy_context(latents)
         sample = torch.randn_like(latents)

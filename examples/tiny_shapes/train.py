@@ -17,7 +17,7 @@ from astrolabe_diffusers import CausalWanPipeline
 from astrolabe_diffusers.rewards import get_reward
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -29,7 +29,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--caption_noise", type=float, default=0.15, help="share of wrong words an attribute")
     parser.add_argument("--switch_prob", type=float, default=0.25, help="share of clips that change scene")
-    return parser.parse_args()
+    parser.add_argument("--num_eval", type=int, default=256, help="held-out videos for each figure")
+    return parser.parse_args(argv)
 
 
 @torch.no_grad()
@@ -44,8 +45,8 @@ def evaluate(pipe: CausalWanPipeline, prompts: list[str], seed: int, sheet: Path
     return {"prompt_match": output.scores.mean().item()} | {k: v.mean().item() for k, v in output.info.items()}
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     began = time.time()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -53,8 +54,8 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     vae = build_autoencoder()
-    train_autoencoder(vae, args.num_clips // 4, args.autoencoder_steps, 64, device, args.seed + 1)
-    measure_latents(vae, device, args.seed + 2)
+    train_autoencoder(vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size, device, args.seed + 1)
+    measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
 
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(tokenizer)
@@ -75,7 +76,7 @@ def main() -> None:
     pipe.to(device).set_progress_bar_config(disable=True)
     write_prompts(args.output_dir / "prompts")
     held_out = (args.output_dir / "prompts" / "test.txt").read_text().splitlines()
-    held_out = (held_out * (256 // len(held_out) + 1))[:256]
+    held_out = (held_out * (args.num_eval // len(held_out) + 1))[: args.num_eval]
 
     bank = encode_clips(vae, args.num_clips, args.caption_noise, args.switch_prob, device, args.seed + 3)
     print(f"encoded {len(bank.latents)} clips, {time.time() - began:.0f} s", flush=True)
@@ -86,16 +87,16 @@ def main() -> None:
         print(name, {k: round(v, 3) for k, v in figures[name].items()}, f"{time.time() - began:.0f} s", flush=True)
 
     train_flow_matching(model, bank, tokens, args.flow_steps, args.batch_size, args.seed + 4)
+    pipe.save_pretrained(args.output_dir)
     report("teacher_24_steps", sigmas=[1 - i / 24 for i in range(24)])
     report("teacher_4_steps")
-    pipe.save_pretrained(args.output_dir / "teacher")
     used, trajectories = solve_trajectories(model, bank, tokens, args.num_trajectories, 24, args.seed + 5)
     print(f"solved {len(trajectories)} trajectories, {time.time() - began:.0f} s", flush=True)
     distill(model, used, trajectories, tokens, args.distill_steps, args.batch_size, args.seed + 6)
+    pipe.save_pretrained(args.output_dir)
     report("student_4_steps")
     report("student_4_steps_93_frames", num_frames=93)
 
-    pipe.to("cpu").save_pretrained(args.output_dir)
     figures["seconds"] = time.time() - began
     figures["arguments"] = {k: v for k, v in vars(args).items() if k != "output_dir"}
     (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
