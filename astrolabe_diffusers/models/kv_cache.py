@@ -126,9 +126,7 @@ class CausalWanKVCache:
         ring = self.capacity - self.sink_size
         return self.sink_size + (frame - self.sink_size) % ring if self._ring and ring > 0 else None
 
-    def begin_block(
-        self, frame_offset: int, num_frames: int, frame_tokens: int, shape: tuple[int, int, int], config
-    ):
+    def begin_block(self, frame_offset: int, num_frames: int, frame_tokens: int, shape: tuple[int, int, int], config):
         """Check a block against the cache and, before the first one, size the slots by the model's window."""
         if frame_offset != self.num_frames:
             raise ValueError(

@@ -65,9 +65,7 @@ class StreamingVAEDecoder:
                 self._features = [None] * vae._cached_conv_counts["decoder"]
             # One latent frame at a time, as AutoencoderKLWan does: its temporal upsampling depends on it.
             frames.append(
-                vae.decoder(
-                    hidden_states[:, :, i : i + 1], feat_cache=self._features, feat_idx=[0], first_chunk=first
-                )
+                vae.decoder(hidden_states[:, :, i : i + 1], feat_cache=self._features, feat_idx=[0], first_chunk=first)
             )
         video = torch.cat(frames, dim=2)
         if vae.config.patch_size is not None:

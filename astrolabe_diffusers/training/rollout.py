@@ -120,9 +120,7 @@ class RewardWorker:
         return Scores(values, kept, time.perf_counter() - start)
 
     @torch.no_grad()
-    def score(
-        self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool = False
-    ) -> dict[str, torch.Tensor]:
+    def score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool = False) -> dict[str, torch.Tensor]:
         """Values as in [`Scores`] of `videos` `(B, F, 3, H, W)` in [0, 1], at once and in this thread."""
         values = self._call(self.rewards, videos, samples)
         if watched and self.watched is not None:
@@ -200,9 +198,7 @@ def stack_scores(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Te
     return {name: torch.cat([part.get(name, nan) for part, nan in zip(parts, missing)]) for name in names}
 
 
-def gather_scores(
-    batches: Sequence[VideoBatch], samples: Sequence[Sample]
-) -> tuple[dict[str, torch.Tensor], float]:
+def gather_scores(batches: Sequence[VideoBatch], samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], float]:
     """Wait for the scores of this process and exchange them with the others.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from autoencoder import LATENT_CHANNELS, build_autoencoder, measure_latents, train_autoencoder
 from data import write_prompts
 from denoiser import Denoiser, build_transformer, distill, encode_clips, solve_trajectories, train_flow_matching
-from diffusers import FlowMatchLCMScheduler
+from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler
 from PIL import Image
 from text import MAX_SEQUENCE_LENGTH, CaptionTokens, build_text_encoder, build_tokenizer
 
@@ -21,9 +21,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder_steps", type=int, default=2200)
+    parser.add_argument("--autoencoder", help="a pipeline folder whose autoencoder is used instead of training one")
+    parser.add_argument("--autoencoder_steps", type=int, default=4000)
     parser.add_argument("--num_clips", type=int, default=32768)
-    parser.add_argument("--flow_steps", type=int, default=8000)
+    parser.add_argument("--flow_steps", type=int, default=10000)
     parser.add_argument("--num_trajectories", type=int, default=16384)
     parser.add_argument("--distill_steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -53,9 +54,15 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    vae = build_autoencoder()
-    train_autoencoder(vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size, device, args.seed + 1)
-    measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
+    if args.autoencoder is None:
+        vae = build_autoencoder()
+        train_autoencoder(
+            vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size // 2, device, args.seed + 1
+        )
+        measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
+        vae.save_pretrained(args.output_dir / "vae")
+    else:
+        vae = AutoencoderKLWan.from_pretrained(args.autoencoder, subfolder="vae").to(device).requires_grad_(False)
 
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(tokenizer)

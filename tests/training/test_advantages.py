@@ -59,9 +59,7 @@ def test_nan_takes_no_part(std):
     advantages = group_advantages(rewards, GROUPS, std)
     assert advantages.valid.tolist() == [True, False] + [True] * 6
     assert advantages.values[1] == 0
-    np.testing.assert_allclose(
-        advantages.values[keep].numpy(), reference(REWARDS[keep], GROUPS[keep], std), rtol=1e-5
-    )
+    np.testing.assert_allclose(advantages.values[keep].numpy(), reference(REWARDS[keep], GROUPS[keep], std), rtol=1e-5)
 
 
 def test_group_of_nothing_but_nan():

@@ -24,9 +24,7 @@ def pipe():
 def run(pipe, batch_size, folder=None, num_videos=0):
     worker = reward_worker(pipe, watched="tests.training.rewards:contrast")
     with use_policy(pipe.transformer, "current"):
-        result = evaluate(
-            pipe, PromptEncoder(pipe), worker, SAMPLES, SIZE, batch_size, 5, 0, 1, folder, num_videos
-        )
+        result = evaluate(pipe, PromptEncoder(pipe), worker, SAMPLES, SIZE, batch_size, 5, 0, 1, folder, num_videos)
     worker.shutdown()
     return result
 

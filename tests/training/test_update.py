@@ -171,9 +171,7 @@ def test_gradient_norm_is_reported_and_clipped(pipe, accelerator):
     pipe.transformer.zero_grad()
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
-    statistics = optimizer_step(
-        accelerator, pipe.transformer, optimizer, schedule, batches, cfg, CollapseGuard(0), 1
-    )
+    statistics = optimizer_step(accelerator, pipe.transformer, optimizer, schedule, batches, cfg, CollapseGuard(0), 1)
     assert statistics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     assert torch.cat([g.flatten() for g in seen]).norm() == pytest.approx(1e-3, rel=1e-3)
 
@@ -229,7 +227,7 @@ def test_noise_belongs_to_the_sample():
     torch.testing.assert_close(whole.timestep, 1000 * whole.sigma)
     assert whole.optimality[0] == 0 and whole.optimality[-1] == 1
     one = whole.sigma == 1
-    noise_only = ((whole.noisy - (1 - whole.sigma).view(-1, 1, 1, 1, 1) * latents) / whole.sigma.view(-1, 1, 1, 1, 1))
+    noise_only = (whole.noisy - (1 - whole.sigma).view(-1, 1, 1, 1, 1) * latents) / whole.sigma.view(-1, 1, 1, 1, 1)
     assert abs(noise_only.std() - 1) < 0.05 and (not one.any() or not torch.equal(whole.noisy[one], latents[one]))
 
 
