@@ -1,0 +1,91 @@
+"""What only a GPU can show. `pytest tests -m gpu`"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import astrolabe_diffusers
+from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
+
+
+pytestmark = pytest.mark.gpu
+PROMPT = "a yellow circle moves down on a black background"
+
+
+def load(dtype=torch.float32):
+    pipe = DiffusionPipeline.from_pretrained(TINY_SHAPES, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generator():
+    return torch.Generator("cpu").manual_seed(0)
+
+
+def test_the_same_video_as_on_the_cpu():
+    """With a generator on the CPU the noise is the same, and float32 without TF32 leaves rounding only."""
+    torch.backends.cudnn.allow_tf32 = False
+    expected = load()(PROMPT, generator=generator(), output_type="pt").frames
+    video = load().to("cuda")(PROMPT, generator=generator(), output_type="pt").frames.cpu()
+    assert (video - expected).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stream_equals_call(dtype):
+    pipe = load(dtype).to("cuda")
+    whole = pipe([PROMPT] * 3, num_frames=57, generator=generator(), output_type="pt").frames
+    pieces = list(pipe.stream([PROMPT] * 3, num_frames=57, generator=generator(), output_type="pt"))
+    assert torch.equal(torch.cat(pieces, dim=1), whole) and whole.isfinite().all()
+
+
+@torch.no_grad()
+def test_denoising_never_waits_for_the_device():
+    """Neither reading nor writing the cache synchronises, rolling and the shift of the sink included."""
+    pipe = load(torch.bfloat16).to("cuda")
+    transformer, n = pipe.transformer, pipe.transformer.config.num_frames_per_block
+    text = pipe.encode_prompt(PROMPT)
+    latents = torch.randn(1, transformer.config.in_channels, n, 8, 8, device="cuda", dtype=torch.bfloat16)
+    cache = CausalWanKVCache(transformer.config.num_layers)
+    timestep = torch.full((1,), 625.0, device="cuda")
+    try:
+        for block in range(6):
+            # The first blocks allocate the slots and compile kernels.
+            torch.cuda.set_sync_debug_mode("error" if block > 1 else "default")
+            for mode in ("read", "write"):
+                transformer(latents, timestep, text, kv_cache=cache, kv_cache_mode=mode, frame_offset=block * n)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_long_stream_has_flat_memory():
+    pipe = load(torch.bfloat16).to("cuda")
+    num_frames = 1 + 4 * (3 * 60 - 1)
+    noise = torch.empty(1, pipe.transformer.config.in_channels, 180, 8, 8)
+    peaks = []
+    for _ in pipe.stream(PROMPT, num_frames=num_frames, latents=noise.normal_(), output_type="pt"):
+        peaks.append(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+    assert len(peaks) == 60 and max(peaks[10:]) <= 1.01 * min(peaks[10:])
+
+
+def test_training_in_bf16(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(astrolabe_diffusers.__file__).parents[1] / "examples"))
+    import train_nft
+
+    arguments = (
+        f"--config tiny_shapes --output_dir {tmp_path} --mixed_precision bf16 --gradient_checkpointing "
+        "--max_train_steps 2 --eval_steps 2 --num_eval_prompts 2 --num_eval_videos 0 --report_to none"
+    )
+    assert train_nft.main(arguments.split()) == 0
+    sys.modules.pop("train_nft")
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 and all(m["grad_norm"] > 0 for m in metrics)
+    before = load(torch.bfloat16).to("cuda")
+    after = load(torch.bfloat16).to("cuda")
+    after.load_lora_weights(tmp_path)
+    videos = [pipe(PROMPT, generator=generator(), output_type="latent").frames for pipe in (before, after)]
+    assert not torch.equal(*videos)
