@@ -91,15 +91,14 @@ class CausalWanSelfAttnProcessor:
         for index, own_query in enumerate(queries):
             # With teacher forcing the second half are the noisy frames; the context of both is the clean half.
             start = index * n % layout.num_frames
-            ranges = [range(a // unit, b // unit) for a, b in layout.context(start, start + n)]
             own = range(index * n // unit, (index + 1) * n // unit)
-            context = [keys[i] for r in ranges for i in r]
+            visible = [i for a, b in layout.context(start, start + n) for i in range(a // unit, b // unit)] + [*own]
+            block_keys = [keys[i] for i in visible]
             if start + n in layout.sink_shifts:
                 sink = layout.sink_size // unit
-                context[:sink] = [apply_rotary(k, layout.sink_shifts[start + n]) for k in context[:sink]]
-            own_key = torch.cat([*context, *(keys[i] for i in own)], dim=1)
-            own_value = torch.cat([*(values[i] for r in ranges for i in r), *(values[i] for i in own)], dim=1)
-            outputs.append(self._attend(own_query, own_key, own_value))
+                block_keys[:sink] = [apply_rotary(k, layout.sink_shifts[start + n]) for k in block_keys[:sink]]
+            block_values = [values[i] for i in visible]
+            outputs.append(self._attend(own_query, torch.cat(block_keys, dim=1), torch.cat(block_values, dim=1)))
         return torch.cat(outputs, dim=1)
 
 

@@ -14,8 +14,8 @@ class CausalWanKVLayerCache:
     ever receive what [`store`] is given.
     """
 
-    def __init__(self, layout: "CausalWanKVCache"):
-        self._layout = layout
+    def __init__(self, cache: "CausalWanKVCache"):
+        self._cache = cache
         self.clear()
 
     def clear(self):
@@ -35,9 +35,9 @@ class CausalWanKVLayerCache:
         """
         if self.key is None:
             return key, value
-        layout = self._layout
-        end = layout.capacity * layout.frame_tokens
-        start = end - min(layout.num_frames, layout.capacity) * layout.frame_tokens
+        cache = self._cache
+        end = cache.capacity * cache.frame_tokens
+        start = end - min(cache.num_frames, cache.capacity) * cache.frame_tokens
         stop = end + key.shape[1]
         if torch.is_grad_enabled() or stop > self.key.shape[1]:
             return torch.cat([self.key[:, start:end], key], dim=1), torch.cat([self.value[:, start:end], value], dim=1)
@@ -47,17 +47,17 @@ class CausalWanKVLayerCache:
 
     def store(self, key: torch.Tensor, value: torch.Tensor):
         """Keep a block's (clean) keys and values; the frames that leave the window are overwritten."""
-        layout = self._layout
-        size = layout.frame_tokens
+        cache = self._cache
+        size = cache.frame_tokens
         if self.key is None:
-            tokens = (layout.capacity + layout.block_frames) * size
+            tokens = (cache.capacity + cache.block_frames) * size
             self.key = key.new_empty(key.shape[0], tokens, *key.shape[2:])
             self.value = torch.empty_like(self.key)
         for i in range(key.shape[1] // size):
-            slot = layout.slot(layout.num_frames + i)
+            slot = cache.slot(cache.num_frames + i)
             if slot is not None:
                 # Slot 0 is the rightmost one.
-                start = (layout.capacity - 1 - slot) * size
+                start = (cache.capacity - 1 - slot) * size
                 self.key[:, start : start + size] = key[:, i * size : (i + 1) * size].detach()
                 self.value[:, start : start + size] = value[:, i * size : (i + 1) * size].detach()
 
@@ -65,9 +65,9 @@ class CausalWanKVLayerCache:
         """Place the sink keys `shift` frames after their own positions; `rotary` is the rotation that does it."""
         if shift == self._sink_shift or self.key is None:
             return
-        layout = self._layout
-        end = layout.capacity * layout.frame_tokens
-        sink = self.key[:, end - layout.sink_size * layout.frame_tokens : end]
+        cache = self._cache
+        end = cache.capacity * cache.frame_tokens
+        sink = self.key[:, end - cache.sink_size * cache.frame_tokens : end]
         if self._sink_key is None:
             # Always rotate the original: rotating a rotated bf16 key again and again would drift.
             self._sink_key = sink.clone()
