@@ -13,7 +13,7 @@ from astrolabe_diffusers.rewards.tiny_shapes import ATTRIBUTES, BACKGROUNDS, COL
 
 
 SIZE = 64
-RADIUS = (8.0, 13.0)
+RADIUS = (11.0, 16.0)
 SPEED = (1.2, 2.4)
 
 _COUNTS = tuple(len(values) for values in ATTRIBUTES.values())

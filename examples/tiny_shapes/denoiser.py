@@ -17,6 +17,8 @@ from astrolabe_diffusers.models.vae_streaming import encode_video
 BLOCK = 3
 LATENT_FRAMES = 12
 SHIFT = 5.0
+# First blocks for each whole clip. They alone are made from noise and the caption, and are a sixteenth of the work.
+FIRST_BLOCKS = 12
 STEP_SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -47,10 +49,13 @@ class Denoiser(nn.Module):
         self.transformer = transformer
 
     def forward(self, noisy, sigmas, tokens, context):
-        """Flow of `noisy` `(B, C, F, h, w)` at noise levels `sigmas` `(B, F)`, given the clean blocks `context`."""
+        """Flow of `noisy` `(B, C, F, h, w)` at noise levels `sigmas` `(B, F)`, given the clean blocks `context`. None
+        stands for a first block."""
         input_ids, mask = tokens
         text = self.text_encoder(input_ids, mask).last_hidden_state * mask.unsqueeze(-1)
-        return self.transformer(noisy, sigmas * 1000, text, clean_hidden_states=context).sample
+        # A graph cannot be captured with autocast's cache of cast weights.
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda, cache_enabled=False):
+            return self.transformer(noisy, sigmas * 1000, text, clean_hidden_states=context).sample.float()
 
 
 @dataclass
@@ -112,30 +117,47 @@ def described(errors: torch.Tensor, first_block: torch.Tensor) -> torch.Tensor:
     return (per_block * mask).sum() / mask.sum()
 
 
+def without_caption(attributes: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    """`share` of the rows lose their caption."""
+    dropped = torch.rand(len(attributes), 1, device=attributes.device) < share
+    return attributes.masked_fill(dropped, -1)
+
+
 def train_flow_matching(
     model: Denoiser, bank: LatentBank, tokens: CaptionTokens, steps: int, batch_size: int, seed: int
 ) -> None:
     """Each block at its own noise level, given the clean blocks before it."""
     device = bank.latents.device
     torch.manual_seed(seed)
-    blocks = bank.latents.shape[2] // BLOCK
+
+    def errors(latents, attributes, context):
+        sigmas = per_frame(warp(torch.rand(len(latents), latents.shape[2] // BLOCK, device=device)))
+        noise = torch.randn_like(latents)
+        noisy = latents.lerp(noise, expand(sigmas))
+        flow = model(noisy, sigmas, tokens(without_caption(attributes, 0.1)), context)
+        return (flow - (noise - latents)) ** 2
 
     def loss_fn():
         latents, attributes, first_block = bank.batch(batch_size)
-        sigmas = per_frame(warp(torch.rand(batch_size, blocks, device=device)))
-        noise = torch.randn_like(latents)
-        noisy = latents.lerp(noise, expand(sigmas))
-        flow = model(noisy, sigmas, tokens(attributes), noisy_context(latents))
-        return described((flow - (noise - latents)) ** 2, first_block)
+        clips = described(errors(latents, attributes, noisy_context(latents)), first_block)
+        latents, attributes, first_block = bank.batch(FIRST_BLOCKS * batch_size)
+        return clips + described(errors(latents[:, :, :BLOCK], attributes, None), first_block)
 
     optimize("flow matching", model, loss_fn, steps, learning_rate=1.5e-3)
 
 
 @torch.no_grad()
 def solve_trajectories(
-    model: Denoiser, bank: LatentBank, tokens: CaptionTokens, num_clips: int, ode_steps: int, seed: int
+    model: Denoiser,
+    bank: LatentBank,
+    tokens: CaptionTokens,
+    num_clips: int,
+    ode_steps: int,
+    guidance_scale: float,
+    seed: int,
 ) -> tuple[LatentBank, torch.Tensor]:
-    """The teacher's ODE from noise to video, all blocks of a clip at once, each given the clean blocks before it.
+    """The teacher's ODE from noise to video with classifier-free guidance, all blocks of a clip at once, each given
+    the clean blocks before it.
 
     Returns the bank of the clips used, and `(N, len(STEP_SIGMAS) + 1, C, F, h, w)`: the points at the sampler's noise
     levels, and the end."""
@@ -147,7 +169,8 @@ def solve_trajectories(
     trajectories = []
     for clips in torch.arange(num_clips, device=device).split(1024):
         latents = bank.latents[clips].float()
-        text, context = tokens(bank.attributes[clips]), noisy_context(latents)
+        attributes, context = bank.attributes[clips], noisy_context(latents)
+        captions, nothing = tokens(attributes), tokens(without_caption(attributes))
         sample = torch.randn_like(latents)
         points = []
         for i in range(ode_steps + 1):
@@ -155,7 +178,9 @@ def solve_trajectories(
                 points.append(sample.half())
             if i < ode_steps:
                 sigmas = levels[i].expand(len(latents), latents.shape[2])
-                sample = sample + (levels[i + 1] - levels[i]) * model(sample, sigmas, text, context)
+                flow = model(sample, sigmas, nothing, context)
+                flow = flow.lerp(model(sample, sigmas, captions, context), guidance_scale)
+                sample = sample + (levels[i + 1] - levels[i]) * flow
         trajectories.append(torch.stack(points, dim=1))
     used = LatentBank(bank.latents[:num_clips], bank.attributes[:num_clips], bank.first_block[:num_clips])
     return used, torch.cat(trajectories)
@@ -173,19 +198,23 @@ def distill(
     """From any of the sampler's noise levels straight to the end of the teacher's trajectory."""
     device = bank.latents.device
     torch.manual_seed(seed)
-    blocks = bank.latents.shape[2] // BLOCK
     levels = warp(torch.tensor(STEP_SIGMAS, device=device))
     model.text_encoder.requires_grad_(False)
 
+    def errors(points, attributes, context):
+        size, frames = len(points), torch.arange(points.shape[3], device=device)
+        which = per_frame(torch.randint(len(STEP_SIGMAS), (size, len(frames) // BLOCK), device=device))
+        noisy = points[torch.arange(size, device=device)[:, None], which, :, frames].movedim(1, 2).float()
+        sigmas = levels[which]
+        flow = model(noisy, sigmas, tokens(attributes), context)
+        return (noisy - expand(sigmas) * flow - points[:, -1]) ** 2
+
     def loss_fn():
         index = torch.randint(len(trajectories), (batch_size,), device=device)
-        latents, points = bank.latents[index].float(), trajectories[index].float()
-        which = per_frame(torch.randint(len(STEP_SIGMAS), (batch_size, blocks), device=device))
-        frames = torch.arange(latents.shape[2], device=device)
-        noisy = points[torch.arange(batch_size, device=device)[:, None], which, :, frames].movedim(1, 2)
-        sigmas = levels[which]
-        flow = model(noisy, sigmas, tokens(bank.attributes[index]), noisy_context(latents))
-        end = noisy - expand(sigmas) * flow
-        return described((end - points[:, -1]) ** 2, bank.first_block[index])
+        context = noisy_context(bank.latents[index].float())
+        clips = described(errors(trajectories[index], bank.attributes[index], context), bank.first_block[index])
+        index = torch.randint(len(trajectories), (FIRST_BLOCKS * batch_size,), device=device)
+        points = trajectories[index, :, :, :BLOCK]
+        return clips + described(errors(points, bank.attributes[index], None), bank.first_block[index])
 
     optimize("distillation", model, loss_fn, steps, learning_rate=5e-4)

@@ -38,7 +38,10 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
 
 
 class CaptionTokens:
-    """Token ids of every caption, looked up by attribute indices `(B, 4)`: color, shape, background, direction."""
+    """Token ids of every caption, looked up by attribute indices `(B, 4)`: color, shape, background, direction.
+
+    Negative indices stand for no caption, which guidance needs.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, device: torch.device):
         sizes = (len(COLORS), len(SHAPES), len(BACKGROUNDS), len(DIRECTIONS))
@@ -51,7 +54,7 @@ class CaptionTokens:
             for direction in DIRECTIONS
         ]
         tokens = tokenizer(
-            captions, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, truncation=True, return_tensors="pt"
+            captions + [""], padding="max_length", max_length=MAX_SEQUENCE_LENGTH, truncation=True, return_tensors="pt"
         )
         self.input_ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
@@ -59,4 +62,5 @@ class CaptionTokens:
         color, shape, background, direction = attributes.unbind(dim=1)
         _, shapes, backgrounds, directions = self.sizes
         index = ((color * shapes + shape) * backgrounds + background) * directions + direction
+        index = torch.where(color < 0, -1, index)
         return self.input_ids[index], self.mask[index]

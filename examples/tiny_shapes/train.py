@@ -26,9 +26,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_clips", type=int, default=32768)
     parser.add_argument("--flow_steps", type=int, default=10000)
     parser.add_argument("--num_trajectories", type=int, default=16384)
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the trajectories that are distilled")
     parser.add_argument("--distill_steps", type=int, default=4000)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--caption_noise", type=float, default=0.15, help="share of wrong words an attribute")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--caption_noise", type=float, default=0.1, help="share of wrong words an attribute")
     parser.add_argument("--switch_prob", type=float, default=0.25, help="share of clips that change scene")
     parser.add_argument("--num_eval", type=int, default=256, help="held-out videos for each figure")
     return parser.parse_args(argv)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.autoencoder is None:
         vae = build_autoencoder()
         train_autoencoder(
-            vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size // 2, device, args.seed + 1
+            vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size, device, args.seed + 1
         )
         measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
         vae.save_pretrained(args.output_dir / "vae")
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     pipe.save_pretrained(args.output_dir)
     report("teacher_24_steps", sigmas=[1 - i / 24 for i in range(24)])
     report("teacher_4_steps")
-    used, trajectories = solve_trajectories(model, bank, tokens, args.num_trajectories, 24, args.seed + 5)
+    used, trajectories = solve_trajectories(
+        model, bank, tokens, args.num_trajectories, 24, args.guidance_scale, args.seed + 5
+    )
     print(f"solved {len(trajectories)} trajectories, {time.time() - began:.0f} s", flush=True)
     distill(model, used, trajectories, tokens, args.distill_steps, args.batch_size, args.seed + 6)
     pipe.save_pretrained(args.output_dir)
