@@ -12,8 +12,9 @@ from denoiser import Denoiser, build_transformer, distill, encode_clips, solve_t
 from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler
 from PIL import Image
 from text import MAX_SEQUENCE_LENGTH, CaptionTokens, build_text_encoder, build_tokenizer
+from transformers import UMT5EncoderModel
 
-from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.rewards import get_reward
 
 
@@ -22,11 +23,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder", help="a pipeline folder whose autoencoder is used instead of training one")
+    parser.add_argument("--teacher", help="a teacher/ folder of an earlier run: only the distillation is run again")
     parser.add_argument("--autoencoder_steps", type=int, default=4000)
     parser.add_argument("--num_clips", type=int, default=32768)
-    parser.add_argument("--flow_steps", type=int, default=10000)
+    parser.add_argument("--flow_steps", type=int, default=8500)
     parser.add_argument("--num_trajectories", type=int, default=16384)
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the trajectories that are distilled")
+    parser.add_argument("--guidance_scale", type=float, default=0.85, help="of the trajectories that are distilled")
     parser.add_argument("--distill_steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--caption_noise", type=float, default=0.1, help="share of wrong words an attribute")
@@ -55,19 +57,25 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    if args.autoencoder is None:
+    if args.autoencoder or args.teacher:
+        folder = args.autoencoder or args.teacher
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae").to(device).requires_grad_(False)
+    else:
         vae = build_autoencoder()
         train_autoencoder(
             vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size, device, args.seed + 1
         )
         measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
         vae.save_pretrained(args.output_dir / "vae")
-    else:
-        vae = AutoencoderKLWan.from_pretrained(args.autoencoder, subfolder="vae").to(device).requires_grad_(False)
 
     tokenizer = build_tokenizer()
-    text_encoder = build_text_encoder(tokenizer)
-    model = Denoiser(text_encoder, build_transformer(text_encoder.config.d_model, LATENT_CHANNELS)).to(device)
+    if args.teacher:
+        text_encoder = UMT5EncoderModel.from_pretrained(args.teacher, subfolder="text_encoder")
+        transformer = CausalWanTransformer3DModel.from_pretrained(args.teacher, subfolder="transformer")
+    else:
+        text_encoder = build_text_encoder(tokenizer)
+        transformer = build_transformer(text_encoder.config.d_model, LATENT_CHANNELS)
+    model = Denoiser(text_encoder, transformer).to(device).train()
     tokens = CaptionTokens(tokenizer, device)
     pipe = CausalWanPipeline(
         tokenizer,
@@ -94,8 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         figures[name] = evaluate(pipe, held_out, args.seed, args.output_dir / f"{name}.png", **kwargs)
         print(name, {k: round(v, 3) for k, v in figures[name].items()}, f"{time.time() - began:.0f} s", flush=True)
 
-    train_flow_matching(model, bank, tokens, args.flow_steps, args.batch_size, args.seed + 4)
-    pipe.save_pretrained(args.output_dir)
+    if not args.teacher:
+        train_flow_matching(model, bank, tokens, args.flow_steps, args.batch_size, args.seed + 4)
+        pipe.save_pretrained(args.output_dir / "teacher")
     report("teacher_24_steps", sigmas=[1 - i / 24 for i in range(24)])
     report("teacher_4_steps")
     used, trajectories = solve_trajectories(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny_shapes"
@@ -42,10 +43,8 @@ def test_whole_clips_equal_the_class():
 def test_recipe_makes_a_pipeline(tmp_path):
     import train
 
-    train.main(
-        f"--output_dir {tmp_path} --autoencoder_steps 2 --num_clips 64 --flow_steps 2 --num_trajectories 4 "
-        "--distill_steps 2 --batch_size 2 --num_eval 2".split()
-    )
+    sizes = "--num_clips 64 --num_trajectories 4 --distill_steps 2 --batch_size 2 --num_eval 2"
+    train.main(f"--output_dir {tmp_path} --autoencoder_steps 2 --flow_steps 2 {sizes}".split())
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["student_4_steps"].keys() >= {"prompt_match", "color", "shape", "background", "direction"}
     assert (tmp_path / "student_4_steps_93_frames.png").stat().st_size > 0
@@ -54,3 +53,10 @@ def test_recipe_makes_a_pipeline(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     video = pipe("a red circle moves right on a blue background", output_type="pt").frames
     assert video.shape == (1, 21, 3, 64, 64) and video.isfinite().all()
+
+    # Distilling the same teacher again, and nothing else, ends with the same weights.
+    again = tmp_path / "again"
+    train.main(f"--output_dir {again} --teacher {tmp_path / 'teacher'} {sizes}".split())
+    weights, expected = (load_file(p / "transformer/diffusion_pytorch_model.safetensors") for p in (again, tmp_path))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert not (again / "teacher").exists()
