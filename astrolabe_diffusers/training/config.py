@@ -46,6 +46,7 @@ class NFTConfig:
     height: int | None = option(None, "height of the videos in pixels", minimum=1)
     width: int | None = option(None, "width of the videos in pixels", minimum=1)
     num_frames: int | None = option(None, "frames of a video", minimum=1)
+    eval_num_frames: int | None = option(None, "frames of the held-out videos; num_frames if not given", minimum=1)
 
     # Rollout
     train_batch_size: int = option(3, "videos in a batch on each device, in sampling and in training", minimum=1)

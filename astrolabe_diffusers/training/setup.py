@@ -54,9 +54,10 @@ def load_pipeline(config: NFTConfig, accelerator: Accelerator) -> DiffusionPipel
     return pipeline.to(accelerator.device)
 
 
-def video_size(config: NFTConfig, pipeline: DiffusionPipeline) -> dict[str, int]:
-    """`height`, `width` and `num_frames`, checked by the pipeline."""
+def video_size(config: NFTConfig, pipeline: DiffusionPipeline, num_frames: int | None) -> dict[str, int]:
+    """`height`, `width` and `num_frames`, checked by the pipeline; the config's and then its own where not given."""
     size = {name: getattr(config, name) or pipeline.config[name] for name in ("height", "width", "num_frames")}
+    size["num_frames"] = num_frames or size["num_frames"]
     with as_user_error("video size"):
         pipeline.check_inputs(
             prompt="", prompt_embeds=None, output_type="latent", callback_on_step_end_tensor_inputs=[], **size

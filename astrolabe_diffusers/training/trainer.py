@@ -52,7 +52,8 @@ class NFTTrainer:
         rewards, watched = make_rewards(config)  # before the large model is loaded: a wrong name is found at once
         self.pipeline = load_pipeline(config, self.accelerator)
         self.rewards = RewardWorker(self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip")
-        self.size = video_size(config, self.pipeline)
+        self.size = video_size(config, self.pipeline, config.num_frames)
+        self.eval_size = video_size(config, self.pipeline, config.eval_num_frames)
         self.encoder = PromptEncoder(self.pipeline)
         self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
 
@@ -170,7 +171,7 @@ class NFTTrainer:
                 self.encoder,
                 self.rewards,
                 self.eval_samples,
-                self.size,
+                self.eval_size,
                 self.config.train_batch_size,
                 self.step,
                 self.accelerator.process_index,
@@ -216,7 +217,8 @@ class NFTTrainer:
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
             f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
             f"{config.samples_per_prompt} samples an epoch, {config.max_train_steps} steps; "
-            f"{len(self.eval_samples)} held-out videos; output in {config.output_dir}"
+            f"{len(self.eval_samples)} held-out videos of {self.eval_size['num_frames']} frames; output in "
+            f"{config.output_dir}"
         )
 
     def log(
@@ -262,7 +264,7 @@ class NFTTrainer:
                 self.transformer,
                 self.encoder,
                 self.eval_samples[: self.config.num_eval_videos],
-                self.size,
+                self.eval_size,
                 self.config.train_batch_size,
                 output_dir,
             )

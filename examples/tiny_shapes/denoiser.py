@@ -17,7 +17,7 @@ from astrolabe_diffusers.models.vae_streaming import encode_video
 BLOCK = 3
 LATENT_FRAMES = 12
 SHIFT = 5.0
-# First blocks for each whole clip. They alone are made from noise and the caption, and are a sixteenth of the work.
+# First blocks for each whole clip. They alone are made from noise and the caption; one is an eighth of the work.
 FIRST_BLOCKS = 12
 STEP_SIGMAS = (1.0, 0.75, 0.5, 0.25)
 

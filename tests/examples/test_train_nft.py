@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import imageio.v3
 import pytest
 import torch
 import yaml
@@ -145,6 +146,24 @@ def test_several_optimizer_steps_an_epoch(model_folder, tmp_path):
     assert metrics[0]["deviation"] > 1e-4
 
 
+def test_held_out_videos_of_another_length(model_folder, tmp_path):
+    """A reward that names the number of frames it was given: 9 in training, 21 held out."""
+    arguments = tiny_arguments(
+        model_folder,
+        tmp_path,
+        num_frames=9,
+        eval_num_frames=21,
+        rewards="tests.training.rewards:frame_count",
+        max_train_steps=1,
+        eval_steps=1,
+    )
+    assert main(arguments) == 0
+    assert [record["reward"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [9]
+    evaluations = read_jsonl(tmp_path / "eval.jsonl")
+    assert len(evaluations) == 2 and all(set(e["scores"]["reward"]) == {21} for e in evaluations)
+    assert len(imageio.v3.imread(tmp_path / "eval_videos/step-1/000.mp4")) == 21
+
+
 def test_bfloat16_run(model_folder, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -172,6 +191,7 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
     ("values", "words"),
     [
         ({"num_frames": 20}, ["num_frames=20", "9 and 21"]),
+        ({"eval_num_frames": 22}, ["num_frames=22", "21 and 33"]),
         ({"height": 30}, ["height", "multiples"]),
         ({"rewards": "beauty"}, ["unknown reward 'beauty'", "tiny_shapes_prompt_match"]),
         ({"eval_rewards": "beauty"}, ["eval_rewards", "unknown reward 'beauty'"]),

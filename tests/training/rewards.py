@@ -35,3 +35,7 @@ def always_nan(videos, prompts, metadata):
 
 def broken(videos, prompts, metadata):
     raise ZeroDivisionError("a reward that\ncannot work")
+
+
+def frame_count(videos, prompts, metadata):
+    return torch.full((len(videos),), float(videos.shape[1])), {}
