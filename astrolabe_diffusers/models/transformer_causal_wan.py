@@ -1,15 +1,20 @@
 """Block-wise causal Wan transformer with a KV cache."""
 
+from os import PathLike
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from diffusers.utils.peft_utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
+from huggingface_hub import hf_hub_download
 from torch import nn
 
+from ..loaders.original_checkpoints import check_fits, infer_config, load_tensors, select_weights, to_diffusers
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .rotary import CausalWanRotaryPosEmbed, Rotary
@@ -160,6 +165,50 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
         self.rope = CausalWanRotaryPosEmbed(attention_head_dim, patch_size, rope_max_seq_len)
         self.condition_embedder.timesteps_proj = CausalWanTimesteps(freq_dim)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | PathLike | dict[str, Any],
+        *,
+        weights: tuple[str, ...] = ("generator_ema", "generator", "model"),
+        config: str | PathLike | None = None,
+        subfolder: str = "transformer",
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ) -> "CausalWanTransformer3DModel":
+        r"""
+        Load a published checkpoint in its original layout.
+
+        Args:
+            pretrained_model_link_or_path_or_dict:
+                Path or Hub link of a `.pt` or `.safetensors` file, or what such a file holds.
+            weights (`tuple[str]`): entries of a training checkpoint that hold the model; the first found is taken.
+            config (`str`, *optional*):
+                Pipeline folder or Hub id whose transformer's sizes are taken; read off the tensors by default.
+            subfolder (`str`): of `config`.
+            dtype (`torch.dtype`, *optional*): of the parameters, those that diffusers keeps in float32 excepted.
+            kwargs: config values, such as `num_frames_per_block=1`.
+
+        Raises:
+            ValueError: tensors are missing, unexpected or of another shape; the message names them.
+        """
+        checkpoint = pretrained_model_link_or_path_or_dict
+        if not isinstance(checkpoint, dict):
+            if str(checkpoint).startswith("https://"):
+                checkpoint = hf_hub_download(*_extract_repo_id_and_weights_name(checkpoint))
+            checkpoint = load_tensors(checkpoint)
+        tensors = to_diffusers(select_weights(checkpoint, weights))
+        sizes = cls.load_config(config, subfolder=subfolder) if config else infer_config(tensors)
+        with init_empty_weights():
+            model = cls.from_config(sizes, **kwargs)
+        check_fits(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
+        for name, tensor in tensors.items():
+            keep = dtype is not None and not set(name.split(".")).isdisjoint(cls._keep_in_fp32_modules)
+            # A copy: the file may be replaced while its memory map is in use.
+            tensors[name] = tensor.to(torch.float32 if keep else dtype, copy=True)
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -37,6 +37,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer ([`CausalWanTransformer3DModel`]): the model.
         sigmas (`list[float]`, defaults to `(1.0, 0.75, 0.5, 0.25)`):
             Noise levels of the steps before the shift; (1, .75, .5, .25) at shift 5 are t = 1000, 937.5, 833.3, 625.
+        first_block_sigmas (`list[float]`, *optional*):
+            Noise levels of the first block, where they are others: models of one or two steps make it in four.
         max_sequence_length (`int`, defaults to 512):
             Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
@@ -56,6 +58,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         scheduler: FlowMatchLCMScheduler,
         transformer: CausalWanTransformer3DModel,
         sigmas: list[float] = (1.0, 0.75, 0.5, 0.25),
+        first_block_sigmas: list[float] | None = None,
         max_sequence_length: int = 512,
         height: int = 480,
         width: int = 832,
@@ -68,6 +71,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self.register_to_config(
             sigmas=list(sigmas),
+            first_block_sigmas=first_block_sigmas and list(first_block_sigmas),
             max_sequence_length=max_sequence_length,
             height=height,
             width=width,
@@ -234,7 +238,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             height, width (`int`, *optional*): in pixels, multiples of the latent patch (16 for Wan).
             num_frames (`int`, *optional*):
                 Frames of the video, a whole number of blocks: 1 + 4 * (3 * blocks - 1) for blocks of 3 latent frames.
-            sigmas (`list[float]`, *optional*): noise levels of the denoising steps, before the scheduler's shift.
+            sigmas (`list[float]`, *optional*):
+                Noise levels of the denoising steps, before the scheduler's shift; given here, of every block.
             num_videos_per_prompt (`int`): videos for each prompt.
             generator (`torch.Generator` or a list with one for each video, *optional*):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
@@ -308,10 +313,12 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device = self._execution_device
         prompt_embeds = self.encode_prompt(prompt, num_videos_per_prompt, prompt_embeds, max_sequence_length, device)
         latents = self.prepare_latents(prompt_embeds.shape[0], height, width, num_frames, device, generator, latents)
+        first_block_sigmas = sigmas or self.config.first_block_sigmas or self.config.sigmas
         blocks = self._denoise_blocks(
             latents,
             prompt_embeds,
             list(sigmas or self.config.sigmas),
+            list(first_block_sigmas),
             generator,
             attention_kwargs,
             callback_on_step_end,
@@ -325,6 +332,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         noise: torch.Tensor,
         prompt_embeds: torch.Tensor,
         sigmas: list[float],
+        first_block_sigmas: list[float],
         generator: torch.Generator | list[torch.Generator] | None,
         attention_kwargs: dict[str, Any] | None,
         callback_on_step_end: Callable | None,
@@ -336,7 +344,6 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         # Cache and sampler belong to this video, so that several streams can run side by side.
         kv_cache = CausalWanKVCache(transformer.config.num_layers, max_frames=num_frames)
         scheduler = copy.deepcopy(self.scheduler)
-        self._num_timesteps = len(sigmas)
         self._interrupt = False
 
         def predict(latents, timestep, mode):
@@ -355,14 +362,16 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             for start in range(0, num_frames, n):
                 self._current_block = start // n
                 latents = noise[:, :, start : start + n]
-                scheduler.set_timesteps(sigmas=sigmas, device=noise.device)
+                levels = sigmas if start else first_block_sigmas
+                self._num_timesteps = len(levels)
+                scheduler.set_timesteps(sigmas=levels, device=noise.device)
                 scheduler.set_begin_index(0)
                 for i, t in enumerate(scheduler.timesteps):
                     if self.interrupt:
                         break
                     self._current_timestep = t
                     flow = predict(latents, t, "read").float()
-                    if i + 1 < len(sigmas):
+                    if i + 1 < len(levels):
                         latents = scheduler.step(flow, t, latents, generator=generator, return_dict=False)[0]
                     else:
                         # `step` would draw noise here too, to multiply it by zero: what the published samplers

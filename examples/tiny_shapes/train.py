@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae").to(device).requires_grad_(False)
     else:
         vae = build_autoencoder()
-        train_autoencoder(
-            vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size, device, args.seed + 1
-        )
+        train_autoencoder(vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size, device, args.seed + 1)
         measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
         vae.save_pretrained(args.output_dir / "vae")
 

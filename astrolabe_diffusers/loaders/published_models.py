@@ -1,0 +1,59 @@
+"""How the published models were trained, hence how they generate: what conversion writes into their configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+_FOUR_STEPS = [1.0, 0.75, 0.5, 0.25]
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """
+    Args:
+        source: where the weights are published.
+        weights: entries of a training checkpoint that hold the generator, the one its authors load first.
+        transformer: config of [`CausalWanTransformer3DModel`], beside the base model's sizes.
+        pipeline: config of [`CausalWanPipeline`].
+    """
+
+    source: str
+    weights: tuple[str, ...]
+    transformer: dict[str, Any] = field(default_factory=dict)
+    pipeline: dict[str, Any] = field(default_factory=dict)
+
+
+PUBLISHED_MODELS = {
+    "self-forcing": PublishedModel(
+        "gdhe17/Self-Forcing, checkpoints/self_forcing_dmd.pt", ("generator_ema", "generator")
+    ),
+    "causal-forcing-chunkwise": PublishedModel(
+        "zhuhz22/Causal-Forcing, chunkwise/causal_forcing.pt", ("generator", "generator_ema")
+    ),
+    "causal-forcing-framewise": PublishedModel(
+        "zhuhz22/Causal-Forcing, framewise/causal_forcing.pt",
+        ("generator_ema", "generator"),
+        {"num_frames_per_block": 1},
+    ),
+    "causal-forcing-framewise-2step": PublishedModel(
+        "zhuhz22/Causal-Forcing, causal-forcing++/framewise-2step.pt",
+        ("generator_ema", "generator"),
+        {"num_frames_per_block": 1},
+        {"sigmas": [1.0, 0.5], "first_block_sigmas": _FOUR_STEPS},
+    ),
+    "causal-forcing-framewise-1step": PublishedModel(
+        "zhuhz22/Causal-Forcing, causal-forcing++/framewise-1step.pt",
+        ("generator_ema", "generator"),
+        {"num_frames_per_block": 1},
+        {"sigmas": [1.0], "first_block_sigmas": _FOUR_STEPS},
+    ),
+    "longlive": PublishedModel(
+        "Efficient-Large-Model/LongLive-1.3B, models/longlive_base.pt and lora.pt",
+        ("generator", "generator_ema", "model"),
+        {"sink_size": 3, "local_attn_size": 12},
+        {"num_frames": 477},
+    ),
+    "krea-14b": PublishedModel("krea/krea-realtime-video, krea-realtime-video-14b.safetensors", ()),
+}
