@@ -157,7 +157,15 @@ def tiny_pipeline(
     configuration of the transformer otherwise (`num_frames_per_block=1`, `sink_size=1`, `num_layers=3`, ...).
     Defaults: 32x48 pixels, 21 frames (7 latent frames), 16 text tokens.
     """
-    pipeline_names = ("sigmas", "max_sequence_length", "height", "width", "num_frames", "frame_rate")
+    pipeline_names = (
+        "sigmas",
+        "first_block_sigmas",
+        "max_sequence_length",
+        "height",
+        "width",
+        "num_frames",
+        "frame_rate",
+    )
     component_names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
     arguments = dict(max_sequence_length=16, height=32, width=48, num_frames=21)
     arguments |= {k: overrides.pop(k) for k in pipeline_names + component_names if k in overrides}

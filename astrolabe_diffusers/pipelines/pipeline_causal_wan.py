@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchLCMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import randn_tensor
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from ..loaders.lora import check_lora_fits
 from ..models.kv_cache import CausalWanKVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..models.vae_streaming import StreamingVAEDecoder
+from ..models.vae_streaming import StreamingVAEDecoder, encode_video
 from .pipeline_output import CausalWanPipelineOutput
 
 
@@ -185,6 +186,40 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"{sorted(unknown)}."
             )
 
+    def encode_start(
+        self,
+        image: PipelineImageInput | None,
+        video: list | np.ndarray | torch.Tensor | None,
+        height: int,
+        width: int,
+        num_frames: int,
+    ) -> torch.Tensor | None:
+        """Normalised latents `(N, C, f, h, w)`, float32, of the given first frames, a whole number of blocks."""
+        if image is None and video is None:
+            return None
+        if image is not None and video is not None:
+            raise ValueError("Provide either `image` or `video`, and not both.")
+        scale, n = self.vae.config.scale_factor_temporal, self.transformer.config.num_frames_per_block
+        if image is not None:
+            if n != 1:
+                raise ValueError(
+                    f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of "
+                    f"{1 + scale * (n - 1)} frames, or use a model with blocks of one."
+                )
+            frames = self.video_processor.preprocess(image, height, width)[:, :, None]
+        else:
+            frames = self.video_processor.preprocess_video(video, height, width)
+        given = frames.shape[2]
+        if (given - 1) % scale or ((given - 1) // scale + 1) % n:
+            first = 1 + scale * (n - 1)
+            raise ValueError(
+                f"`video` has {given} frames, which is no whole number of blocks: {first}, {first + scale * n}, "
+                f"{first + 2 * scale * n}, ..."
+            )
+        if given >= num_frames:
+            raise ValueError(f"`num_frames={num_frames}` leaves nothing to generate after the {given} given frames.")
+        return encode_video(self.vae, frames.to(self._execution_device))
+
     def prepare_latents(
         self,
         batch_size: int,
@@ -194,12 +229,13 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        num_given: int = 0,
     ) -> torch.Tensor:
-        """The initial noise `(B, C, f, h, w)` of all blocks, float32."""
+        """The initial noise `(B, C, f, h, w)`, float32, of all blocks but the first `num_given` latent frames."""
         shape = (
             batch_size,
             self.transformer.config.in_channels,
-            (num_frames - 1) // self.vae.config.scale_factor_temporal + 1,
+            (num_frames - 1) // self.vae.config.scale_factor_temporal + 1 - num_given,
             height // self.vae.config.scale_factor_spatial,
             width // self.vae.config.scale_factor_spatial,
         )
@@ -229,6 +265,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int | None = None,
+        image: PipelineImageInput | None = None,
+        video: list | np.ndarray | torch.Tensor | None = None,
     ) -> CausalWanPipelineOutput | tuple:
         r"""
         Generate whole videos. What is left at `None` comes from the pipeline's config.
@@ -243,7 +281,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_videos_per_prompt (`int`): videos for each prompt.
             generator (`torch.Generator` or a list with one for each video, *optional*):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
-            latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all blocks.
+            latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all generated blocks.
             prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
             output_type (`str`): `"np"`, `"pt"`, `"pil"` or `"latent"`, see [`CausalWanPipelineOutput`].
             return_dict (`bool`): return a [`CausalWanPipelineOutput`] instead of a tuple.
@@ -254,6 +292,11 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 return a dict with replacements.
             callback_on_step_end_tensor_inputs (`list[str]`): what `callback_kwargs` holds.
             max_sequence_length (`int`, *optional*): text tokens.
+            image (`PIL.Image.Image`, array, tensor or list, *optional*):
+                The first frame, one for all videos or one a prompt. For models with blocks of one latent frame.
+            video (list of images, array, tensor, or a list of them, *optional*):
+                The first frames, a whole number of blocks, one video for all or one a prompt. They are resized, count
+                in `num_frames`, and come back as the autoencoder reproduces them.
         """
         pieces = list(
             self.stream(
@@ -271,6 +314,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
                 max_sequence_length,
+                image,
+                video,
             )
         )
         if output_type == "pil":
@@ -298,6 +343,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int | None = None,
+        image: PipelineImageInput | None = None,
+        video: list | np.ndarray | torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor | np.ndarray | list]:
         r"""
         Generate block by block: yields the frames of each block, in the format of `output_type`, as soon as they
@@ -312,9 +359,22 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         device = self._execution_device
         prompt_embeds = self.encode_prompt(prompt, num_videos_per_prompt, prompt_embeds, max_sequence_length, device)
-        latents = self.prepare_latents(prompt_embeds.shape[0], height, width, num_frames, device, generator, latents)
+        batch_size = prompt_embeds.shape[0]
+        start = self.encode_start(image, video, height, width, num_frames)
+        if start is None:
+            start = prompt_embeds.new_zeros(batch_size, self.transformer.config.in_channels, 0, 1, 1)
+        elif start.shape[0] == 1:
+            start = start.expand(batch_size, -1, -1, -1, -1)
+        elif start.shape[0] * num_videos_per_prompt == batch_size:
+            start = start.repeat_interleave(num_videos_per_prompt, dim=0)
+        else:
+            raise ValueError(f"{start.shape[0]} images or videos to start from: pass one, or one a prompt.")
+        latents = self.prepare_latents(
+            batch_size, height, width, num_frames, device, generator, latents, num_given=start.shape[2]
+        )
         first_block_sigmas = sigmas or self.config.first_block_sigmas or self.config.sigmas
         blocks = self._denoise_blocks(
+            start.float(),
             latents,
             prompt_embeds,
             list(sigmas or self.config.sigmas),
@@ -329,6 +389,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @torch.no_grad()
     def _denoise_blocks(
         self,
+        given: torch.Tensor,
         noise: torch.Tensor,
         prompt_embeds: torch.Tensor,
         sigmas: list[float],
@@ -340,7 +401,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> Iterator[torch.Tensor]:
         """Yields the clean latents `(B, C, n, h, w)`, float32, of each block."""
         transformer = self.transformer
-        num_frames, n = noise.shape[2], transformer.config.num_frames_per_block
+        num_given, n = given.shape[2], transformer.config.num_frames_per_block
+        num_frames = num_given + noise.shape[2]
         # Cache and sampler belong to this video, so that several streams can run side by side.
         kv_cache = CausalWanKVCache(transformer.config.num_layers, max_frames=num_frames)
         scheduler = copy.deepcopy(self.scheduler)
@@ -361,7 +423,13 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         with self.progress_bar(total=num_frames // n) as progress_bar:
             for start in range(0, num_frames, n):
                 self._current_block = start // n
-                latents = noise[:, :, start : start + n]
+                if start < num_given:
+                    latents = given[:, :, start : start + n]
+                    predict(latents, latents.new_zeros(1), "write")
+                    progress_bar.update()
+                    yield latents
+                    continue
+                latents = noise[:, :, start - num_given : start - num_given + n]
                 levels = sigmas if start else first_block_sigmas
                 self._num_timesteps = len(levels)
                 scheduler.set_timesteps(sigmas=levels, device=noise.device)
