@@ -160,6 +160,7 @@ def tiny_pipeline(
     pipeline_names = (
         "sigmas",
         "first_block_sigmas",
+        "num_context_frames",
         "max_sequence_length",
         "height",
         "width",

@@ -55,5 +55,9 @@ PUBLISHED_MODELS = {
         {"sink_size": 3, "local_attn_size": 12},
         {"num_frames": 477},
     ),
-    "krea-14b": PublishedModel("krea/krea-realtime-video, krea-realtime-video-14b.safetensors", ()),
+    "krea-14b": PublishedModel(
+        "krea/krea-realtime-video, krea-realtime-video-14b.safetensors",
+        (),
+        pipeline={"sigmas": [*_FOUR_STEPS, 0.0], "num_context_frames": 3, "num_frames": 105},
+    ),
 }

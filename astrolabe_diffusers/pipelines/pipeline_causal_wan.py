@@ -20,6 +20,7 @@ from ..models.kv_cache import CausalWanKVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_streaming import StreamingVAEDecoder, encode_video
 from .pipeline_output import CausalWanPipelineOutput
+from .reencoded_context import ReencodedContext
 
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
@@ -40,6 +41,9 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             Noise levels of the steps before the shift; (1, .75, .5, .25) at shift 5 are t = 1000, 937.5, 833.3, 625.
         first_block_sigmas (`list[float]`, *optional*):
             Noise levels of the first block, where they are others: models of one or two steps make it in four.
+        num_context_frames (`int`, *optional*):
+            Every block sees this many latent frames before it, encoded anew for it, in place of a cache that grows
+            (Krea's server). Positions never pass the block's, so the video may go on for ever.
         max_sequence_length (`int`, defaults to 512):
             Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
@@ -60,6 +64,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer: CausalWanTransformer3DModel,
         sigmas: list[float] = (1.0, 0.75, 0.5, 0.25),
         first_block_sigmas: list[float] | None = None,
+        num_context_frames: int | None = None,
         max_sequence_length: int = 512,
         height: int = 480,
         width: int = 832,
@@ -73,6 +78,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.register_to_config(
             sigmas=list(sigmas),
             first_block_sigmas=first_block_sigmas and list(first_block_sigmas),
+            num_context_frames=num_context_frames,
             max_sequence_length=max_sequence_length,
             height=height,
             width=width,
@@ -172,7 +178,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"numbers are {' and '.join(map(str, valid))}."
             )
         table = self.transformer.config.rope_max_seq_len
-        if self.transformer.config.rope_mode == "absolute" and blocks * n > table:
+        bounded = self.transformer.config.rope_mode == "absolute" and self.config.num_context_frames is None
+        if bounded and blocks * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
                 f"{1 + scale * (table // n * n - 1)} frames, or a model with rope_mode='relative'."
@@ -373,7 +380,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             batch_size, height, width, num_frames, device, generator, latents, num_given=start.shape[2]
         )
         first_block_sigmas = sigmas or self.config.first_block_sigmas or self.config.sigmas
+        decoder = StreamingVAEDecoder(self.vae)
         blocks = self._denoise_blocks(
+            decoder,
+            output_type != "latent",
             start.float(),
             latents,
             prompt_embeds,
@@ -384,11 +394,13 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        return self._decode_blocks(blocks, output_type)
+        return self._postprocess_blocks(blocks, output_type)
 
     @torch.no_grad()
     def _denoise_blocks(
         self,
+        decoder: StreamingVAEDecoder,
+        decode: bool,
         given: torch.Tensor,
         noise: torch.Tensor,
         prompt_embeds: torch.Tensor,
@@ -399,12 +411,15 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> Iterator[torch.Tensor]:
-        """Yields the clean latents `(B, C, n, h, w)`, float32, of each block."""
+        """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1] if `decode`, else clean latents `(B, C, n, h, w)`."""
         transformer = self.transformer
         num_given, n = given.shape[2], transformer.config.num_frames_per_block
         num_frames = num_given + noise.shape[2]
         # Cache and sampler belong to this video, so that several streams can run side by side.
-        kv_cache = CausalWanKVCache(transformer.config.num_layers, max_frames=num_frames)
+        num_context = self.config.num_context_frames
+        context = ReencodedContext(self.vae, num_context) if num_context else None
+        max_frames = num_context + n if num_context else num_frames
+        kv_cache = CausalWanKVCache(transformer.config.num_layers, max_frames=max_frames)
         scheduler = copy.deepcopy(self.scheduler)
         self._interrupt = False
 
@@ -415,7 +430,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 prompt_embeds,
                 kv_cache=kv_cache,
                 kv_cache_mode=mode,
-                frame_offset=start,
+                frame_offset=kv_cache.num_frames,
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
             )[0]
@@ -425,50 +440,57 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 self._current_block = start // n
                 if start < num_given:
                     latents = given[:, :, start : start + n]
-                    predict(latents, latents.new_zeros(1), "write")
-                    progress_bar.update()
-                    yield latents
-                    continue
-                latents = noise[:, :, start - num_given : start - num_given + n]
-                levels = sigmas if start else first_block_sigmas
-                self._num_timesteps = len(levels)
-                scheduler.set_timesteps(sigmas=levels, device=noise.device)
-                scheduler.set_begin_index(0)
-                for i, t in enumerate(scheduler.timesteps):
-                    if self.interrupt:
-                        break
-                    self._current_timestep = t
-                    flow = predict(latents, t, "read").float()
-                    if i + 1 < len(levels):
-                        latents = scheduler.step(flow, t, latents, generator=generator, return_dict=False)[0]
-                    else:
-                        # `step` would draw noise here too, to multiply it by zero: what the published samplers
-                        # generate from a seed would not come out.
-                        latents = latents - scheduler.sigmas[i] * flow
-                    if callback_on_step_end is not None:
-                        values = {"latents": latents, "prompt_embeds": prompt_embeds}
-                        callback_kwargs = {k: values[k] for k in callback_on_step_end_tensor_inputs}
-                        outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                        latents = outputs.pop("latents", latents)
-                        prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
-                self._current_timestep = None
-                # The clean pass only serves later blocks.
-                if start + n < num_frames and not self.interrupt:
+                else:
+                    if context and start:
+                        kv_cache.clear()
+                        clean = context()
+                        predict(clean, clean.new_zeros(1), "write")
+                    latents = noise[:, :, start - num_given : start - num_given + n]
+                    levels = sigmas if start else first_block_sigmas
+                    self._num_timesteps = len(levels)
+                    # The published samplers look noise levels up in a table that ends at 1 / 1000: t = 0 has that one.
+                    floor = 1 / scheduler.config.num_train_timesteps
+                    scheduler.set_timesteps(sigmas=[max(level, floor) for level in levels], device=noise.device)
+                    scheduler.set_begin_index(0)
+                    for i, level in enumerate(levels):
+                        if self.interrupt:
+                            break
+                        t = scheduler.timesteps[i] * (level > 0)
+                        self._current_timestep = t
+                        flow = predict(latents, t, "read").float()
+                        if i + 1 < len(levels):
+                            latents = scheduler.step(flow, t, latents, generator=generator, return_dict=False)[0]
+                        else:
+                            # `step` would draw noise here too, to multiply it by zero: what the published samplers
+                            # generate from a seed would not come out.
+                            latents = latents - scheduler.sigmas[i] * flow
+                        if callback_on_step_end is not None:
+                            values = {"latents": latents, "prompt_embeds": prompt_embeds}
+                            callback_kwargs = {k: values[k] for k in callback_on_step_end_tensor_inputs}
+                            outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                            latents = outputs.pop("latents", latents)
+                            prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
+                    self._current_timestep = None
+                last = start + n >= num_frames or self.interrupt
+                # What only serves later blocks is left out after the last.
+                if decode or (context and not last):
+                    frames = decoder.decode(latents)
+                if context and not last:
+                    context.append(latents, frames)
+                elif not last:
                     predict(latents, latents.new_zeros(1), "write")
                 progress_bar.update()
-                yield latents
+                yield frames if decode else latents
                 if self.interrupt:
                     return
 
     @torch.no_grad()
-    def _decode_blocks(self, blocks: Iterator[torch.Tensor], output_type: str) -> Iterator:
-        decoder = StreamingVAEDecoder(self.vae)
+    def _postprocess_blocks(self, blocks: Iterator[torch.Tensor], output_type: str) -> Iterator:
         try:
-            for latents in blocks:
-                if output_type == "latent":
-                    yield latents
-                else:
-                    yield self.video_processor.postprocess_video(decoder.decode(latents), output_type=output_type)
+            for block in blocks:
+                if output_type != "latent":
+                    block = self.video_processor.postprocess_video(block, output_type=output_type)
+                yield block
         finally:
             # Also when the caller closes the stream early.
             blocks.close()
