@@ -57,6 +57,7 @@ class ReferenceCausalWan:
         self.sink = config["sink_size"]
         self.window = config["local_attn_size"]
         self.relative = config["rope_mode"] == "relative"
+        self.past_weight = 1.0  # of the frames before a noisy block, the first one excepted
 
     # Which frames a block sees, and where their keys sit in time.
 
@@ -95,10 +96,10 @@ class ReferenceCausalWan:
     def gelu_tanh(x):
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
-    def attention(self, query, key, value):
-        """[B, Lq, heads, D], [B, Lk, heads, D], [B, Lk, heads, D] -> [B, Lq, heads * D]."""
+    def attention(self, query, key, value, weights=1.0):
+        """[B, Lq, heads, D], [B, Lk, heads, D], [B, Lk, heads, D], weights [Lk] -> [B, Lq, heads * D]."""
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(self.head_dim)
-        scores = torch.exp(scores - scores.amax(-1, keepdim=True))
+        scores = torch.exp(scores - scores.amax(-1, keepdim=True)) * weights
         scores = scores / scores.sum(-1, keepdim=True)
         return torch.einsum("bhqk,bkhd->bqhd", scores, value).flatten(2)
 
@@ -165,12 +166,18 @@ class ReferenceCausalWan:
         value = self.linear(x, f"{name}.attn1.to_v")
         return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
-    def self_attention(self, query, frame, keys_and_values, end, grid):
-        """One frame's query against `{frame: (key, value)}`, for the block that ends before `end`."""
+    def self_attention(self, query, frame, keys_and_values, end, grid, past=range(0)):
+        """One frame's query against `{frame: (key, value)}`, for the block that ends before `end`.
+
+        `past_weight` applies to the frames of `past`.
+        """
         query = self.rotate(query, frame, *grid)
         keys = [self.rotate(key, self.key_position(j, end), *grid) for j, (key, _) in keys_and_values.items()]
         values = [value for _, value in keys_and_values.values()]
-        return self.attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1))
+        weights = [
+            torch.full(key.shape[1:2], self.past_weight if j in past else 1.0) for j, key in zip(keys_and_values, keys)
+        ]
+        return self.attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(weights))
 
     def rest_of_block(self, layer, tokens, attended, modulation, text):
         name = f"blocks.{layer}"
@@ -256,7 +263,7 @@ class ReferenceCausalWan:
                 self.rest_of_block(
                     layer,
                     tokens[f],
-                    self.self_attention(inputs[f][0], start + f, seen, end, grid),
+                    self.self_attention(inputs[f][0], start + f, seen, end, grid, range(0 if store else start)[1:]),
                     times[f][1],
                     text,
                 )
@@ -278,22 +285,42 @@ class ReferenceCausalWan:
                 self.block(block, zero, text, context, store=True)
         return context
 
-    def sample(self, noise, renoise, text, sigmas=(1.0, 0.75, 0.5, 0.25), shift=5.0):
+    def sample(
+        self,
+        noise,
+        renoise,
+        text,
+        sigmas=(1.0, 0.75, 0.5, 0.25),
+        shift=5.0,
+        first_sigmas=None,
+        original=None,
+        encode_context=None,
+    ):
         """The few-step sampler.
 
         `noise` [B, C, F, H, W] starts every block; `renoise[block][step]` [B, C, f, H, W] is the noise that takes the
-        estimate of `step` to the next noise level (one less than there are steps). Returns clean latents.
+        estimate of `step` to the next noise level (one less than there are steps). The first block may have other
+        noise levels. With `original` a block starts from that, with noise (video to video). `encode_context` makes the
+        clean frames before a block from all those generated; they are then run anew, in place of the kept ones.
+        Returns clean latents.
         """
-        sigmas = warped_sigmas(sigmas, shift)
+        table = warped_sigmas(1 - np.arange(1000) / 1000, shift)
         context = KeptContext(self.num_layers)
-        blocks = []
+        video = noise[:, :, :0].to(self.dtype)
         for index, x in enumerate(noise.to(self.dtype).split(self.frames_per_block, dim=2)):
-            for step, sigma in enumerate(sigmas):
-                timestep = torch.full((x.shape[0],), float(np.float32(1000) * sigma), dtype=torch.float64)
-                x0 = x - float(sigma) * self.block(x, timestep, text, context, store=False)
-                if step + 1 < len(sigmas):
-                    following = float(sigmas[step + 1])
-                    x = (1 - following) * x0 + following * renoise[index][step].to(self.dtype)
-            self.block(x0, torch.zeros(x0.shape[0]), text, context, store=True)
-            blocks.append(x0)
-        return torch.cat(blocks, dim=2)
+            timesteps = np.float32(1000) * warped_sigmas(sigmas if index else first_sigmas or sigmas, shift)
+            # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98.
+            levels = [float(table[abs(np.float32(1000) * table - t).argmin()]) for t in timesteps]
+            if original is not None:
+                x = (1 - levels[0]) * original[:, :, video.shape[2] :][:, :, : x.shape[2]] + levels[0] * x
+            if encode_context is not None and index:
+                context = self.context_of(encode_context(video), text)
+            for step, level in enumerate(levels):
+                timestep = torch.full((x.shape[0],), float(timesteps[step]), dtype=torch.float64)
+                x0 = x - level * self.block(x, timestep, text, context, store=False)
+                if step + 1 < len(levels):
+                    x = (1 - levels[step + 1]) * x0 + levels[step + 1] * renoise[index][step].to(self.dtype)
+            if encode_context is None:
+                self.block(x0, torch.zeros(x0.shape[0]), text, context, store=True)
+            video = torch.cat([video, x0], dim=2)
+        return video

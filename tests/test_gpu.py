@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 import astrolabe_diffusers
 from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
+from astrolabe_diffusers.models.attention_causal_wan import attend
 
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +41,74 @@ def test_stream_equals_call(dtype):
     whole = pipe([PROMPT] * 3, num_frames=57, generator=generator(), output_type="pt").frames
     pieces = list(pipe.stream([PROMPT] * 3, num_frames=57, generator=generator(), output_type="pt"))
     assert torch.equal(torch.cat(pieces, dim=1), whole) and whole.isfinite().all()
+
+
+def video(pipe):
+    return pipe(PROMPT, num_frames=33, generator=generator(), output_type="pt").frames.cpu()
+
+
+@pytest.mark.parametrize(
+    "method,arguments",
+    [
+        ("enable_model_cpu_offload", {}),
+        ("enable_sequential_cpu_offload", {}),
+        ("enable_group_offload", {"offload_type": "leaf_level", "use_stream": True}),
+        ("enable_group_offload", {"offload_type": "block_level", "num_blocks_per_group": 1}),
+        ("enable_group_offload", {"offload_type": "leaf_level", "exclude_modules": ["vae"]}),
+    ],
+)
+def test_offloading_changes_nothing(method, arguments):
+    expected = video(load(torch.bfloat16).to("cuda"))
+    pipe = load(torch.bfloat16)
+    if method == "enable_group_offload":
+        arguments = {"onload_device": torch.device("cuda"), **arguments}
+    getattr(pipe, method)(**arguments)
+    for _ in range(2):
+        assert (video(pipe) - expected).abs().max() < 1e-2
+    where = {p.device.type for p in pipe.text_encoder.parameters()}
+    assert where == {"meta" if "sequential" in method else "cpu"}
+
+
+def test_tiles_on_the_gpu():
+    pipe = load().to("cuda")
+    pipe.vae.enable_tiling(48, 48, 32, 32)
+    assert (video(pipe) - video(load().to("cuda"))).abs().mean() < 0.05
+
+
+BACKENDS = (
+    "native",
+    "_native_cudnn",
+    "_native_flash",
+    "_native_efficient",
+    "_native_math",
+    "flash",
+    "_flash_3",
+    "sage",
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_attention_backend_that_is_present(backend):
+    pipe = load(torch.bfloat16).to("cuda")
+    expected = video(pipe)
+    try:
+        pipe.transformer.set_attention_backend(backend)
+    except (RuntimeError, ImportError) as error:
+        pytest.skip(str(error).splitlines()[0])
+    try:
+        difference = (video(pipe) - expected).abs()
+    finally:
+        pipe.transformer.reset_attention_backend()
+    assert difference.mean() < 0.02
+
+
+@torch.no_grad()
+def test_cudnn_attends_by_default():
+    query, key = torch.randn(2, 1, 4680, 12, 128, device="cuda", dtype=torch.bfloat16).unbind(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        attend(query, key[:, 1560:], key[:, 1560:])
+        torch.cuda.synchronize()
+    assert any("cudnn" in event.key for event in profile.key_averages())
 
 
 @torch.no_grad()

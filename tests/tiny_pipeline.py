@@ -161,6 +161,7 @@ def tiny_pipeline(
         "sigmas",
         "first_block_sigmas",
         "num_context_frames",
+        "past_weight",
         "max_sequence_length",
         "height",
         "width",

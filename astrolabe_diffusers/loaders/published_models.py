@@ -14,12 +14,14 @@ class PublishedModel:
     """
     Args:
         source: where the weights are published.
+        size: of the Wan2.1 model it was trained from, "1.3B" or "14B".
         weights: entries of a training checkpoint that hold the generator, the one its authors load first.
         transformer: config of [`CausalWanTransformer3DModel`], beside the base model's sizes.
         pipeline: config of [`CausalWanPipeline`].
     """
 
     source: str
+    size: str
     weights: tuple[str, ...]
     transformer: dict[str, Any] = field(default_factory=dict)
     pipeline: dict[str, Any] = field(default_factory=dict)
@@ -27,36 +29,41 @@ class PublishedModel:
 
 PUBLISHED_MODELS = {
     "self-forcing": PublishedModel(
-        "gdhe17/Self-Forcing, checkpoints/self_forcing_dmd.pt", ("generator_ema", "generator")
+        "gdhe17/Self-Forcing, checkpoints/self_forcing_dmd.pt", "1.3B", ("generator_ema", "generator")
     ),
     "causal-forcing-chunkwise": PublishedModel(
-        "zhuhz22/Causal-Forcing, chunkwise/causal_forcing.pt", ("generator", "generator_ema")
+        "zhuhz22/Causal-Forcing, chunkwise/causal_forcing.pt", "1.3B", ("generator", "generator_ema")
     ),
     "causal-forcing-framewise": PublishedModel(
         "zhuhz22/Causal-Forcing, framewise/causal_forcing.pt",
+        "1.3B",
         ("generator_ema", "generator"),
         {"num_frames_per_block": 1},
     ),
     "causal-forcing-framewise-2step": PublishedModel(
         "zhuhz22/Causal-Forcing, causal-forcing++/framewise-2step.pt",
+        "1.3B",
         ("generator_ema", "generator"),
         {"num_frames_per_block": 1},
         {"sigmas": [1.0, 0.5], "first_block_sigmas": _FOUR_STEPS},
     ),
     "causal-forcing-framewise-1step": PublishedModel(
         "zhuhz22/Causal-Forcing, causal-forcing++/framewise-1step.pt",
+        "1.3B",
         ("generator_ema", "generator"),
         {"num_frames_per_block": 1},
         {"sigmas": [1.0], "first_block_sigmas": _FOUR_STEPS},
     ),
     "longlive": PublishedModel(
         "Efficient-Large-Model/LongLive-1.3B, models/longlive_base.pt and lora.pt",
+        "1.3B",
         ("generator", "generator_ema", "model"),
         {"sink_size": 3, "local_attn_size": 12},
         {"num_frames": 477},
     ),
     "krea-14b": PublishedModel(
         "krea/krea-realtime-video, krea-realtime-video-14b.safetensors",
+        "14B",
         (),
         pipeline={"sigmas": [*_FOUR_STEPS, 0.0], "num_context_frames": 3, "num_frames": 105},
     ),

@@ -1,5 +1,7 @@
 """K/V cache of a block-wise causal video transformer."""
 
+import math
+
 import torch
 
 from .rotary import Rotary, apply_rotary
@@ -89,10 +91,14 @@ class CausalWanKVCache:
         max_frames (`int`, *optional*):
             The longest video in latent frames. Required if the model's window is unlimited (`local_attn_size=-1`),
             and then an upper bound; ignored otherwise.
+        past_weight (`float`, defaults to 1.0):
+            Factor in (0, 1] of the attention that a noisy block pays to the frames before it, the video's first one
+            excepted. Less than 1 keeps errors from piling up (Krea).
     """
 
-    def __init__(self, num_layers: int, max_frames: int | None = None):
+    def __init__(self, num_layers: int, max_frames: int | None = None, past_weight: float = 1.0):
         self.max_frames = max_frames
+        self.past_weight = past_weight
         self.num_frames = 0  # latent frames stored so far, those that left the window included
         self.capacity = self.sink_size = self.block_frames = self.frame_tokens = 0
         self._ring = True
@@ -157,6 +163,18 @@ class CausalWanKVCache:
             raise ValueError(
                 f"latent frame {frame_offset + num_frames - 1} passes `max_frames={self.max_frames}` of `kv_cache`."
             )
+
+    def attention_mask(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+        """What `past_weight` adds to the scores of the keys that a block of `num_tokens` sees, `(1, 1, 1, keys)`."""
+        if self.past_weight == 1 or self.num_frames == 0:
+            return None
+        cached = min(self.num_frames, self.capacity) * self.frame_tokens
+        # The rightmost slot keeps the first frame until a ring without a sink takes it for another.
+        keeps_first = self.num_frames <= self.capacity or self.sink_size > 0
+        past = cached - self.frame_tokens * keeps_first
+        mask = torch.zeros(1, 1, 1, cached + num_tokens, device=device, dtype=dtype)
+        mask[..., :past] = math.log(self.past_weight)
+        return mask
 
     def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:
         """Whether the text keys and values of exactly this tensor are cached; if not, forget those of another."""

@@ -60,6 +60,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         layout: BlockLayout | None = None,
         kv_cache: CausalWanKVLayerCache | None = None,
         kv_cache_mode: str | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # (B, frames or 1, 1, dim) each, broadcast over the tokens of a frame
         shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (
@@ -70,7 +71,13 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         norm_hidden_states = self.norm1(hidden_states.float()).unflatten(1, frames) * (1 + scale_msa) + shift_msa
         norm_hidden_states = norm_hidden_states.flatten(1, 2).type_as(hidden_states)
         attn_output = self.attn1(
-            norm_hidden_states, None, None, rotary_emb, layout=layout, kv_cache=kv_cache, kv_cache_mode=kv_cache_mode
+            norm_hidden_states,
+            None,
+            attention_mask,
+            rotary_emb,
+            layout=layout,
+            kv_cache=kv_cache,
+            kv_cache_mode=kv_cache_mode,
         )
         gated = (attn_output.unflatten(1, frames) * gate_msa).flatten(1, 2)
         hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
@@ -293,11 +300,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache is None or torch.is_grad_enabled() or not kv_cache.has_text(encoder_hidden_states):
             encoder_hidden_states = embedder.text_embedder(encoder_hidden_states)
 
+        attention_mask = None
+        if kv_cache_mode == "read":
+            attention_mask = kv_cache.attention_mask(hidden_states.shape[1], hidden_states.device, hidden_states.dtype)
+
         # A checkpointed block runs twice: it must not write.
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache_mode != "write"
         for i, block in enumerate(self.blocks):
             args = (hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, layout)
-            args += (kv_cache.get(i) if kv_cache is not None else None, kv_cache_mode)
+            args += (kv_cache.get(i) if kv_cache is not None else None, kv_cache_mode, attention_mask)
             hidden_states = self._gradient_checkpointing_func(block, *args) if checkpointing else block(*args)
 
         if kv_cache_mode == "write":

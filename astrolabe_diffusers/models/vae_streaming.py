@@ -41,7 +41,7 @@ class StreamingVAEDecoder:
 
     def reset(self):
         """Forget the past: the next latent frame starts a video."""
-        self._features = None
+        self._features: dict[tuple[int, int], list] = {}  # by the tile's corner
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
@@ -53,21 +53,58 @@ class StreamingVAEDecoder:
             `scale_factor_temporal` frames for every other.
         """
         vae = self.vae
-        # The decoder is called directly, so offloading that hooks `vae.decode` has to be told.
-        if hasattr(vae, "_hf_hook") and hasattr(vae._hf_hook, "pre_forward"):
-            vae._hf_hook.pre_forward(vae)
         mean, std = _latent_stats(vae, latents)
-        hidden_states = vae.post_quant_conv((latents * std + mean).to(vae.dtype))
-        frames = []
-        for i in range(hidden_states.shape[2]):
-            first = self._features is None
-            if first:
-                self._features = [None] * vae._cached_conv_counts["decoder"]
-            # One latent frame at a time, as AutoencoderKLWan does: its temporal upsampling depends on it.
-            frames.append(
-                vae.decoder(hidden_states[:, :, i : i + 1], feat_cache=self._features, feat_idx=[0], first_chunk=first)
-            )
-        video = torch.cat(frames, dim=2)
+        latents = (latents * std + mean).to(vae.dtype)
+        scale = vae.spatial_compression_ratio
+        tile = (vae.tile_sample_min_height // scale, vae.tile_sample_min_width // scale)
+        if vae.use_tiling and (latents.shape[-2] > tile[0] or latents.shape[-1] > tile[1]):
+            video = self._decode_tiles(latents, *tile)
+        else:
+            video = self._decode_tile(latents, (0, 0))
         if vae.config.patch_size is not None:
             video = unpatchify(video, patch_size=vae.config.patch_size)
         return video.clamp(-1.0, 1.0)
+
+    def _decode_tile(self, latents: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
+        vae = self.vae
+        hidden_states = vae.post_quant_conv(latents)
+        frames = []
+        for i in range(hidden_states.shape[2]):
+            first = corner not in self._features
+            if first:
+                self._features[corner] = [None] * vae._cached_conv_counts["decoder"]
+            # One latent frame at a time, as AutoencoderKLWan does: its temporal upsampling depends on it.
+            frames.append(
+                vae.decoder(
+                    hidden_states[:, :, i : i + 1],
+                    feat_cache=self._features[corner],
+                    feat_idx=[0],
+                    first_chunk=first,
+                )
+            )
+        return torch.cat(frames, dim=2)
+
+    def _decode_tiles(self, latents: torch.Tensor, tile_height: int, tile_width: int) -> torch.Tensor:
+        """Overlapping tiles of the frame, each with a memory of its own, blended as `AutoencoderKLWan` does."""
+        vae = self.vae
+        scale, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
+        strides = (vae.tile_sample_stride_height, vae.tile_sample_stride_width)
+        overlaps = [
+            (size - stride) // patch
+            for size, stride in zip((vae.tile_sample_min_height, vae.tile_sample_min_width), strides)
+        ]
+        above, rows = None, []
+        for top in range(0, latents.shape[-2], strides[0] // scale):
+            row = []
+            for left in range(0, latents.shape[-1], strides[1] // scale):
+                tile = latents[..., top : top + tile_height, left : left + tile_width]
+                tile = self._decode_tile(tile, (top, left))
+                if above is not None:
+                    tile = vae.blend_v(above[len(row)], tile, overlaps[0])
+                if row:
+                    tile = vae.blend_h(row[-1], tile, overlaps[1])
+                row.append(tile)
+            rows.append(torch.cat([tile[..., : strides[0] // patch, : strides[1] // patch] for tile in row], dim=-1))
+            above = row
+        height, width = (size * scale // patch for size in latents.shape[-2:])
+        return torch.cat(rows, dim=-2)[..., :height, :width]

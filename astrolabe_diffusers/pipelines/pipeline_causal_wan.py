@@ -44,6 +44,9 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         num_context_frames (`int`, *optional*):
             Every block sees this many latent frames before it, encoded anew for it, in place of a cache that grows
             (Krea's server). Positions never pass the block's, so the video may go on for ever.
+        past_weight (`float`, defaults to 1.0):
+            Factor of the attention that a block pays to the frames before it, the first one excepted; see
+            [`CausalWanKVCache`].
         max_sequence_length (`int`, defaults to 512):
             Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
@@ -52,7 +55,9 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     What follows `transformer` is stored in `model_index.json` and serves as the defaults of `__call__`.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer"
+    # Decodes after every block: it would chase the transformer off the device and back, for a quarter of a gigabyte.
+    _exclude_from_cpu_offload = ["vae"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
     def __init__(
@@ -65,6 +70,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sigmas: list[float] = (1.0, 0.75, 0.5, 0.25),
         first_block_sigmas: list[float] | None = None,
         num_context_frames: int | None = None,
+        past_weight: float = 1.0,
         max_sequence_length: int = 512,
         height: int = 480,
         width: int = 832,
@@ -79,6 +85,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             sigmas=list(sigmas),
             first_block_sigmas=first_block_sigmas and list(first_block_sigmas),
             num_context_frames=num_context_frames,
+            past_weight=past_weight,
             max_sequence_length=max_sequence_length,
             height=height,
             width=width,
@@ -193,19 +200,19 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"{sorted(unknown)}."
             )
 
-    def encode_start(
+    def preprocess_start(
         self,
         image: PipelineImageInput | None,
         video: list | np.ndarray | torch.Tensor | None,
+        strength: float | None,
         height: int,
         width: int,
-        num_frames: int,
-    ) -> torch.Tensor | None:
-        """Normalised latents `(N, C, f, h, w)`, float32, of the given first frames, a whole number of blocks."""
-        if image is None and video is None:
-            return None
+    ) -> tuple[torch.Tensor | None, int]:
+        """Given frames, `(N, 3, F, H, W)` in [-1, 1] or latents `(N, C, f, h, w)`, and how many frames they are."""
         if image is not None and video is not None:
             raise ValueError("Provide either `image` or `video`, and not both.")
+        if strength is not None and (video is None or not 0 < strength <= 1):
+            raise ValueError(f"`strength={strength}` has to be in (0, 1] and needs a `video`.")
         scale, n = self.vae.config.scale_factor_temporal, self.transformer.config.num_frames_per_block
         if image is not None:
             if n != 1:
@@ -213,19 +220,33 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of "
                     f"{1 + scale * (n - 1)} frames, or use a model with blocks of one."
                 )
-            frames = self.video_processor.preprocess(image, height, width)[:, :, None]
+            return self.video_processor.preprocess(image, height, width)[:, :, None], 1
+        if video is None:
+            return None, 0
+        # Latents have more channels than a picture, and no whole number of blocks has that many frames.
+        if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == self.vae.config.z_dim:
+            start, given = video.float(), 1 + scale * (video.shape[2] - 1)
         else:
-            frames = self.video_processor.preprocess_video(video, height, width)
-        given = frames.shape[2]
+            start = self.video_processor.preprocess_video(video, height, width)
+            given = start.shape[2]
         if (given - 1) % scale or ((given - 1) // scale + 1) % n:
             first = 1 + scale * (n - 1)
             raise ValueError(
                 f"`video` has {given} frames, which is no whole number of blocks: {first}, {first + scale * n}, "
                 f"{first + 2 * scale * n}, ..."
             )
-        if given >= num_frames:
-            raise ValueError(f"`num_frames={num_frames}` leaves nothing to generate after the {given} given frames.")
-        return encode_video(self.vae, frames.to(self._execution_device))
+        return start, given
+
+    def encode_start(self, start: torch.Tensor, batch_size: int, num_videos_per_prompt: int) -> torch.Tensor:
+        """Normalised latents `(batch_size, C, f, h, w)`, float32, of what `preprocess_start` returns."""
+        latents = start.to(self._execution_device)
+        if start.shape[1] != self.vae.config.z_dim:
+            latents = encode_video(self.vae, latents)
+        if latents.shape[0] == 1:
+            return latents.expand(batch_size, -1, -1, -1, -1)
+        if latents.shape[0] * num_videos_per_prompt != batch_size:
+            raise ValueError(f"{latents.shape[0]} images or videos to start from: pass one, or one a prompt.")
+        return latents.repeat_interleave(num_videos_per_prompt, dim=0)
 
     def prepare_latents(
         self,
@@ -274,6 +295,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         max_sequence_length: int | None = None,
         image: PipelineImageInput | None = None,
         video: list | np.ndarray | torch.Tensor | None = None,
+        strength: float | None = None,
     ) -> CausalWanPipelineOutput | tuple:
         r"""
         Generate whole videos. What is left at `None` comes from the pipeline's config.
@@ -303,7 +325,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 The first frame, one for all videos or one a prompt. For models with blocks of one latent frame.
             video (list of images, array, tensor, or a list of them, *optional*):
                 The first frames, a whole number of blocks, one video for all or one a prompt. They are resized, count
-                in `num_frames`, and come back as the autoencoder reproduces them.
+                in `num_frames`, and come back as the autoencoder reproduces them. Or their latents `(B, C, f, h, w)`.
+            strength (`float`, *optional*):
+                Video to video: every block starts from `video` with this much noise, in (0, 1], instead of from noise
+                alone, and all noise levels are scaled with it. `num_frames` is then the video's.
         """
         pieces = list(
             self.stream(
@@ -323,6 +348,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 max_sequence_length,
                 image,
                 video,
+                strength,
             )
         )
         if output_type == "pil":
@@ -352,13 +378,23 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         max_sequence_length: int | None = None,
         image: PipelineImageInput | None = None,
         video: list | np.ndarray | torch.Tensor | None = None,
+        strength: float | None = None,
     ) -> Iterator[torch.Tensor | np.ndarray | list]:
         r"""
         Generate block by block: yields the frames of each block, in the format of `output_type`, as soon as they
         exist. Arguments as for `__call__`; the pieces joined in time are what `__call__` returns.
         """
         height, width = height or self.config.height, width or self.config.width
+        start, num_start = self.preprocess_start(image, video, strength, height, width)
+        if strength is not None:
+            if num_frames not in (None, num_start):
+                raise ValueError(f"with `strength` the video keeps its {num_start} frames: leave out `num_frames`.")
+            num_frames = num_start
         num_frames = num_frames or self.config.num_frames
+        if strength is None and num_start >= num_frames:
+            raise ValueError(
+                f"`num_frames={num_frames}` leaves nothing to generate after the {num_start} given frames."
+            )
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
@@ -367,28 +403,22 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device = self._execution_device
         prompt_embeds = self.encode_prompt(prompt, num_videos_per_prompt, prompt_embeds, max_sequence_length, device)
         batch_size = prompt_embeds.shape[0]
-        start = self.encode_start(image, video, height, width, num_frames)
-        if start is None:
-            start = prompt_embeds.new_zeros(batch_size, self.transformer.config.in_channels, 0, 1, 1)
-        elif start.shape[0] == 1:
-            start = start.expand(batch_size, -1, -1, -1, -1)
-        elif start.shape[0] * num_videos_per_prompt == batch_size:
-            start = start.repeat_interleave(num_videos_per_prompt, dim=0)
-        else:
-            raise ValueError(f"{start.shape[0]} images or videos to start from: pass one, or one a prompt.")
-        latents = self.prepare_latents(
-            batch_size, height, width, num_frames, device, generator, latents, num_given=start.shape[2]
-        )
+        given = original = None
+        if start is not None:
+            start = self.encode_start(start, batch_size, num_videos_per_prompt)
+            given, original = (start, None) if strength is None else (None, start)
+        num_given = 0 if given is None else given.shape[2]
+        latents = self.prepare_latents(batch_size, height, width, num_frames, device, generator, latents, num_given)
         first_block_sigmas = sigmas or self.config.first_block_sigmas or self.config.sigmas
-        decoder = StreamingVAEDecoder(self.vae)
         blocks = self._denoise_blocks(
-            decoder,
+            StreamingVAEDecoder(self.vae),
             output_type != "latent",
-            start.float(),
+            given,
+            original,
             latents,
             prompt_embeds,
-            list(sigmas or self.config.sigmas),
-            list(first_block_sigmas),
+            self._scaled_sigmas(sigmas or self.config.sigmas, strength),
+            self._scaled_sigmas(first_block_sigmas, strength),
             generator,
             attention_kwargs,
             callback_on_step_end,
@@ -396,12 +426,20 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         return self._postprocess_blocks(blocks, output_type)
 
+    def _scaled_sigmas(self, sigmas: list[float], strength: float | None) -> list[float]:
+        if strength is None:
+            return list(sigmas)
+        # The published samplers have whole timesteps before the shift.
+        steps = self.scheduler.config.num_train_timesteps
+        return [int(round(steps * strength * sigma, 6)) / steps for sigma in sigmas]
+
     @torch.no_grad()
     def _denoise_blocks(
         self,
         decoder: StreamingVAEDecoder,
         decode: bool,
-        given: torch.Tensor,
+        given: torch.Tensor | None,
+        original: torch.Tensor | None,
         noise: torch.Tensor,
         prompt_embeds: torch.Tensor,
         sigmas: list[float],
@@ -413,13 +451,15 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> Iterator[torch.Tensor]:
         """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1] if `decode`, else clean latents `(B, C, n, h, w)`."""
         transformer = self.transformer
-        num_given, n = given.shape[2], transformer.config.num_frames_per_block
+        num_given, n = 0 if given is None else given.shape[2], transformer.config.num_frames_per_block
         num_frames = num_given + noise.shape[2]
         # Cache and sampler belong to this video, so that several streams can run side by side.
         num_context = self.config.num_context_frames
         context = ReencodedContext(self.vae, num_context) if num_context else None
         max_frames = num_context + n if num_context else num_frames
-        kv_cache = CausalWanKVCache(transformer.config.num_layers, max_frames=max_frames)
+        kv_cache = CausalWanKVCache(
+            transformer.config.num_layers, max_frames=max_frames, past_weight=self.config.past_weight
+        )
         scheduler = copy.deepcopy(self.scheduler)
         self._interrupt = False
 
@@ -452,6 +492,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     floor = 1 / scheduler.config.num_train_timesteps
                     scheduler.set_timesteps(sigmas=[max(level, floor) for level in levels], device=noise.device)
                     scheduler.set_begin_index(0)
+                    if original is not None:
+                        latents = torch.lerp(original[:, :, start : start + n], latents, scheduler.sigmas[0])
                     for i, level in enumerate(levels):
                         if self.interrupt:
                             break

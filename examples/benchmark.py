@@ -1,0 +1,62 @@
+"""Measures speed and memory of a pipeline on this machine, with random weights at full size or a folder's."""
+
+import argparse
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import AutoTokenizer
+
+from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.benchmark import Measurement, measure, random_pipeline
+from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
+
+
+OFFLOADS = ("none", "model", "group")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", choices=PUBLISHED_MODELS, help="a published model, random weights at full size")
+    source.add_argument("--pipeline", help="folder or Hub id of a pipeline")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--num_frames", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what leaves the GPU while it is not used")
+    parser.add_argument("--vae_tiling", action="store_true")
+    parser.add_argument("--attention_backend", help="of diffusers; by default the fastest exact kernel of torch")
+    parser.add_argument("--repetitions", type=int, default=3)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> Measurement:
+    args = parse_args(argv)
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        pipe = random_pipeline(
+            args.model, AutoTokenizer.from_pretrained(TINY_SHAPES, subfolder="tokenizer"), args.device, dtype
+        )
+    else:
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
+    if args.offload == "model":
+        pipe.enable_model_cpu_offload(device=args.device)
+    elif args.offload == "group":
+        device = torch.device(args.device)
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules=["vae"])
+    else:
+        pipe.to(args.device)
+    if args.vae_tiling:
+        pipe.vae.enable_tiling()
+    if args.attention_backend:
+        pipe.transformer.set_attention_backend(args.attention_backend)
+    sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
+    result = measure(pipe, args.repetitions, num_videos_per_prompt=args.batch_size, **sizes)
+    print(result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Every published model's way to generate, as it is written into converted folders, against the slow reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.models.vae_streaming import decode_latents, encode_video
+from tests.reference_causal_wan import ReferenceCausalWan
+from tests.tiny_pipeline import tiny_pipeline
+
+
+PROMPT = "a red circle moves up on a white background"
+FOUR = [1.0, 0.75, 0.5, 0.25]
+FIVE = [*FOUR, 0.0]
+
+# Blocks, and what baselines.md says: steps of the first and of the other blocks.
+RECIPES = {
+    "self-forcing": (3, FOUR, FOUR),
+    "causal-forcing-chunkwise": (3, FOUR, FOUR),
+    "causal-forcing-framewise": (4, FOUR, FOUR),
+    "causal-forcing-framewise-2step": (4, FOUR, [1.0, 0.5]),
+    "causal-forcing-framewise-1step": (4, FOUR, [1.0]),
+    # The window is full after four blocks: two more roll it.
+    "longlive": (6, FOUR, FOUR),
+    "krea-14b": (4, FIVE, FIVE),
+}
+VARIANTS = {
+    "longlive, endless": ("longlive", {"rope_mode": "relative"}),
+    "krea-14b, plain": ("krea-14b", {"num_context_frames": None, "sigmas": FOUR}),
+    "krea-14b, past": ("krea-14b", {"past_weight": 0.3}),
+    "longlive, past": ("longlive", {"past_weight": 0.3}),
+}
+
+
+def build(model, **changes):
+    published = PUBLISHED_MODELS[model]
+    config = {**published.transformer, **published.pipeline, **changes}
+    return tiny_pipeline(**{**config, "num_frames": 21})
+
+
+def krea_context(vae):
+    """At most three latent frames: the last two, after the frame before them by itself."""
+
+    def encode(video):
+        if video.shape[2] <= 3:
+            return video
+        frames = decode_latents(vae, video.float())
+        return torch.cat([encode_video(vae, frames[:, :, -9:-8]).double(), video[:, :, -2:]], dim=2)
+
+    return encode
+
+
+@torch.no_grad()
+def expected(pipe, blocks, first, others, context=None, seed=0, **kwargs):
+    n = pipe.transformer.config.num_frames_per_block
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1, 4, n * blocks, 4, 6, generator=generator)
+    renoise = [
+        [torch.randn(1, 4, n, 4, 6, generator=generator) for _ in (others if b else first)[1:]] for b in range(blocks)
+    ]
+    reference = ReferenceCausalWan(pipe.transformer.state_dict(), dict(pipe.transformer.config))
+    reference.past_weight = pipe.config.past_weight
+    text = pipe.encode_prompt(PROMPT)
+    return reference.sample(noise, renoise, text, others, first_sigmas=first, encode_context=context, **kwargs)
+
+
+def generate(pipe, seed=0, **kwargs):
+    return pipe(PROMPT, generator=torch.Generator().manual_seed(seed), output_type="latent", **kwargs).frames
+
+
+def test_every_published_model_has_a_recipe():
+    assert RECIPES.keys() == PUBLISHED_MODELS.keys()
+
+
+@pytest.mark.parametrize("variant", [*RECIPES, *VARIANTS])
+def test_equals_the_reference(variant):
+    model, changes = VARIANTS.get(variant, (variant, {}))
+    pipe = build(model, **changes)
+    blocks, first, others = RECIPES[model]
+    context = krea_context(pipe.vae) if model == "krea-14b" else None
+    if variant == "krea-14b, plain":
+        first, others, context = FOUR, FOUR, None
+    wanted = expected(pipe, blocks, first, others, context)
+    result = generate(pipe, num_frames=4 * wanted.shape[2] - 3)
+    assert wanted.std() > 0.3
+    assert (result - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("model", ["longlive", "krea-14b"])
+def test_past_weight_matters(model):
+    results = [generate(build(model, past_weight=weight), num_frames=45) for weight in (1.0, 0.3)]
+    difference = (results[0] - results[1]).abs().amax(dim=(0, 1, 3, 4))
+    assert difference[:3].max() == 0 and difference[3:].min() > 1e-4
+
+
+@pytest.mark.parametrize("model,strength", [("krea-14b", 0.7), ("self-forcing", 0.85), ("krea-14b", 1.0)])
+def test_video_to_video(model, strength):
+    pipe = build(model)
+    video = np.random.default_rng(0).random((33, 32, 48, 3)).astype("float32")
+    result = generate(pipe, video=video, strength=strength)
+    levels = [int(round(1000 * strength * s, 6)) / 1000 for s in pipe.config.sigmas]
+    context = krea_context(pipe.vae) if pipe.config.num_context_frames else None
+    original = encode_video(pipe.vae, torch.from_numpy(video).permute(3, 0, 1, 2)[None] * 2 - 1)
+    wanted = expected(pipe, 3, levels, levels, context, original=original)
+    assert result.shape[2] == 9 and (result - wanted).abs().max() <= 1e-5
+    # Latents of the video serve as well; with full noise nothing of it is left.
+    assert torch.equal(generate(pipe, video=original, strength=strength), result)
+    if strength == 1:
+        assert (generate(pipe, num_frames=33) - result).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"strength": 0.5}, "needs a `video`"),
+        ({"strength": 1.5, "video": np.zeros((9, 32, 48, 3))}, r"has to be in \(0, 1\]"),
+        ({"strength": 0.5, "video": np.zeros((9, 32, 48, 3)), "num_frames": 21}, "keeps its 9 frames"),
+        ({"strength": 0.5, "video": np.zeros((10, 32, 48, 3))}, "no whole number of blocks"),
+    ],
+)
+def test_what_a_user_gets_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate(build("self-forcing"), **arguments)
