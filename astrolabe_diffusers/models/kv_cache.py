@@ -1,6 +1,7 @@
 """K/V cache of a block-wise causal video transformer."""
 
 import math
+import weakref
 
 import torch
 
@@ -17,7 +18,8 @@ class CausalWanKVLayerCache:
     """
 
     def __init__(self, cache: "CausalWanKVCache"):
-        self._cache = cache
+        # Weak: a cycle would keep gigabytes until the garbage collector comes by.
+        self._cache = weakref.proxy(cache)
         self.clear()
 
     def clear(self):

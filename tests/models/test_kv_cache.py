@@ -1,5 +1,8 @@
 """What a CausalWanKVCache keeps, where, and for how long."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -134,6 +137,19 @@ def test_two_videos_at_once():
     for i in range(6):
         assert torch.equal(write(model, clean[:, :, i : i + 1], text, cache), alone[0][i])
         assert torch.equal(write(model, other[:, :, i : i + 1], other_text, other_cache), alone[1][i])
+
+
+def test_memory_is_freed_at_once():
+    model, _, _, clean, text = build(2)
+    cache = new_cache(model, max_frames=4)
+    write(model, blocks_of(clean, 2)[0], text, cache)
+    keys = weakref.ref(cache.get(0).key)
+    gc.disable()
+    try:
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_interface():
