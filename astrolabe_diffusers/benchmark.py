@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler
+from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, ModelMixin
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from .loaders.published_models import PUBLISHED_MODELS
@@ -56,7 +56,7 @@ def random_pipeline(
 
 def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Give a model on the meta device small random weights; what diffusers keeps in float32 is in float32."""
-    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep = set(model._keep_in_fp32_modules) if isinstance(model, ModelMixin) else set()
     for name, parameter in list(model.named_parameters()):
         target = dtype if keep.isdisjoint(name.split(".")) else torch.float32
         value = torch.empty(parameter.shape, device=device, dtype=target)
@@ -108,12 +108,17 @@ def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurem
             before = after
         return times
 
-    # The first call compiles kernels; it also gives the embeddings and latents that the parts are timed with.
+    def decode() -> list[float]:
+        decoder = StreamingVAEDecoder(pipe.vae)
+        with torch.no_grad():
+            return timed(decoder.decode(block) for block in latents)
+
+    # The first calls compile kernels; they also give the embeddings and latents that the parts are timed with.
     prompt_embeds = pipe.encode_prompt(kwargs["prompt"])
     pipe.maybe_free_model_hooks()
     parts = {**kwargs, "prompt": None, "prompt_embeds": prompt_embeds, "output_type": "latent"}
     latents = list(pipe.stream(**parts))
-    list(pipe.stream(**{**kwargs, "output_type": "pt"}))
+    decode()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -121,11 +126,7 @@ def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurem
     gpu_memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
 
     denoising = [timed(pipe.stream(**parts)) for _ in range(repetitions)]
-    decoding = []
-    with torch.no_grad():
-        for _ in range(repetitions):
-            decoder = StreamingVAEDecoder(pipe.vae)
-            decoding.append(timed(decoder.decode(block) for block in latents))
+    decoding = [decode() for _ in range(repetitions)]
     return Measurement(
         first_frames=median(times[0] for times in whole),
         first_block=median(times[0] for times in denoising),

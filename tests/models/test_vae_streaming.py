@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers import StreamingVAEDecoder
-from astrolabe_diffusers.models.vae_streaming import decode_latents, encode_video
+from astrolabe_diffusers.models.vae_streaming import FusedWanRMSNorm, decode_latents, encode_video, use_channels_last
 from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
 
 
@@ -122,3 +122,18 @@ def test_bfloat16(vae):
     out = StreamingVAEDecoder(vae).decode(latents)
     assert torch.equal(out, decode_latents(vae, latents))
     assert (out.float() - expected).abs().mean() < 0.02
+
+
+def test_channels_last_changes_nothing():
+    vae = tiny_vae()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    latents = random_latents()
+    expected = decode_latents(vae, latents)
+    parameters = {name: parameter.clone() for name, parameter in vae.state_dict().items()}
+    use_channels_last(vae.decoder)
+    assert (decode_latents(vae, latents) - expected).abs().max() < 1e-4
+    assert any(isinstance(module, FusedWanRMSNorm) for module in vae.decoder.modules())
+    assert all(torch.equal(parameter, parameters[name]) for name, parameter in vae.state_dict().items())
