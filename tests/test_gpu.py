@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import astrolabe_diffusers
 from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
@@ -105,9 +107,14 @@ def test_every_attention_backend_that_is_present(backend):
 
 def test_cudnn_attends_by_default():
     query, key = torch.randn(2, 1, 4680, 12, 128, device="cuda", dtype=torch.bfloat16).unbind(0)
-    results = {name: attend(query, key, key, backend=name) for name in (None, "_native_cudnn", "_native_flash")}
-    assert torch.equal(results[None], results["_native_cudnn"])
-    assert not torch.equal(results[None], results["_native_flash"])
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    expected = {}
+    for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
+            expected[kernel] = scaled_dot_product_attention(q, k, k).transpose(1, 2)
+    result = attend(query, key, key)
+    assert torch.equal(result, expected[SDPBackend.CUDNN_ATTENTION])
+    assert not torch.equal(result, expected[SDPBackend.FLASH_ATTENTION])
 
 
 def test_an_ended_stream_leaves_no_memory():
