@@ -67,7 +67,8 @@ def test_offloading_changes_nothing(method, arguments):
         arguments = {"onload_device": torch.device("cuda"), **arguments}
     getattr(pipe, method)(**arguments)
     for _ in range(2):
-        assert (video(pipe) - expected).abs().max() < 1e-2
+        # Memory at other addresses may be read by another kernel, which rounds otherwise: 2 to 4 steps of bfloat16.
+        assert (video(pipe) - expected).abs().max() < 0.02
     where = {p.device.type for p in pipe.text_encoder.parameters()}
     assert where == {"meta" if "sequential" in method else "cpu"}
 

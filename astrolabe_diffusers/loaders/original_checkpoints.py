@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import pickle
 import re
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 
@@ -40,6 +44,8 @@ _RENAMES = [
     )
 ]
 
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 # (width, layers) of the models that checkpoints are published for.
 _KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B"}
 
@@ -67,14 +73,35 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _map_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors: loading it would run code from the file, which is refused."
         ) from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError) as error:
+    except (ValueError, KeyError, RuntimeError, EOFError, struct.error) as error:
         raise ValueError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+
+
+def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file on a read-only map. That of `safetensors` is writable, and for such a map Linux wants as
+    much memory as the file is long: one of 28 GB would not load on a machine of 24."""
+    with open(path, "rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        if header_size > path.stat().st_size:
+            raise ValueError("it has no safetensors header")
+        header = json.loads(file.read(header_size))
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    tensors = {}
+    with warnings.catch_warnings():
+        # Nobody writes to them.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        for name, info in header.items():
+            begin = 8 + header_size + info["data_offsets"][0]
+            dtype, count = _SAFETENSORS_DTYPES[info["dtype"]], math.prod(info["shape"])
+            tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(info["shape"])
+    return tensors
 
 
 def select_weights(checkpoint: dict[str, Any], keys: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:

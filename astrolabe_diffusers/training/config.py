@@ -83,6 +83,9 @@ class NFTConfig:
     )
 
     # LoRA
+    init_lora: str | None = option(
+        None, "LoRA to start from, folder or Hub id: its rank, alpha and modules go before those below"
+    )
     rank: int = option(256, "LoRA rank", minimum=1)
     lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank")
     lora_dropout: float = option(0.0, "LoRA dropout", minimum=0)

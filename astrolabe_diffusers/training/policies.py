@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -32,20 +34,30 @@ def add_policies(
 
     LoRA weights are float32 whatever the base is. B starts at zero, so that all three policies coincide.
     """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=list(target_modules) or block_linear_names(transformer),
+    )
+    transformer.add_adapter(config, adapter_name=CURRENT)
+    _complete_policies(transformer)
+
+
+def load_policies(pipeline, lora: str | Path):
+    """As `add_policies`, with a LoRA that `load_lora_weights` takes as current and old policy: rank, alpha and target
+    modules are its own. The reference is the transformer without it."""
+    pipeline.load_lora_weights(lora, adapter_name=CURRENT)
+    _complete_policies(pipeline.transformer)
+
+
+def _complete_policies(transformer: nn.Module):
     transformer.requires_grad_(False)
-    target_modules = list(target_modules) or block_linear_names(transformer)
     with warnings.catch_warnings():
         # peft takes the second adapter for a mistake.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        for name in (CURRENT, OLD):
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                init_lora_weights="gaussian",
-                target_modules=target_modules,
-            )
-            transformer.add_adapter(config, adapter_name=name)
+        transformer.add_adapter(copy.deepcopy(transformer.peft_config[CURRENT]), adapter_name=OLD)
     for name in (CURRENT, OLD):
         for parameter in policy_parameters(transformer, name):
             parameter.data = parameter.data.float()

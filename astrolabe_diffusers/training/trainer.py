@@ -19,6 +19,7 @@ from .policies import (
     CURRENT,
     activate_current,
     add_policies,
+    load_policies,
     old_policy_decay,
     policy_parameters,
     update_old_policy,
@@ -59,9 +60,12 @@ class NFTTrainer:
 
         self.transformer = self.pipeline.transformer
         with as_user_error("cannot add the LoRA"):
-            add_policies(
-                self.transformer, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
-            )
+            if config.init_lora:
+                load_policies(self.pipeline, config.init_lora)
+            else:
+                add_policies(
+                    self.transformer, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+                )
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         # DDP synchronises the parameters that are trainable when it wraps the model, and no others.
@@ -213,7 +217,7 @@ class NFTTrainer:
         processes = self.accelerator.num_processes
         self.report.print(
             f"{config.pretrained_model_name_or_path}: {self.size['num_frames']} frames of {self.size['height']}x"
-            f"{self.size['width']}; LoRA of rank {config.rank}, {trainable:,} parameters\n"
+            f"{self.size['width']}; LoRA of rank {self.transformer.peft_config[CURRENT].r}, {trainable:,} parameters\n"
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
             f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
             f"{config.samples_per_prompt} samples an epoch, {config.max_train_steps} steps; "

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from astrolabe_diffusers.training.policies import (
@@ -9,12 +10,13 @@ from astrolabe_diffusers.training.policies import (
     activate_current,
     add_policies,
     block_linear_names,
+    load_policies,
     old_policy_decay,
     policy_parameters,
     update_old_policy,
     use_policy,
 )
-from tests.tiny_pipeline import tiny_transformer
+from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 from tests.training.helpers import randomize_adapters
 
 
@@ -55,6 +57,40 @@ def test_target_modules_can_be_chosen():
     assert {"attn1.to_q", "attn2.to_out.0", "ffn.net.2"} < set(block_linear_names(model))
     add_policies(model, rank=2, lora_alpha=2, target_modules=["attn1.to_q"])
     assert len(policy_parameters(model)) == 2 * 2
+
+
+def saved_lora(folder, rank=3, alpha=6, modules=("attn1.to_q", "ffn.net.2")):
+    """A random LoRA as `save_lora_weights` writes it, and what the pipeline generates with it."""
+    pipe = tiny_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)))
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    pipe.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+    )
+    with torch.no_grad():
+        return forward(pipe.transformer)
+
+
+def test_a_lora_as_the_start(tmp_path):
+    expected = saved_lora(tmp_path)
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        base = forward(pipe.transformer)
+    load_policies(pipe, tmp_path)
+    outputs = {}
+    for policy in ("current", "old", "reference"):
+        with use_policy(pipe.transformer, policy):
+            outputs[policy] = forward(pipe.transformer)
+    assert (outputs["current"] - expected).abs().max() < 1e-5 and torch.equal(outputs["old"], outputs["current"])
+    assert torch.equal(outputs["reference"], base) and (base - expected).abs().max() > 0.01
+    configs = pipe.transformer.peft_config
+    assert all((config.r, config.lora_alpha) == (3, 6) for config in configs.values()) and len(configs) == 2
+    # Two layers, each with A and B, in two blocks.
+    assert trainable(pipe.transformer) == current_names(pipe.transformer) and len(trainable(pipe.transformer)) == 8
 
 
 def test_all_policies_coincide_at_first(transformer):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.training import NFTTrainer, parse_args
+from astrolabe_diffusers.training.checkpoints import save_adapter
 from astrolabe_diffusers.training.policies import use_policy
 from astrolabe_diffusers.training.rollout import decode_videos, sample_latents
 from tests.training.helpers import randomize_adapters, tiny_arguments
@@ -64,3 +65,18 @@ def test_old_policy_decay_follows_the_steps(trainer):
         decays.append(trainer.old_policy_decay)
     trainer.step = 0
     assert decays == pytest.approx([0, 0.1, 0.5])
+
+
+def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path):
+    """It begins where the LoRA was, and writes one with the same rank and alpha."""
+    first = tmp_path / "first"
+    save_adapter(trainer.transformer, first, "default")
+    arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1, rank=2, init_lora=first)
+    again = NFTTrainer(parse_args(arguments))
+    again.train()
+    again.rewards.shutdown()
+    trainer.evaluate()
+    before = trainer.report.evaluations[-1].scores["reward"]
+    assert again.report.evaluations[0].scores["reward"] == pytest.approx(before, abs=1e-5)
+    config, written = trainer.transformer.peft_config["default"], again.transformer.peft_config["default"]
+    assert (written.r, written.lora_alpha) == (config.r, config.lora_alpha) and config.r != 2
