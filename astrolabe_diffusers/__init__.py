@@ -9,6 +9,7 @@ from .models.transformer_causal_wan import CausalWanTransformer3DModel
 from .models.vae_streaming import StreamingVAEDecoder
 from .pipelines.pipeline_causal_wan import CausalWanPipeline
 from .pipelines.pipeline_output import CausalWanPipelineOutput
+from .pipelines.stream import CausalWanStream
 
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "CausalWanKVCache",
     "CausalWanPipeline",
     "CausalWanPipelineOutput",
+    "CausalWanStream",
     "CausalWanTransformer3DModel",
     "StreamingVAEDecoder",
 ]

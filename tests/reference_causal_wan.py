@@ -35,6 +35,7 @@ class KeptContext:
 
     def __init__(self, num_layers: int):
         self.layers = [[] for _ in range(num_layers)]
+        self.sink_offset = 0  # absolute positions of the sink's keys, behind the frames' own
 
     @property
     def num_frames(self) -> int:
@@ -68,7 +69,9 @@ class ReferenceCausalWan:
         first_recent = end - (self.window - self.sink)
         return [frame for frame in range(end) if frame < self.sink or frame >= first_recent]
 
-    def key_position(self, frame: int, end: int) -> int:
+    def key_position(self, frame: int, end: int, sink_offset: int = 0) -> int:
+        if not self.relative and frame < self.sink:
+            return frame + sink_offset
         if self.relative and self.window != -1 and end > self.window and frame < self.sink:
             return frame + (end - self.window)
         return frame
@@ -166,13 +169,14 @@ class ReferenceCausalWan:
         value = self.linear(x, f"{name}.attn1.to_v")
         return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
-    def self_attention(self, query, frame, keys_and_values, end, grid, past=range(0)):
+    def self_attention(self, query, frame, keys_and_values, end, grid, past=range(0), sink_offset=0):
         """One frame's query against `{frame: (key, value)}`, for the block that ends before `end`.
 
         `past_weight` applies to the frames of `past`.
         """
         query = self.rotate(query, frame, *grid)
-        keys = [self.rotate(key, self.key_position(j, end), *grid) for j, (key, _) in keys_and_values.items()]
+        positions = [self.key_position(j, end, sink_offset) for j in keys_and_values]
+        keys = [self.rotate(key, at, *grid) for at, (key, _) in zip(positions, keys_and_values.values())]
         values = [value for _, value in keys_and_values.values()]
         weights = [
             torch.full(key.shape[1:2], self.past_weight if j in past else 1.0) for j, key in zip(keys_and_values, keys)
@@ -242,8 +246,11 @@ class ReferenceCausalWan:
 
     # 3: block after block, keeping every clean frame.
 
-    def block(self, latents, timestep, text, context: KeptContext, store: bool):
-        """One block [B, C, f, H, W] after the frames in `context`; `store` appends its keys and values to it."""
+    def block(self, latents, timestep, text, context: KeptContext, store: bool, visible=None):
+        """One block [B, C, f, H, W] after the frames in `context`; `store` appends its keys and values to it.
+
+        It sees what the window shows, or the frames of `visible`.
+        """
         start, num_frames = context.num_frames, latents.shape[2]
         end = start + num_frames
         if timestep.ndim == 1:
@@ -253,7 +260,7 @@ class ReferenceCausalWan:
         latents = latents.to(self.dtype)
         tokens = [self.embed_frame(latents[:, :, f]) for f in range(num_frames)]
         times = [self.embed_time(timestep[:, f]) for f in range(num_frames)]
-        visible = self.visible_frames(end)
+        visible = self.visible_frames(end) if visible is None else visible
         new = []
         for layer in range(self.num_layers):
             inputs = [self.self_attention_inputs(layer, tokens[f], times[f][1]) for f in range(num_frames)]
@@ -263,7 +270,15 @@ class ReferenceCausalWan:
                 self.rest_of_block(
                     layer,
                     tokens[f],
-                    self.self_attention(inputs[f][0], start + f, seen, end, grid, range(0 if store else start)[1:]),
+                    self.self_attention(
+                        inputs[f][0],
+                        start + f,
+                        seen,
+                        end,
+                        grid,
+                        past=range(0 if store else start)[1:],
+                        sink_offset=context.sink_offset,
+                    ),
                     times[f][1],
                     text,
                 )
@@ -285,6 +300,32 @@ class ReferenceCausalWan:
                 self.block(block, zero, text, context, store=True)
         return context
 
+    def recache(self, video, text, context: KeptContext, global_sink: bool):
+        """LongLive's change of prompt: the window's frames run anew in one pass, each seeing all others.
+
+        `video` [B, C, F, H, W] are all clean frames, `context` what is kept of them; returns what takes its place.
+        """
+        total, zero = video.shape[2], torch.zeros(video.shape[0])
+        first = 0 if self.window == -1 else max(total - self.window, 0)
+        new = KeptContext(self.num_layers)
+        if first == 0:
+            self.block(video, zero, text, new, store=True, visible=list(range(total)))
+            return new
+        if global_sink:
+            first += self.sink
+            for kept, layer in zip(new.layers, context.layers):
+                kept.extend(layer[:first])
+            seen = [*range(self.sink), *range(first, total)]
+            self.block(video[:, :, first:], zero, text, new, store=True, visible=seen)
+            return new
+        for kept, layer in zip(new.layers, context.layers):
+            kept.extend(layer[:first])
+        self.block(video[:, :, first:], zero, text, new, store=True, visible=list(range(first, total)))
+        for kept in new.layers:
+            kept[: self.sink] = kept[first : first + self.sink]
+        new.sink_offset = first
+        return new
+
     def sample(
         self,
         noise,
@@ -295,6 +336,8 @@ class ReferenceCausalWan:
         first_sigmas=None,
         original=None,
         encode_context=None,
+        recache_at=None,
+        global_sink=True,
     ):
         """The few-step sampler.
 
@@ -302,8 +345,10 @@ class ReferenceCausalWan:
         estimate of `step` to the next noise level (one less than there are steps). The first block may have other
         noise levels. With `original` a block starts from that, with noise (video to video). `encode_context` makes the
         clean frames before a block from all those generated; they are then run anew, in place of the kept ones.
+        `text` may be a list with one for each block; before block `recache_at` the window is encoded with its text.
         Returns clean latents.
         """
+        texts = text if isinstance(text, list) else [text] * noise.shape[2]
         table = warped_sigmas(1 - np.arange(1000) / 1000, shift)
         context = KeptContext(self.num_layers)
         video = noise[:, :, :0].to(self.dtype)
@@ -313,8 +358,11 @@ class ReferenceCausalWan:
             levels = [float(table[abs(np.float32(1000) * table - t).argmin()]) for t in timesteps]
             if original is not None:
                 x = (1 - levels[0]) * original[:, :, video.shape[2] :][:, :, : x.shape[2]] + levels[0] * x
+            text = texts[index]
             if encode_context is not None and index:
-                context = self.context_of(encode_context(video), text)
+                context = self.context_of(encode_context(video), texts[index - 1])
+            if index == recache_at:
+                context = self.recache(video, text, context, global_sink)
             for step, level in enumerate(levels):
                 timestep = torch.full((x.shape[0],), float(timesteps[step]), dtype=torch.float64)
                 x0 = x - level * self.block(x, timestep, text, context, store=False)

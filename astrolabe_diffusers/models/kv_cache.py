@@ -41,7 +41,7 @@ class CausalWanKVLayerCache:
             return key, value
         cache = self._cache
         end = cache.capacity * cache.frame_tokens
-        start = end - min(cache.num_frames, cache.capacity) * cache.frame_tokens
+        start = end - cache.num_cached * cache.frame_tokens
         stop = end + key.shape[1]
         if torch.is_grad_enabled() or stop > self.key.shape[1]:
             return torch.cat([self.key[:, start:end], key], dim=1), torch.cat([self.value[:, start:end], value], dim=1)
@@ -102,8 +102,11 @@ class CausalWanKVCache:
         self.max_frames = max_frames
         self.past_weight = past_weight
         self.num_frames = 0  # latent frames stored so far, those that left the window included
+        self.num_cached = 0  # slots in use
+        self.sink_start = 0  # the frame in the first sink slot
         self.capacity = self.sink_size = self.block_frames = self.frame_tokens = 0
         self._ring = True
+        self._rewound = False
         self._shape: tuple[int, int, int] | None = None
         self._text: torch.Tensor | None = None
         self.layer_caches = [CausalWanKVLayerCache(self) for _ in range(num_layers)]
@@ -116,7 +119,7 @@ class CausalWanKVCache:
 
     def clear(self):
         """Forget everything, text included, and free the memory."""
-        self.num_frames = 0
+        self.num_frames = self.num_cached = self.sink_start = 0
         self._text = None
         for layer_cache in self.layer_caches:
             layer_cache.clear()
@@ -127,8 +130,43 @@ class CausalWanKVCache:
         for layer_cache in self.layer_caches:
             layer_cache.text_key = layer_cache.text_value = None
 
+    def rewind(self, num_frames: int, keep_sink: bool):
+        """Go back to `num_frames` frames, to write those after them anew, all at once.
+
+        Of the frames before, only the sink stays, if `keep_sink`; if not, the next frames that are written become it.
+        """
+        self.num_frames = num_frames
+        self.num_cached = self.sink_size if keep_sink else 0
+        self._rewound = True
+        if not keep_sink:
+            self.sink_start = num_frames
+            for layer_cache in self.layer_caches:
+                layer_cache._sink_key, layer_cache._sink_shift = None, 0
+
+    def advance(self, num_frames: int):
+        """Count frames that every layer has stored."""
+        self.num_frames += num_frames
+        self.num_cached = min(self.num_cached + num_frames, self.capacity)
+        self._rewound = False
+
+    def select(self, videos: list[int]) -> "CausalWanKVCache":
+        """A cache of its own for some videos of the batch."""
+        other = CausalWanKVCache(len(self), self.max_frames, self.past_weight)
+        for name, value in vars(self).items():
+            if name not in ("layer_caches", "_text"):
+                setattr(other, name, value)
+        if self._shape is not None:
+            other._shape = (len(videos), *self._shape[1:])
+        for source, target in zip(self.layer_caches, other.layer_caches):
+            for name in ("key", "value", "_sink_key"):
+                tensor = getattr(source, name)
+                setattr(target, name, None if tensor is None else tensor[videos])
+            target._sink_shift = source._sink_shift
+        return other
+
     def slot(self, frame: int) -> int | None:
         """The slot that keeps a latent frame, or `None` if no later block can see it."""
+        frame -= self.sink_start
         if frame < self.capacity:
             return frame
         ring = self.capacity - self.sink_size
@@ -156,7 +194,7 @@ class CausalWanKVCache:
             self.capacity = max(longest - self.block_frames, 0)
         elif shape != self._shape:
             raise ValueError(f"`kv_cache` serves batch, height and width {self._shape}, but this block has {shape}.")
-        elif num_frames != self.block_frames:
+        elif num_frames != self.block_frames and not self._rewound:
             raise ValueError(
                 f"a block of {num_frames} latent frames cannot follow cached ones: the model's blocks have "
                 f"{self.block_frames}."
@@ -168,11 +206,11 @@ class CausalWanKVCache:
 
     def attention_mask(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """What `past_weight` adds to the scores of the keys that a block of `num_tokens` sees, `(1, 1, 1, keys)`."""
-        if self.past_weight == 1 or self.num_frames == 0:
+        if self.past_weight == 1 or self.num_cached == 0:
             return None
-        cached = min(self.num_frames, self.capacity) * self.frame_tokens
+        cached = self.num_cached * self.frame_tokens
         # The rightmost slot keeps the first frame until a ring without a sink takes it for another.
-        keeps_first = self.num_frames <= self.capacity or self.sink_size > 0
+        keeps_first = self.num_frames - self.sink_start <= self.capacity or self.sink_size > 0
         past = cached - self.frame_tokens * keeps_first
         mask = torch.zeros(1, 1, 1, cached + num_tokens, device=device, dtype=dtype)
         mask[..., :past] = math.log(self.past_weight)

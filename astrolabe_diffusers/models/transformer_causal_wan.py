@@ -270,7 +270,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             layout = None
             kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
             if relative and kv_cache.sink_size:
-                shift = max(frame_offset + num_frames - self.config.local_attn_size, 0)
+                first = frame_offset + num_frames - self.config.local_attn_size  # of the window
+                shift = max(first - kv_cache.sink_start, 0)
                 sink_rotary = self.rope.shift(shift, hidden_states.device)
                 for layer_cache in kv_cache.layer_caches:
                     layer_cache.shift_sink(shift, sink_rotary)
@@ -312,7 +313,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             hidden_states = self._gradient_checkpointing_func(block, *args) if checkpointing else block(*args)
 
         if kv_cache_mode == "write":
-            kv_cache.num_frames += num_frames
+            kv_cache.advance(num_frames)
         if clean_hidden_states is not None:
             hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
 

@@ -68,6 +68,15 @@ class StreamingVAEDecoder:
         """Forget the past: the next latent frame starts a video."""
         self._features: dict[tuple[int, int], list] = {}  # by the tile's corner
 
+    def select(self, videos: list[int]) -> "StreamingVAEDecoder":
+        """A decoder of its own for some videos of the batch."""
+        other = StreamingVAEDecoder(self.vae)
+        other._features = {
+            corner: [feature[videos] if isinstance(feature, torch.Tensor) else feature for feature in features]
+            for corner, features in self._features.items()
+        }
+        return other
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Args:

@@ -1,6 +1,7 @@
 """Text-to-video with causal Wan models, block by block."""
 
-import copy
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +17,12 @@ from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.lora import check_lora_fits
-from ..models.kv_cache import CausalWanKVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..models.vae_streaming import StreamingVAEDecoder, encode_video
+from ..models.vae_streaming import encode_video
+from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
 from .pipeline_output import CausalWanPipelineOutput
-from .reencoded_context import ReencodedContext
+from .scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
+from .stream import CausalWanStream, PromptInbox, PromptSwitch
 
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
@@ -164,6 +166,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         num_frames: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        scenes: list[list[Scene]] | None = None,
     ):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
@@ -178,7 +181,16 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
         # The first latent frame is one frame, every other `scale` frames; a block is a whole number of latent frames.
         scale, n = self.vae.config.scale_factor_temporal, self.transformer.config.num_frames_per_block
-        blocks = ((num_frames - 1) / scale + 1) / n
+        bounded = self.transformer.config.rope_mode == "absolute" and self.config.num_context_frames is None
+        endless = num_frames == math.inf
+        if endless and (
+            bounded or (self.transformer.config.local_attn_size == -1 and not self.config.num_context_frames)
+        ):
+            raise ValueError(
+                "`num_frames=inf` needs a model whose memory is bounded and positions are not: local_attn_size and "
+                "rope_mode='relative', or num_context_frames."
+            )
+        blocks = 1 if endless else ((num_frames - 1) / scale + 1) / n
         if blocks < 1 or blocks != int(blocks):
             valid = sorted({1 + scale * (max(b, 1) * n - 1) for b in (int(blocks), int(blocks) + 1)})
             raise ValueError(
@@ -186,11 +198,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"numbers are {' and '.join(map(str, valid))}."
             )
         table = self.transformer.config.rope_max_seq_len
-        bounded = self.transformer.config.rope_mode == "absolute" and self.config.num_context_frames is None
-        if bounded and blocks * n > table:
+        if bounded and self._longest_take(scenes, int(blocks)) * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
-                f"{1 + scale * (table // n * n - 1)} frames, or a model with rope_mode='relative'."
+                f"{1 + scale * (table // n * n - 1)} frames without a cut, or a model with rope_mode='relative'."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES} but is {output_type!r}.")
@@ -331,6 +342,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 Video to video: every block starts from `video` with this much noise, in (0, 1], instead of from noise
                 alone, and all noise levels are scaled with it. `num_frames` is then the video's.
         """
+        if num_frames == math.inf:
+            raise ValueError("a video without an end is never whole: use `stream` for `num_frames=inf`.")
         pieces = list(
             self.stream(
                 prompt,
@@ -366,7 +379,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_frames: int | None = None,
+        num_frames: float | None = None,
         sigmas: list[float] | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -380,10 +393,12 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         image: PipelineImageInput | None = None,
         video: list | np.ndarray | torch.Tensor | None = None,
         strength: float | None = None,
-    ) -> Iterator[torch.Tensor | np.ndarray | list]:
+    ) -> CausalWanStream:
         r"""
-        Generate block by block: yields the frames of each block, in the format of `output_type`, as soon as they
-        exist. Arguments as for `__call__`; the pieces joined in time are what `__call__` returns.
+        Generate block by block: an iterator over the frames of each block, in the format of `output_type`, as soon as
+        they exist. Arguments as for `__call__`; the pieces joined in time are what `__call__` returns.
+        `num_frames=math.inf` goes on for ever, with models that have a window and relative positions.
+        [`CausalWanStream.set_prompt`] changes the prompt while it goes on.
         """
         height, width = height or self.config.height, width or self.config.width
         start, num_start = self.preprocess_start(image, video, strength, height, width)
@@ -391,6 +406,12 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             if num_frames not in (None, num_start):
                 raise ValueError(f"with `strength` the video keeps its {num_start} frames: leave out `num_frames`.")
             num_frames = num_start
+        scenes = None
+        if isinstance(prompt, (str, list)):
+            scenes = [parse_scenes(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+            if num_frames is None and any(len(video) > 1 or video[0].seconds for video in scenes):
+                num_blocks = max(plan_scenes(video, self._seconds_per_block)[1] for video in scenes)
+                num_frames = self._frames_of_blocks(num_blocks)
         num_frames = num_frames or self.config.num_frames
         if strength is None and num_start >= num_frames:
             raise ValueError(
@@ -399,33 +420,90 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            prompt, prompt_embeds, height, width, num_frames, output_type, callback_on_step_end_tensor_inputs
+            prompt, prompt_embeds, height, width, num_frames, output_type, callback_on_step_end_tensor_inputs, scenes
         )
+        num_blocks = self._num_blocks(num_frames)
         device = self._execution_device
-        prompt_embeds = self.encode_prompt(prompt, num_videos_per_prompt, prompt_embeds, max_sequence_length, device)
-        batch_size = prompt_embeds.shape[0]
+        if scenes is not None:
+            plans = [plan_scenes(video, self._seconds_per_block, num_blocks)[0] for video in scenes]
+            schedule = self._encode_scenes(plans, num_videos_per_prompt, max_sequence_length)
+        else:
+            prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
+            schedule = [[EncodedScene(embeds, 0, False)] for embeds in prompt_embeds]
+        batch_size = len(schedule)
         given = original = None
         if start is not None:
             start = self.encode_start(start, batch_size, num_videos_per_prompt)
             given, original = (start, None) if strength is None else (None, start)
         num_given = 0 if given is None else given.shape[2]
-        latents = self.prepare_latents(batch_size, height, width, num_frames, device, generator, latents, num_given)
+        noise = None  # of an endless video: drawn block by block
+        if num_blocks is not None:
+            noise = self.prepare_latents(batch_size, height, width, num_frames, device, generator, latents, num_given)
         first_block_sigmas = sigmas or self.config.first_block_sigmas or self.config.sigmas
-        blocks = self._denoise_blocks(
-            StreamingVAEDecoder(self.vae),
-            output_type != "latent",
-            given,
-            original,
-            latents,
-            prompt_embeds,
+        sampling = Sampling(
             self._scaled_sigmas(sigmas or self.config.sigmas, strength),
             self._scaled_sigmas(first_block_sigmas, strength),
-            generator,
+            num_blocks and num_blocks * self.transformer.config.num_frames_per_block,
+            output_type != "latent",
             attention_kwargs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        return self._postprocess_blocks(blocks, output_type)
+        inbox = PromptInbox()
+        blocks = self._generate_blocks(
+            sampling,
+            schedule,
+            inbox,
+            max_sequence_length,
+            (height, width),
+            given,
+            original,
+            noise,
+            generator,
+            num_blocks,
+        )
+        return CausalWanStream(self._postprocess_blocks(blocks, output_type), inbox, batch_size)
+
+    def _longest_take(self, scenes: list[list[Scene]] | None, num_blocks: int) -> int:
+        """The most blocks of a video without a cut between them."""
+        longest = 0
+        for video in scenes or [[Scene("")]]:
+            plan, _ = plan_scenes(video, self._seconds_per_block, num_blocks)
+            cuts = [0, *(scene.start for scene in plan if scene.cut), num_blocks]
+            longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
+        return longest
+
+    @property
+    def _seconds_per_block(self) -> float:
+        frames = self.vae.config.scale_factor_temporal * self.transformer.config.num_frames_per_block
+        return frames / self.config.frame_rate
+
+    def _frames_of_blocks(self, num_blocks: int) -> int:
+        return 1 + self.vae.config.scale_factor_temporal * (
+            num_blocks * self.transformer.config.num_frames_per_block - 1
+        )
+
+    def _num_blocks(self, num_frames: float) -> int | None:
+        if num_frames == math.inf:
+            return None
+        num_latents = (num_frames - 1) // self.vae.config.scale_factor_temporal + 1
+        return num_latents // self.transformer.config.num_frames_per_block
+
+    def _encode_scenes(
+        self,
+        plans: list[list[PlannedScene]],
+        num_videos_per_prompt: int,
+        max_sequence_length: int | None,
+        start: int = 0,
+    ) -> list[list[EncodedScene]]:
+        """The scenes of every video, from block `start` on. Each text is encoded once."""
+        texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan))
+        embeds = dict(zip(texts, self.encode_prompt(texts, max_sequence_length=max_sequence_length)))
+        return [
+            [EncodedScene(embeds[scene.text], start + scene.start, scene.cut) for scene in plan]
+            for plan in plans
+            for _ in range(num_videos_per_prompt)
+        ]
 
     def _scaled_sigmas(self, sigmas: list[float], strength: float | None) -> list[float]:
         if strength is None:
@@ -435,97 +513,87 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return [int(round(steps * strength * sigma, 6)) / steps for sigma in sigmas]
 
     @torch.no_grad()
-    def _denoise_blocks(
+    def _generate_blocks(
         self,
-        decoder: StreamingVAEDecoder,
-        decode: bool,
+        sampling: Sampling,
+        schedule: list[list[EncodedScene]],
+        inbox: PromptInbox,
+        max_sequence_length: int | None,
+        size: tuple[int, int],
         given: torch.Tensor | None,
         original: torch.Tensor | None,
-        noise: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        sigmas: list[float],
-        first_block_sigmas: list[float],
+        noise: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
-        attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
+        num_blocks: int | None,
     ) -> Iterator[torch.Tensor]:
-        """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1] if `decode`, else clean latents `(B, C, n, h, w)`."""
-        transformer = self.transformer
-        num_given, n = 0 if given is None else given.shape[2], transformer.config.num_frames_per_block
-        num_frames = num_given + noise.shape[2]
-        # Cache and sampler belong to this video, so that several streams can run side by side.
-        num_context = self.config.num_context_frames
-        context = ReencodedContext(self.vae, num_context) if num_context else None
-        max_frames = num_context + n if num_context else num_frames
-        kv_cache = CausalWanKVCache(
-            transformer.config.num_layers, max_frames=max_frames, past_weight=self.config.past_weight
-        )
-        scheduler = copy.deepcopy(self.scheduler)
+        """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1], or clean latents `(B, C, n, h, w)`."""
+        n, batch_size = self.transformer.config.num_frames_per_block, len(schedule)
+        num_given = 0 if given is None else given.shape[2]
+        groups = [BlockGenerator(self, sampling, list(range(batch_size)))]
+        groups[0].prompt_embeds = torch.stack([scenes[0].prompt_embeds for scenes in schedule])
+        schedule = [scenes[1:] for scenes in schedule]
         self._interrupt = False
 
-        def predict(latents, timestep, mode):
-            return transformer(
-                latents.to(transformer.dtype),
-                timestep.expand(latents.shape[0]),
-                prompt_embeds,
-                kv_cache=kv_cache,
-                kv_cache_mode=mode,
-                frame_offset=kv_cache.num_frames,
-                attention_kwargs=attention_kwargs,
-                return_dict=False,
-            )[0]
+        def piece(latents: torch.Tensor, start: int, group: BlockGenerator) -> torch.Tensor:
+            block = latents[:, :, start : start + n]
+            return block if len(groups) == 1 else block[group.videos]
 
-        with self.progress_bar(total=num_frames // n) as progress_bar:
-            for start in range(0, num_frames, n):
-                self._current_block = start // n
-                if start < num_given:
-                    latents = given[:, :, start : start + n]
-                else:
-                    if context and start:
-                        kv_cache.clear()
-                        clean = context()
-                        predict(clean, clean.new_zeros(1), "write")
-                    latents = noise[:, :, start - num_given : start - num_given + n]
-                    levels = sigmas if start else first_block_sigmas
-                    self._num_timesteps = len(levels)
-                    # The published samplers look noise levels up in a table that ends at 1 / 1000: t = 0 has that one.
-                    floor = 1 / scheduler.config.num_train_timesteps
-                    scheduler.set_timesteps(sigmas=[max(level, floor) for level in levels], device=noise.device)
-                    scheduler.set_begin_index(0)
-                    if original is not None:
-                        latents = torch.lerp(original[:, :, start : start + n], latents, scheduler.sigmas[0])
-                    for i, level in enumerate(levels):
-                        if self.interrupt:
-                            break
-                        t = scheduler.timesteps[i] * (level > 0)
-                        self._current_timestep = t
-                        flow = predict(latents, t, "read").float()
-                        if i + 1 < len(levels):
-                            latents = scheduler.step(flow, t, latents, generator=generator, return_dict=False)[0]
-                        else:
-                            # `step` would draw noise here too, to multiply it by zero: what the published samplers
-                            # generate from a seed would not come out.
-                            latents = latents - scheduler.sigmas[i] * flow
-                        if callback_on_step_end is not None:
-                            values = {"latents": latents, "prompt_embeds": prompt_embeds}
-                            callback_kwargs = {k: values[k] for k in callback_on_step_end_tensor_inputs}
-                            outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                            latents = outputs.pop("latents", latents)
-                            prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
-                    self._current_timestep = None
-                last = start + n >= num_frames or self.interrupt
-                # What only serves later blocks is left out after the last.
-                if decode or (context and not last):
-                    frames = decoder.decode(latents)
-                if context and not last:
-                    context.append(latents, frames)
-                elif not last:
-                    predict(latents, latents.new_zeros(1), "write")
+        blocks = itertools.count() if num_blocks is None else range(num_blocks)
+        with self.progress_bar(blocks) as progress_bar:
+            for block in blocks:
+                self._current_block, start = block, block * n
+                switch = inbox.take()
+                if switch is not None:
+                    schedule = self._switch_prompt(switch, groups, block, max_sequence_length)
+                groups = begin_scenes(groups, schedule, block)
+                if switch is not None and switch.transition == "recache":
+                    for group in groups:
+                        group.recache(switch.global_sink)
+                if noise is None:
+                    block_noise = self.prepare_latents(
+                        batch_size, *size, self._frames_of_blocks(1), self._execution_device, generator
+                    )
+                pieces = []
+                for group in groups:
+                    if start < num_given:
+                        latents = piece(given, start, group)
+                    else:
+                        latents = group.denoise(
+                            piece(block_noise, 0, group) if noise is None else piece(noise, start - num_given, group),
+                            None if original is None else piece(original, start, group),
+                            [generator[i] for i in group.videos] if isinstance(generator, list) else generator,
+                        )
+                    frames = group.finish(latents)
+                    missing = n * self.vae.config.scale_factor_temporal - frames.shape[2]
+                    if sampling.decode and block and missing:
+                        # After a cut the first latent frame is one picture: it is held as long as four.
+                        frames = torch.cat([frames[:, :, :1].expand(-1, -1, missing, -1, -1), frames], dim=2)
+                    pieces.append(frames)
+                order = [video for group in groups for video in group.videos]
                 progress_bar.update()
-                yield frames if decode else latents
+                yield pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
                 if self.interrupt:
                     return
+
+    def _switch_prompt(
+        self, switch: PromptSwitch, groups: list[BlockGenerator], block: int, max_sequence_length: int | None
+    ) -> list[list[EncodedScene]]:
+        """The scenes from `block` on that a change of the prompt leaves."""
+        batch_size = sum(len(group.videos) for group in groups)
+        texts = [switch.prompt] * batch_size if isinstance(switch.prompt, str) else switch.prompt
+        plans = [plan_scenes(parse_scenes(text), self._seconds_per_block)[0] for text in texts]
+        schedule = self._encode_scenes(plans, 1, max_sequence_length, start=block)
+        old = {video: embeds for group in groups for video, embeds in zip(group.videos, group.prompt_embeds)}
+        for video, scenes in enumerate(schedule):
+            first = scenes.pop(0)
+            steps = [(i + 1) / switch.num_blocks for i in range(switch.num_blocks)]
+            scenes[:0] = [
+                EncodedScene(
+                    torch.lerp(old[video], first.prompt_embeds, weight), block + i, switch.transition == "cut"
+                )
+                for i, weight in enumerate(steps)
+            ]
+        return schedule
 
     @torch.no_grad()
     def _postprocess_blocks(self, blocks: Iterator[torch.Tensor], output_type: str) -> Iterator:

@@ -1,5 +1,7 @@
 """A context that is encoded anew for every block, as Krea's server has it."""
 
+import copy
+
 import torch
 from diffusers import AutoencoderKLWan
 
@@ -24,6 +26,13 @@ class ReencodedContext:
         self._total = 0
         self._latents: torch.Tensor | None = None
         self._frames: torch.Tensor | None = None
+
+    def select(self, videos: list[int]) -> "ReencodedContext":
+        """A context of its own for some videos of the batch."""
+        other = copy.copy(self)
+        if self._latents is not None:
+            other._latents, other._frames = self._latents[videos], self._frames[videos]
+        return other
 
     def append(self, latents: torch.Tensor, frames: torch.Tensor) -> None:
         """Add a block: latents `(B, C, n, h, w)` and what they decode to, `(B, 3, F, H, W)` in [-1, 1]."""

@@ -1,0 +1,204 @@
+"""One block after the other: sampler, cache and decoder of videos that are generated together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..models.kv_cache import CausalWanKVCache
+from ..models.vae_streaming import StreamingVAEDecoder
+from .reencoded_context import ReencodedContext
+
+
+@dataclass
+class Sampling:
+    """What is the same for all blocks of a call.
+
+    `sigmas` and `first_block_sigmas` are noise levels before the shift; `max_frames` is the longest video in latent
+    frames, `None` if it has no end; `decode`: whether pixels are wanted.
+    """
+
+    sigmas: list[float]
+    first_block_sigmas: list[float]
+    max_frames: int | None
+    decode: bool
+    attention_kwargs: dict[str, Any] | None = None
+    callback_on_step_end: Callable | None = None
+    callback_on_step_end_tensor_inputs: list[str] = field(default_factory=lambda: ["latents"])
+
+
+@dataclass
+class EncodedScene:
+    """From block `start` on: text embeddings `(L, dim)`, after a hard cut or not."""
+
+    prompt_embeds: torch.Tensor
+    start: int
+    cut: bool
+
+
+class BlockGenerator:
+    """Videos that go on together, and what they remember of their past.
+
+    Args:
+        pipe: the pipeline; its components only, everything that changes is here.
+        sampling: settings.
+        videos: their indices in the batch of the call.
+    """
+
+    def __init__(self, pipe, sampling: Sampling, videos: list[int]):
+        self.pipe = pipe
+        self.sampling = sampling
+        self.videos = videos
+        self.prompt_embeds: torch.Tensor | None = None  # (videos, L, dim) of the current scenes
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.restart()
+
+    def restart(self):
+        """A hard cut: forget the past."""
+        pipe, num_context = self.pipe, self.pipe.config.num_context_frames
+        config = pipe.transformer.config
+        max_frames = num_context + config.num_frames_per_block if num_context else self.sampling.max_frames
+        self.kv_cache = CausalWanKVCache(config.num_layers, max_frames, pipe.config.past_weight)
+        self.decoder = StreamingVAEDecoder(pipe.vae)
+        self.context = ReencodedContext(pipe.vae, num_context) if num_context else None
+        # The last block, which enters the cache only when another follows, and the prompt it was made with.
+        self.last: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
+        self.history: torch.Tensor | None = None  # clean latents of the window, for `recache`
+
+    def select(self, rows: list[int]) -> BlockGenerator:
+        """A generator of its own for some of these videos, by their places here."""
+        other = copy.copy(self)
+        other.videos = [self.videos[row] for row in rows]
+        other.prompt_embeds = self.prompt_embeds[rows]
+        other.scheduler = copy.deepcopy(self.scheduler)
+        other.kv_cache = self.kv_cache.select(rows)
+        other.decoder = self.decoder.select(rows)
+        other.context = self.context and self.context.select(rows)
+        other.last = self.last and tuple(None if tensor is None else tensor[rows] for tensor in self.last)
+        other.history = None if self.history is None else self.history[rows]
+        return other
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, mode: str):
+        transformer = self.pipe.transformer
+        return transformer(
+            latents.to(transformer.dtype),
+            timestep.expand(latents.shape[0]),
+            prompt_embeds,
+            kv_cache=self.kv_cache,
+            kv_cache_mode=mode,
+            frame_offset=self.kv_cache.num_frames,
+            attention_kwargs=self.sampling.attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    def remember(self):
+        """Bring the cache up to the last block."""
+        if self.last is None:
+            return
+        latents, frames, prompt_embeds = self.last
+        self.last = None
+        if self.context:
+            self.context.append(latents, self.decoder.decode(latents) if frames is None else frames)
+            self.kv_cache.clear()
+            latents = self.context()
+        self.predict(latents, latents.new_zeros(1), prompt_embeds, "write")
+
+    def recache(self, global_sink: bool):
+        """Compute the cache anew, as if the frames in the window had been made with the current prompt (LongLive).
+
+        All in one pass, in which every frame sees every other. With `global_sink` the sink stays as it is once frames
+        have left the window; otherwise the first frames in the window become the sink.
+        """
+        if self.history is None or self.context:
+            return
+        self.remember()
+        config, num_frames = self.pipe.transformer.config, self.kv_cache.num_frames
+        window, first, keep_sink = config.local_attn_size, 0, False
+        if window != -1 and num_frames > window:
+            keep_sink = global_sink and config.sink_size > 0
+            first = num_frames - window + (config.sink_size if keep_sink else 0)
+        self.kv_cache.rewind(first, keep_sink)
+        clean = self.history[:, :, first - num_frames :]
+        self.predict(clean, clean.new_zeros(1), self.prompt_embeds, "write")
+
+    def denoise(
+        self,
+        noise: torch.Tensor,
+        original: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """
+        The next block, clean latents `(B, C, n, h, w)`.
+
+        Args:
+            noise: `(B, C, n, h, w)` float32.
+            original: clean latents that the block starts from, with noise, instead of from noise alone.
+        """
+        pipe, scheduler, sampling = self.pipe, self.scheduler, self.sampling
+        self.remember()
+        levels = sampling.first_block_sigmas if self.history is None else sampling.sigmas
+        pipe._num_timesteps = len(levels)
+        # The published samplers look noise levels up in a table that ends at 1 / 1000: t = 0 has that one.
+        floor = 1 / scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(sigmas=[max(level, floor) for level in levels], device=noise.device)
+        scheduler.set_begin_index(0)
+        latents = noise if original is None else torch.lerp(original, noise, scheduler.sigmas[0])
+        for i, level in enumerate(levels):
+            if pipe.interrupt:
+                break
+            t = scheduler.timesteps[i] * (level > 0)
+            pipe._current_timestep = t
+            flow = self.predict(latents, t, self.prompt_embeds, "read").float()
+            if i + 1 < len(levels):
+                latents = scheduler.step(flow, t, latents, generator=generator, return_dict=False)[0]
+            else:
+                # `step` would draw noise here too, to multiply it by zero: what the published samplers generate from
+                # a seed would not come out.
+                latents = latents - scheduler.sigmas[i] * flow
+            if sampling.callback_on_step_end is not None:
+                values = {"latents": latents, "prompt_embeds": self.prompt_embeds}
+                callback_kwargs = {k: values[k] for k in sampling.callback_on_step_end_tensor_inputs}
+                outputs = sampling.callback_on_step_end(pipe, i, t, callback_kwargs) or {}
+                latents = outputs.pop("latents", latents)
+                self.prompt_embeds = outputs.pop("prompt_embeds", self.prompt_embeds)
+        pipe._current_timestep = None
+        return latents
+
+    def finish(self, latents: torch.Tensor) -> torch.Tensor:
+        """Take up a clean block, generated or given. Returns frames `(B, 3, F, H, W)` in [-1, 1], or the latents."""
+        frames = self.decoder.decode(latents) if self.sampling.decode else None
+        self.last = (latents, frames, self.prompt_embeds)
+        window = self.pipe.transformer.config.local_attn_size
+        history = latents if self.history is None else torch.cat([self.history, latents], dim=2)
+        self.history = history if window == -1 else history[:, :, -window:]
+        return latents if frames is None else frames
+
+
+def begin_scenes(groups: list[BlockGenerator], schedule: list[list[EncodedScene]], block: int) -> list[BlockGenerator]:
+    """Take up the scenes that begin with `block`, out of the schedule. Videos that are cut part from those that are
+    not, for theirs is another past."""
+    beginning = {}
+    for video, scenes in enumerate(schedule):
+        due = [scene for scene in scenes if scene.start <= block]
+        if due:
+            # One after the other began a while ago while the text was still changing: the last one counts.
+            beginning[video] = EncodedScene(due[-1].prompt_embeds, block, any(scene.cut for scene in due))
+            del scenes[: len(due)]
+    result = []
+    for group in groups:
+        scenes = [beginning.get(video) for video in group.videos]
+        if any(scenes):
+            embeds = [scene.prompt_embeds if scene else old for scene, old in zip(scenes, group.prompt_embeds)]
+            group.prompt_embeds = torch.stack(embeds)
+        cut = [row for row, scene in enumerate(scenes) if scene and scene.cut]
+        if 0 < len(cut) < len(scenes):
+            result.append(group.select([row for row in range(len(scenes)) if row not in cut]))
+            group = group.select(cut)
+        if cut:
+            group.restart()
+        result.append(group)
+    return result

@@ -1,0 +1,96 @@
+r"""Scenes in a prompt: `"a cat sleeps [8s] | it wakes up [5s#] | a dog"`.
+
+A scene is a text and, in brackets at its end, how long it lasts in seconds; `#` in the brackets is a hard cut at its
+end. `\|`, `\[`, `\]` and `\\` stand for the characters themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+# 14 blocks of 3 latent frames at 16 frames a second.
+DEFAULT_SECONDS = 10.5
+
+_PIECE = re.compile(r"\\([\\|\[\]])|(\||\[)|(.)", re.DOTALL)
+_DURATION = re.compile(r"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#?)\s*\]\s*(?=\||$)")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`seconds` is `None` where the prompt does not say; `cut`: nothing before this scene influences it."""
+
+    text: str
+    seconds: float | None = None
+    cut: bool = False
+
+
+def parse_scenes(prompt: str) -> list[Scene]:
+    """
+    Raises:
+        ValueError: a scene without text or a bracket that is no duration; the message says at which character.
+    """
+    scenes: list[Scene] = []
+    text, seconds, cut, next_cut = "", None, False, False
+    start = position = 0
+
+    def finish():
+        # The empty prompt is a prompt; an empty scene among others is a slip.
+        if not text.strip() and prompt.strip():
+            raise _error(prompt, start, "a scene has no text")
+        scenes.append(Scene(text.strip(), seconds, cut))
+
+    while position < len(prompt):
+        escaped, special, plain = _PIECE.match(prompt, position).groups()
+        if special == "[":
+            duration = _DURATION.match(prompt, position)
+            if duration is None or not (duration[1] or duration[2]) or (duration[1] and not float(duration[1])):
+                raise _error(prompt, position, r"a duration is [8s], [8s#] or [#] at a scene's end; \[ is a bracket")
+            seconds, next_cut = duration[1] and float(duration[1]), bool(duration[2])
+            position = duration.end()
+        elif special == "|":
+            finish()
+            text, seconds, cut, next_cut = "", None, next_cut, False
+            position += 1
+            start = position
+        else:
+            text += escaped or plain
+            position += 2 if escaped else 1
+    finish()
+    return scenes
+
+
+def _error(prompt: str, position: int, message: str) -> ValueError:
+    place = prompt[max(position - 20, 0) : position] + " >>> " + prompt[position : position + 20]
+    return ValueError(f"prompt, character {position + 1}: {message}: {place!r}")
+
+
+@dataclass(frozen=True)
+class PlannedScene:
+    """A scene from block `start` of a video on."""
+
+    text: str
+    start: int
+    cut: bool = False
+
+
+def plan_scenes(
+    scenes: list[Scene], seconds_per_block: float, num_blocks: int | None = None
+) -> tuple[list[PlannedScene], int]:
+    """
+    When each scene begins, and the number of blocks of the video.
+
+    Args:
+        seconds_per_block: of the model.
+        num_blocks: length of the video, if it is given; then the last scene is cut or stretched. By default the sum of
+            the scenes, each a whole number of blocks, at least one.
+    """
+    planned, start = [], 0
+    for scene in scenes:
+        planned.append(PlannedScene(scene.text, start, scene.cut))
+        # Whole blocks, rounded down; the quotient of decimal fractions may lie just below a whole number.
+        start += max(1, int((scene.seconds or DEFAULT_SECONDS) / seconds_per_block + 1e-9))
+    if num_blocks is None:
+        return planned, start
+    return [scene for scene in planned if scene.start < num_blocks], num_blocks

@@ -1,0 +1,96 @@
+"""A video that is generated while it is watched."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .scene_prompt import parse_scenes
+
+
+TRANSITIONS = ("roll", "recache", "cut")
+
+
+@dataclass
+class PromptSwitch:
+    """What `set_prompt` asks for; see there."""
+
+    prompt: str | list[str]
+    transition: str
+    num_blocks: int
+    global_sink: bool
+
+
+class PromptInbox:
+    """Carries the newest prompt from any thread to the one that generates."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._switch: PromptSwitch | None = None
+
+    def put(self, switch: PromptSwitch):
+        with self._lock:
+            self._switch = switch
+
+    def take(self) -> PromptSwitch | None:
+        with self._lock:
+            switch, self._switch = self._switch, None
+        return switch
+
+
+class CausalWanStream(Iterator):
+    """
+    What `CausalWanPipeline.stream` returns: an iterator over the frames of each block.
+
+    Nothing is computed until the next block is asked for: to pause, ask later. `close()` ends the stream and frees its
+    memory at once, as leaving a `with` block does.
+    """
+
+    def __init__(self, blocks: Iterator[torch.Tensor | np.ndarray | list], inbox: PromptInbox, batch_size: int):
+        # What runs does not know the stream: a cycle would keep the cache until the garbage collector comes by.
+        self._blocks = blocks
+        self._inbox = inbox
+        self._batch_size = batch_size
+
+    def __next__(self) -> torch.Tensor | np.ndarray | list:
+        return next(self._blocks)
+
+    def __enter__(self) -> CausalWanStream:
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._blocks.close()
+
+    def set_prompt(
+        self, prompt: str | list[str], transition: str = "roll", num_blocks: int = 1, global_sink: bool = True
+    ):
+        """
+        Go on with another prompt from the next block on. May be called from any thread; of several calls between two
+        blocks the last one counts. Scenes that were still to come are dropped; the prompt may have its own.
+
+        Args:
+            prompt (`str` or `list[str]`): one for all videos, or one a video.
+            transition (`str`):
+                `"roll"`: only the text changes, the frames in memory stay as they are. `"recache"`: they are encoded
+                anew with the new prompt, so that it takes effect faster (LongLive). `"cut"`: they are forgotten.
+            num_blocks (`int`):
+                With `"roll"`, the blocks over which the text embeddings go from the old prompt to the new (Krea).
+            global_sink (`bool`):
+                With `"recache"`, whether the sink keeps the first frames of the video, as made with their prompt.
+        """
+        if transition not in TRANSITIONS:
+            raise ValueError(f"`transition` must be one of {TRANSITIONS} but is {transition!r}.")
+        if num_blocks < 1 or (num_blocks > 1 and transition != "roll"):
+            raise ValueError(f"`num_blocks={num_blocks}`: at least 1, and more than 1 only with transition='roll'.")
+        if isinstance(prompt, list) and len(prompt) != self._batch_size:
+            raise ValueError(f"{len(prompt)} prompts for {self._batch_size} videos: pass one, or one a video.")
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            parse_scenes(text)
+        self._inbox.put(PromptSwitch(prompt, transition, num_blocks, global_sink))

@@ -1,0 +1,60 @@
+"""The grammar of scenes."""
+
+import pytest
+
+from astrolabe_diffusers.pipelines.scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
+
+
+@pytest.mark.parametrize(
+    "prompt,scenes",
+    [
+        ("a cat", [Scene("a cat")]),
+        ("", [Scene("")]),
+        ("a[8s] | b[12s] | c", [Scene("a", 8.0), Scene("b", 12.0), Scene("c")]),
+        ("a[10s#] | b", [Scene("a", 10.0), Scene("b", cut=True)]),
+        ("a[#]|b[.5s]|c", [Scene("a"), Scene("b", 0.5, cut=True), Scene("c")]),
+        ("a [ 1.5 s # ] \n| b", [Scene("a", 1.5), Scene("b", cut=True)]),
+        # The cut at the end of the last scene cuts nothing.
+        ("a | b[2s#]", [Scene("a"), Scene("b", 2.0)]),
+        (r"this \| that \[8s\] [4s] | c:\\d \e]", [Scene("this | that [8s]", 4.0), Scene(r"c:\d \e]")]),
+    ],
+)
+def test_parse(prompt, scenes):
+    assert parse_scenes(prompt) == scenes
+
+
+@pytest.mark.parametrize(
+    "prompt,place,message",
+    [
+        ("a | | b", 4, "no text"),
+        ("[8s] | b", 1, "no text"),
+        ("a |", 4, "no text"),
+        ("a [red] car", 3, r"\[ is a bracket"),
+        ("a[8s] b", 2, "at a scene's end"),
+        ("a[0s]", 2, "a duration is [8s]"),
+        ("a[8]", 2, "a duration is [8s]"),
+        ("a[-2s]", 2, "a duration is [8s]"),
+        ("a[]", 2, "a duration is [8s]"),
+        ("a[8s][2s]", 2, "at a scene's end"),
+        ("a | b[8s", 6, "a duration is [8s]"),
+    ],
+)
+def test_errors_point_at_the_place(prompt, place, message):
+    with pytest.raises(ValueError) as error:
+        parse_scenes(prompt)
+    assert f"character {place}: " in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_plan():
+    """Blocks of 0.75 s: rounded down, at least one, and 14 where nothing is said."""
+    scenes = [Scene("a", 8.0), Scene("b", 0.1, cut=True), Scene("c", 2.25), Scene("d")]
+    starts = [PlannedScene("a", 0), PlannedScene("b", 10, True), PlannedScene("c", 11), PlannedScene("d", 14)]
+    assert plan_scenes(scenes, 0.75) == (starts, 28)
+    assert plan_scenes(scenes, 0.75, num_blocks=50) == (starts, 50)
+    assert plan_scenes(scenes, 0.75, num_blocks=11) == (starts[:2], 11)
+
+
+def test_decimal_fractions_make_whole_blocks():
+    assert all(plan_scenes([Scene("a", 0.25 * n)], 0.25)[1] == n for n in range(1, 400))
+    assert all(plan_scenes([Scene("a", round(0.3 * n, 1))], 0.3)[1] == n for n in range(1, 400))

@@ -1,0 +1,165 @@
+"""Streams that are told something while they run."""
+
+import gc
+import math
+import threading
+import weakref
+
+import pytest
+import torch
+
+from tests.pipelines.test_scenes import A, B, C, N, generate, reference, seeded
+from tests.tiny_pipeline import tiny_pipeline
+
+
+WINDOW = {"local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline(**WINDOW)
+
+
+def frames_of(blocks):
+    return 12 * blocks - 3
+
+
+def switched(pipe, at, prompt, blocks=6, first=A, output_type="latent", **kwargs):
+    """Latents of a stream whose prompt is changed before block `at`."""
+    stream = pipe.stream(first, num_frames=frames_of(blocks), generator=seeded(), output_type=output_type)
+    pieces = [next(stream) for _ in range(at)]
+    stream.set_prompt(prompt, **kwargs)
+    return torch.cat([*pieces, *stream], dim=2 if output_type == "latent" else 1)
+
+
+def test_roll_is_a_soft_scene_and_cut_a_hard_one(pipe):
+    assert torch.equal(switched(pipe, 2, B), generate(pipe, f"{A}[1.5s] | {B}[3s]"))
+    assert torch.equal(switched(pipe, 2, B, transition="cut"), generate(pipe, f"{A}[1.5s#] | {B}[3s]"))
+
+
+@pytest.mark.parametrize("global_sink", [True, False])
+@pytest.mark.parametrize("rope_mode", ["absolute", "relative"])
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_recache_equals_the_reference(at, rope_mode, global_sink):
+    """At 1 and 3 blocks all frames are in the window of nine, at 5 some have left it."""
+    pipe = tiny_pipeline(**{**WINDOW, "rope_mode": rope_mode})
+    result = switched(pipe, at, B, blocks=at + 3, transition="recache", global_sink=global_sink)
+    wanted = reference(pipe, [A] * at + [B] * 3, recache_at=at, global_sink=global_sink)
+    assert (result - wanted).abs().max() <= 1e-5
+    assert (result - switched(pipe, at, B, blocks=at + 3))[:, :, at * N :].abs().max() > 1e-3
+    if at == 5:
+        other = switched(pipe, at, B, blocks=at + 3, transition="recache", global_sink=not global_sink)
+        assert (result - other)[:, :, at * N :].abs().max() > 1e-3
+
+
+def test_recache_of_a_model_that_remembers_all():
+    pipe = tiny_pipeline()
+    result = switched(pipe, 2, B, blocks=4, transition="recache")
+    assert (result - reference(pipe, [A, A, B, B], recache_at=2)).abs().max() <= 1e-5
+
+
+def test_text_may_change_over_several_blocks(pipe):
+    old, new = pipe.encode_prompt(A), pipe.encode_prompt(B)
+    texts = [old, old, *(torch.lerp(old, new, weight) for weight in (1 / 3, 2 / 3)), new, new]
+    assert (switched(pipe, 2, B, num_blocks=3) - reference(pipe, texts)).abs().max() <= 1e-5
+
+
+def test_a_context_that_is_encoded_anew_has_the_prompt_of_its_block():
+    """Krea: the block after the change still sees the old frames under the old prompt."""
+    pipe = tiny_pipeline(num_context_frames=3)
+    result = switched(pipe, 1, B, blocks=2)
+    wanted = reference(pipe, [A, B], encode_context=lambda video: video)
+    assert (result - wanted).abs().max() <= 1e-5
+
+
+def test_scenes_to_come_are_dropped_or_new(pipe):
+    changed = switched(pipe, 2, f"{B}[.75s] | {A}", first=f"{A}[2.25s] | {C}[2.25s]")
+    assert torch.equal(changed, generate(pipe, f"{A}[1.5s] | {B}[.75s] | {A}[2.25s]"))
+
+
+def test_one_prompt_a_video(pipe):
+    stream = pipe.stream([A, C], num_frames=frames_of(4), generator=[seeded(0), seeded(1)], output_type="latent")
+    pieces = [next(stream)]
+    stream.set_prompt([B, A], transition="cut")
+    latents = torch.cat([*pieces, *stream], dim=2)
+    for i, prompt in enumerate((f"{A}[.75s#] | {B}[2.25s]", f"{C}[.75s#] | {A}[2.25s]")):
+        assert (latents[i : i + 1] - generate(pipe, prompt, generator=seeded(i))).abs().max() < 1e-5
+
+
+def test_from_another_thread_the_last_call_counts(pipe):
+    stream = pipe.stream(A, num_frames=frames_of(4), generator=seeded(), output_type="latent")
+    pieces = [next(stream)]
+    thread = threading.Thread(target=lambda: [stream.set_prompt(text) for text in (C, A, B)])
+    thread.start()
+    thread.join()
+    assert torch.equal(torch.cat([*pieces, *stream], dim=2), generate(pipe, f"{A}[.75s] | {B}[2.25s]"))
+
+
+def test_streams_do_not_hear_each_other(pipe):
+    streams = [pipe.stream(A, num_frames=frames_of(4), generator=seeded(), output_type="latent") for _ in range(2)]
+    pieces = [[next(stream)] for stream in streams]
+    streams[1].set_prompt(B, transition="recache")
+    for _ in range(3):
+        for stream, mine in zip(streams, pieces):
+            mine.append(next(stream))
+    assert torch.equal(torch.cat(pieces[0], dim=2), generate(pipe, A, num_frames=frames_of(4)))
+    assert torch.equal(torch.cat(pieces[1], dim=2), switched(pipe, 1, B, blocks=4, transition="recache"))
+
+
+def test_a_stream_without_an_end(pipe):
+    sizes = []
+    with pipe.stream(A, generator=seeded(), num_frames=math.inf, output_type="pt") as stream:
+        for block in range(12):
+            if block == 8:
+                stream.set_prompt(B, transition="recache")
+            next(stream)
+            sizes.append(sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor))
+    # The window is full after three blocks.
+    assert max(sizes[4:]) == min(sizes[4:])
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_the_noise_of_an_endless_stream_is_its_generator_s(pipe):
+    streams = [pipe.stream(A, generator=seeded(), num_frames=math.inf, output_type="latent") for _ in range(2)]
+    blocks = [[next(stream) for _ in range(3)] for stream in streams]
+    assert all(torch.equal(*pair) for pair in zip(*blocks)) and (blocks[0][0] - blocks[0][1]).abs().max() > 0.1
+
+
+def test_a_closed_stream_leaves_nothing(pipe):
+    stream = pipe.stream(A, num_frames=frames_of(4), output_type="pt")
+    next(stream), next(stream)
+    generators = [x for x in gc.get_objects() if type(x).__name__ == "BlockGenerator"]
+    key = weakref.ref(generators[-1].kv_cache.get(0).key)
+    del generators
+    gc.disable()
+    try:
+        stream.close()
+        assert key() is None
+        stream.close()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"transition": "fade"}, "must be one of .*roll.*recache.*cut"),
+        ({"num_blocks": 0}, "at least 1"),
+        ({"num_blocks": 3, "transition": "recache"}, "only with transition='roll'"),
+        ({"prompt": [A, B]}, "2 prompts for 1 videos"),
+        ({"prompt": "a [red] car"}, "character 3"),
+    ],
+)
+def test_what_a_user_gets_wrong(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.stream(A).set_prompt(**{"prompt": B, **arguments})
+
+
+def test_models_that_have_an_end():
+    for config in ({}, {"rope_mode": "relative"}, {"local_attn_size": 9}):
+        with pytest.raises(ValueError, match="num_frames=inf` needs a model whose memory is bounded"):
+            tiny_pipeline(**config).stream(A, num_frames=math.inf)
+    next(tiny_pipeline(num_context_frames=3).stream(A, num_frames=math.inf))
+    with pytest.raises(ValueError, match="use `stream`"):
+        tiny_pipeline(**WINDOW)(A, num_frames=math.inf)
