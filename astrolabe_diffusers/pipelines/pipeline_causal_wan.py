@@ -436,7 +436,9 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             start = self.encode_start(start, batch_size, num_videos_per_prompt)
             given, original = (start, None) if strength is None else (None, start)
         num_given = 0 if given is None else given.shape[2]
-        noise = None  # of an endless video: drawn block by block
+        if num_blocks is None and latents is not None:
+            raise ValueError("`latents` cannot be given with `num_frames=inf`: its noise is drawn block by block.")
+        noise = None
         if num_blocks is not None:
             noise = self.prepare_latents(batch_size, height, width, num_frames, device, generator, latents, num_given)
         first_block_sigmas = sigmas or self.config.first_block_sigmas or self.config.sigmas

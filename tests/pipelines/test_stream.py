@@ -163,3 +163,5 @@ def test_models_that_have_an_end():
     next(tiny_pipeline(num_context_frames=3).stream(A, num_frames=math.inf))
     with pytest.raises(ValueError, match="use `stream`"):
         tiny_pipeline(**WINDOW)(A, num_frames=math.inf)
+    with pytest.raises(ValueError, match="drawn block by block"):
+        tiny_pipeline(**WINDOW).stream(A, num_frames=math.inf, latents=torch.zeros(1, 16, 3, 8, 8))
