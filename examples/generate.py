@@ -18,7 +18,7 @@ from astrolabe_diffusers.training import UserError
 
 
 def raise_user_error(message: str):
-    raise UserError(message)
+    raise UserError(f"{message} (--help lists the options)")
 
 
 def parse_args(argv: list[str] | None) -> GenerationConfig:

@@ -47,26 +47,10 @@ def generate_videos(config: GenerationConfig):
     dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
     pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
     jobs = make_jobs(prompts, config.num_videos_per_prompt, config.num_frames, pipe.config.num_frames)
-    settings = {
-        "seed": config.seed,
-        "height": config.height or pipe.config.height,
-        "width": config.width or pipe.config.width,
-        "fps": config.fps or pipe.config.frame_rate,
-        "model": config.model,
-        "revision": config.revision,
-        "variant": config.variant,
-        "lora": config.lora,
-        "lora_scale": config.lora_scale,
-        "sigmas": config.sigmas,
-        "max_sequence_length": config.max_sequence_length,
-        "dtype": dtype,
-        "vae_tiling": config.vae_tiling,
-        "attention_backend": config.attention_backend,
-    }
-    check_jobs(pipe, jobs, settings["height"], settings["width"])
     if config.lora:
         load_loras(pipe, config.lora)
-    settings["weights"] = weights_digest(pipe.transformer)
+    settings = video_settings(config, pipe, dtype)
+    check_jobs(pipe, jobs, settings["height"], settings["width"])
     place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
     manifest = Manifest(Path(config.output_dir))
@@ -106,6 +90,27 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
+def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str) -> dict[str, Any]:
+    """All that determines a video beside its job, as JSON values."""
+    return {
+        "seed": config.seed,
+        "height": config.height or pipe.config.height,
+        "width": config.width or pipe.config.width,
+        "fps": config.fps or pipe.config.frame_rate,
+        "model": config.model,
+        "revision": config.revision,
+        "variant": config.variant,
+        "lora": config.lora,
+        "lora_scale": config.lora_scale,
+        "weights": weights_digest(pipe.transformer),
+        "sigmas": config.sigmas,
+        "max_sequence_length": config.max_sequence_length,
+        "dtype": dtype,
+        "vae_tiling": config.vae_tiling,
+        "attention_backend": config.attention_backend,
+    }
+
+
 def check_jobs(pipe: CausalWanPipeline, jobs: list[Job], height: int, width: int):
     """What the pipeline would refuse is refused before the first video is made."""
     for job in jobs:
@@ -136,9 +141,7 @@ def run_jobs(
         accelerator.split_between_processes(pending) as jobs,
         tqdm(
             total=sum(job.num_frames for job in jobs),
-            desc="generating"
-            if accelerator.num_processes == 1
-            else f"generating, process 1 of {accelerator.num_processes}",
+            desc=f"process 1 of {accelerator.num_processes}",
             unit="frame",
             # None: no bar in a log file, where it would be noise.
             disable=None if accelerator.is_main_process else True,
@@ -169,7 +172,7 @@ def stream_to_files(
     """Writes the videos of a batch, block by block.
 
     Returns:
-        The frames of all blocks, `(B, F, 3, H, W)` in [0, 1], if `keep`.
+        The frames of all blocks, `(B, F, 3, H, W)` in [0, 1], float32, if `keep`.
     """
     kept = []
     stream = pipe.stream(
@@ -192,6 +195,7 @@ def stream_to_files(
                 for job in batch
             ]
             for frames in stream:
+                frames = frames.float()
                 pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
                 for writer, video in zip(writers, pixels):
                     writer.write(video)
