@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -146,12 +148,22 @@ def run_jobs(
             # None: no bar in a log file, where it would be noise.
             disable=None if accelerator.is_main_process else True,
         ) as progress,
+        interrupt_between_blocks() as check_interrupt,
     ):
         for batch in batches(jobs, batch_size):
+            kept = []
+
+            def on_block(frames: torch.Tensor):
+                check_interrupt()
+                progress.update(frames.shape[0] * frames.shape[1])
+                if worker:
+                    kept.append(frames)
+
             started = time.perf_counter()
-            pieces = stream_to_files(pipe, batch, settings, manifest.folder, rewards is not None, progress)
+            stream_to_files(pipe, batch, settings, manifest.folder, on_block)
             seconds = (time.perf_counter() - started) / len(batch)
-            scores = worker.score(torch.cat(pieces, dim=1), batch) if worker else {}
+            # Of a sample it asks the prompt, which a job has too.
+            scores = worker.score(torch.cat(kept, dim=1), batch) if worker else {}
             for i, job in enumerate(batch):
                 entry = {
                     **describe(job),
@@ -166,15 +178,36 @@ def run_jobs(
                 manifest.append(entry)
 
 
-def stream_to_files(
-    pipe: CausalWanPipeline, batch: list[Job], settings: dict[str, Any], folder: Path, keep: bool, progress: tqdm
-) -> list[torch.Tensor]:
-    """Writes the videos of a batch, block by block.
+@contextmanager
+def interrupt_between_blocks() -> Iterator[Callable[[], None]]:
+    """Ctrl-C inside raises `KeyboardInterrupt` only where what this yields is called. Main thread only.
 
-    Returns:
-        The frames of all blocks, `(B, F, 3, H, W)` in [0, 1], float32, if `keep`.
+    Raised anywhere, it may hit the start of an encoder, whose file would stay, or of its process, where it gets lost.
     """
-    kept = []
+    interrupts = []
+
+    def check():
+        if interrupts:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda *signal_and_frame: interrupts.append(signal_and_frame))
+    try:
+        yield check
+    except UserError:
+        check()  # Ctrl-C reaches ffmpeg too, which then fails
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stream_to_files(
+    pipe: CausalWanPipeline,
+    batch: list[Job],
+    settings: dict[str, Any],
+    folder: Path,
+    on_block: Callable[[torch.Tensor], None],
+):
+    """Writes the videos of a batch block by block. `on_block` gets the frames `(B, F, 3, H, W)` in [0, 1], float32."""
     stream = pipe.stream(
         [job.prompt.text for job in batch],
         settings["height"],
@@ -199,12 +232,9 @@ def stream_to_files(
                 pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
                 for writer, video in zip(writers, pixels):
                     writer.write(video)
-                if keep:
-                    kept.append(frames)
-                progress.update(frames.shape[0] * frames.shape[1])
+                on_block(frames)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
-    return kept
 
 
 def report(manifest: Manifest, jobs: list[Job], pending: list[Job], reward: dict[str, float], seconds: float):
