@@ -8,10 +8,9 @@ from transformers import AutoTokenizer
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.benchmark import Measurement, measure, random_pipeline
+from astrolabe_diffusers.generation.config import OFFLOADS
+from astrolabe_diffusers.generation.loading import place_pipeline
 from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
-
-
-OFFLOADS = ("none", "model", "group")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -41,17 +40,7 @@ def main(argv: list[str] | None = None) -> Measurement:
         )
     else:
         pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
-    if args.offload == "model":
-        pipe.enable_model_cpu_offload(device=args.device)
-    elif args.offload == "group":
-        device = torch.device(args.device)
-        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules=["vae"])
-    else:
-        pipe.to(args.device)
-    if args.vae_tiling:
-        pipe.vae.enable_tiling()
-    if args.attention_backend:
-        pipe.transformer.set_attention_backend(args.attention_backend)
+    place_pipeline(pipe, args.device, args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
     result = measure(pipe, args.repetitions, num_videos_per_prompt=args.batch_size, **sizes)
     print(result)

@@ -64,6 +64,13 @@ def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str 
     set_peft_model_state_dict(transformer, loaded, adapter_name=adapter)
 
 
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    paths = (Path(output_dir) / "checkpoints").glob("checkpoint-*")
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in paths}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+
+
 class Checkpoints:
     """Checkpoints of a run, each a folder `<output_dir>/checkpoints/checkpoint-N`.
 
@@ -100,8 +107,7 @@ class Checkpoints:
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.glob("checkpoint-*")}
-        return sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+        return list_checkpoints(self.folder.parent)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes checkpoint `step`; every process calls it. `state` is what the trainer wants back, JSON values."""

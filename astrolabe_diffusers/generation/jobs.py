@@ -1,0 +1,84 @@
+"""Which videos are to be made, and in which batches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from ..training.errors import UserError, as_user_error
+from ..training.prompts import Prompt, read_prompts
+from ..training.seeds import seeded_generator
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: number `video_number` of prompt number `prompt_index`, both counted from 0."""
+
+    prompt: Prompt
+    prompt_index: int
+    video_number: int
+    num_frames: int
+
+    @property
+    def file(self) -> str:
+        """Its name in the output folder: both numbers and the beginning of the prompt."""
+        slug = re.sub(r"\W+", "-", self.prompt.text.lower())[:40].strip("-")
+        return f"{self.prompt_index:05d}-{self.video_number}-{slug}.mp4"
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The source of all its random numbers, on the CPU: they depend on no other job and on no device."""
+        return seeded_generator("video", seed, self.prompt_index, self.video_number)
+
+
+def load_prompts(prompts: str, column: str, split: str) -> list[Prompt]:
+    """The prompts of a .txt or .jsonl file, or of a column of a dataset, whose other columns are the metadata."""
+    path = Path(prompts)
+    if path.is_file():
+        if path.suffix not in (".txt", ".jsonl"):
+            raise UserError(f"the prompt file {path} must be a .txt or a .jsonl file.")
+        loaded = read_prompts(path)
+    else:
+        # Imported here: it costs a second, and most runs have a file or one prompt.
+        from datasets import load_dataset
+
+        with as_user_error(f"{prompts} is no file, and cannot be loaded as a dataset"):
+            dataset = load_dataset(prompts, split=split)
+        if column not in dataset.column_names:
+            raise UserError(f"{prompts} has no column {column!r}; its columns: {', '.join(dataset.column_names)}.")
+        loaded = [Prompt(row.pop(column), row) for row in dataset]
+    for index, prompt in enumerate(loaded):
+        if not isinstance(prompt.text, str):
+            raise UserError(f"prompt {index} of {prompts} is {prompt.text!r} and no text.")
+    return loaded
+
+
+def job_num_frames(prompt: Prompt, num_frames: int | None, default: int) -> int:
+    """Frames of a prompt's videos: `num_frames` if given, else the pipeline's `default`."""
+    return num_frames or default
+
+
+def make_jobs(
+    prompts: Sequence[Prompt], num_videos_per_prompt: int, num_frames: int | None, default: int
+) -> list[Job]:
+    """All videos of a run, prompt after prompt."""
+    return [
+        Job(prompt, index, number, job_num_frames(prompt, num_frames, default))
+        for index, prompt in enumerate(prompts)
+        for number in range(num_videos_per_prompt)
+    ]
+
+
+def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+    """Batches of at most `batch_size` jobs with equal numbers of frames, the shortest first."""
+
+    def length(job: Job) -> int:
+        return job.num_frames
+
+    for _, group in groupby(sorted(jobs, key=length), key=length):
+        equal = list(group)
+        yield from (equal[start : start + batch_size] for start in range(0, len(equal), batch_size))

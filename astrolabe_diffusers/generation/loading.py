@@ -1,0 +1,92 @@
+"""The pipeline of a run: model, LoRAs, and where and how it computes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..models.attention_causal_wan import attend
+from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..training.checkpoints import CURRENT, WEIGHT_NAMES, list_checkpoints
+from ..training.errors import UserError, as_user_error, one_line
+
+
+def load_pipeline(
+    model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
+) -> CausalWanPipeline:
+    """A [`CausalWanPipeline`] on the CPU, without progress bars of its own."""
+    with as_user_error(f"cannot load {model}"):
+        pipe = DiffusionPipeline.from_pretrained(model, revision=revision, variant=variant, dtype=dtype)
+    if not isinstance(pipe, CausalWanPipeline):
+        raise UserError(f"{model} is a {type(pipe).__name__}, not a CausalWanPipeline.")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def find_lora(name: str) -> str:
+    """What `load_lora_weights` takes for `name`: of a training run that has not finished, its last checkpoint."""
+    folder = Path(name)
+    if not folder.is_dir() or (folder / WEIGHT_NAMES[CURRENT]).is_file():
+        return name
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise UserError(f"the folder {name} has neither {WEIGHT_NAMES[CURRENT]} nor checkpoints/checkpoint-N.")
+    return str(checkpoints[-1])
+
+
+def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
+    """Loads LoRAs and activates all of them, each with its weight."""
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for lora, name in zip(loras, names):
+        is_here = "" if Path(lora).exists() else " (nothing here has that name, so it is looked for on the Hub)"
+        with as_user_error(f"cannot load the LoRA {lora}{is_here}"):
+            pipe.load_lora_weights(find_lora(lora), adapter_name=name)
+    pipe.set_adapters(names, list(loras.values()))
+
+
+def weights_digest(transformer: torch.nn.Module) -> str:
+    """Changes when the weights do, those of loaded LoRAs included: a folder's name says nothing of what is in it."""
+    digest = hashlib.sha256()
+    for name, parameter in transformer.named_parameters():
+        digest.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def place_pipeline(
+    pipe: CausalWanPipeline,
+    device: torch.device | str,
+    offload: str = "none",
+    vae_tiling: bool = False,
+    attention_backend: str | None = None,
+):
+    """Puts the pipeline on its device.
+
+    Args:
+        offload: what leaves the device while it is not used: `"none"`, `"model"` (whole models) or `"group"` (layers).
+        vae_tiling: decode in tiles.
+        attention_backend: a backend of diffusers.
+    """
+    device = torch.device(device)
+    if offload != "none" and device.type == "cpu":
+        raise UserError(f"offload={offload} needs a GPU: on a CPU it can only be none.")
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules=["vae"])
+    else:
+        pipe.to(device)
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    if attention_backend:
+        try:
+            pipe.transformer.set_attention_backend(attention_backend)
+            # A backend that cannot run on this device or in this dtype only says so when it is called.
+            query = torch.zeros(
+                1, 16, 1, pipe.transformer.config.attention_head_dim, device=device, dtype=pipe.transformer.dtype
+            )
+            attend(query, query, query)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"attention_backend {attention_backend} on {device.type}: {one_line(error)}") from error

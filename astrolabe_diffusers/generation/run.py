@@ -1,0 +1,257 @@
+"""A run: jobs are spread over the processes, and each process streams its batches to files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..rewards import RewardSet
+from ..training.errors import UserError, as_user_error, one_line
+from ..training.prompts import Prompt
+from ..training.rollout import RewardWorker
+from .config import GenerationConfig
+from .jobs import Job, batches, load_prompts, make_jobs
+from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
+from .manifest import Manifest, describe
+from .video_file import VideoWriter
+
+
+def generate_videos(config: GenerationConfig):
+    """
+    Makes the videos of a run that its output folder does not have yet. Every process of `accelerate launch` calls it.
+
+    The folder then holds `<prompt index>-<video number>-<slug>.mp4` files, each of them whole, and their
+    [`Manifest`]. A video depends on its prompt, its two numbers and the settings, but not on the number of processes
+    or the batch it is made in.
+
+    Raises:
+        UserError: a mistake in the settings, or a video that could not be written or scored. The other processes have
+            then made their videos, and the same call makes the rest.
+    """
+    accelerator = make_accelerator()
+    prompts = load_prompts(config.prompts, config.column, config.split) if config.prompts else [Prompt(config.prompt)]
+    rewards = None
+    if config.reward:
+        with as_user_error("reward"):
+            rewards = RewardSet(config.reward)
+    dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
+    pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
+    jobs = make_jobs(prompts, config.num_videos_per_prompt, config.num_frames, pipe.config.num_frames)
+    if config.lora:
+        load_loras(pipe, config.lora)
+    settings = video_settings(config, pipe, dtype)
+    check_jobs(pipe, jobs, settings["height"], settings["width"])
+    place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
+
+    manifest = Manifest(Path(config.output_dir))
+    pending = None
+    if accelerator.is_main_process:
+        with as_user_error(f"output_dir {config.output_dir}"):
+            pending = manifest.start(jobs, settings, config.reward)
+        print(
+            f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, {dtype}; "
+            f"processes: {accelerator.num_processes} on {accelerator.device.type}; "
+            f"videos to make: {len(pending)} of {len(jobs)}"
+        )
+    (pending,) = broadcast_object_list([pending])
+    started = time.perf_counter()
+    error = None
+    try:
+        run_jobs(pipe, pending, settings, manifest, rewards, config.batch_size, accelerator)
+    except UserError as failure:
+        error = str(failure)
+    errors = [error for error in gather_object([error]) if error]
+    if accelerator.is_main_process:
+        report(manifest, jobs, pending, config.reward, time.perf_counter() - started)
+    accelerator.end_training()
+    if errors:
+        raise UserError(errors[0])
+
+
+def make_accelerator() -> Accelerator:
+    # A process that has finished waits for the slowest one.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"{started} processes were started, but accelerate sees {accelerator.num_processes}: on a CPU set "
+            "ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
+
+
+def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str) -> dict[str, Any]:
+    """All that determines a video beside its job, as JSON values."""
+    return {
+        "seed": config.seed,
+        "height": config.height or pipe.config.height,
+        "width": config.width or pipe.config.width,
+        "fps": config.fps or pipe.config.frame_rate,
+        "model": config.model,
+        "revision": config.revision,
+        "variant": config.variant,
+        "lora": config.lora,
+        "lora_scale": config.lora_scale,
+        "weights": weights_digest(pipe.transformer),
+        "sigmas": config.sigmas,
+        "max_sequence_length": config.max_sequence_length,
+        "dtype": dtype,
+        "vae_tiling": config.vae_tiling,
+        "attention_backend": config.attention_backend,
+    }
+
+
+def check_jobs(pipe: CausalWanPipeline, jobs: list[Job], height: int, width: int):
+    """What the pipeline would refuse is refused before the first video is made."""
+    for job in jobs:
+        with as_user_error(f"prompt {job.prompt_index}"):
+            pipe.check_inputs(
+                prompt=job.prompt.text,
+                prompt_embeds=None,
+                height=height,
+                width=width,
+                num_frames=job.num_frames,
+                output_type="pt",
+                callback_on_step_end_tensor_inputs=[],
+            )
+
+
+def run_jobs(
+    pipe: CausalWanPipeline,
+    pending: list[Job],
+    settings: dict[str, Any],
+    manifest: Manifest,
+    rewards: RewardSet | None,
+    batch_size: int,
+    accelerator: Accelerator,
+):
+    """This process's part of the jobs."""
+    worker = rewards and RewardWorker(pipe.vae, rewards)
+    with (
+        accelerator.split_between_processes(pending) as jobs,
+        tqdm(
+            total=sum(job.num_frames for job in jobs),
+            desc=f"process 1 of {accelerator.num_processes}",
+            unit="frame",
+            # None: no bar in a log file, where it would be noise.
+            disable=None if accelerator.is_main_process else True,
+        ) as progress,
+        interrupt_between_blocks() as check_interrupt,
+    ):
+        for batch in batches(jobs, batch_size):
+            kept = []
+
+            def on_block(frames: torch.Tensor):
+                check_interrupt()
+                progress.update(frames.shape[0] * frames.shape[1])
+                if worker:
+                    kept.append(frames)
+
+            started = time.perf_counter()
+            stream_to_files(pipe, batch, settings, manifest.folder, on_block)
+            seconds = (time.perf_counter() - started) / len(batch)
+            # Of a sample it asks the prompt, which a job has too.
+            scores = worker.score(torch.cat(kept, dim=1), batch) if worker else {}
+            for i, job in enumerate(batch):
+                entry = {
+                    **describe(job),
+                    **settings,
+                    "file": job.file,
+                    "bytes": (manifest.folder / job.file).stat().st_size,
+                    "seconds": seconds,
+                    "frames_per_second": job.num_frames / seconds,
+                }
+                if worker:
+                    entry["scores"] = {name: values[i].item() for name, values in scores.items() if name != "reward"}
+                manifest.append(entry)
+
+
+@contextmanager
+def interrupt_between_blocks() -> Iterator[Callable[[], None]]:
+    """Ctrl-C inside raises `KeyboardInterrupt` only where what this yields is called. Main thread only.
+
+    Raised anywhere, it may hit the start of an encoder, whose file would stay, or of its process, where it gets lost.
+    """
+    interrupts = []
+
+    def check():
+        if interrupts:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda *signal_and_frame: interrupts.append(signal_and_frame))
+    try:
+        yield check
+    except UserError:
+        check()  # Ctrl-C reaches ffmpeg too, which then fails
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stream_to_files(
+    pipe: CausalWanPipeline,
+    batch: list[Job],
+    settings: dict[str, Any],
+    folder: Path,
+    on_block: Callable[[torch.Tensor], None],
+):
+    """Writes the videos of a batch block by block. `on_block` gets the frames `(B, F, 3, H, W)` in [0, 1], float32."""
+    stream = pipe.stream(
+        [job.prompt.text for job in batch],
+        settings["height"],
+        settings["width"],
+        batch[0].num_frames,
+        settings["sigmas"],
+        generator=[job.generator(settings["seed"]) for job in batch],
+        output_type="pt",
+        attention_kwargs={"scale": settings["lora_scale"]},
+        max_sequence_length=settings["max_sequence_length"],
+    )
+    try:
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    VideoWriter(folder / job.file, settings["height"], settings["width"], settings["fps"])
+                )
+                for job in batch
+            ]
+            for frames in stream:
+                frames = frames.float()
+                pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
+                for writer, video in zip(writers, pixels):
+                    writer.write(video)
+                on_block(frames)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
+
+
+def report(manifest: Manifest, jobs: list[Job], pending: list[Job], reward: dict[str, float], seconds: float):
+    """Puts the manifest in order and prints what the run has made."""
+    entries = manifest.read()
+    manifest.replace(entries.values())
+    made = [job for job in pending if job.file in entries]
+    frames = sum(job.num_frames for job in made)
+    print(
+        f"videos made: {len(made)}, skipped: {len(jobs) - len(pending)}; {seconds:.1f} s, "
+        f"{frames / seconds:.1f} frames/s; {manifest.path}"
+    )
+    others = len(entries) - sum(job.file in entries for job in jobs)
+    if others:
+        print(f"other videos in this folder, of other prompts: {others}")
+    scores = [entries[job.file]["scores"] for job in jobs if job.file in entries] if reward else []
+    if scores:
+        means = {name: sum(score[name] for score in scores) / len(scores) for name in reward}
+        total = sum(weight * means[name] for name, weight in reward.items())
+        print(", ".join(f"{name} {mean:.4f}" for name, mean in (means | {"reward": total}).items()))

@@ -1,0 +1,66 @@
+"""MP4 files that are written while their frames are generated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+
+
+# What a run that was killed leaves behind ends in this.
+PARTIAL = ".partial"
+
+
+class VideoWriter:
+    """
+    Encodes frames to H.264 as they come; only the encoder's look-ahead is kept in memory. A context manager: the file
+    gets its name when the context ends and it is whole. After an exception nothing is left of it.
+
+    Args:
+        path: the file; one that exists is replaced.
+        height, width: of the frames in pixels, even numbers.
+        fps: frames per second.
+    """
+
+    def __init__(self, path: Path, height: int, width: int, fps: int):
+        self.path = path
+        self.num_frames = 0
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._encoder = imageio_ffmpeg.write_frames(
+            str(self._partial),
+            (width, height),
+            fps=fps,
+            # Sizes that are no multiple of 16 would be scaled; 4:2:0 needs even ones.
+            macro_block_size=2,
+            # By its name ffmpeg could not tell the format.
+            output_params=["-f", "mp4"],
+            ffmpeg_log_level="error",
+        )
+
+    def __enter__(self) -> VideoWriter:
+        self._encoder.send(None)
+        return self
+
+    def write(self, frames: np.ndarray):
+        """Appends `frames` `(F, H, W, 3)`, uint8."""
+        self._encoder.send(np.ascontiguousarray(frames))
+        self.num_frames += len(frames)
+
+    def __exit__(self, exception_type, exception, traceback):
+        try:
+            self._encoder.close()
+            if exception_type is None:
+                self._check()
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _check(self):
+        """The writer does not say that ffmpeg failed, on a full disk for example."""
+        try:
+            written, _ = imageio_ffmpeg.count_frames_and_secs(str(self._partial))
+        except RuntimeError:
+            written = 0
+        if written != self.num_frames:
+            raise OSError(f"only {written} of {self.num_frames} frames arrived in {self._partial}: is the disk full?")

@@ -1,0 +1,86 @@
+"""Generates many videos, on all processes of `accelerate launch`, and writes each as MP4 while it is generated.
+
+    accelerate launch examples/generate.py --prompts prompts.txt --model FOLDER_OR_HUB_ID --output_dir videos
+
+The same command again makes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from astrolabe_diffusers.generation import GenerationConfig, generate_videos, name_and_weight
+from astrolabe_diffusers.generation.config import DTYPES, OFFLOADS
+from astrolabe_diffusers.training import UserError
+
+
+def raise_user_error(message: str):
+    raise UserError(f"{message} (--help lists the options)")
+
+
+def parse_args(argv: list[str] | None) -> GenerationConfig:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # What is not given has the default of GenerationConfig.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = raise_user_error
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="one prompt")
+    prompts.add_argument("--prompts", help="a .txt file, a .jsonl file (objects with a `prompt`), or a dataset")
+    parser.add_argument("--column", help="column of the dataset that has the prompts [prompt]")
+    parser.add_argument("--split", help="split of the dataset, such as train or test[:100] [train]")
+    parser.add_argument("--output_dir", help="folder of the videos and manifest.jsonl [videos]")
+    parser.add_argument("--model", help="folder or Hub id of a CausalWanPipeline [the embedded one]")
+    parser.add_argument("--revision", help="revision of the model on the Hub")
+    parser.add_argument("--variant", help="variant of the weight files, such as bf16")
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        type=name_and_weight,
+        metavar="NAME[=WEIGHT]",
+        help="LoRAs: folders of training runs or of checkpoints, files, or Hub ids",
+    )
+    parser.add_argument("--lora_scale", type=float, help="factor of all LoRAs together [1]")
+    parser.add_argument("--num_frames", type=int, help="frames of a video [the model's]")
+    parser.add_argument("--height", type=int, help="in pixels [the model's]")
+    parser.add_argument("--width", type=int, help="in pixels [the model's]")
+    parser.add_argument("--seed", type=int, help="gives every video random numbers of its own [0]")
+    parser.add_argument("--num_videos_per_prompt", type=int, help="[1]")
+    parser.add_argument("--batch_size", type=int, help="videos that each process generates at a time [1]")
+    parser.add_argument("--fps", type=int, help="frames per second of the files [the model's]")
+    parser.add_argument("--sigmas", nargs="+", type=float, help="noise levels of the denoising steps [the model's]")
+    parser.add_argument("--max_sequence_length", type=int, help="text tokens [the model's]")
+    parser.add_argument("--dtype", choices=DTYPES, help="[float32 on a CPU, else bfloat16]")
+    parser.add_argument("--offload", choices=OFFLOADS, help="what leaves the GPU while it is not used [none]")
+    parser.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory")
+    parser.add_argument("--attention_backend", help="of diffusers [the fastest exact kernel of torch]")
+    parser.add_argument("--reward", metavar="NAME[=WEIGHT],...", help="score the videos; as --rewards of train_nft.py")
+    arguments = vars(parser.parse_args(argv))
+    arguments["lora"] = dict(arguments.get("lora", []))
+    arguments["reward"] = dict(name_and_weight(part) for part in arguments.get("reward", "").split(",") if part)
+    return GenerationConfig(**arguments)
+
+
+def main(argv: list[str] | None = None) -> int:
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # the other processes would only say the same
+    try:
+        generate_videos(parse_args(argv))
+    except UserError as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if is_first:
+            print("interrupted: the same command makes the videos that are missing.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,410 @@
+"""Whole runs of examples/generate.py on the random tiny pipeline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import imageio.v3
+import numpy as np
+import psutil
+import pytest
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.utils import export_to_video
+
+from astrolabe_diffusers.generation.video_file import VideoWriter
+from astrolabe_diffusers.pipelines.pipeline_causal_wan import CausalWanPipeline
+from astrolabe_diffusers.rewards import get_reward
+from astrolabe_diffusers.training.checkpoints import WEIGHT_NAMES, save_adapter
+from astrolabe_diffusers.training.seeds import seeded_generator
+from tests.tiny_pipeline import tiny_shapes_captions
+from tests.training.helpers import policy_pipeline
+
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from generate import main  # noqa: E402
+
+
+SCRIPT = str(Path(__file__).parents[2] / "examples" / "generate.py")
+PROMPT = "a red circle moves left on a black background"
+BRIGHTNESS = "tests.training.rewards:brightness"
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """A file of twenty prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(tiny_shapes_captions()[::16][:20]))
+    return path
+
+
+@pytest.fixture
+def first_prompts(prompts, tmp_path):
+    """A file of the first nine of them."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(prompts.read_text().splitlines()[:9]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(model_folder, prompts, tmp_path_factory):
+    """Output folder of the twenty prompts, made one at a time by this process."""
+    folder = tmp_path_factory.mktemp("single")
+    assert main(arguments(model_folder, folder, prompts=prompts)) == 0
+    return folder
+
+
+def arguments(model, output_dir, /, **values) -> list[str]:
+    values = {"model": model, "output_dir": output_dir} | values
+    return [part for name, value in values.items() for part in (f"--{name}", *str(value).split(" | "))]
+
+
+def read_manifest(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def videos(folder) -> list[Path]:
+    return sorted(folder.glob("*.mp4"))
+
+
+def modified(folder) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in videos(folder)}
+
+
+def expected_frames(pipe, path, prompt, key, fps=16, **kwargs) -> np.ndarray:
+    """What a file has to decode to: a video of `pipe(...)` that diffusers' own function has encoded."""
+    images = pipe(prompt, generator=seeded_generator("video", *key), output_type="pil", **kwargs).frames[0]
+    return imageio.v3.imread(export_to_video(images, str(path), fps=fps))
+
+
+@pytest.fixture
+def pipe(model_folder):
+    pipe = DiffusionPipeline.from_pretrained(model_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_file_is_the_video_of_the_pipeline(model_folder, pipe, tmp_path, capsys):
+    options = dict(num_frames=33, height=48, width=64, sigmas="1.0 | 0.5", max_sequence_length=12, fps=8, seed=5)
+    assert main(arguments(model_folder, tmp_path, prompt=PROMPT, num_videos_per_prompt=2, **options)) == 0
+    entries = read_manifest(tmp_path)
+    for number, entry in enumerate(entries):
+        path = tmp_path / entry["file"]
+        assert path.name == f"00000-{number}-a-red-circle-moves-left-on-a-black-backg.mp4"
+        size = dict(num_frames=33, height=48, width=64, sigmas=[1.0, 0.5], max_sequence_length=12)
+        expected = expected_frames(pipe, tmp_path / "whole.mp4", PROMPT, (5, 0, number), fps=8, **size)
+        decoded = imageio.v3.imread(path)
+        assert decoded.shape == (33, 48, 64, 3)
+        np.testing.assert_array_equal(decoded, expected)
+        assert imageio.v3.immeta(path)["fps"] == 8
+        facts = {"prompt": PROMPT, "prompt_index": 0, "video_number": number, "seed": 5, "num_frames": 33, "fps": 8}
+        facts |= {"height": 48, "width": 64, "model": str(model_folder), "lora": {}, "sigmas": [1.0, 0.5]}
+        assert facts.items() <= entry.items()
+        assert entry["frames_per_second"] == pytest.approx(33 / entry["seconds"])
+    assert not np.array_equal(*(imageio.v3.imread(tmp_path / entry["file"]) for entry in entries))
+    assert "videos made: 2, skipped: 0" in capsys.readouterr().out
+
+
+def test_memory_holds_a_block_and_not_the_video(model_folder, tmp_path, monkeypatch):
+    written, pieces, alive = [], [], []
+    write, stream = VideoWriter.write, CausalWanPipeline.stream
+
+    def watched_write(writer, frames):
+        written.append(len(frames))
+        write(writer, frames)
+
+    def watched_stream(*args, **kwargs):
+        for frames in stream(*args, **kwargs):
+            pieces.append(weakref.ref(frames))
+            alive.append(sum(piece() is not None for piece in pieces))
+            yield frames
+
+    monkeypatch.setattr(VideoWriter, "write", watched_write)
+    monkeypatch.setattr(CausalWanPipeline, "stream", watched_stream)
+    assert main(arguments(model_folder, tmp_path, prompt=PROMPT, num_frames=81)) == 0
+    assert written == [9] + [12] * 6
+    # The new block, and the one before, which the loop lets go when it takes the new one.
+    assert max(alive) <= 2 and len(alive) == 7
+
+
+def test_second_run_skips_and_repairs(model_folder, first_prompts, tmp_path, capsys):
+    command = arguments(model_folder, tmp_path, prompts=first_prompts, batch_size=5, num_frames=9)
+    assert main(command) == 0
+    before, names = modified(tmp_path), sorted(modified(tmp_path))
+    pixels = {path.name: imageio.v3.imread(path) for path in videos(tmp_path)}
+    assert len(before) == 9
+    assert main(command) == 0
+    assert modified(tmp_path) == before
+    assert "videos made: 0, skipped: 9" in capsys.readouterr().out
+
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(manifest.read_text()[:-30])
+    (tmp_path / names[3]).unlink()
+    os.truncate(tmp_path / names[7], 1000)
+    (tmp_path / f"{names[3]}.partial").write_bytes(b"torn")
+    assert main(command) == 0
+    assert "videos made: 3, skipped: 6" in capsys.readouterr().out
+    changed = {name for name, at in modified(tmp_path).items() if before[name] != at}
+    assert changed == {names[3], names[7], names[8]}
+    assert not list(tmp_path.glob("*.partial"))
+    for path in videos(tmp_path):
+        # In another batch only the rounding differs.
+        assert np.abs(imageio.v3.imread(path).astype(int) - pixels[path.name]).mean() < 0.5
+    assert [entry["prompt_index"] for entry in read_manifest(tmp_path)] == list(range(9))
+
+
+def test_other_settings_are_made_anew(model_folder, tmp_path, capsys):
+    command = arguments(model_folder, tmp_path, prompt=PROMPT, num_frames=9)
+    assert main(command) == 0
+    (path,) = videos(tmp_path)
+    first = imageio.v3.imread(path)
+    assert main([*command, "--seed", "1"]) == 0
+    assert "videos made: 1, skipped: 0" in capsys.readouterr().out
+    assert np.abs(imageio.v3.imread(path).astype(int) - first).mean() > 2
+    assert [entry["seed"] for entry in read_manifest(tmp_path)] == [1]
+    assert main(arguments(model_folder, tmp_path, prompt="a green cross", num_frames=9)) == 0
+    assert "other videos in this folder, of other prompts: 1" in capsys.readouterr().out
+    assert len(videos(tmp_path)) == len(read_manifest(tmp_path)) == 2
+
+
+def test_batch_size_does_not_matter(single, model_folder, first_prompts, tmp_path):
+    assert main(arguments(model_folder, tmp_path, prompts=first_prompts, batch_size=7)) == 0
+    for one, many in zip(videos(single)[:9], videos(tmp_path), strict=True):
+        assert one.name == many.name
+        one, many = imageio.v3.imread(one).astype(int), imageio.v3.imread(many)
+        assert one.shape == many.shape and np.abs(one - many).mean() < 0.5
+    pixels = [imageio.v3.imread(path).astype(int) for path in videos(single)]
+    assert min(np.abs(a - b).mean() for i, a in enumerate(pixels) for b in pixels[:i]) > 2
+
+
+def test_loras_with_weights(model_folder, pipe, tmp_path):
+    transformer = policy_pipeline().transformer
+    save_adapter(transformer, tmp_path / "run" / "checkpoints" / "checkpoint-2", "default")
+    save_adapter(transformer, tmp_path / "other", "old")
+    loras = {tmp_path / "run": 0.7, tmp_path / "other" / WEIGHT_NAMES["old"]: -0.4}
+    lora = " | ".join(f"{path}={weight}" for path, weight in loras.items())
+    command = arguments(model_folder, tmp_path / "out", prompt=PROMPT, lora=lora)
+    assert main([*command, "--lora_scale", "0.5"]) == 0
+    entry = read_manifest(tmp_path / "out")[0]
+    assert entry["lora"] == {str(path): weight for path, weight in loras.items()}
+
+    plain = expected_frames(pipe, tmp_path / "plain.mp4", PROMPT, (0, 0, 0))
+    pipe.load_lora_weights(tmp_path / "run" / "checkpoints" / "checkpoint-2", adapter_name="a")
+    pipe.load_lora_weights(tmp_path / "other" / WEIGHT_NAMES["old"], adapter_name="b")
+    pipe.set_adapters(["a", "b"], [0.7, -0.4])
+    scale = {"attention_kwargs": {"scale": 0.5}}
+    expected = expected_frames(pipe, tmp_path / "whole.mp4", PROMPT, (0, 0, 0), **scale)
+    np.testing.assert_array_equal(imageio.v3.imread(tmp_path / "out" / entry["file"]), expected)
+    assert np.abs(expected.astype(int) - plain).mean() > 1
+
+    # A later checkpoint under the same name is another LoRA.
+    save_adapter(policy_pipeline(randomize=False).transformer, tmp_path / "run")
+    assert main([*command, "--lora_scale", "0.5"]) == 0
+    assert read_manifest(tmp_path / "out")[0]["weights"] != entry["weights"]
+
+
+def test_rewards(model_folder, pipe, tmp_path, capsys):
+    command = arguments(model_folder, tmp_path, prompt=PROMPT, num_videos_per_prompt=3, batch_size=2)
+    assert main(command) == 0
+    assert main([*command, "--reward", f"{BRIGHTNESS}=2,sharpness=-0.5"]) == 0
+    output = capsys.readouterr().out
+    assert "videos made: 3, skipped: 0" in output  # those of the first run have no scores
+    generators = [seeded_generator("video", 0, 0, number) for number in range(3)]
+    frames = pipe(PROMPT, num_videos_per_prompt=3, generator=generators, output_type="pt").frames
+    bright = frames.mean(dim=(1, 2, 3, 4))
+    sharp = get_reward("sharpness").score(frames, [PROMPT] * 3).scores
+    for entry, b, s in zip(read_manifest(tmp_path), bright, sharp, strict=True):
+        assert entry["scores"][BRIGHTNESS] == pytest.approx(b.item(), abs=1e-5)
+        assert entry["scores"]["sharpness"] == pytest.approx(s.item(), abs=1e-5)
+        assert f"{BRIGHTNESS}/red" in entry["scores"]
+    assert f"{BRIGHTNESS} {bright.mean():.4f}, sharpness {sharp.mean():.4f}" in output
+    assert f"reward {(2 * bright - 0.5 * sharp).mean():.4f}" in output
+    assert main([*command, "--reward", "sharpness"]) == 0
+    output = capsys.readouterr().out
+    assert "videos made: 0, skipped: 3" in output and f"sharpness {sharp.mean():.4f}" in output
+
+
+def test_bfloat16(model_folder, tmp_path):
+    assert main(arguments(model_folder, tmp_path, prompt=PROMPT, dtype="bfloat16", reward="sharpness")) == 0
+    assert read_manifest(tmp_path)[0]["dtype"] == "bfloat16"
+    assert len(imageio.v3.imread(videos(tmp_path)[0])) == 21
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, ["--prompt", "--prompts", "required"]),
+        ({"prompt": "a", "prompts": "b"}, ["--prompts", "not allowed with argument --prompt"]),
+        ({"prompts": "nowhere.txt"}, ["nowhere.txt is no file", "dataset"]),
+        ({"prompt": "a", "num_frame": 21}, ["--num_frame", "--help"]),
+        ({"prompt": "a", "num_frames": 20}, ["num_frames=20", "9 and 21"]),
+        ({"prompt": "a", "num_frames": 0}, ["num_frames must be at least 1, not 0"]),
+        ({"prompt": "a", "num_frames": "many"}, ["--num_frames", "'many'"]),
+        ({"prompt": "a", "height": 30}, ["height", "multiples of 16"]),
+        ({"prompt": "a", "fps": -1}, ["fps must be at least 1"]),
+        ({"prompt": "a", "batch_size": 0}, ["batch_size must be at least 1"]),
+        ({"prompt": "a", "sigmas": "0.5 | 1"}, ["sigmas must fall"]),
+        ({"prompt": "a", "sigmas": "1000 | 500"}, ["sigmas must fall from at most 1"]),
+        ({"prompt": "a", "model": "/no/model"}, ["cannot load /no/model"]),
+        ({"prompt": "a", "lora": "/no/lora"}, ["cannot load the LoRA /no/lora", "Hub"]),
+        ({"prompt": "a", "lora": "."}, ["neither pytorch_lora_weights.safetensors nor checkpoints/checkpoint-N"]),
+        ({"prompt": "a", "lora": "x=high"}, ["the weight of 'x' must be a number", "'high'"]),
+        ({"prompt": "a", "lora_scale": 0.5}, ["lora_scale needs a lora"]),
+        ({"prompt": "a", "dtype": "int8"}, ["int8", "float32", "bfloat16", "float16"]),
+        ({"prompt": "a", "offload": "disk"}, ["disk", "none", "model", "group"]),
+        ({"prompt": "a", "offload": "group"}, ["offload=group needs a GPU"]),
+        ({"prompt": "a", "attention_backend": "best"}, ["best", "must be one of", "_native_flash"]),
+        ({"prompt": "a", "attention_backend": "_native_cudnn"}, ["_native_cudnn on cpu"]),
+        ({"prompt": "a", "reward": "beauty"}, ["unknown reward 'beauty'", "sharpness"]),
+        ({"prompt": "a", "reward": "sharpness=high"}, ["the weight of 'sharpness' must be a number"]),
+        ({"prompt": "a", "reward": "tests.training.rewards:broken"}, ["ZeroDivisionError"]),
+        ({"prompt": "a", "reward": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),
+        ({"prompt": "a", "output_dir": SCRIPT}, ["output_dir", "generate.py"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, values, words):
+    try:
+        assert main(arguments(model_folder, tmp_path / "out", **values)) == 2
+    finally:
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not list(tmp_path.glob("out/*.partial"))
+
+
+def test_launch_that_accelerate_does_not_see(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(model_folder, tmp_path, prompt=PROMPT)) == 2
+    assert "ACCELERATE_USE_CPU=true" in capsys.readouterr().err
+
+
+def start(command: list[str], path: str | Path = "") -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(SCRIPT).parents[1]), str(path), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell that runs the tests in the background has Ctrl-C ignored, and every process inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for_videos(process: subprocess.Popen, folder: Path, number: int):
+    deadline = time.monotonic() + 120
+    while len(videos(folder)) < number:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def check_whole(folder: Path):
+    for path in videos(folder):
+        assert len(imageio.v3.imread(path)) == 21, path
+
+
+def check_equal(folder: Path, expected: Path):
+    """The same files with the same pixels, each of them once in the manifest."""
+    assert [path.name for path in videos(folder)] == [path.name for path in videos(expected)]
+    for a, b in zip(videos(folder), videos(expected)):
+        np.testing.assert_array_equal(imageio.v3.imread(a), imageio.v3.imread(b))
+    assert [entry["prompt_index"] for entry in read_manifest(folder)] == list(range(20))
+
+
+def test_two_processes_make_what_one_makes(single, model_folder, prompts, tmp_path):
+    process = start([*TWO_PROCESSES, *arguments(model_folder, tmp_path, prompts=prompts, reward="sharpness")])
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors[-3000:]
+    assert "processes: 2 on cpu" in output and "videos made: 20, skipped: 0" in output
+    assert output.count("videos made") == 1
+    check_equal(tmp_path, single)
+    scores = [entry["scores"]["sharpness"] for entry in read_manifest(tmp_path)]
+    assert f"sharpness {sum(scores) / 20:.4f}" in output
+
+
+def test_interrupted_run_leaves_whole_videos(single, model_folder, prompts, tmp_path):
+    command = arguments(model_folder, tmp_path, prompts=prompts)
+    process = start([sys.executable, SCRIPT, *command])
+    wait_for_videos(process, tmp_path, 3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted: the same command makes the videos that are missing."
+    assert "Traceback" not in errors
+    check_whole(tmp_path)
+    assert 3 <= len(videos(tmp_path)) < 20 and not list(tmp_path.glob("*.partial"))
+    before = modified(tmp_path)
+    complete = {entry["file"] for entry in read_manifest(tmp_path)}
+    assert complete == before.keys()
+    assert main(command) == 0
+    after = modified(tmp_path)
+    assert all(after[name] == before[name] for name in complete)
+    check_equal(tmp_path, single)
+
+
+@pytest.mark.slow
+def test_killed_processes_lose_nothing_and_make_nothing_twice(single, model_folder, prompts, tmp_path):
+    command = [*TWO_PROCESSES, *arguments(model_folder, tmp_path, prompts=prompts)]
+    process = start(command)
+    wait_for_videos(process, tmp_path, 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for victim in (*children, process):
+        victim.kill()
+    process.communicate()
+    psutil.wait_procs(children, timeout=30)
+    check_whole(tmp_path)
+    complete = {entry["file"] for entry in read_manifest(tmp_path)}
+    before = modified(tmp_path)
+    assert 3 <= len(complete) < 20
+
+    process = start(command)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors[-3000:]
+    assert f"videos made: {20 - len(complete)}, skipped: {len(complete)}" in output
+    assert all(modified(tmp_path)[name] == before[name] for name in complete)
+    assert not list(tmp_path.glob("*.partial"))
+    check_equal(tmp_path, single)
+
+
+@pytest.mark.slow
+def test_interrupted_processes_leave_whole_videos(single, model_folder, prompts, tmp_path):
+    command = arguments(model_folder, tmp_path, prompts=prompts)
+    process = start([*TWO_PROCESSES, *command])
+    wait_for_videos(process, tmp_path, 4)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("interrupted: the same command makes the videos that are missing.") == 1
+    check_whole(tmp_path)
+    assert len(videos(tmp_path)) < 20 and not list(tmp_path.glob("*.partial"))
+    assert main(command) == 0
+    check_equal(tmp_path, single)
+
+
+@pytest.mark.slow
+def test_error_of_one_process_ends_all_in_one_line(model_folder, prompts, tmp_path):
+    """The reward fails on one of the videos of the second process; the first one still makes its own."""
+    texts = prompts.read_text().splitlines()
+    (tmp_path / "rewards_of_this_test.py").write_text(
+        "def fails_once(videos, prompts, metadata):\n"
+        f"    assert {texts[15]!r} not in prompts\n"
+        "    return [1.0], None\n"
+    )
+    command = arguments(model_folder, tmp_path / "out", prompts=prompts, reward="rewards_of_this_test:fails_once")
+    process = start([*TWO_PROCESSES, *command], path=tmp_path)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode != 0
+    assert errors.count("error: a reward failed") == 1
+    assert "videos made: 15, skipped: 0" in output

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from astrolabe_diffusers.generation.loading import find_lora, load_loras, load_pipeline, weights_digest
+from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.errors import UserError
+from tests.tiny_pipeline import tiny_pipeline
+from tests.training.helpers import policy_pipeline
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A transformer with two LoRAs."""
+    return policy_pipeline().transformer
+
+
+def test_folders_of_a_checkpoint_and_of_a_run(trained, tmp_path):
+    run = tmp_path / "run"
+    for step in (2, 10):
+        save_adapter(trained, run / "checkpoints" / f"checkpoint-{step}")
+    (run / "checkpoints" / "checkpoint-12.partial").mkdir()
+    assert find_lora(str(run)) == str(run / "checkpoints" / "checkpoint-10")
+    assert find_lora(str(run / "checkpoints" / "checkpoint-2")) == str(run / "checkpoints" / "checkpoint-2")
+    save_adapter(trained, run)  # the run has finished
+    assert find_lora(str(run)) == str(run)
+    assert find_lora("someone/on-the-hub") == "someone/on-the-hub"
+
+
+def test_digest_follows_the_weights(trained, tmp_path):
+    save_adapter(trained, tmp_path, "default")
+
+    def digest(weight):
+        pipe = tiny_pipeline()
+        if weight:
+            load_loras(pipe, {str(tmp_path): weight})
+        return weights_digest(pipe.transformer)
+
+    plain, first = digest(0), digest(1)
+    assert plain == digest(0) and first == digest(1) and plain != first
+    changed = policy_pipeline(randomize=False).transformer
+    save_adapter(changed, tmp_path, "default")
+    assert digest(1) not in (plain, first)
+
+
+def test_another_models_lora_is_refused(tmp_path):
+    save_adapter(policy_pipeline(num_attention_heads=4).transformer, tmp_path)
+    with pytest.raises(UserError, match="cannot load the LoRA .*another model's"):
+        load_loras(tiny_pipeline(), {str(tmp_path): 1.0})
+
+
+def test_another_pipeline_is_refused(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        8, block_out_channels=(4,), norm_num_groups=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a DDPMPipeline, not a CausalWanPipeline"):
+        load_pipeline(str(tmp_path), torch.float32)

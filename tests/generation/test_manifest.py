@@ -1,0 +1,93 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from astrolabe_diffusers.generation.jobs import make_jobs
+from astrolabe_diffusers.generation.manifest import Manifest, describe
+from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.training.prompts import Prompt
+
+
+SETTINGS = {"seed": 0, "lora": {"a": 0.5}, "sigmas": [1.0, 0.5], "dtype": "float32"}
+
+
+@pytest.fixture
+def jobs():
+    return make_jobs([Prompt(text) for text in ("a cat", "a dog", "a bird")], 1, None, 9)
+
+
+@pytest.fixture
+def folder(tmp_path, jobs):
+    """Three complete videos."""
+    manifest = Manifest(tmp_path / "videos")
+    assert manifest.start(jobs, SETTINGS, ()) == jobs
+    for job in reversed(jobs):
+        (manifest.folder / job.file).write_bytes(b"video")
+        manifest.append({**describe(job), **SETTINGS, "file": job.file, "bytes": 5, "scores": {"sharpness": 0.5}})
+    return manifest.folder
+
+
+def pending(folder, jobs, settings=SETTINGS, rewards=()):
+    return [job.prompt_index for job in Manifest(folder).start(jobs, settings, rewards)]
+
+
+def test_complete_videos_are_not_pending(folder, jobs):
+    assert pending(folder, jobs) == []
+    assert list(Manifest(folder).read()) == [job.file for job in jobs]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"lora": {"a": 0.6}}, {"lora": {}}, {"sigmas": None}, {"dtype": "bfloat16"}, {"new": 1}]
+)
+def test_other_settings_make_everything_again(folder, jobs, change):
+    assert pending(folder, jobs, SETTINGS | change) == [0, 1, 2]
+    # Nothing of the old settings is left to be mixed with the new.
+    assert list(folder.glob("*.mp4")) == [] and Manifest(folder).read() == {}
+
+
+def test_another_prompt_is_made_and_the_old_one_stays(folder, jobs):
+    jobs[1] = make_jobs([Prompt("")] * 1 + [Prompt("a horse")], 1, None, 9)[1]
+    assert pending(folder, jobs) == [1]
+    assert len(Manifest(folder).read()) == 3
+
+
+def test_deleted_and_truncated_files(folder, jobs):
+    (folder / jobs[0].file).unlink()
+    (folder / jobs[2].file).write_bytes(b"vid")
+    assert pending(folder, jobs) == [0, 2]
+    assert [path.name for path in folder.glob("*.mp4")] == [jobs[1].file]
+
+
+def test_torn_line_and_left_overs_of_a_killed_run(folder, jobs):
+    path = folder / "manifest.jsonl"
+    path.write_text(path.read_text()[:-20])  # the last line is that of the first job
+    (folder / f"{jobs[0].file}.partial").write_bytes(b"v")
+    assert pending(folder, jobs) == [0]
+    assert list(folder.glob("*.partial")) == []
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_missing_scores_are_made(folder, jobs):
+    assert pending(folder, jobs, rewards=["sharpness"]) == []
+    assert pending(folder, jobs, rewards=["sharpness", "flicker"]) == [0, 1, 2]
+
+
+def test_one_run_at_a_time(folder, jobs):
+    first = Manifest(folder)
+    first.start(jobs, SETTINGS, ())
+    with pytest.raises(UserError, match="another run is writing"):
+        Manifest(folder).start(jobs, SETTINGS, ())
+    del first
+    assert pending(folder, jobs) == []
+
+
+def test_lines_of_many_writers_stay_whole(tmp_path):
+    def write(writer):
+        for i in range(50):
+            Manifest(tmp_path).append({"file": f"{writer}-{i}", "prompt": "x" * 10_000})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert len({line["file"] for line in lines}) == len(lines) == 400
