@@ -7,7 +7,7 @@ from PIL import Image
 
 from astrolabe_diffusers.training.plots import (
     COLORS,
-    before_after_video,
+    comparison_video,
     contact_sheet,
     draw_curves,
     gif_bytes,
@@ -81,7 +81,7 @@ def test_gif_moves():
 @pytest.mark.parametrize("size", [(32, 48), (480, 832)])
 def test_before_and_after_are_side_by_side(number, size):
     red, green = (colored(c, 3, *size) for c in ([1.0, 0, 0], [0, 1.0, 0]))
-    frames = before_after_video([red] * number, [green] * number)
+    frames = comparison_video({"before": [red] * number, "after": [green] * number})
     assert len(frames) == 3 and frames[0].width % 16 == 0 and frames[0].height % 16 == 0
     pixels = np.array(frames[1])
     is_red, is_green = ((pixels == c).all(-1) for c in ([255, 0, 0], [0, 255, 0]))
@@ -91,8 +91,8 @@ def test_before_and_after_are_side_by_side(number, size):
 
 
 def test_contact_sheet_has_a_row_a_pair():
-    before, after = [RED, RED, RED], [GREEN, GREEN, GREEN]
-    sheet = contact_sheet(before, after, ["short", "a very long caption " * 30, "last"], num_frames=4)
+    columns = {"before": [RED, RED, RED], "after": [GREEN, GREEN, GREEN]}
+    sheet = contact_sheet(columns, ["short", "a very long caption " * 30, "last"], num_frames=4)
     pixels = np.array(sheet)
     left, right = pixels[:, : sheet.width // 2], pixels[:, sheet.width // 2 :]
     for half, color in ((left, [255, 0, 0]), (right, [0, 255, 0])):
