@@ -34,7 +34,11 @@ BASE = "base"
 
 @dataclass
 class LoraEvaluationConfig(Config):
-    """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made."""
+    """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made.
+
+    Attributes:
+        columns: the LoRA of each column by its name; the first is the base, without any.
+    """
 
     model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
     lora: list[str] = option([], "a LoRA, folder or Hub id, or NAME=LoRA; give it again for further columns")
@@ -57,14 +61,9 @@ class LoraEvaluationConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        self.columns  # a wrong name is found here
         if not self.rewards:
             raise UserError("rewards is empty: name at least one.")
-
-    @property
-    def columns(self) -> dict[str, str | None]:
-        """The LoRA of each column, by its name; the first one is the base, without any."""
-        columns = {BASE: None}
+        self.columns: dict[str, str | None] = {BASE: None}
         for lora in self.lora:
             name, equals, path = lora.partition("=")
             if not equals:
@@ -74,10 +73,9 @@ class LoraEvaluationConfig(Config):
                     f"lora: {name!r} cannot name a column and its folder; choose a name of letters, digits, '.', '_', "
                     f"'+' or '-', as in NAME={path}."
                 )
-            if name in columns:
+            if name in self.columns:
                 raise UserError(f"lora: a column {name!r} is there already; give another name, as in NAME={path}.")
-            columns[name] = path
-        return columns
+            self.columns[name] = path
 
 
 def parse_evaluation_args(argv: list[str] | None = None) -> LoraEvaluationConfig:
@@ -101,8 +99,6 @@ def use_lora(pipeline: DiffusionPipeline, lora: str | None) -> Iterator[None]:
         return
     with as_user_error(f"lora: {'cannot load' if Path(lora).exists() else 'no such folder, nor on the Hub:'} {lora}"):
         pipeline.load_lora_weights(lora)
-    # New layers are in training mode, where their dropout works.
-    pipeline.transformer.eval()
     try:
         yield
     finally:
@@ -144,12 +140,21 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     with as_user_error("output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
 
+    if accelerator.is_main_process:
+        processes = accelerator.num_processes
+        print(
+            f"{config.model}: {len(samples)} videos ({len(prompts)} prompts x {config.seeds} seeds) of "
+            f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
+            f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
+            f"{accelerator.mixed_precision}; output in {output_dir}",
+            flush=True,
+        )
     encoder, worker = PromptEncoder(pipeline), RewardWorker(pipeline.vae, rewards)
     batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
-    # disable=None: no bar in a log file.
     progress = tqdm(
         total=len(config.columns) * len(batches),
         desc="batches",
+        # None: no bar in a log file.
         disable=None if accelerator.is_main_process else True,
     )
     evaluations = {}
@@ -191,24 +196,12 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         },
         "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in samples],
         "columns": {
-            name: {
-                "lora": config.columns[name],
-                "scores": evaluation.scores,
-                "mean": {score: evaluation.mean(score) for score in evaluation.scores},
-                "change": {
-                    score: {"change": change, "half_width_95": half}
-                    for score, _, _, change, half in comparison_rows(evaluations[BASE], evaluation)
-                },
-            }
+            name: {"lora": config.columns[name], **column(evaluations[BASE], evaluation)}
             for name, evaluation in evaluations.items()
         },
     }
     if accelerator.is_main_process:
-        files = [output_dir / name for name in ("results.json", "table.md", "scores.png")]
-        table = column_table(results["columns"])
-        files[0].write_text(json.dumps(results, indent=2))
-        files[1].write_text(table + "\n")
-        draw_columns(results["columns"], files[2])
+        files = write_results(results, output_dir)
         files += compare_videos(
             pipeline,
             {name: use_lora(pipeline, lora) for name, lora in config.columns.items()},
@@ -218,16 +211,31 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
             config.batch_size,
             output_dir / "side_by_side",
         )
-        print(
-            "",
-            f"{len(samples)} videos ({len(prompts)} prompts x {config.seeds} seeds) of {size['num_frames']} frames",
-            f"\n{table}\n\nwritten:",
-            *files,
-            sep="\n",
-        )
+        print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
+
+
+def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
+    return {
+        "scores": evaluation.scores,
+        "mean": {score: evaluation.mean(score) for score in evaluation.scores},
+        "change": {
+            score: {"change": change, "half_width_95": half}
+            for score, _, _, change, half in comparison_rows(base, evaluation)
+        },
+    }
+
+
+def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
+    """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
+    files = [output_dir / name for name in ("results.json", "table.md", "scores.png")]
+    files[0].write_text(json.dumps(results, indent=2))
+    files[1].write_text(column_table(results["columns"]) + "\n")
+    draw_columns(results["columns"], files[2])
+    return files
 
 
 def column_table(columns: dict[str, dict[str, Any]]) -> str:

@@ -102,15 +102,15 @@ def draw_means(
     """
     columns = min(columns, len(means))
     header, (width, height) = 62, size
-    image = Image.new("RGB", (columns * width + 10, header + math.ceil(len(means) / columns) * height), WHITE)
-    draw = ImageDraw.Draw(image)
     colors = list(zip(names, itertools.cycle(COLORS)))
+    legend = [34 + _font().getlength(name) for name in names]
+    total = math.ceil(max(columns * width + 10, _font(16).getlength(title) + 24, sum(legend)))
+    image = Image.new("RGB", (total, header + math.ceil(len(means) / columns) * height), WHITE)
+    draw = ImageDraw.Draw(image)
     draw.text((12, 10), title, BLACK, _font(16), anchor="lt")
-    x = 12
-    for name, color in colors:
+    for (name, color), x in zip(colors, itertools.accumulate(legend, initial=12)):
         draw.ellipse([x, 38, x + 8, 46], color)
         draw.text((x + 14, 42), name, color, _font(), anchor="lm")
-        x += 34 + draw.textlength(name, _font())
     for i, (score, marks) in enumerate(means.items()):
         corner = (i % columns) * width, header + i // columns * height
         left, top, right, bottom = corner[0] + 62, corner[1] + 28, corner[0] + width, corner[1] + height - 14

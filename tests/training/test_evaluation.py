@@ -52,6 +52,15 @@ def test_first_videos_are_kept_and_written(pipe, tmp_path):
     assert np.abs(frames - expected).mean() < 12  # lossy, but this video
 
 
+def test_batches_are_reported(pipe):
+    worker, calls = reward_worker(pipe), []
+    evaluate(
+        pipe, PromptEncoder(pipe), worker, SAMPLES, SIZE, 4, None, 0, 1, on_batch=lambda *call: calls.append(call)
+    )
+    worker.shutdown()
+    assert calls == [(1, 2), (2, 2)]
+
+
 def test_comparison_shows_reference_and_current(pipe, tmp_path):
     def compare(samples):
         policies = {name: use_policy(pipe.transformer, name) for name in ("reference", "current")}
