@@ -97,7 +97,8 @@ def use_lora(pipeline: DiffusionPipeline, lora: str | None) -> Iterator[None]:
     if lora is None:
         yield
         return
-    with as_user_error(f"lora: {'cannot load' if Path(lora).exists() else 'no such folder, nor on the Hub:'} {lora}"):
+    problem = f"cannot load {lora}" if Path(lora).exists() else f"no folder {lora}, nor on the Hub"
+    with as_user_error(f"lora: {problem}"):
         pipeline.load_lora_weights(lora)
     try:
         yield

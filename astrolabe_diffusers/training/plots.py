@@ -60,7 +60,7 @@ def draw_curves(
     image = Image.new("RGB", size, WHITE)
     draw = ImageDraw.Draw(image)
     for y in nice_ticks(y_low, y_high):
-        _level(draw, y, left, right, place(x_low, y)[1])
+        _grid_line(draw, y, left, right, place(x_low, y)[1])
     for x in nice_ticks(x_low, x_high, 8, smallest_step=1):
         column = place(x, y_low)[0]
         draw.line([(column, bottom), (column, bottom + 5)], BLACK)
@@ -123,7 +123,7 @@ def draw_means(
             return bottom - (y - low) / (high - low) * (bottom - top)
 
         for y in nice_ticks(low, high, number=5):
-            _level(draw, y, left, right, place(y))
+            _grid_line(draw, y, left, right, place(y))
         draw.line([(left, top), (left, bottom)], BLACK)
         # The end of a long name is what tells parts apart.
         text = _shorten(draw, score[::-1], width - 16)[::-1]
@@ -149,7 +149,7 @@ def _with_margin(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _level(draw: ImageDraw.ImageDraw, y: float, left: float, right: float, row: float):
+def _grid_line(draw: ImageDraw.ImageDraw, y: float, left: float, right: float, row: float):
     """A grid line at pixel `row`, with its value beside it."""
     draw.line([(left, row), (right, row)], GRAY)
     draw.text((left - 8, row), f"{y:.4g}", BLACK, _font(), anchor="rm")

@@ -242,7 +242,7 @@ def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_
         ({"seeds": "many"}, ["seeds must be a whole number"]),
         ({"mixed_precision": "fp16"}, ["no, bf16"]),
         ({"reward": "sharpness"}, ["unknown argument --reward", "--rewards"]),
-        ({"lora": "nowhere"}, ["no such folder", "nowhere"]),
+        ({"lora": "nowhere"}, ["no folder nowhere, nor on the Hub"]),
         ({"lora": EXAMPLES}, ["cannot load", "pytorch_lora_weights"]),
         ({"lora": "runs/a=1"}, ["'runs/a'", "NAME=1"]),
         ({"lora": "base=a"}, ["'base' is there already", "NAME=a"]),
