@@ -108,6 +108,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """As the parent's, which `load_lora_weights` ends in; a LoRA of another model is refused in one line."""
         check_lora_fits(state_dict, transformer)
         super().load_lora_into_transformer(state_dict, transformer, **kwargs)
+        # The new layers are in training mode, where the dropout that a LoRA was trained with works.
+        transformer.train(transformer.training)
 
     @property
     def num_timesteps(self) -> int:

@@ -1,4 +1,4 @@
-"""The settings of a run: one dataclass, read from YAML and the command line."""
+"""Settings: dataclasses, read from YAML and the command line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,27 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, m
     return field(default=default, metadata=metadata)
 
 
+class Config:
+    """Base of dataclasses whose fields are [`option`]s: values get the declared type and are checked when made.
+
+    Raises:
+        UserError: a value is not of its field's type, none of its choices or too small.
+    """
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            value = _coerce(f.name, getattr(self, f.name), hints[f.name])
+            setattr(self, f.name, value)
+            choices, minimum = f.metadata["choices"], f.metadata["minimum"]
+            if choices is not None and value is not None and value not in choices:
+                raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
+            if minimum is not None and value is not None and value < minimum:
+                raise UserError(f"{f.name} must be at least {minimum}, not {value}.")
+
+
 @dataclass
-class NFTConfig:
+class NFTConfig(Config):
     """Settings of an NFT run.
 
     Names are those of diffusers' example trainers where these have them. The defaults are the published settings for
@@ -126,15 +145,7 @@ class NFTConfig:
     hub_token: str | None = option(None, "token to push with; the stored one if not given")
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for f in fields(self):
-            value = _coerce(f.name, getattr(self, f.name), hints[f.name])
-            setattr(self, f.name, value)
-            choices, minimum = f.metadata["choices"], f.metadata["minimum"]
-            if choices is not None and value is not None and value not in choices:
-                raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
-            if minimum is not None and value is not None and value < minimum:
-                raise UserError(f"{f.name} must be at least {minimum}, not {value}.")
+        super().__post_init__()
         if not self.rewards:
             raise UserError("rewards is empty: name at least one reward to train on.")
         if self.gradient_accumulation_steps is None:
@@ -190,23 +201,34 @@ def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = No
         allow_abbrev=False,
     )
     parser.add_argument("--config", help=f"a YAML file, or one of: {', '.join(_config_names(config_dir))}")
-    hints = get_type_hints(NFTConfig)
-    defaults = NFTConfig()
-    for f in fields(NFTConfig):
-        flag = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
+    arguments = parse_fields(parser, NFTConfig, argv)
+    values = _read_yaml(arguments.pop("config"), config_dir, [f.name for f in fields(NFTConfig)])
+    return NFTConfig(**{**values, **arguments})
+
+
+def parse_fields(
+    parser: argparse.ArgumentParser, config_class: type[Config], argv: list[str] | None
+) -> dict[str, Any]:
+    """What the command line says, with `--field value` for every field of `config_class` beside the parser's own.
+
+    A list is comma-separated, or its flag is given several times.
+    """
+    hints = get_type_hints(config_class)
+    defaults = config_class()
+    kinds = {bool: {"nargs": "?", "const": "true"}, list[str]: {"action": "append"}}
+    for f in fields(config_class):
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         text = f"{f.metadata['help']}{choices} [{getattr(defaults, f.name)}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **flag)
+        kind = kinds.get(hints[f.name], {})
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
     parser.error = _raise_user_error
 
     arguments, unknown = parser.parse_known_args(argv)
-    names = [f.name for f in fields(NFTConfig)]
     if unknown:
         flag = next((a for a in unknown if a.startswith("--")), unknown[0]).split("=")[0]
+        names = [f.name for f in fields(config_class)]
         raise UserError(f"unknown argument {flag}{_close_matches(flag.lstrip('-'), names, '--')}.")
-    arguments = vars(arguments)
-    values = _read_yaml(arguments.pop("config"), config_dir, names)
-    return NFTConfig(**{**values, **arguments})
+    return {name: ",".join(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
 
 
 def _raise_user_error(message: str):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
@@ -13,8 +15,19 @@ from safetensors import SafetensorError
 class UserError(Exception):
     """A mistake in the configuration or the data of a run. Its message is one complete line, fit to be printed alone.
 
-    `examples/train_nft.py` prints it and exits with code 2. A bug is never a `UserError` and keeps its traceback.
+    A script prints it and exits with code 2 ([`exit_code`]). A bug is never a `UserError` and keeps its traceback.
     """
+
+
+def exit_code(run: Callable[[], object]) -> int:
+    """Calls `run` and returns the exit code of a script: 0, or 2 after a [`UserError`], which is printed."""
+    try:
+        run()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes would only say the same
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 @contextmanager

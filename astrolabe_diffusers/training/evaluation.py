@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers.utils import export_to_video
 
-from .plots import before_after_video, contact_sheet
-from .policies import use_policy
+from .plots import comparison_video, contact_sheet
 from .prompts import Sample, process_batches
 from .rollout import PromptEncoder, RewardWorker, decode_videos, gather_scores, generate, sample_latents
 
@@ -20,10 +20,10 @@ from .rollout import PromptEncoder, RewardWorker, decode_videos, gather_scores, 
 class Evaluation:
     """Scores of one evaluation: for every name one value a held-out video, always in the same order.
 
-    A NaN, of a video that a reward could not score, is left out of means.
+    A NaN, of a video that a reward could not score, is left out of means. `step` is that of the run, if it is one.
     """
 
-    step: int
+    step: int | None
     scores: dict[str, list[float]]
 
     def mean(self, name: str = "reward") -> float:
@@ -48,24 +48,29 @@ def evaluate(
     samples: Sequence[Sample],
     size: dict[str, int],
     batch_size: int,
-    step: int,
+    step: int | None,
     process_index: int,
     num_processes: int,
     video_dir: Path | None = None,
     num_videos: int = 0,
+    on_batch: Callable[[int, int], object] = lambda done, total: None,
 ) -> tuple[Evaluation, dict[int, torch.Tensor]]:
     """Generate and score the held-out videos with the active policy, split over the processes.
 
     Args:
         samples: all held-out videos.
         video_dir: folder for the first `num_videos` of them as MP4.
+        on_batch: called after each batch that is sampled, with their number so far and in all, in this process.
 
     Returns:
         The evaluation, in every process, and by index those first videos `(F, 3, H, W)` in [0, 1] that were made here.
     """
     batches = process_batches(samples, batch_size, process_index, num_processes)
     keep = {sample.key: i for i, sample in enumerate(samples[:num_videos])}
-    generated = list(generate(pipeline, encoder, worker, batches, size, watched=True, keep=keep))
+    generated = []
+    for batch in generate(pipeline, encoder, worker, batches, size, watched=True, keep=keep):
+        generated.append(batch)
+        on_batch(len(generated), len(batches))
     scores, _ = gather_scores(generated, samples)
     kept = {keep[key]: video for batch in generated for key, video in batch.scores.result().videos.items()}
     for index, video in kept.items():
@@ -81,32 +86,32 @@ def save_video(video: torch.Tensor, path: Path, frame_rate: int):
 
 def compare_videos(
     pipeline,
-    transformer: torch.nn.Module,
+    policies: dict[str, AbstractContextManager],
     encoder: PromptEncoder,
     samples: Sequence[Sample],
     size: dict[str, int],
     batch_size: int,
-    output_dir: Path,
-) -> dict[str, str]:
-    """Writes a video and a contact sheet of `samples` before (by the reference policy) and after training.
+    path: Path,
+) -> list[str]:
+    """Writes a video `path.mp4` and a contact sheet `path.png` of `samples` under several policies, side by side.
+
+    Args:
+        policies: by its heading, the context in which the pipeline has a policy.
 
     Returns:
-        The paths of the files by what they are.
+        The paths of both files; none if there are no samples.
     """
     if not samples:
-        return {}
-    before, after = [], []
-    for policy, videos in (("reference", before), ("current", after)):
-        with use_policy(transformer, policy):
+        return []
+    columns = {}
+    for name, policy in policies.items():
+        with policy:
+            columns[name] = []
             for batch in process_batches(samples, batch_size, process_index=0, num_processes=1):
                 prompt_embeds = encoder(sample.prompt.text for sample in batch)
                 latents = sample_latents(pipeline, prompt_embeds, batch, size)
-                videos += decode_videos(pipeline.vae, latents).cpu()
-    files = {
-        "before/after video": str(output_dir / "before_after.mp4"),
-        "before/after sheet": str(output_dir / "before_after.png"),
-    }
-    frames = before_after_video(before, after)
-    export_to_video(frames, files["before/after video"], fps=pipeline.config.frame_rate)
-    contact_sheet(before, after, [sample.prompt.text for sample in samples]).save(files["before/after sheet"])
+                columns[name] += decode_videos(pipeline.vae, latents).cpu()
+    files = [f"{path}.mp4", f"{path}.png"]
+    export_to_video(comparison_video(columns), files[0], fps=pipeline.config.frame_rate)
+    contact_sheet(columns, [sample.prompt.text for sample in samples]).save(files[1])
     return files

@@ -1,8 +1,9 @@
-"""Pictures of a run, drawn with Pillow: reward curves, contact sheets, before/after videos and GIFs."""
+"""Pictures of a run, drawn with Pillow: reward curves, means, contact sheets, side-by-side videos and GIFs."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 WHITE, BLACK, GRAY = (255, 255, 255), (30, 30, 30), (225, 225, 225)
-COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
+COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207))
 FONT_SIZE = 14
 
 
@@ -47,10 +48,8 @@ def draw_curves(
         return
     left, top, right, bottom = 75, 45, size[0] - 20, size[1] - 55
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    y_low, y_high = min(y for _, y in points), max(y for _, y in points)
+    y_low, y_high = _with_margin([y for _, y in points])
     x_high = max(x_high, x_low + 1)
-    margin = 0.08 * (y_high - y_low) or max(0.05 * abs(y_high), 0.01)
-    y_low, y_high = y_low - margin, y_high + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -61,9 +60,7 @@ def draw_curves(
     image = Image.new("RGB", size, WHITE)
     draw = ImageDraw.Draw(image)
     for y in nice_ticks(y_low, y_high):
-        level = place(x_low, y)[1]
-        draw.line([(left, level), (right, level)], GRAY)
-        draw.text((left - 8, level), f"{y:.4g}", BLACK, _font(), anchor="rm")
+        _grid_line(draw, y, left, right, place(x_low, y)[1])
     for x in nice_ticks(x_low, x_high, 8, smallest_step=1):
         column = place(x, y_low)[0]
         draw.line([(column, bottom), (column, bottom + 5)], BLACK)
@@ -86,6 +83,76 @@ def draw_curves(
         legend -= 24
         draw.line([(legend, top - 15), (legend + 18, top - 15)], color, width=3)
     image.save(path)
+
+
+def draw_means(
+    means: dict[str, Sequence[tuple[float, float]]],
+    names: Sequence[str],
+    path: str | Path,
+    title: str,
+    columns: int = 4,
+    size: tuple[int, int] = (240, 210),
+):
+    """A small chart for each score as PNG, with its own scale: a mark at every mean, a line at that of the first.
+
+    Args:
+        means: by score, for each of `names` the mean and half the width of its interval, NaN where there is none.
+        columns: charts in a row.
+        size: width and height of a chart in pixels.
+    """
+    columns = min(columns, len(means))
+    header, (width, height) = 62, size
+    colors = list(zip(names, itertools.cycle(COLORS)))
+    legend = [34 + _font().getlength(name) for name in names]
+    total = math.ceil(max(columns * width + 10, _font(16).getlength(title) + 24, sum(legend)))
+    image = Image.new("RGB", (total, header + math.ceil(len(means) / columns) * height), WHITE)
+    draw = ImageDraw.Draw(image)
+    draw.text((12, 10), title, BLACK, _font(16), anchor="lt")
+    for (name, color), x in zip(colors, itertools.accumulate(legend, initial=12)):
+        draw.ellipse([x, 38, x + 8, 46], color)
+        draw.text((x + 14, 42), name, color, _font(), anchor="lm")
+    for i, (score, marks) in enumerate(means.items()):
+        corner = (i % columns) * width, header + i // columns * height
+        left, top, right, bottom = corner[0] + 62, corner[1] + 28, corner[0] + width, corner[1] + height - 14
+        ends = [y for mean, half in marks for y in (mean - half, mean, mean + half) if math.isfinite(y)]
+        if not ends:
+            continue
+        low, high = _with_margin(ends)
+
+        def place(y: float) -> float:
+            return bottom - (y - low) / (high - low) * (bottom - top)
+
+        for y in nice_ticks(low, high, number=5):
+            _grid_line(draw, y, left, right, place(y))
+        draw.line([(left, top), (left, bottom)], BLACK)
+        # The end of a long name is what tells parts apart.
+        text = _shorten(draw, score[::-1], width - 16)[::-1]
+        draw.text((corner[0] + 12, corner[1] + 4), text, BLACK, _font(), anchor="lt")
+        for k, ((mean, half), (_, color)) in enumerate(zip(marks, colors)):
+            x = left + (k + 0.5) * (right - left) / len(marks)
+            if not math.isfinite(mean):
+                continue
+            if k == 0:
+                draw.line([(left, place(mean)), (right, place(mean))], color)
+            if math.isfinite(half):
+                draw.line([(x, place(mean - half)), (x, place(mean + half))], color, width=2)
+                for end in (mean - half, mean + half):
+                    draw.line([(x - 6, place(end)), (x + 6, place(end))], color, width=2)
+            draw.ellipse([x - 5, place(mean) - 5, x + 5, place(mean) + 5], color)
+    image.save(path)
+
+
+def _with_margin(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of an axis with room around all `values`, also if they are equal."""
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or max(0.05 * abs(high), 0.01)
+    return low - margin, high + margin
+
+
+def _grid_line(draw: ImageDraw.ImageDraw, y: float, left: float, right: float, row: float):
+    """A grid line at pixel `row`, with its value beside it."""
+    draw.line([(left, row), (right, row)], GRAY)
+    draw.text((left - 8, row), f"{y:.4g}", BLACK, _font(), anchor="rm")
 
 
 def video_images(video: torch.Tensor, size: tuple[int, int] | None = None) -> list[Image.Image]:
@@ -123,40 +190,44 @@ def side_by_side(videos: Sequence[torch.Tensor], columns: int | None = None) -> 
     return frames
 
 
-def before_after_video(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], pairs_per_row: int = 2):
-    """Frames of a video with every pair `before | after`, under headings, at a size that any player takes."""
-    pairs_per_row = min(pairs_per_row, len(before))
-    grid = side_by_side([video for pair in zip(before, after) for video in pair], 2 * pairs_per_row)
-    tile = grid[0].width // (2 * pairs_per_row)
+def comparison_video(columns: dict[str, Sequence[torch.Tensor]], tiles_per_row: int = 4) -> list[Image.Image]:
+    """Frames of a video with the same videos of every column next to each other, under its name, at a size that any
+    player takes. A row has as many of these groups as give about `tiles_per_row`."""
+    groups = list(zip(*columns.values()))
+    per_row = len(columns) * min(math.ceil(tiles_per_row / len(columns)), len(groups))
+    grid = side_by_side([video for group in groups for video in group], per_row)
+    tile = grid[0].width // per_row
     frames = []
     for image in grid:
         width, height = (math.ceil(n / 16) * 16 for n in (image.width, image.height + 24))
         frame = Image.new("RGB", (width, height), WHITE)
         draw = ImageDraw.Draw(frame)
-        for i in range(2 * pairs_per_row):
-            draw.text((i * tile + tile / 2, 12), "after" if i % 2 else "before", BLACK, _font(), anchor="mm")
+        for i, name in zip(range(per_row), itertools.cycle(columns)):
+            draw.text((i * tile + tile / 2, 12), _shorten(draw, name, tile - 8), BLACK, _font(), anchor="mm")
         frame.paste(image, (0, 24))
         frames.append(frame)
     return frames
 
 
 def contact_sheet(
-    before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], captions: Sequence[str], num_frames: int = 4
+    columns: dict[str, Sequence[torch.Tensor]], captions: Sequence[str], num_frames: int = 4
 ) -> Image.Image:
-    """A row a pair: `num_frames` frames of the video before and of that after, under its caption."""
-    width, height = _tile_size(before[0], 96, 208)
-    indices = [round(i * (len(before[0]) - 1) / max(num_frames - 1, 1)) for i in range(num_frames)]
-    half, row, header, gap = num_frames * (width + 2), height + 26, 30, 16
-    sheet = Image.new("RGB", (2 * half + gap + 16, header + row * len(before) + 8), WHITE)
+    """A row a caption: `num_frames` frames of its video in every column."""
+    groups = list(zip(*columns.values()))
+    width, height = _tile_size(groups[0][0], 96, 208)
+    indices = [round(i * (len(groups[0][0]) - 1) / max(num_frames - 1, 1)) for i in range(num_frames)]
+    column, row, header, gap = num_frames * (width + 2), height + 26, 30, 16
+    sheet = Image.new("RGB", (len(columns) * (column + gap) + 16 - gap, header + row * len(groups) + 8), WHITE)
     draw = ImageDraw.Draw(sheet)
-    for side, title in enumerate(("before", "after")):
-        draw.text((8 + side * (half + gap) + half / 2, header / 2), title, BLACK, _font(16), anchor="mm")
-    for r, (pair, caption) in enumerate(zip(zip(before, after), captions)):
+    for c, name in enumerate(columns):
+        text = _shorten(draw, name, column, _font(16))
+        draw.text((8 + c * (column + gap) + column / 2, header / 2), text, BLACK, _font(16), anchor="mm")
+    for r, (group, caption) in enumerate(zip(groups, captions)):
         top = header + r * row
         draw.text((8, top + 2), _shorten(draw, caption, sheet.width - 16), BLACK, _font(), anchor="lt")
-        for side, video in enumerate(pair):
+        for c, video in enumerate(group):
             for i, image in enumerate(video_images(video[indices], (width, height))):
-                sheet.paste(image, (8 + side * (half + gap) + i * (width + 2), top + 22))
+                sheet.paste(image, (8 + c * (column + gap) + i * (width + 2), top + 22))
     return sheet
 
 
@@ -169,9 +240,10 @@ def _tile_size(video: torch.Tensor, low: int, high: int) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    if draw.textlength(text, _font()) <= width:
+def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | None = None) -> str:
+    font = font or _font()
+    if draw.textlength(text, font) <= width:
         return text
-    while text and draw.textlength(text + " ...", _font()) > width:
+    while text and draw.textlength(text + " ...", font) > width:
         text = text[:-1]
     return text + " ..."

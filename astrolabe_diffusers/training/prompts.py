@@ -15,6 +15,7 @@ from .seeds import seeded_generator
 
 
 T = TypeVar("T")
+SUFFIXES = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,8 @@ def load_prompts(path: str | Path, num_eval_prompts: int) -> tuple[list[Prompt],
     """
     path = Path(path)
     if path.is_dir():
-        train, test = (read_prompts(_split_file(path, split)) for split in ("train", "test"))
-        return train, spread(test, num_eval_prompts)
-    if not path.is_file():
-        raise UserError(f"no prompt file or folder {path}.")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"the prompt file {path} must be a .txt or a .jsonl file.")
-    prompts = read_prompts(path)
+        return read_split(path, "train"), spread(read_split(path, "test"), num_eval_prompts)
+    prompts = read_split(path, "train")
     if len(prompts) <= num_eval_prompts:
         raise UserError(
             f"{path} has {len(prompts)} prompts, but num_eval_prompts={num_eval_prompts} of them are to be held out "
@@ -81,11 +77,19 @@ def load_prompts(path: str | Path, num_eval_prompts: int) -> tuple[list[Prompt],
     return train, [prompts[i] for i in sorted(held_out)]
 
 
-def _split_file(folder: Path, split: str) -> Path:
-    for suffix in (".txt", ".jsonl"):
-        if (folder / f"{split}{suffix}").is_file():
-            return folder / f"{split}{suffix}"
-    raise UserError(f"the prompt folder {folder} has no {split}.txt and no {split}.jsonl.")
+def read_split(path: str | Path, split: str) -> list[Prompt]:
+    """Prompts of a file, or of `<split>.txt` (or `.jsonl`) in a folder."""
+    path = Path(path)
+    if path.is_dir():
+        files = [path / f"{split}{suffix}" for suffix in SUFFIXES if (path / f"{split}{suffix}").is_file()]
+        if not files:
+            raise UserError(f"the prompt folder {path} has no {split}.txt and no {split}.jsonl.")
+        return read_prompts(files[0])
+    if not path.is_file():
+        raise UserError(f"no prompt file or folder {path}.")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"the prompt file {path} must be a .txt or a .jsonl file.")
+    return read_prompts(path)
 
 
 def spread(items: Sequence[T], number: int) -> list[T]:

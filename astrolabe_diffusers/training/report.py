@@ -188,9 +188,23 @@ def comparison_table(rows: Sequence[tuple[str, float, float, float, float]], rew
         group = [row for row in rows if (row[0] in trained) == wanted]
         lines += [title] * bool(group)
         for name, old, new, change, half in group:
-            interval = f"[{change - half:+.4f}, {change + half:+.4f}]"
-            lines.append(f"  {name:<{width - 2}}{old:>9.4f}{new:>9.4f}   {change:+.4f}  {interval}")
+            lines.append(f"  {name:<{width - 2}}{old:>9.4f}{new:>9.4f}   {change_text(change, half)}")
     return "\n".join(lines)
+
+
+def change_text(change: float, half: float) -> str:
+    """A change and its interval, `half` to either side."""
+    return f"{change:+.4f}  [{change - half:+.4f}, {change + half:+.4f}]"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown, padded to be read as text too; the first row has the headings."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows
+    ]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def log_gif(writer, gif: bytes, size: tuple[int, int], step: int):

@@ -187,6 +187,8 @@ def generate(
         if scores is not None:
             # If rewards are slower than the model, videos must not pile up.
             wait([scores])
+            if scores.exception():  # `gather_scores` raises it, in every process
+                return
         scores = worker.submit(latents, samples, watched, keep)
         yield VideoBatch(samples, prompt_embeds, latents, scores)
 

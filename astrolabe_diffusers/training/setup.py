@@ -26,27 +26,24 @@ def make_accelerator(config: NFTConfig) -> Accelerator:
     )
 
 
-def prompt_path(config: NFTConfig) -> str | Path:
-    """The configured prompts, or those that lie beside the model."""
-    if config.prompts is not None:
-        return config.prompts
-    path = Path(config.pretrained_model_name_or_path) / "prompts"
+def prompt_path(model: str, prompts: str | None) -> str | Path:
+    """The given prompts, or those that lie beside the model."""
+    if prompts is not None:
+        return prompts
+    path = Path(model) / "prompts"
     if not path.is_dir():
-        raise UserError(
-            f"there is no folder {path}: check pretrained_model_name_or_path, or give prompts, a file or a folder."
-        )
+        raise UserError(f"there is no folder {path}: check the model's name, or give prompts, a file or a folder.")
     return path
 
 
-def load_pipeline(config: NFTConfig, accelerator: Accelerator) -> DiffusionPipeline:
+def load_pipeline(
+    model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
+) -> DiffusionPipeline:
     """The frozen pipeline on its device; in bf16 runs all of it is bf16 but the autoencoder."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    with as_user_error(f"cannot load {config.pretrained_model_name_or_path}"):
+    with as_user_error(f"cannot load {model}"):
         pipeline = DiffusionPipeline.from_pretrained(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            dtype={"default": dtype, "vae": torch.float32},
+            model, revision=revision, variant=variant, dtype={"default": dtype, "vae": torch.float32}
         )
     pipeline.set_progress_bar_config(disable=True)
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
@@ -54,10 +51,12 @@ def load_pipeline(config: NFTConfig, accelerator: Accelerator) -> DiffusionPipel
     return pipeline.to(accelerator.device)
 
 
-def video_size(config: NFTConfig, pipeline: DiffusionPipeline, num_frames: int | None) -> dict[str, int]:
-    """`height`, `width` and `num_frames`, checked by the pipeline; the config's and then its own where not given."""
-    size = {name: getattr(config, name) or pipeline.config[name] for name in ("height", "width", "num_frames")}
-    size["num_frames"] = num_frames or size["num_frames"]
+def video_size(
+    pipeline: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
+) -> dict[str, int]:
+    """`height`, `width` and `num_frames`, checked by the pipeline; its own where not given."""
+    given = {"height": height, "width": width, "num_frames": num_frames}
+    size = {name: value or pipeline.config[name] for name, value in given.items()}
     with as_user_error("video size"):
         pipeline.check_inputs(
             prompt="", prompt_embeds=None, output_type="latent", callback_on_step_end_tensor_inputs=[], **size

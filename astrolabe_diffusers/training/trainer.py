@@ -48,13 +48,19 @@ class NFTTrainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
 
-        self.prompts, self.eval_prompts = load_prompts(prompt_path(config), config.num_eval_prompts)
+        self.prompts, self.eval_prompts = load_prompts(
+            prompt_path(config.pretrained_model_name_or_path, config.prompts), config.num_eval_prompts
+        )
         self.eval_samples = eval_samples(self.eval_prompts, config.eval_seeds)
         rewards, watched = make_rewards(config)  # before the large model is loaded: a wrong name is found at once
-        self.pipeline = load_pipeline(config, self.accelerator)
+        self.pipeline = load_pipeline(
+            config.pretrained_model_name_or_path, self.accelerator, config.revision, config.variant
+        )
         self.rewards = RewardWorker(self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip")
-        self.size = video_size(config, self.pipeline, config.num_frames)
-        self.eval_size = video_size(config, self.pipeline, config.eval_num_frames)
+        self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
+        self.eval_size = video_size(
+            self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames
+        )
         self.encoder = PromptEncoder(self.pipeline)
         self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
 
@@ -182,6 +188,7 @@ class NFTTrainer:
                 self.accelerator.num_processes,
                 folder,
                 self.config.num_eval_videos,
+                lambda done, total: self.report.activity(f"evaluated {done}/{total}"),
             )
         self.report.add_evaluation(evaluation, list(videos.values()), self.pipeline.config.frame_rate)
 
@@ -263,15 +270,19 @@ class NFTTrainer:
             output_dir = Path(self.config.output_dir)
             save_adapter(self.transformer, output_dir)
             files = {"adapter": str(output_dir / WEIGHT_NAMES[CURRENT]), "curve": str(output_dir / "rewards.png")}
-            files |= compare_videos(
+            comparison = compare_videos(
                 self.pipeline,
-                self.transformer,
+                {
+                    "before": use_policy(self.transformer, "reference"),
+                    "after": use_policy(self.transformer, "current"),
+                },
                 self.encoder,
                 self.eval_samples[: self.config.num_eval_videos],
                 self.eval_size,
                 self.config.train_batch_size,
-                output_dir,
+                output_dir / "before_after",
             )
+            files |= zip(("before/after video", "before/after sheet"), comparison)
             num_samples = self.epoch * self.num_groups * self.config.samples_per_prompt
             results = {
                 "num_videos": len(self.eval_samples),

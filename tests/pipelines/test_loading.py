@@ -204,6 +204,21 @@ def test_lora_load_fuse_unload(pipe, lora):
     assert (generate(pipe) - base).abs().max() <= 1e-4
 
 
+def test_dropout_of_a_lora_does_not_work_in_generation(pipe, tmp_path):
+    trained = tiny_pipeline(**OVERRIDES).transformer
+    trained.add_adapter(LoraConfig(r=RANK, lora_dropout=0.5, target_modules=TARGETS, init_lora_weights=False))
+    CausalWanPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(trained),
+        **_collate_lora_metadata({"transformer": trained}),
+    )
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    assert pipe.transformer.peft_config["style"].lora_dropout == 0.5
+    assert torch.equal(generate(pipe), generate(pipe))
+    pipe.transformer.train()
+    assert not torch.equal(generate(pipe), generate(pipe))
+
+
 def test_lora_survives_fusing_and_saving(pipe, lora, tmp_path):
     """A fused pipeline is an ordinary folder."""
     path, expected = lora

@@ -45,6 +45,7 @@ def test_config_by_path(configs):
         (["--rewards", "{sharpness: 2}"], "rewards", {"sharpness": 2.0}),
         (["--rewards", "my.module:Reward=3"], "rewards", {"my.module:Reward": 3.0}),
         (["--eval_rewards", "sharpness,flicker"], "eval_rewards", ["sharpness", "flicker"]),
+        (["--eval_rewards", "sharpness", "--eval_rewards", "flicker"], "eval_rewards", ["sharpness", "flicker"]),
         (["--eval_rewards", ""], "eval_rewards", []),
         (["--mixed_precision", "none"], "mixed_precision", None),
         (["--num_frames", "33"], "num_frames", 33),

@@ -52,9 +52,21 @@ def test_first_videos_are_kept_and_written(pipe, tmp_path):
     assert np.abs(frames - expected).mean() < 12  # lossy, but this video
 
 
+def test_batches_are_reported(pipe):
+    worker, calls = reward_worker(pipe), []
+    evaluate(
+        pipe, PromptEncoder(pipe), worker, SAMPLES, SIZE, 4, None, 0, 1, on_batch=lambda *call: calls.append(call)
+    )
+    worker.shutdown()
+    assert calls == [(1, 2), (2, 2)]
+
+
 def test_comparison_shows_reference_and_current(pipe, tmp_path):
-    files = compare_videos(pipe, pipe.transformer, PromptEncoder(pipe), SAMPLES[:3], SIZE, 2, tmp_path)
-    assert set(files) == {"before/after video", "before/after sheet"}
+    def compare(samples):
+        policies = {name: use_policy(pipe.transformer, name) for name in ("reference", "current")}
+        return compare_videos(pipe, policies, PromptEncoder(pipe), samples, SIZE, 2, tmp_path / "before_after")
+
+    assert compare(SAMPLES[:3]) == [str(tmp_path / "before_after.mp4"), str(tmp_path / "before_after.png")]
     assert (tmp_path / "before_after.mp4").stat().st_size > 0
     sheet = np.array(Image.open(tmp_path / "before_after.png")).astype(int)
     for policy, left in (("reference", 8), ("current", sheet.shape[1] // 2 + 8)):
@@ -64,7 +76,7 @@ def test_comparison_shows_reference_and_current(pipe, tmp_path):
         frame = np.array(video_images(videos[0], (96, 96))[0])
         # The first frame of the first row is where this side begins, below the headings and a caption.
         assert np.abs(sheet[52:148, left : left + 96] - frame).max() <= 1
-    assert compare_videos(pipe, pipe.transformer, PromptEncoder(pipe), [], SIZE, 2, tmp_path) == {}
+    assert compare([]) == []
     assert pipe.transformer.active_adapters() == ["default"]
 
 

@@ -7,9 +7,10 @@ from PIL import Image
 
 from astrolabe_diffusers.training.plots import (
     COLORS,
-    before_after_video,
+    comparison_video,
     contact_sheet,
     draw_curves,
+    draw_means,
     gif_bytes,
     nice_ticks,
     side_by_side,
@@ -62,6 +63,28 @@ def test_degenerate_curves(tmp_path, points):
     assert (tmp_path / "curves.png").exists() == bool(points and points[0][1] == points[0][1])
 
 
+def test_means_go_where_the_numbers_are(tmp_path):
+    """Two charts of very different scale: the second mean above the first one, then below it."""
+    path = tmp_path / "means.png"
+    nan = float("nan")
+    draw_means({"a/part": [(0.5, 0.0), (0.9, 0.1)], "b": [(300, nan), (100, nan)]}, ["base", "lora"], path, "title")
+    pixels = np.array(Image.open(path)).astype(int)[62:]
+    assert pixels.shape[:2] == (210, 2 * 240 + 10)
+    for chart, rises in ((pixels[:, 62:240], True), (pixels[:, 302:480], False)):
+        # A column beside the marks has the base's line; the LoRA's mark is the middle of its own pixels.
+        line = (chart[:, 2] == COLORS[0]).nonzero()[0].mean()
+        mark = (chart == COLORS[1]).all(-1).nonzero()[0].mean()
+        assert (mark < line) == rises and abs(mark - line) > 60
+    whiskers = [(half == COLORS[1]).all(-1).any(1).sum() for half in (pixels[:, 62:240], pixels[:, 302:480])]
+    assert whiskers[0] > 50 and whiskers[1] < 15
+
+
+@pytest.mark.parametrize("mark", [(float("nan"), float("nan")), (0.0, 0.0)])
+def test_degenerate_means(tmp_path, mark):
+    draw_means({"a": [mark]}, ["base"], tmp_path / "means.png", "a title that is wider than the only chart below it")
+    assert Image.open(tmp_path / "means.png").width > 300
+
+
 def test_video_images_are_the_frames():
     video = torch.rand(2, 3, 8, 8)
     images = video_images(video, (16, 16))
@@ -81,7 +104,7 @@ def test_gif_moves():
 @pytest.mark.parametrize("size", [(32, 48), (480, 832)])
 def test_before_and_after_are_side_by_side(number, size):
     red, green = (colored(c, 3, *size) for c in ([1.0, 0, 0], [0, 1.0, 0]))
-    frames = before_after_video([red] * number, [green] * number)
+    frames = comparison_video({"before": [red] * number, "after": [green] * number})
     assert len(frames) == 3 and frames[0].width % 16 == 0 and frames[0].height % 16 == 0
     pixels = np.array(frames[1])
     is_red, is_green = ((pixels == c).all(-1) for c in ([255, 0, 0], [0, 255, 0]))
@@ -90,9 +113,23 @@ def test_before_and_after_are_side_by_side(number, size):
     assert is_red[row].nonzero()[0][0] < is_green[row].nonzero()[0][0]
 
 
+def test_any_number_of_columns():
+    blue = colored([0.0, 0.0, 1.0])
+    columns = {"base": [RED] * 3, "a name that is far too long for its column": [GREEN] * 3, "last": [blue] * 3}
+    frame = np.array(comparison_video(columns)[0])
+    sheet = np.array(contact_sheet(columns, ["one", "two", "three"]))
+    for picture, edges in ((frame, 4), (sheet, 3)):
+        # From left to right; the video has two groups of three tiles in its first row.
+        row = (picture == [255, 0, 0]).all(-1).any(1).nonzero()[0][0]
+        shown = [tuple(color) for color in picture[row] if tuple(color) != (255, 255, 255)]
+        order = [color for i, color in enumerate(shown) if i == 0 or color != shown[i - 1]]
+        one_group = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+        assert order == (2 * one_group if edges == 4 else one_group)
+
+
 def test_contact_sheet_has_a_row_a_pair():
-    before, after = [RED, RED, RED], [GREEN, GREEN, GREEN]
-    sheet = contact_sheet(before, after, ["short", "a very long caption " * 30, "last"], num_frames=4)
+    columns = {"before": [RED, RED, RED], "after": [GREEN, GREEN, GREEN]}
+    sheet = contact_sheet(columns, ["short", "a very long caption " * 30, "last"], num_frames=4)
     pixels = np.array(sheet)
     left, right = pixels[:, : sheet.width // 2], pixels[:, sheet.width // 2 :]
     for half, color in ((left, [255, 0, 0]), (right, [0, 255, 0])):

@@ -11,6 +11,7 @@ from astrolabe_diffusers.training.prompts import (
     load_prompts,
     process_batches,
     read_prompts,
+    read_split,
     spread,
 )
 from astrolabe_diffusers.training.seeds import stable_seed
@@ -38,6 +39,13 @@ def test_single_file_is_split_without_overlap(tmp_path):
     train, test = load_prompts(path, 4)
     assert len(test) == 4 and {p.text for p in train} | {p.text for p in test} == {f"p{i}" for i in range(10)}
     assert len(train) == 6
+
+
+def test_split_of_a_folder_or_a_whole_file(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a"}')
+    assert read_split(tmp_path, "test") == [Prompt("a", {})] == read_split(tmp_path / "test.jsonl", "test")
+    with pytest.raises(UserError, match="has no train.txt and no train.jsonl"):
+        read_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from astrolabe_diffusers.training.report import (
     cut_jsonl,
     duration,
     log_gif,
+    markdown_table,
     peak_memory_gb,
 )
 
@@ -44,6 +45,14 @@ def test_table_has_every_score_with_its_interval():
     assert lines[2].split()[1:4] == ["0.2500", "0.6250", "+0.3750"]
     assert lines[2].endswith("[+0.1300, +0.6200]")  # 0.375 +- 1.96 * 0.1768 / sqrt(2)
     assert lines[-1].endswith("[+0.0000, +0.0000]")
+
+
+def test_markdown_table():
+    assert markdown_table([["", "base"], ["match", "0.5"]]).splitlines() == [
+        "|       | base |",
+        "| ----- | ---: |",
+        "| match |  0.5 |",
+    ]
 
 
 def test_tensorboard_shows_the_gif(tmp_path):

@@ -129,6 +129,16 @@ def test_broken_reward_is_one_line(pipe):
         assert word in message
 
 
+def test_broken_reward_ends_sampling(pipe):
+    samples = make_samples(4)
+    worker = reward_worker(pipe, "tests.training.rewards:broken")
+    generated = list(generate(pipe, PromptEncoder(pipe), worker, [[sample] for sample in samples], SIZE))
+    assert len(generated) == 1  # the second was sampled while the first was scored
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        gather_scores(generated, samples)
+    worker.shutdown()
+
+
 def test_nan_reward_stops(pipe):
     with use_policy(pipe.transformer, "old"), pytest.raises(UserError, match="nan.*a red circle") as error:
         collect(pipe, make_samples(1), 1, reward_worker(pipe, "tests.training.rewards:always_nan"))

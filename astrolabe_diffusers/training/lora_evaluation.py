@@ -1,0 +1,265 @@
+"""LoRAs beside their base model: scores, differences, and videos to look at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from .. import TINY_SHAPES, __version__
+from ..rewards import RewardSet
+from .config import Config, option, parse_fields
+from .errors import UserError, as_user_error
+from .evaluation import Evaluation, compare_videos, evaluate
+from .plots import draw_means
+from .prompts import eval_samples, process_batches, read_split, spread
+from .report import change_text, comparison_rows, markdown_table
+from .rollout import PromptEncoder, RewardWorker
+from .setup import load_pipeline, prompt_path, video_size
+
+
+BASE = "base"
+
+
+@dataclass
+class LoraEvaluationConfig(Config):
+    """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made.
+
+    Attributes:
+        columns: the LoRA of each column by its name; the first is the base, without any.
+    """
+
+    model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
+    lora: list[str] = option([], "a LoRA, folder or Hub id, or NAME=LoRA; give it again for further columns")
+    prompts: str | None = option(
+        None,
+        "a .txt or .jsonl file, or a folder with test.txt (or .jsonl); the model's own folder prompts/ if not given",
+    )
+    rewards: list[str] = option(
+        ["tiny_shapes_prompt_match", "motion_smoothness", "sharpness", "flicker"], "rewards, comma-separated"
+    )
+    num_prompts: int = option(62, "how many of the prompts, spread evenly over the file", minimum=1)
+    seeds: int = option(4, "videos for each prompt; the same seeds in every column, evaluation and run", minimum=1)
+    height: int | None = option(None, "height of the videos in pixels; the pipeline's own if not given", minimum=1)
+    width: int | None = option(None, "width of the videos in pixels; the pipeline's own if not given", minimum=1)
+    num_frames: int | None = option(None, "frames of a video; the pipeline's own if not given", minimum=1)
+    batch_size: int = option(8, "videos in a batch on each device", minimum=1)
+    num_videos: int = option(8, "videos that are kept of each column and shown side by side", minimum=0)
+    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=("no", "bf16"))
+    output_dir: str = option("eval", "everything the evaluation writes")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rewards:
+            raise UserError("rewards is empty: name at least one.")
+        self.columns: dict[str, str | None] = {BASE: None}
+        for lora in self.lora:
+            name, equals, path = lora.partition("=")
+            if not equals:
+                name, path = Path(lora).resolve().name, lora
+            if not re.fullmatch(r"\w[\w. +-]*", name):
+                raise UserError(
+                    f"lora: {name!r} cannot name a column and its folder; choose a name of letters, digits, '.', '_', "
+                    f"'+' or '-', as in NAME={path}."
+                )
+            if name in self.columns:
+                raise UserError(f"lora: a column {name!r} is there already; give another name, as in NAME={path}.")
+            self.columns[name] = path
+
+
+def parse_evaluation_args(argv: list[str] | None = None) -> LoraEvaluationConfig:
+    """Settings from `--any_field value`; `argv` are the arguments, those of the process if `None`."""
+    parser = argparse.ArgumentParser(
+        description="Scores the videos of a causal video model with and without LoRAs, from the same seeds.",
+        allow_abbrev=False,
+    )
+    return LoraEvaluationConfig(**parse_fields(parser, LoraEvaluationConfig, argv))
+
+
+@contextmanager
+def use_lora(pipeline: DiffusionPipeline, lora: str | None) -> Iterator[None]:
+    """The pipeline with this LoRA alone, or with none; afterwards it is as it was before.
+
+    Raises:
+        UserError: there is no such LoRA, or it is another model's.
+    """
+    if lora is None:
+        yield
+        return
+    problem = f"cannot load {lora}" if Path(lora).exists() else f"no folder {lora}, nor on the Hub"
+    with as_user_error(f"lora: {problem}"):
+        pipeline.load_lora_weights(lora)
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
+    """
+    Generate the same videos, from the seeds of the trainer's held-out videos, with the base model and with each LoRA,
+    score them, and write into `config.output_dir`:
+
+    - `results.json`: what is returned.
+    - `table.md`, `scores.png`: means, and differences from the base with their 95 % intervals.
+    - `side_by_side.mp4`, `side_by_side.png`, `videos/COLUMN/`: the first `num_videos` videos.
+
+    Every process calls it; the numbers do not depend on how many there are.
+
+    Returns:
+        In every process, `settings`, `versions`, `videos` (prompt and seed of each), and by name for each of the
+        `columns` its `lora`, its `scores` (by reward or part, one a video), their `mean`, and their `change` from the
+        base: the mean of the paired differences, and `half_width_95`, half its interval.
+
+    Raises:
+        UserError: a mistake in the settings, or a reward that cannot score a video.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    prompts = spread(read_split(prompt_path(config.model, config.prompts), "test"), config.num_prompts)
+    samples = eval_samples(prompts, config.seeds)
+    with as_user_error("rewards"):
+        rewards = RewardSet(dict.fromkeys(config.rewards, 1.0))
+    pipeline = load_pipeline(config.model, accelerator)
+    # The trainer's precision: in bf16 it generates under autocast.
+    accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
+    size = video_size(pipeline, config.height, config.width, config.num_frames)
+    for lora in config.columns.values():
+        with use_lora(pipeline, lora):  # one that does not fit is found now, not after the base's videos
+            pass
+    output_dir = Path(config.output_dir)
+    with as_user_error("output_dir"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+
+    if accelerator.is_main_process:
+        processes = accelerator.num_processes
+        print(
+            f"{config.model}: {len(samples)} videos ({len(prompts)} prompts x {config.seeds} seeds) of "
+            f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
+            f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
+            f"{accelerator.mixed_precision}; output in {output_dir}",
+            flush=True,
+        )
+    encoder, worker = PromptEncoder(pipeline), RewardWorker(pipeline.vae, rewards)
+    batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
+    progress = tqdm(
+        total=len(config.columns) * len(batches),
+        desc="batches",
+        # None: no bar in a log file.
+        disable=None if accelerator.is_main_process else True,
+    )
+    evaluations = {}
+    for name, lora in config.columns.items():
+        with use_lora(pipeline, lora):
+            evaluation, _ = evaluate(
+                pipeline,
+                encoder,
+                worker,
+                samples,
+                size,
+                config.batch_size,
+                step=None,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                video_dir=output_dir / "videos" / name,
+                num_videos=config.num_videos,
+                on_batch=lambda done, total: progress.update(),
+            )
+        # Every reward with its parts. The weighted sum, which training maximises, is left out: all weights are one.
+        scores = {
+            score: values
+            for reward in config.rewards
+            for score, values in evaluation.scores.items()
+            if score.split("/")[0] == reward
+        }
+        evaluations[name] = Evaluation(None, scores)
+        if accelerator.is_main_process:
+            tqdm.write(f"{name}: " + ", ".join(f"{r} {evaluations[name].mean(r):.4f}" for r in config.rewards))
+    progress.close()
+    worker.shutdown()
+
+    results = {
+        "settings": {**asdict(config), **size, "mixed_precision": accelerator.mixed_precision},
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "astrolabe_diffusers": __version__,
+        },
+        "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in samples],
+        "columns": {
+            name: {"lora": config.columns[name], **column(evaluations[BASE], evaluation)}
+            for name, evaluation in evaluations.items()
+        },
+    }
+    if accelerator.is_main_process:
+        files = write_results(results, output_dir)
+        files += compare_videos(
+            pipeline,
+            {name: use_lora(pipeline, lora) for name, lora in config.columns.items()},
+            encoder,
+            samples[: config.num_videos],
+            size,
+            config.batch_size,
+            output_dir / "side_by_side",
+        )
+        print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
+    return {
+        "scores": evaluation.scores,
+        "mean": {score: evaluation.mean(score) for score in evaluation.scores},
+        "change": {
+            score: {"change": change, "half_width_95": half}
+            for score, _, _, change, half in comparison_rows(base, evaluation)
+        },
+    }
+
+
+def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
+    """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
+    files = [output_dir / name for name in ("results.json", "table.md", "scores.png")]
+    files[0].write_text(json.dumps(results, indent=2))
+    files[1].write_text(column_table(results["columns"]) + "\n")
+    draw_columns(results["columns"], files[2])
+    return files
+
+
+def column_table(columns: dict[str, dict[str, Any]]) -> str:
+    """Markdown table of the `columns` that [`evaluate_loras`] returns: a row a score, and behind every LoRA its change
+    from the base."""
+    (base_name, base), *loras = columns.items()
+    rows = [["", base_name, *(heading for name, _ in loras for heading in (name, "change (95 % interval)"))]]
+    for score, mean in base["mean"].items():
+        cells = [score, f"{mean:.4f}"]
+        for _, column in loras:
+            change = column["change"][score]
+            cells += [f"{column['mean'][score]:.4f}", change_text(change["change"], change["half_width_95"])]
+        rows.append(cells)
+    return markdown_table(rows)
+
+
+def draw_columns(columns: dict[str, dict[str, Any]], path: Path):
+    """Chart of the `columns` that [`evaluate_loras`] returns.
+
+    The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
+    """
+    means = {
+        score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
+        for score in columns[BASE]["mean"]
+    }
+    draw_means(means, list(columns), path, title="means, with the 95 % interval of the change from base")

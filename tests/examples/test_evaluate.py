@@ -1,0 +1,282 @@
+"""Whole evaluations by examples/evaluate.py, in this process, of runs on the random tiny pipeline."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.training.checkpoints import save_adapter
+from tests.tiny_pipeline import save_tiny_pipeline
+from tests.training.helpers import policy_pipeline, tiny_arguments
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.append(str(EXAMPLES))
+from evaluate import main  # noqa: E402
+from train_nft import main as train  # noqa: E402
+
+
+BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
+TINY_SHAPES_PROMPTS = Path(TINY_SHAPES) / "prompts"
+SCORES = [BRIGHTNESS, *(f"{BRIGHTNESS}/{color}" for color in ("red", "green", "blue")), CONTRAST]
+
+
+def arguments(model_folder, output_dir, loras=(), **values) -> list[str]:
+    """Command line of an evaluation of four videos a column, the held-out ones of a run by `tiny_arguments`."""
+    defaults = {
+        "model": model_folder,
+        "output_dir": output_dir,
+        "rewards": f"{BRIGHTNESS},{CONTRAST}",
+        "height": 32,
+        "width": 32,
+        "num_frames": 21,
+        "batch_size": 4,
+        "num_prompts": 2,
+        "seeds": 2,
+        "num_videos": 2,
+        "mixed_precision": "no",
+    }
+    pairs = [*(defaults | values).items(), *(("lora", lora) for lora in loras)]
+    return [part for name, value in pairs for part in (f"--{name}", str(value))]
+
+
+def read_results(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def run_scores(folder, step: int) -> dict:
+    """The scores of a run's evaluation at a step."""
+    records = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    return next(record["scores"] for record in records if record["step"] == step)
+
+
+@pytest.fixture(scope="module")
+def run(model_folder, tmp_path_factory):
+    """Folder of a run of two steps, evaluated at 0, 1 and 2."""
+    folder = tmp_path_factory.mktemp("run") / "bright"
+    assert train(tiny_arguments(model_folder, folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, run, tmp_path_factory):
+    """Folder of an evaluation of the run and of its first checkpoint."""
+    folder = tmp_path_factory.mktemp("evaluation") / "eval"
+    loras = [run, f"first={run / 'checkpoints' / 'checkpoint-1'}"]
+    assert main(arguments(model_folder, folder, loras)) == 0
+    return folder
+
+
+def test_figures_are_the_runs_own(finished, run):
+    columns = read_results(finished)["columns"]
+    assert list(columns) == ["base", "bright", "first"]
+    for name, step in (("base", 0), ("first", 1), ("bright", 2)):
+        expected = run_scores(run, step)
+        assert list(columns[name]["scores"]) == SCORES
+        assert columns[name]["scores"] == {score: expected[score] for score in SCORES}
+    after = json.loads((run / "results.json").read_text())["scores"]
+    for score in SCORES:
+        assert columns["bright"]["mean"][score] == after[score]["after"]
+        assert columns["bright"]["change"][score] == {k: after[score][k] for k in ("change", "half_width_95")}
+
+
+def test_figures_are_the_runs_own_in_bfloat16(model_folder, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert train(tiny_arguments(model_folder, tmp_path / "run", mixed_precision="bf16")) == 0
+        lora = tmp_path / "run"
+        assert main(arguments(model_folder, tmp_path / "eval", [lora], mixed_precision="bf16")) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    columns = read_results(tmp_path / "eval")["columns"]
+    for name, step in (("base", 0), ("run", 2)):
+        expected = run_scores(lora, step)
+        assert columns[name]["scores"] == {score: expected[score] for score in SCORES}
+
+
+def test_held_out_prompts_of_a_single_file(model_folder, tmp_path):
+    """A run holds some prompts of a file out; an evaluation of as many prompts of that file takes the same ones."""
+    prompts = (model_folder / "prompts" / "train.txt").read_text().splitlines()
+    (tmp_path / "all.txt").write_text("\n".join(prompts[:5]))
+    values = {"prompts": tmp_path / "all.txt"}
+    assert train(tiny_arguments(model_folder, tmp_path / "run", **values, max_train_steps=1)) == 0
+    assert main(arguments(model_folder, tmp_path / "eval", [tmp_path / "run"], **values)) == 0
+    results = read_results(tmp_path / "eval")
+    assert [video["prompt"] for video in results["videos"]] == 2 * [prompts[0], prompts[2]]
+    assert results["columns"]["run"]["scores"][BRIGHTNESS] == run_scores(tmp_path / "run", 1)[BRIGHTNESS]
+
+
+def test_one_lora_does_not_change_another(finished, model_folder, run, tmp_path):
+    loras = [f"first={run / 'checkpoints' / 'checkpoint-1'}", run]
+    assert main(arguments(model_folder, tmp_path, loras, num_videos=0)) == 0
+    columns, expected = read_results(tmp_path)["columns"], read_results(finished)["columns"]
+    assert list(columns) == ["base", "first", "bright"]
+    assert all(columns[name]["scores"] == expected[name]["scores"] for name in columns)
+    assert len({columns[name]["mean"][BRIGHTNESS] for name in columns}) == 3
+    assert not list(tmp_path.glob("side_by_side*")) and not (tmp_path / "videos").exists()
+
+
+def test_lora_whose_b_is_zero_changes_nothing(model_folder, tmp_path):
+    save_adapter(policy_pipeline(randomize=False).transformer, tmp_path / "zero")
+    assert main(arguments(model_folder, tmp_path / "eval", [tmp_path / "zero"], num_videos=0)) == 0
+    column = read_results(tmp_path / "eval")["columns"]["zero"]
+    assert column["change"] == {score: {"change": 0, "half_width_95": 0} for score in SCORES}
+
+
+def test_base_alone(model_folder, tmp_path):
+    assert main(arguments(model_folder, tmp_path)) == 0
+    results = read_results(tmp_path)
+    assert list(results["columns"]) == ["base"]
+    mean = results["columns"]["base"]["mean"][BRIGHTNESS]
+    assert (tmp_path / "table.md").read_text().splitlines()[2].split() == ["|", BRIGHTNESS, "|", f"{mean:.4f}", "|"]
+    assert (tmp_path / "side_by_side.png").exists()
+
+
+def test_results_say_what_was_measured(finished, model_folder, run):
+    results = read_results(finished)
+    settings = results["settings"]
+    assert (settings["model"], settings["num_frames"], settings["seeds"]) == (str(model_folder), 21, 2)
+    assert results["versions"]["torch"] == torch.__version__
+    assert {"diffusers", "astrolabe_diffusers"} <= results["versions"].keys()
+    prompts = (model_folder / "prompts" / "test.txt").read_text().splitlines()[::2]
+    expected = [{"prompt": prompt, "seed": seed} for seed in (0, 1) for prompt in prompts]
+    assert results["videos"] == expected
+    assert results["columns"]["bright"]["lora"] == str(run) and results["columns"]["base"]["lora"] is None
+
+
+def test_table_follows_from_the_scores(finished):
+    columns = read_results(finished)["columns"]
+    lines = (finished / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["", "base", "bright", "change (95 % interval)", "first", "change (95 % interval)"]
+    assert set("".join(cells[1])) == {"-", ":"}
+    assert [row[0] for row in cells[2:]] == SCORES
+    for score, base, *others in cells[2:]:
+        before = columns["base"]["scores"][score]
+        assert base == f"{statistics.fmean(before):.4f}"
+        for name, mean, change in (("bright", *others[:2]), ("first", *others[2:])):
+            after = columns[name]["scores"][score]
+            differences = [b - a for a, b in zip(before, after, strict=True)]
+            center = statistics.fmean(differences)
+            half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+            assert mean == f"{statistics.fmean(after):.4f}"
+            numbers = [float(number) for number in change.replace("[", "").replace("]", "").replace(",", "").split()]
+            assert numbers == pytest.approx([center, center - half, center + half], abs=6e-5)
+
+
+def test_table_is_printed(model_folder, tmp_path, capsys):
+    assert main(arguments(model_folder, tmp_path)) == 0
+    output = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in output
+    for text in ("4 videos (2 prompts x 2 seeds) of 21 frames of 32x32", "1 process on cpu", f"base: {BRIGHTNESS} "):
+        assert text in output
+    assert all(
+        str(tmp_path / name) in output for name in ("results.json", "table.md", "scores.png", "side_by_side.mp4")
+    )
+
+
+def test_videos_and_pictures(finished, run):
+    for name in ("base", "bright", "first"):
+        folder = finished / "videos" / name
+        assert sorted(path.name for path in folder.iterdir()) == ["000.mp4", "001.mp4"]
+        assert imageio.v3.imread(folder / "001.mp4").shape == (21, 32, 32, 3)
+    # The very video of the run's evaluation.
+    expected = (run / "eval_videos" / "step-2" / "000.mp4").read_bytes()
+    assert (finished / "videos" / "bright" / "000.mp4").read_bytes() == expected
+    # Two groups of three tiles of 128 + 4 pixels, filled up to multiples of 16.
+    assert imageio.v3.imread(finished / "side_by_side.mp4").shape == (21, 160, 800, 3)
+    # Three columns of four frames of 96 + 2 pixels; a row of 96 + 26 for each of two prompts.
+    assert Image.open(finished / "side_by_side.png").size == (3 * 4 * 98 + 2 * 16 + 16, 30 + 2 * 122 + 8)
+    with Image.open(finished / "scores.png") as chart:
+        assert chart.size == (4 * 240 + 10, 62 + 2 * 210)
+        assert len(chart.getcolors(1 << 20)) > 10
+
+
+def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_path, request):
+    """Three batches of two: the second process has one less."""
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(request.config.rootpath), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [
+        str(EXAMPLES / "evaluate.py"),
+        *arguments(model_folder, tmp_path / "two", [run], batch_size=2, seeds=3),
+    ]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "2 processes on cpu" in process.stdout
+    assert main(arguments(model_folder, tmp_path / "one", [run], batch_size=2, seeds=3)) == 0
+    two, one = read_results(tmp_path / "two"), read_results(tmp_path / "one")
+    assert two["columns"] == one["columns"] and two["videos"] == one["videos"]
+    assert (tmp_path / "two" / "table.md").read_text() == (tmp_path / "one" / "table.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "two" / "videos" / "bright").iterdir()) == ["000.mp4", "001.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_frames": 20}, ["num_frames=20", "9 and 21"]),
+        ({"height": 30}, ["height", "multiples"]),
+        ({"rewards": "beauty"}, ["unknown reward 'beauty'", "tiny_shapes_prompt_match", "sharpness"]),
+        ({"rewards": ""}, ["rewards is empty"]),
+        ({"rewards": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),
+        ({"rewards": "tests.training.rewards:broken"}, ["ZeroDivisionError", "a reward that cannot work"]),
+        ({"prompts": "nowhere"}, ["no prompt file or folder nowhere"]),
+        ({"model": "/no/model"}, ["no folder /no/model/prompts", "give prompts"]),
+        ({"model": "/no/model", "prompts": TINY_SHAPES_PROMPTS}, ["cannot load /no/model"]),
+        ({"prompts": EXAMPLES.parent / "README.md"}, ["must be a .txt or a .jsonl file"]),
+        ({"seeds": 0}, ["seeds must be at least 1"]),
+        ({"seeds": "many"}, ["seeds must be a whole number"]),
+        ({"mixed_precision": "fp16"}, ["no, bf16"]),
+        ({"reward": "sharpness"}, ["unknown argument --reward", "--rewards"]),
+        ({"lora": "nowhere"}, ["no folder nowhere, nor on the Hub"]),
+        ({"lora": EXAMPLES}, ["cannot load", "pytorch_lora_weights"]),
+        ({"lora": "runs/a=1"}, ["'runs/a'", "NAME=1"]),
+        ({"lora": "base=a"}, ["'base' is there already", "NAME=a"]),
+        ({"lora": "a/run,b/run"}, ["'run' is there already", "NAME=b/run"]),
+        ({"lora": "..=a"}, ["'..'", "NAME=a"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, values, words):
+    assert main(arguments(model_folder, tmp_path / "out", **values)) == 2
+    check_one_line(capsys, words)
+
+
+def check_one_line(capsys, words):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_lora_of_another_model_is_found_before_anything_is_generated(model_folder, run, tmp_path, capsys):
+    other = policy_pipeline(num_attention_heads=3)
+    save_adapter(other.transformer, tmp_path / "other")
+    assert main(arguments(model_folder, tmp_path / "out", [run, tmp_path / "other"])) == 2
+    check_one_line(capsys, ["another model's", "36 features", str(tmp_path / "other")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_is_a_file(model_folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert main(arguments(model_folder, tmp_path / "out")) == 2
+    check_one_line(capsys, ["output_dir", "exists"])
+
+
+def test_folder_without_prompts(tmp_path, capsys):
+    folder = save_tiny_pipeline(tmp_path / "model")
+    (folder / "prompts" / "test.txt").unlink()
+    assert main(arguments(folder, tmp_path / "out")) == 2
+    check_one_line(capsys, ["has no test.txt and no test.jsonl"])
