@@ -14,7 +14,7 @@ import sys
 
 from astrolabe_diffusers.generation import GenerationConfig, generate_videos, name_and_weight
 from astrolabe_diffusers.generation.config import DTYPES, OFFLOADS
-from astrolabe_diffusers.training import UserError
+from astrolabe_diffusers.training import UserError, exit_code
 
 
 def raise_user_error(message: str):
@@ -35,6 +35,7 @@ def parse_args(argv: list[str] | None) -> GenerationConfig:
     prompts.add_argument("--prompts", help="a .txt file, a .jsonl file (objects with a `prompt`), or a dataset")
     parser.add_argument("--column", help="column of the dataset that has the prompts [prompt]")
     parser.add_argument("--split", help="split of the dataset, such as train or test[:100] [train]")
+    parser.add_argument("--plain_prompts", action="store_true", help="prompts without scenes: | and [ mean themselves")
     parser.add_argument("--output_dir", help="folder of the videos and manifest.jsonl [videos]")
     parser.add_argument("--model", help="folder or Hub id of a CausalWanPipeline [the embedded one]")
     parser.add_argument("--revision", help="revision of the model on the Hub")
@@ -68,18 +69,12 @@ def parse_args(argv: list[str] | None) -> GenerationConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # the other processes would only say the same
     try:
-        generate_videos(parse_args(argv))
-    except UserError as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(lambda: generate_videos(parse_args(argv)))
     except KeyboardInterrupt:
-        if is_first:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted: the same command makes the videos that are missing.", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class GenerationConfig:
         prompt: the only prompt; or give `prompts`.
         prompts: a .txt or .jsonl file as the trainer reads it, or a dataset of `datasets`, id or folder.
         column, split: where a dataset has its prompts; `split` may be a slice such as `"test[:100]"`.
+        plain_prompts: `|` and `[` in the prompts are characters like any other, not scenes and durations.
         output_dir: folder of the videos and their manifest.
         model: folder or Hub id of a [`CausalWanPipeline`].
         revision, variant: of the model, as for `from_pretrained`.
@@ -44,6 +45,7 @@ class GenerationConfig:
     prompts: str | None = None
     column: str = "prompt"
     split: str = "train"
+    plain_prompts: bool = False
     output_dir: str = "videos"
     model: str = TINY_SHAPES
     revision: str | None = None

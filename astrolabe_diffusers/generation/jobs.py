@@ -57,18 +57,11 @@ def load_prompts(prompts: str, column: str, split: str) -> list[Prompt]:
     return loaded
 
 
-def job_num_frames(prompt: Prompt, num_frames: int | None, default: int) -> int:
-    """Frames of a prompt's videos: `num_frames` if given, else the pipeline's `default`."""
-    return num_frames or default
-
-
-def make_jobs(
-    prompts: Sequence[Prompt], num_videos_per_prompt: int, num_frames: int | None, default: int
-) -> list[Job]:
-    """All videos of a run, prompt after prompt."""
+def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[Job]:
+    """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos."""
     return [
-        Job(prompt, index, number, job_num_frames(prompt, num_frames, default))
-        for index, prompt in enumerate(prompts)
+        Job(prompt, index, number, length)
+        for index, (prompt, length) in enumerate(zip(prompts, num_frames))
         for number in range(num_videos_per_prompt)
     ]
 

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from tqdm.auto import tqdm
 
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..pipelines.scene_prompt import escape_scenes
 from ..rewards import RewardSet
 from ..training.errors import UserError, as_user_error, one_line
 from ..training.prompts import Prompt
@@ -48,11 +49,11 @@ def generate_videos(config: GenerationConfig):
             rewards = RewardSet(config.reward)
     dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
     pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
-    jobs = make_jobs(prompts, config.num_videos_per_prompt, config.num_frames, pipe.config.num_frames)
     if config.lora:
         load_loras(pipe, config.lora)
     settings = video_settings(config, pipe, dtype)
-    check_jobs(pipe, jobs, settings["height"], settings["width"])
+    lengths = [video_length(pipe, i, prompt, config.num_frames, settings) for i, prompt in enumerate(prompts)]
+    jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
     place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
     manifest = Manifest(Path(config.output_dir))
@@ -110,22 +111,31 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "dtype": dtype,
         "vae_tiling": config.vae_tiling,
         "attention_backend": config.attention_backend,
+        "plain_prompts": config.plain_prompts,
     }
 
 
-def check_jobs(pipe: CausalWanPipeline, jobs: list[Job], height: int, width: int):
-    """What the pipeline would refuse is refused before the first video is made."""
-    for job in jobs:
-        with as_user_error(f"prompt {job.prompt_index}"):
-            pipe.check_inputs(
-                prompt=job.prompt.text,
-                prompt_embeds=None,
-                height=height,
-                width=width,
-                num_frames=job.num_frames,
-                output_type="pt",
-                callback_on_step_end_tensor_inputs=[],
-            )
+def video_length(
+    pipe: CausalWanPipeline, index: int, prompt: Prompt, num_frames: int | None, settings: dict[str, Any]
+) -> int:
+    """Frames of a prompt's videos. What the pipeline would refuse is refused before the first video is made."""
+    with as_user_error(f"prompt {index}"):
+        text = pipeline_prompt(prompt, settings)
+        num_frames = num_frames or pipe.default_num_frames(text)
+        pipe.check_inputs(
+            prompt=text,
+            prompt_embeds=None,
+            height=settings["height"],
+            width=settings["width"],
+            num_frames=num_frames,
+            output_type="pt",
+            callback_on_step_end_tensor_inputs=[],
+        )
+    return num_frames
+
+
+def pipeline_prompt(prompt: Prompt, settings: dict[str, Any]) -> str:
+    return escape_scenes(prompt.text) if settings["plain_prompts"] else prompt.text
 
 
 def run_jobs(
@@ -209,7 +219,7 @@ def stream_to_files(
 ):
     """Writes the videos of a batch block by block. `on_block` gets the frames `(B, F, 3, H, W)` in [0, 1], float32."""
     stream = pipe.stream(
-        [job.prompt.text for job in batch],
+        [pipeline_prompt(job.prompt, settings) for job in batch],
         settings["height"],
         settings["width"],
         batch[0].num_frames,

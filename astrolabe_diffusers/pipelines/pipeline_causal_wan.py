@@ -28,6 +28,14 @@ from .stream import CausalWanStream, PromptInbox, PromptSwitch
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
+def _parse(prompt: str | list[str] | None) -> list[list[Scene]]:
+    """The scenes of each video; without a prompt, one that lasts."""
+    if prompt is not None and not isinstance(prompt, (str, list)):
+        raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}.")
+    texts = prompt if isinstance(prompt, list) else [prompt or ""]
+    return [parse_scenes(text) for text in texts]
+
+
 class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     r"""
     Text-to-video with a causal Wan model: a few denoising steps a block, a KV cache of the blocks before, and decoding
@@ -130,6 +138,14 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Set `_interrupt` in a callback to end the video with the current block, as it is."""
         return self._interrupt
 
+    def default_num_frames(self, prompt: str | list[str] | None) -> int:
+        """Frames of a video for which `num_frames` is not given: those of its scenes, of the longest video in a list,
+        or the pipeline's own if no prompt has scenes or durations."""
+        videos = _parse(prompt)
+        if not any(len(scenes) > 1 or scenes[0].seconds for scenes in videos):
+            return self.config.num_frames
+        return self._frames_of_blocks(max(plan_scenes(scenes, self._seconds_per_block)[1] for scenes in videos))
+
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -168,12 +184,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         num_frames: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
-        scenes: list[list[Scene]] | None = None,
     ):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
-        if prompt is not None and not isinstance(prompt, (str, list)):
-            raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}.")
+        videos = _parse(prompt)
         _, p_h, p_w = self.transformer.config.patch_size
         scale = self.vae.config.scale_factor_spatial
         if height % (scale * p_h) or width % (scale * p_w) or height <= 0 or width <= 0:
@@ -200,7 +214,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"numbers are {' and '.join(map(str, valid))}."
             )
         table = self.transformer.config.rope_max_seq_len
-        if bounded and self._longest_take(scenes, int(blocks)) * n > table:
+        if bounded and self._longest_take(videos, int(blocks)) * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
                 f"{1 + scale * (table // n * n - 1)} frames without a cut, or a model with rope_mode='relative'."
@@ -408,13 +422,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             if num_frames not in (None, num_start):
                 raise ValueError(f"with `strength` the video keeps its {num_start} frames: leave out `num_frames`.")
             num_frames = num_start
-        scenes = None
-        if isinstance(prompt, (str, list)):
-            scenes = [parse_scenes(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
-            if num_frames is None and any(len(video) > 1 or video[0].seconds for video in scenes):
-                num_blocks = max(plan_scenes(video, self._seconds_per_block)[1] for video in scenes)
-                num_frames = self._frames_of_blocks(num_blocks)
-        num_frames = num_frames or self.config.num_frames
+        num_frames = num_frames or self.default_num_frames(prompt)
         if strength is None and num_start >= num_frames:
             raise ValueError(
                 f"`num_frames={num_frames}` leaves nothing to generate after the {num_start} given frames."
@@ -422,12 +430,12 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            prompt, prompt_embeds, height, width, num_frames, output_type, callback_on_step_end_tensor_inputs, scenes
+            prompt, prompt_embeds, height, width, num_frames, output_type, callback_on_step_end_tensor_inputs
         )
         num_blocks = self._num_blocks(num_frames)
         device = self._execution_device
-        if scenes is not None:
-            plans = [plan_scenes(video, self._seconds_per_block, num_blocks)[0] for video in scenes]
+        if prompt is not None:
+            plans = [plan_scenes(scenes, self._seconds_per_block, num_blocks)[0] for scenes in _parse(prompt)]
             schedule = self._encode_scenes(plans, num_videos_per_prompt, max_sequence_length)
         else:
             prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
@@ -468,11 +476,11 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         return CausalWanStream(self._postprocess_blocks(blocks, output_type), inbox, batch_size)
 
-    def _longest_take(self, scenes: list[list[Scene]] | None, num_blocks: int) -> int:
+    def _longest_take(self, videos: list[list[Scene]], num_blocks: int) -> int:
         """The most blocks of a video without a cut between them."""
         longest = 0
-        for video in scenes or [[Scene("")]]:
-            plan, _ = plan_scenes(video, self._seconds_per_block, num_blocks)
+        for scenes in videos:
+            plan, _ = plan_scenes(scenes, self._seconds_per_block, num_blocks)
             cuts = [0, *(scene.start for scene in plan if scene.cut), num_blocks]
             longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
         return longest

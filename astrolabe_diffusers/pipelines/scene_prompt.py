@@ -61,6 +61,11 @@ def parse_scenes(prompt: str) -> list[Scene]:
     return scenes
 
 
+def escape_scenes(text: str) -> str:
+    """A prompt that is `text` and nothing else."""
+    return re.sub(r"([\\|\[\]])", r"\\\1", text)
+
+
 def _error(prompt: str, position: int, message: str) -> ValueError:
     place = prompt[max(position - 20, 0) : position] + " >>> " + prompt[position : position + 20]
     return ValueError(f"prompt, character {position + 1}: {message}: {place!r}")

@@ -111,6 +111,22 @@ def test_file_is_the_video_of_the_pipeline(model_folder, pipe, tmp_path, capsys)
     assert "videos made: 2, skipped: 0" in capsys.readouterr().out
 
 
+def test_scenes(model_folder, pipe, tmp_path):
+    """Without --num_frames a video is as long as its scenes; with --plain_prompts there are none."""
+    texts = [f"{PROMPT} [1.5s#] | a green cross [.75s]", PROMPT, f"a green cross [2.25s] | {PROMPT}[.75s]"]
+    (tmp_path / "scenes.txt").write_text("\n".join(texts))
+    command = arguments(model_folder, tmp_path, prompts=tmp_path / "scenes.txt", batch_size=3)
+    assert main(command) == 0
+    entries = read_manifest(tmp_path)
+    assert [entry["num_frames"] for entry in entries] == [33, 21, 45]
+    for index, (entry, text) in enumerate(zip(entries, texts)):
+        expected = expected_frames(pipe, tmp_path / "whole.mp4", text, (0, index, 0))
+        np.testing.assert_array_equal(imageio.v3.imread(tmp_path / entry["file"]), expected)
+    assert main([*command, "--plain_prompts"]) == 0
+    entries = read_manifest(tmp_path)
+    assert [entry["prompt"] for entry in entries] == texts and {entry["num_frames"] for entry in entries} == {21}
+
+
 def test_memory_holds_a_block_and_not_the_video(model_folder, tmp_path, monkeypatch):
     written, pieces, alive = [], [], []
     write, stream = VideoWriter.write, CausalWanPipeline.stream
@@ -246,6 +262,7 @@ def test_bfloat16(model_folder, tmp_path):
         ({"prompt": "a", "num_frames": 20}, ["num_frames=20", "9 and 21"]),
         ({"prompt": "a", "num_frames": 0}, ["num_frames must be at least 1, not 0"]),
         ({"prompt": "a", "num_frames": "many"}, ["--num_frames", "'many'"]),
+        ({"prompt": "a [red] car"}, ["prompt 0: prompt, character 3", "[8s]"]),
         ({"prompt": "a", "height": 30}, ["height", "multiples of 16"]),
         ({"prompt": "a", "fps": -1}, ["fps must be at least 1"]),
         ({"prompt": "a", "batch_size": 0}, ["batch_size must be at least 1"]),

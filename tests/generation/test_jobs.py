@@ -83,10 +83,9 @@ def test_file_names(prompt, slug):
 
 
 def test_jobs_have_names_and_random_numbers_of_their_own():
-    jobs = make_jobs([Prompt("a cat"), Prompt("a cat"), Prompt("a dog")], 4, None, 21)
+    jobs = make_jobs([Prompt("a cat"), Prompt("a cat"), Prompt("a dog")], [21, 9, 21], 4)
     assert [(job.prompt_index, job.video_number) for job in jobs] == [(i, k) for i in range(3) for k in range(4)]
-    assert {job.num_frames for job in jobs} == {21}
-    assert {job.num_frames for job in make_jobs([Prompt("a cat")], 1, 9, 21)} == {9}
+    assert [job.num_frames for job in jobs] == [21] * 4 + [9] * 4 + [21] * 4
     noises = {torch.randn(1, generator=job.generator(seed)).item() for job in jobs for seed in (0, 1)}
     assert len({job.file for job in jobs}) == 12 and len(noises) == 24
 

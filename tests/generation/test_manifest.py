@@ -14,7 +14,7 @@ SETTINGS = {"seed": 0, "lora": {"a": 0.5}, "sigmas": [1.0, 0.5], "dtype": "float
 
 @pytest.fixture
 def jobs():
-    return make_jobs([Prompt(text) for text in ("a cat", "a dog", "a bird")], 1, None, 9)
+    return make_jobs([Prompt(text) for text in ("a cat", "a dog", "a bird")], [9, 9, 9], 1)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_other_settings_make_everything_again(folder, jobs, change):
 
 
 def test_another_prompt_is_made_and_the_old_one_stays(folder, jobs):
-    jobs[1] = make_jobs([Prompt("")] * 1 + [Prompt("a horse")], 1, None, 9)[1]
+    jobs[1] = make_jobs([Prompt(""), Prompt("a horse")], [9, 9], 1)[1]
     assert pending(folder, jobs) == [1]
     assert len(Manifest(folder).read()) == 3
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from astrolabe_diffusers.pipelines.scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
+from astrolabe_diffusers.pipelines.scene_prompt import PlannedScene, Scene, escape_scenes, parse_scenes, plan_scenes
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,8 @@ def test_plan():
 def test_decimal_fractions_make_whole_blocks():
     assert all(plan_scenes([Scene("a", 0.25 * n)], 0.25)[1] == n for n in range(1, 400))
     assert all(plan_scenes([Scene("a", round(0.3 * n, 1))], 0.3)[1] == n for n in range(1, 400))
+
+
+@pytest.mark.parametrize("text", ["a cat", "a | b [8s]", "[red] a\\b \\", "a [8s#", "\\|"])
+def test_escaped_text_means_itself(text):
+    assert parse_scenes(escape_scenes(text)) == [Scene(text)]
