@@ -81,7 +81,33 @@ class Measurement:
     host_memory: float
 
     def __str__(self) -> str:
-        return "  ".join(f"{field.name} {getattr(self, field.name):.3f}" for field in fields(self))
+        return as_line(self)
+
+
+@dataclass
+class StreamMeasurement:
+    """Streams that take turns. Seconds are medians, GB are 1e9 bytes; the end is the last quarter of the blocks."""
+
+    first_frames: float  # from the call of the first stream to its first frames, text included
+    block: float  # of one stream, at the end
+    frames_per_second: float  # of all streams together, at the end
+    gpu_memory_half: float  # allocated when half of the blocks are done
+    gpu_memory_end: float
+    gpu_memory_peak: float
+
+    def __str__(self) -> str:
+        return as_line(self)
+
+
+def as_line(measurement) -> str:
+    return "  ".join(f"{field.name} {getattr(measurement, field.name):.3f}" for field in fields(measurement))
+
+
+def clock() -> float:
+    """Now, in seconds, when the device has finished what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurement:
@@ -92,12 +118,8 @@ def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurem
     """
     cuda = torch.cuda.is_available()
     kwargs = {"prompt": "a boat on a lake"} | kwargs
+    kwargs.setdefault("num_frames", pipe.default_num_frames(kwargs["prompt"]))
     pipe.set_progress_bar_config(disable=True)
-
-    def clock() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def timed(steps) -> list[float]:
         """Seconds of each step of an iterator."""
@@ -136,4 +158,49 @@ def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurem
         decode=median(sum(times) for times in decoding),
         gpu_memory=gpu_memory,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    )
+
+
+def measure_streams(pipe: CausalWanPipeline, num_streams: int = 1, **kwargs) -> StreamMeasurement:
+    """
+    Several streams on one pipeline, which take turns block by block.
+
+    Args:
+        pipe: on its device, offloading and compilation as wanted.
+        kwargs: of `CausalWanPipeline.stream`.
+    """
+    cuda = torch.cuda.is_available()
+    kwargs = {"prompt": "a boat on a lake", "output_type": "pt"} | kwargs
+    pipe.set_progress_bar_config(disable=True)
+
+    def allocated() -> float:
+        return torch.cuda.memory_allocated() / 1e9 if cuda else 0.0
+
+    with pipe.stream(**kwargs) as stream:  # compiles kernels
+        next(stream), next(stream)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = clock()
+    streams = [pipe.stream(**kwargs)]
+    next(streams[0])
+    first_frames = clock() - started
+    streams += [pipe.stream(**kwargs) for _ in range(num_streams - 1)]
+    for stream in streams[1:]:
+        next(stream)
+    times, memory, before = [], [], clock()
+    for pieces in zip(*streams):
+        num_frames = sum(piece.shape[0] * piece.shape[1] for piece in pieces)
+        after = clock()
+        times.append(after - before)
+        memory.append(allocated())
+        before = after
+    turn = median(times[-len(times) // 4 :])
+    return StreamMeasurement(
+        first_frames=first_frames,
+        block=turn / num_streams,
+        frames_per_second=num_frames / turn,
+        gpu_memory_half=memory[len(memory) // 2],
+        gpu_memory_end=memory[-1],
+        gpu_memory_peak=torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
     )

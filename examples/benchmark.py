@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
 from astrolabe_diffusers import TINY_SHAPES
-from astrolabe_diffusers.benchmark import Measurement, measure, random_pipeline
+from astrolabe_diffusers.benchmark import Measurement, StreamMeasurement, measure, measure_streams, random_pipeline
 from astrolabe_diffusers.generation.config import OFFLOADS
 from astrolabe_diffusers.generation.loading import place_pipeline
 from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
@@ -27,11 +27,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what leaves the GPU while it is not used")
     parser.add_argument("--vae_tiling", action="store_true")
     parser.add_argument("--attention_backend", help="of diffusers; by default the fastest exact kernel of torch")
+    parser.add_argument("--prompt", default="a boat on a lake", help="may have scenes")
+    parser.add_argument("--num_streams", type=int, help="measure as many streams that take turns, in place of the parts")
     parser.add_argument("--repetitions", type=int, default=3)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> Measurement:
+def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
     args = parse_args(argv)
     dtype = getattr(torch, args.dtype)
     if args.model:
@@ -42,7 +44,11 @@ def main(argv: list[str] | None = None) -> Measurement:
         pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
     place_pipeline(pipe, args.device, args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
-    result = measure(pipe, args.repetitions, num_videos_per_prompt=args.batch_size, **sizes)
+    arguments = {"prompt": args.prompt, "num_videos_per_prompt": args.batch_size, **sizes}
+    if args.num_streams:
+        result = measure_streams(pipe, args.num_streams, **arguments)
+    else:
+        result = measure(pipe, args.repetitions, **arguments)
     print(result)
     return result
 
