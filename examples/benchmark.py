@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae_tiling", action="store_true")
     parser.add_argument("--attention_backend", help="of diffusers; by default the fastest exact kernel of torch")
     parser.add_argument("--prompt", default="a boat on a lake", help="may have scenes")
-    parser.add_argument("--num_streams", type=int, help="measure as many streams that take turns, in place of the parts")
+    parser.add_argument("--num_streams", type=int, help="measure streams that take turns, not the parts")
     parser.add_argument("--repetitions", type=int, default=3)
     return parser.parse_args(argv)
 
