@@ -67,6 +67,23 @@ class NFTConfig(Config):
     num_frames: int | None = option(None, "frames of a video", minimum=1)
     eval_num_frames: int | None = option(None, "frames of the held-out videos; num_frames if not given", minimum=1)
 
+    # Streaming long tuning: a window of a longer video is trained (Astrolabe 3.3)
+    window_size: int | None = option(
+        None, "latent frames that are rewarded and trained; the whole video if not given", minimum=1
+    )
+    sample_frames: int | None = option(
+        None, "latent frames of the video in which the window lies; those of num_frames if not given", minimum=1
+    )
+    window_selection: str = option(
+        "random",
+        "where the window lies, the same for all samples of an epoch; `choices`: at one of window_choices",
+        choices=("random", "first", "last", "choices"),
+    )
+    window_choices: list[int] = option([], "latent frames at which a window may begin")
+    shared_prefix: bool = option(
+        False, "the videos of a group part only where the window begins: what is before is sampled and kept once"
+    )
+
     # Rollout
     train_batch_size: int = option(3, "videos in a batch on each device, in sampling and in training", minimum=1)
     batches_per_epoch: int = option(16, "batches an epoch on each device", minimum=1)
@@ -84,11 +101,52 @@ class NFTConfig(Config):
     # Algorithm
     beta: float = option(1.0, "how far the implicit policies lie from the old one")
     kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
+    loss_weighting: str = option(
+        "none",
+        "`adaptive`: divide by the mean distance to the sample (DiffusionNFT); blows up after 50 steps in Astrolabe",
+        choices=("none", "adaptive"),
+    )
+    context: str = option(
+        "clean",
+        "what a block sees of those before it in training: as in inference, or noised with it as in the release",
+        choices=("clean", "noisy"),
+    )
+    context_policy: str = option(
+        "own", "whose keys and values the clean context has: each policy's own, or the old one's", choices=("own", "old")
+    )
     adv_clip_max: float = option(5.0, "advantages are clipped to +-this")
+    advantage_reward: str = option(
+        "composite",
+        "what advantages are of: the weighted sum of the rewards, or the primary one",
+        choices=("composite", "primary"),
+    )
+    reward_normalization: str = option(
+        "none",
+        "before weighting, a reward is taken as it is, or centred and divided by its spread in the group",
+        choices=("none", "group"),
+    )
+    primary_reward: str | None = option(None, "the reward that may be hacked; the first one if not given")
     advantage_std: str = option(
         "global",
         "what centred rewards are divided by: the spread of all rewards of the epoch, of the group's, or nothing",
         choices=("global", "group", "none"),
+    )
+    selective_kl: bool = option(
+        False, "KL only for samples that the primary reward ranks far above the other rewards (Astrolabe 3.4)"
+    )
+    risk_ratio: float = option(0.1, "selective_kl: fraction of the doubtful samples that are held back, at the start")
+    risk_ratio_rate: float = option(0.1, "by how much of itself it grows or shrinks", minimum=0)
+    risk_ratio_min: float = option(0.02, "its lower limit", minimum=0)
+    risk_ratio_max: float = option(0.2, "its upper limit", minimum=0)
+    risk_buffer_size: int = option(20, "epochs whose mean disagreement it is compared with", minimum=1)
+    reference_reset_kl: float | None = option(
+        None, "the reference becomes the current policy when the KL passes this (0.15 in the release)", minimum=0
+    )
+    reference_reset_epochs: int | None = option(
+        None, "... or when it is this many epochs old (15 in the release)", minimum=1
+    )
+    ema_decay: float | None = option(
+        None, "an average of the policy over the steps, ema = d ema + (1 - d) current, is what is judged and saved"
     )
     train_timesteps: str = option(
         "warped",
@@ -215,7 +273,11 @@ def parse_fields(
     """
     hints = get_type_hints(config_class)
     defaults = config_class()
-    kinds = {bool: {"nargs": "?", "const": "true"}, list[str]: {"action": "append"}}
+    kinds = {
+        bool: {"nargs": "?", "const": "true"},
+        list[str]: {"action": "append"},
+        list[int]: {"action": "append"},
+    }
     for f in fields(config_class):
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         text = f"{f.metadata['help']}{choices} [{getattr(defaults, f.name)}]".replace("%", "%%")
@@ -288,13 +350,17 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         if get_origin(hint) is list:
             value = [v for v in value.strip("[] ").split(",") if v.strip()] if isinstance(value, str) else value
-            return [str(v).strip().strip("'\"") for v in value]
+            items = [str(v).strip().strip("'\"") for v in value]
+            return [int(item) for item in items] if hint == list[int] else items
         if isinstance(value, str):
             value = _parse_weights(value)
         return {str(key): float(weight) for key, weight in value.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-            hint, "names, comma-separated" if get_origin(hint) is list else "name=weight, comma-separated"
+            hint,
+            {list[str]: "names, comma-separated", list[int]: "whole numbers, comma-separated"}.get(
+                hint, "name=weight, comma-separated"
+            ),
         )
         raise UserError(f"{name} must be {expected}, not {value!r}.") from error
 
