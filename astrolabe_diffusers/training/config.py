@@ -112,7 +112,7 @@ class NFTConfig(Config):
         choices=("clean", "noisy"),
     )
     context_policy: str = option(
-        "own", "whose keys and values the clean context has: each policy's own, or the old one's", choices=("own", "old")
+        "own", "whose K and V the clean context has: each policy's own, or the old one's", choices=("own", "old")
     )
     adv_clip_max: float = option(5.0, "advantages are clipped to +-this")
     advantage_reward: str = option(
