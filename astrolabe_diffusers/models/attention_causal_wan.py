@@ -33,6 +33,46 @@ def attend(
         return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend)
 
 
+def _attend_with_logsumexp(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and the logarithm of its denominators, `(B, L, heads, head_dim)` and `(B, L, heads)` float32."""
+    aten = torch.ops.aten
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if query.device.type == "cpu":
+        output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    elif query.dtype == torch.float32:
+        output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
+    else:
+        output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
+    # Some kernels pad the queries, or keep a last dimension of one.
+    logsumexp = logsumexp.reshape(*logsumexp.shape[:2], -1)[..., : query.shape[2]]
+    return output.transpose(1, 2), logsumexp.transpose(1, 2).float()
+
+
+def attend_with_shared_past(
+    query: torch.Tensor,
+    past: tuple[torch.Tensor, torch.Tensor],
+    own: tuple[torch.Tensor, torch.Tensor],
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention of `B` videos to keys and values `(1, S, heads, head_dim)` of a past that they share, and to their own
+    `(B, L, heads, head_dim)`.
+
+    The queries of all videos attend to the past in one call, as one long sequence, and each video's to its own keys in
+    another; weighted by the denominators the two are the attention to all keys. Where a kernel does not give these,
+    with a backend of the user's and with gradients, the past is repeated for every video instead.
+    """
+    batch_size = query.shape[0]
+    if backend is not None or torch.is_grad_enabled():
+        key, value = (torch.cat([p.expand(batch_size, -1, -1, -1), o], dim=1) for p, o in zip(past, own))
+        return attend(query, key, value, backend=backend)
+    to_past, past_logsumexp = _attend_with_logsumexp(query.flatten(0, 1).unsqueeze(0), *past)
+    to_own, own_logsumexp = _attend_with_logsumexp(query, *own)
+    weight = torch.sigmoid(past_logsumexp.view_as(own_logsumexp) - own_logsumexp).unsqueeze(-1)
+    return torch.lerp(to_own.float(), to_past.reshape(to_own.shape).float(), weight).type_as(query)
+
+
 @dataclass
 class BlockLayout:
     """Which earlier frames each block sees: everything, or the sink and a window that ends with the block itself.
@@ -89,7 +129,13 @@ class CausalWanSelfAttnProcessor:
         value = value.unflatten(2, (attn.heads, -1))
 
         if kv_cache is not None:
-            hidden_states = attend(query, *kv_cache.extend(key, value), attention_mask, self._attention_backend)
+            past = kv_cache.shared()
+            if past is None:
+                hidden_states = attend(query, *kv_cache.extend(key, value), attention_mask, self._attention_backend)
+            else:
+                hidden_states = attend_with_shared_past(
+                    query, past, kv_cache.extend(key, value), self._attention_backend
+                )
             if kv_cache_mode == "write":
                 kv_cache.store(key, value)
         else:

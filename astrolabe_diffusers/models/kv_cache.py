@@ -31,6 +31,10 @@ class CausalWanKVLayerCache:
         self._sink_key: torch.Tensor | None = None
         self._sink_shift = 0
 
+    def shared(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values `(1, tokens, heads, head_dim)` that all videos see beside those of [`extend`]."""
+        return None
+
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cached keys and values followed by those of the current block.
 

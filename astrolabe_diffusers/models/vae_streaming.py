@@ -7,6 +7,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, unpatc
 from torch import nn
 
 
+# Latent frames before a frame that it depends on, by all the convolutions of Wan's decoder in time, rounded up.
+DECODER_MEMORY = 40
+
+
 def _latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (1, -1, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, dtype=like.dtype, device=like.device).view(shape)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..models.kv_cache import CausalWanKVCache
+from ..models.kv_cache_fork import ForkedKVCache
 from ..models.vae_streaming import StreamingVAEDecoder
 from .reencoded_context import ReencodedContext
 
@@ -80,6 +81,21 @@ class BlockGenerator:
         other.context = self.context and self.context.select(rows)
         other.last = self.last and tuple(None if tensor is None else tensor[rows] for tensor in self.last)
         other.history = None if self.history is None else self.history[rows]
+        return other
+
+    def fork(self, num_videos: int, prompt_embeds: torch.Tensor) -> BlockGenerator:
+        """A generator of `num_videos` continuations of this one's single video, which share its cache. Only latents:
+        nothing is decoded, and `remember` has to have been called.
+
+        Args:
+            prompt_embeds: `(num_videos, L, D)`.
+        """
+        other = copy.copy(self)
+        other.videos = list(range(num_videos))
+        other.prompt_embeds = prompt_embeds
+        other.scheduler = copy.deepcopy(self.scheduler)
+        other.kv_cache = ForkedKVCache(self.kv_cache, num_videos, self.sampling.max_frames)
+        other.history = self.history.expand(num_videos, -1, -1, -1, -1)
         return other
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, mode: str):

@@ -102,6 +102,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_frames=num_frames,
             frame_rate=frame_rate,
         )
+        self._interrupt = False
         self.video_processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
 
     def register_modules(self, **kwargs):

@@ -15,16 +15,50 @@ STD_EPSILON = 1e-4
 
 @dataclass
 class Advantages:
-    """`values` and `valid` (bool) are `(N,)`; `group_std` `(G,)` is the spread of each group's rewards."""
+    """`values`, `valid` (bool) and `groups` are `(N,)`; `group_std` `(G,)` is the spread of each group's rewards.
+
+    A sample that is not valid has no finite reward.
+    """
 
     values: torch.Tensor
     valid: torch.Tensor
     group_std: torch.Tensor
+    groups: torch.Tensor
+
+    @property
+    def trained(self) -> torch.Tensor:
+        """Samples `(N,)` from which something is learnt, bool: those of a group of zero spread are skipped."""
+        return self.valid & (self.group_std >= ZERO_SPREAD)[self.groups]
 
     @property
     def zero_spread(self) -> float:
-        """Fraction of groups whose samples all have the same reward: nothing is learnt from them."""
+        """Fraction of groups whose samples all have the same reward."""
         return (self.group_std < ZERO_SPREAD).float().mean().item()
+
+
+def reward_to_maximise(
+    scores: dict[str, torch.Tensor],
+    weights: dict[str, float],
+    groups: torch.Tensor,
+    primary: str | None = None,
+    normalization: str = "none",
+) -> torch.Tensor:
+    """
+    The reward `(N,)` that advantages are made of, of `scores` `(N,)` by name; NaN where one of them is.
+
+    Args:
+        weights: of the rewards.
+        primary: this reward alone, whatever the weights.
+        normalization:
+            `"none"`: the weighted sum of the scores as they are. `"group"`: each is first centred and divided by its
+            standard deviation in its group, so that a reward with a wide range does not drown the others.
+    """
+    if primary is not None:
+        return scores[primary]
+    if normalization == "group":
+        scores = {name: group_advantages(scores[name], groups, "group") for name in weights}
+        scores = {name: torch.where(a.valid, a.values, torch.nan) for name, a in scores.items()}
+    return sum(weight * scores[name] for name, weight in weights.items())
 
 
 def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, std: str = "global") -> Advantages:
@@ -57,4 +91,4 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, std: str = "gl
         divisor = (values[valid].std(correction=0) if valid.any() else 0.0) + STD_EPSILON
     else:
         divisor = 1.0
-    return Advantages((centred / divisor).float(), valid, group_std.float())
+    return Advantages((centred / divisor).float(), valid, group_std.float(), groups)

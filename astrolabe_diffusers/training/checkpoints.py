@@ -24,12 +24,14 @@ STATE_NAME = "trainer_state.json"
 PREFIX = "transformer."
 
 
-def save_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT):
+def save_adapter(
+    transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT, weight_name: str | None = None
+):
     """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives."""
     CausalWanPipeline.save_lora_weights(
         folder,
         transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
-        weight_name=WEIGHT_NAMES[adapter],
+        weight_name=weight_name or WEIGHT_NAMES[adapter],
         transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
     )
 

@@ -206,6 +206,22 @@ class NFTConfig(Config):
         super().__post_init__()
         if not self.rewards:
             raise UserError("rewards is empty: name at least one reward to train on.")
+        if self.primary_reward is not None and self.primary_reward not in self.rewards:
+            raise UserError(f"primary_reward {self.primary_reward!r} is none of {', '.join(self.rewards)}.")
+        if self.selective_kl and len(self.rewards) < 2:
+            raise UserError(
+                "selective_kl compares the primary reward with the others: name another reward, with weight 0 if it "
+                "is not to be trained on."
+            )
+        if self.context == "noisy" and (self.window_size is not None or self.context_policy == "old"):
+            raise UserError("context=noisy trains a whole video in one pass: no window_size, no context_policy=old.")
+        if self.shared_prefix and self.window_size is None:
+            raise UserError("shared_prefix needs window_size: without a window there is nothing before it to share.")
+        if self.shared_prefix and self.samples_per_prompt % self.train_batch_size:
+            raise UserError(
+                f"with shared_prefix a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
+                f"samples_per_prompt={self.samples_per_prompt}."
+            )
         if self.gradient_accumulation_steps is None:
             self.gradient_accumulation_steps = self.batches_per_epoch
         if self.batches_per_epoch % self.gradient_accumulation_steps:
@@ -223,6 +239,17 @@ class NFTConfig(Config):
                 f"optimizer steps; the nearest are {_listing(valid)}."
             )
         self.num_train_epochs = self.max_train_steps // self.steps_per_epoch
+
+    @property
+    def judged_policy(self) -> str:
+        """The policy that is evaluated and saved at the end."""
+        return "current" if self.ema_decay is None else "ema"
+
+    @property
+    def other_adapters(self) -> list[str]:
+        """Adapters beside the current and the old policy's."""
+        moves = self.reference_reset_kl is not None or self.reference_reset_epochs is not None
+        return ["reference"] * moves + ["ema"] * (self.ema_decay is not None)
 
     @property
     def steps_per_epoch(self) -> int:

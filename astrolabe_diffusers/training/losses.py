@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 
+# Of DiffusionNFT's adaptive weights, as in its code.
+MIN_DISTANCE = 1e-5
+
+
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """`x_t = (1 - sigma) x_0 + sigma eps`; `sigma` `(B,)` in [0, 1], the others `(B, ...)`."""
     sigma = _per_sample(sigma, clean)
@@ -22,9 +26,14 @@ def optimality(advantages: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
 
 
 def nft_loss(
-    current: torch.Tensor, old: torch.Tensor, clean: torch.Tensor, optimality: torch.Tensor, beta: float
+    current: torch.Tensor,
+    old: torch.Tensor,
+    clean: torch.Tensor,
+    optimality: torch.Tensor,
+    beta: float,
+    adaptive: bool = False,
 ) -> torch.Tensor:
-    """Policy loss of each sample, `(B,)`; Astrolabe eq. 1-2 and algorithm 1, without adaptive weights.
+    """Policy loss of each sample, `(B,)`; Astrolabe eq. 1-2 and algorithm 1.
 
     `r |x+ - x_0|^2 + (1 - r) |x- - x_0|^2`, squares averaged over all but the batch, with the implicit policies
     `x+ = (1 - beta) x_old + beta x_cur` and `x- = (1 + beta) x_old - beta x_cur`.
@@ -34,10 +43,17 @@ def nft_loss(
         clean: `(B, ...)` the sample itself.
         optimality: `(B,)` r in [0, 1].
         beta: distance of the implicit policies from the old one.
+        adaptive: divide each square by the mean distance `|x+ - x_0|` (or `|x- - x_0|`), as DiffusionNFT does.
     """
     positive = (1 - beta) * old + beta * current
     negative = (1 + beta) * old - beta * current
-    return optimality * squared_distance(positive, clean) + (1 - optimality) * squared_distance(negative, clean)
+    losses = []
+    for prediction in (positive, negative):
+        loss = squared_distance(prediction, clean)
+        if adaptive:
+            loss = loss / (prediction - clean).detach().abs().flatten(1).mean(1).clamp(min=MIN_DISTANCE)
+        losses.append(loss)
+    return optimality * losses[0] + (1 - optimality) * losses[1]
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

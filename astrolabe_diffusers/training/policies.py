@@ -1,10 +1,10 @@
-"""Current, old and reference policy on one transformer: two LoRA adapters, and none."""
+"""The policies on one transformer: each is a LoRA adapter, and the reference, unless it moves, none."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from torch import nn
 
 
 # The current policy has peft's and diffusers' default name, so that their savers and loaders take it.
-CURRENT, OLD = "default", "old"
-POLICIES = ("current", "old", "reference")
+CURRENT, OLD, REFERENCE, EMA = "default", "old", "reference", "ema"
+# The adapters of the policies that `use_policy` knows.
+POLICIES = {"current": CURRENT, "old": OLD, "reference": REFERENCE, "ema": EMA, "base": None}
 
 
 def block_linear_names(transformer: nn.Module) -> list[str]:
@@ -28,11 +29,19 @@ def block_linear_names(transformer: nn.Module) -> list[str]:
 
 
 def add_policies(
-    transformer: nn.Module, rank: int, lora_alpha: int, lora_dropout: float = 0.0, target_modules: list[str] = ()
+    transformer: nn.Module,
+    rank: int,
+    lora_alpha: int,
+    lora_dropout: float = 0.0,
+    target_modules: list[str] = (),
+    others: Sequence[str] = (),
 ):
     """Freeze the transformer and add the adapters `default` (current policy, trainable) and `old`, equal at first.
 
-    LoRA weights are float32 whatever the base is. B starts at zero, so that all three policies coincide.
+    LoRA weights are float32 whatever the base is. B starts at zero, so that all policies coincide.
+
+    Args:
+        others: further adapters, `"ema"` (equal at first) and `"reference"` (the transformer alone at first).
     """
     config = LoraConfig(
         r=rank,
@@ -42,26 +51,32 @@ def add_policies(
         target_modules=list(target_modules) or block_linear_names(transformer),
     )
     transformer.add_adapter(config, adapter_name=CURRENT)
-    _complete_policies(transformer)
+    _complete_policies(transformer, others)
 
 
-def load_policies(pipeline, lora: str | Path):
+def load_policies(pipeline, lora: str | Path, others: Sequence[str] = ()):
     """As `add_policies`, with a LoRA that `load_lora_weights` takes as current and old policy: rank, alpha and target
     modules are its own. The reference is the transformer without it."""
     pipeline.load_lora_weights(lora, adapter_name=CURRENT)
-    _complete_policies(pipeline.transformer)
+    _complete_policies(pipeline.transformer, others)
 
 
-def _complete_policies(transformer: nn.Module):
+def _complete_policies(transformer: nn.Module, others: Sequence[str]):
     transformer.requires_grad_(False)
     with warnings.catch_warnings():
-        # peft takes the second adapter for a mistake.
+        # peft takes a second adapter for a mistake.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        transformer.add_adapter(copy.deepcopy(transformer.peft_config[CURRENT]), adapter_name=OLD)
-    for name in (CURRENT, OLD):
+        for name in (OLD, *others):
+            transformer.add_adapter(copy.deepcopy(transformer.peft_config[CURRENT]), adapter_name=name)
+    for name in transformer.peft_config:
         for parameter in policy_parameters(transformer, name):
             parameter.data = parameter.data.float()
-    update_old_policy(transformer, decay=0.0)
+        if name != CURRENT:
+            follow_current(transformer, name, decay=0.0)
+    if REFERENCE in others:
+        for name, parameter in transformer.named_parameters():
+            if f".lora_B.{REFERENCE}." in name:
+                parameter.data.zero_()
     activate_current(transformer)
 
 
@@ -77,37 +92,40 @@ def activate_current(transformer: nn.Module):
 
 @contextmanager
 def use_policy(transformer: nn.Module, policy: str) -> Iterator[nn.Module]:
-    """Run as the `"current"`, `"old"` or `"reference"` policy, in eval mode and without gradients.
+    """Run as one of `POLICIES`, in eval mode and without gradients. `"base"` is the transformer alone, and so is the
+    reference without an adapter of its own.
 
     Afterwards, come what may, the current policy is active and trainable again. peft ties `requires_grad` to the
     active adapter and gradients are lost without an error if it changes between forward and backward: finish the
     backward pass before entering.
     """
     if policy not in POLICIES:
-        raise ValueError(f"`policy` must be one of {POLICIES}, not {policy!r}.")
+        raise ValueError(f"`policy` must be one of {tuple(POLICIES)}, not {policy!r}.")
+    adapter = POLICIES[policy]
+    has_adapter = adapter in transformer.peft_config
     training = transformer.training
     transformer.eval()
     try:
-        if policy == "old":
-            transformer.set_adapter(OLD)
-        elif policy == "reference":
+        if not has_adapter:
             transformer.disable_adapters()
+        elif adapter != CURRENT:
+            transformer.set_adapter(adapter)
         with torch.no_grad():
             yield transformer
     finally:
-        if policy == "old":
-            activate_current(transformer)
-        elif policy == "reference":
+        if not has_adapter:
             transformer.enable_adapters()
+        elif adapter != CURRENT:
+            activate_current(transformer)
         transformer.train(training)
 
 
 @torch.no_grad()
-def update_old_policy(transformer: nn.Module, decay: float):
-    """`old <- decay old + (1 - decay) current`, in place and parameter by parameter (local shards if sharded)."""
-    pairs = zip(policy_parameters(transformer, OLD), policy_parameters(transformer, CURRENT), strict=True)
-    for old, current in pairs:
-        old.lerp_(current, 1 - decay)
+def follow_current(transformer: nn.Module, adapter: str, decay: float):
+    """`adapter <- decay adapter + (1 - decay) current`, in place, parameter by parameter (local shards if sharded)."""
+    pairs = zip(policy_parameters(transformer, adapter), policy_parameters(transformer, CURRENT), strict=True)
+    for follower, current in pairs:
+        follower.lerp_(current, 1 - decay)
 
 
 def old_policy_decay(step: int, rate: float, maximum: float) -> float:

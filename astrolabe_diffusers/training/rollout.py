@@ -13,9 +13,10 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKLWan
 
-from ..models.vae_streaming import decode_latents
+from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
 from ..rewards import RewardError, RewardSet
 from .errors import UserError, one_line, summarize_exception
+from .group_sampling import GroupSampler
 from .prompts import Sample
 from .seeds import seeded_generator
 
@@ -38,12 +39,18 @@ class Scores:
 
 @dataclass
 class VideoBatch:
-    """Sampled videos: `latents` `(B, C, f, h, w)` float32, `prompt_embeds` `(B, L, D)`, a future of [`Scores`]."""
+    """Sampled videos: `latents` `(B, C, f, h, w)` float32, `prompt_embeds` `(B, L, D)`, a future of [`Scores`].
+
+    Of the latents those from `window_start` on are scored and trained; with `shared_past` the videos have those before
+    in common.
+    """
 
     samples: Sequence[Sample]
     prompt_embeds: torch.Tensor
     latents: torch.Tensor
     scores: Future = field(repr=False)
+    window_start: int = 0
+    shared_past: bool = False
 
 
 class PromptEncoder:
@@ -103,18 +110,21 @@ class RewardWorker:
         samples: Sequence[Sample],
         watched: bool = False,
         keep: Collection[tuple] = (),
+        window_start: int = 0,
+        shared_past: bool = False,
     ) -> Future:
         """Scores of `latents` `(B, C, f, h, w)` as a future; a reward's error becomes a [`UserError`].
 
         Args:
             watched: ask the watched rewards too.
             keep: keys of the samples whose videos are wanted back.
+            window_start, shared_past: as in [`decode_videos`].
         """
-        return self._executor.submit(self._run, latents, samples, watched, keep)
+        return self._executor.submit(self._run, latents, samples, watched, keep, window_start, shared_past)
 
-    def _run(self, latents, samples, watched, keep) -> Scores:
+    def _run(self, latents, samples, watched, keep, window_start, shared_past) -> Scores:
         start = time.perf_counter()
-        videos = decode_videos(self.vae, latents)
+        videos = decode_videos(self.vae, latents, window_start, shared_past)
         values = self.score(videos, samples, watched)
         kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
         return Scores(values, kept, time.perf_counter() - start)
@@ -161,9 +171,25 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_videos(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Videos `(B, F, 3, H, W)` in [0, 1], float32."""
-    return (decode_latents(vae, latents).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+def decode_videos(
+    vae: AutoencoderKLWan, latents: torch.Tensor, window_start: int = 0, shared_past: bool = False
+) -> torch.Tensor:
+    """Videos `(B, F, 3, H, W)` in [0, 1], float32, of `latents` `(B, C, f, h, w)` from latent frame `window_start` on.
+
+    Frames before it warm the decoder's memory up, as many as it can remember, so that the window's first frames are
+    those of the whole video. With `shared_past` they are decoded once for all.
+    """
+    if window_start == 0:
+        frames = decode_latents(vae, latents)
+    else:
+        decoder = StreamingVAEDecoder(vae)
+        rows = 1 if shared_past else None
+        for frame in range(max(window_start - DECODER_MEMORY, 0), window_start):
+            decoder.decode(latents[:rows, :, frame : frame + 1])
+        if shared_past:
+            decoder = decoder.select([0] * len(latents))
+        frames = decoder.decode(latents[:, :, window_start:])
+    return (frames.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
 def generate(
@@ -174,23 +200,32 @@ def generate(
     size: dict[str, int],
     watched: bool = False,
     keep: Collection[tuple] = (),
+    window_start: int = 0,
+    shared_past: bool = False,
 ) -> Iterator[VideoBatch]:
     """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
 
     Args:
         watched, keep: as in [`RewardWorker.submit`].
+        window_start: latent frame from which on the videos are scored.
+        shared_past: a batch is of one group, whose videos have the frames before `window_start` in common.
     """
     scores = None
+    shared_past = shared_past and window_start > 0
+    group_sampler = GroupSampler(pipeline, size, window_start) if shared_past else None
     for samples in batches:
         prompt_embeds = encoder(sample.prompt.text for sample in samples)
-        latents = sample_latents(pipeline, prompt_embeds, samples, size)
+        if shared_past:
+            latents = group_sampler(prompt_embeds, samples)
+        else:
+            latents = sample_latents(pipeline, prompt_embeds, samples, size)
         if scores is not None:
             # If rewards are slower than the model, videos must not pile up.
             wait([scores])
             if scores.exception():  # `gather_scores` raises it, in every process
                 return
-        scores = worker.submit(latents, samples, watched, keep)
-        yield VideoBatch(samples, prompt_embeds, latents, scores)
+        scores = worker.submit(latents, samples, watched, keep, window_start, shared_past)
+        yield VideoBatch(samples, prompt_embeds, latents, scores, window_start, shared_past)
 
 
 def stack_scores(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

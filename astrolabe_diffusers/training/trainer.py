@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from .advantages import Advantages, group_advantages
+from .advantages import Advantages, group_advantages, reward_to_maximise
 from .checkpoints import WEIGHT_NAMES, Checkpoints, save_adapter
 from .config import NFTConfig
 from .errors import UserError, as_user_error
@@ -17,19 +17,25 @@ from .evaluation import compare_videos, evaluate
 from .hub import create_hub_repo, push_to_hub
 from .policies import (
     CURRENT,
+    EMA,
+    OLD,
+    POLICIES,
+    REFERENCE,
     activate_current,
     add_policies,
+    follow_current,
     load_policies,
     old_policy_decay,
     policy_parameters,
-    update_old_policy,
     use_policy,
 )
 from .prompts import Sample, epoch_samples, eval_samples, load_prompts, process_batches
+from .reference import ReferenceSchedule, RiskController, rank_disagreement
 from .report import RunReport, peak_memory_gb
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
 from .setup import load_pipeline, make_accelerator, make_optimizer, make_rewards, prompt_path, video_size
 from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
+from .windows import make_windows
 
 
 class NFTTrainer:
@@ -61,16 +67,28 @@ class NFTTrainer:
         self.eval_size = video_size(
             self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames
         )
+        transformer_config, scale = self.pipeline.transformer.config, self.pipeline.vae.config.scale_factor_temporal
+        self.windows = make_windows(
+            config,
+            (self.size["num_frames"] - 1) // scale + 1,
+            transformer_config.num_frames_per_block,
+            transformer_config.sink_size,
+        )
         self.encoder = PromptEncoder(self.pipeline)
         self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
 
         self.transformer = self.pipeline.transformer
         with as_user_error("cannot add the LoRA"):
             if config.init_lora:
-                load_policies(self.pipeline, config.init_lora)
+                load_policies(self.pipeline, config.init_lora, config.other_adapters)
             else:
                 add_policies(
-                    self.transformer, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+                    self.transformer,
+                    config.rank,
+                    config.lora_alpha,
+                    config.lora_dropout,
+                    config.lora_target_modules,
+                    config.other_adapters,
                 )
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -88,6 +106,14 @@ class NFTTrainer:
         self.step = 0
         self.train_seconds = 0.0
         self.guard = CollapseGuard(config.collapse_factor)
+        self.risk = RiskController(
+            config.risk_ratio,
+            config.risk_ratio_rate,
+            config.risk_ratio_min,
+            config.risk_ratio_max,
+            config.risk_buffer_size,
+        )
+        self.reference = ReferenceSchedule(config.reference_reset_kl, config.reference_reset_epochs)
 
     def train(self) -> dict[str, Any]:
         """Run to the end. Returns what it wrote to results.json: the comparison of before and after, and files."""
@@ -104,8 +130,12 @@ class NFTTrainer:
             scores, scoring_seconds = gather_scores(batches, samples)
             scored = time.perf_counter()
             advantages = self.advantages(scores, samples)
-            statistics = self.update(batches, advantages)
-            update_old_policy(self.transformer, self.old_policy_decay)
+            kl_mask = self.kl_mask(scores, advantages.valid)
+            statistics = self.update(batches, advantages, kl_mask)
+            follow_current(self.transformer, OLD, self.old_policy_decay)
+            kl = sum(s["kl"] for s in statistics) / len(statistics)
+            if self.reference.step(kl):
+                follow_current(self.transformer, REFERENCE, decay=0.0)
             ended = time.perf_counter()
 
             self.epoch += 1
@@ -113,6 +143,7 @@ class NFTTrainer:
             self.log(
                 scores,
                 advantages,
+                kl_mask,
                 statistics,
                 seconds=ended - started,
                 seconds_sampling=sampled - started,
@@ -129,30 +160,71 @@ class NFTTrainer:
 
     def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
         """This process's part of the epoch's videos, sampled from the old policy and being scored."""
-        batches = []
+        batches, start = [], self.windows.start(self.epoch)
+        scale = self.pipeline.vae.config.scale_factor_temporal
+        size = self.size | {"num_frames": 1 + scale * (start + self.windows.size - 1)}
         with use_policy(self.transformer, "old"):
-            for batch in generate(self.pipeline, self.encoder, self.rewards, self.split(samples), self.size):
+            for batch in generate(
+                self.pipeline,
+                self.encoder,
+                self.rewards,
+                self.split(samples),
+                size,
+                window_start=start,
+                shared_past=self.config.shared_prefix,
+            ):
                 batches.append(batch)
                 self.report.activity(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
         return batches
 
     def advantages(self, scores: dict[str, torch.Tensor], samples: list[Sample]) -> Advantages:
         """Advantages of the samples of all processes: a group may lie on several."""
+        config = self.config
         groups = torch.tensor([sample.group for sample in samples])
-        advantages = group_advantages(scores["reward"], groups, self.config.advantage_std)
+        primary = self.primary_reward if config.advantage_reward == "primary" else None
+        reward = reward_to_maximise(scores, config.rewards, groups, primary, config.reward_normalization)
+        advantages = group_advantages(reward, groups, config.advantage_std)
         if not advantages.valid.any():
             raise UserError("no video of this epoch has a finite reward: nothing is left to train on.")
         return advantages
 
-    def update(self, batches: list[VideoBatch], advantages: Advantages) -> list[dict[str, float]]:
+    @property
+    def primary_reward(self) -> str:
+        return self.config.primary_reward or next(iter(self.config.rewards))
+
+    def kl_mask(self, scores: dict[str, torch.Tensor], valid: torch.Tensor) -> torch.Tensor:
+        """The samples `(N,)` that are held to the reference, bool."""
+        if not self.config.selective_kl:
+            return valid
+        others = [scores[name][valid] for name in self.config.rewards if name != self.primary_reward]
+        mask = torch.zeros_like(valid)
+        mask[valid] = self.risk(rank_disagreement(scores[self.primary_reward][valid], others))
+        return mask
+
+    def update(
+        self, batches: list[VideoBatch], advantages: Advantages, kl_mask: torch.Tensor
+    ) -> list[dict[str, float]]:
         """The optimizer steps of an epoch; returns their statistics."""
-        values, valid = self.split(advantages.values), self.split(advantages.valid)
         accumulation = self.config.gradient_accumulation_steps
+        # The KL is a mean over the samples of a step that are held to the reference.
+        steps = kl_mask.float().unflatten(0, (self.config.steps_per_epoch, -1))
+        kl_weights = (steps / steps.mean(1, keepdim=True).clamp(min=1 / steps.shape[1])).flatten()
+        # Processes must agree on the passes that they make.
+        use_reference = kl_mask.unflatten(0, (len(batches), -1)).any(1).tolist()
+        values, weights, kl_weights = map(self.split, (advantages.values, advantages.trained.float(), kl_weights))
         statistics = []
         for first in range(0, len(batches), accumulation):
             self.report.activity("training")
             noised = [
-                noise_batch(batches[i], self.sigmas, values[i], valid[i], self.config.adv_clip_max)
+                noise_batch(
+                    batches[i],
+                    self.sigmas,
+                    values[i],
+                    weights[i],
+                    kl_weights[i],
+                    use_reference[i],
+                    self.config.adv_clip_max,
+                )
                 for i in range(first, first + accumulation)
             ]
             statistics.append(
@@ -168,14 +240,16 @@ class NFTTrainer:
                 )
             )
             self.step += 1
+            if self.config.ema_decay is not None:
+                follow_current(self.transformer, EMA, self.config.ema_decay)
             self.report.progress.update()
         return statistics
 
     def evaluate(self):
-        """Score the current policy on the held-out prompts."""
+        """Score the current policy, or its average, on the held-out prompts."""
         self.report.activity("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
-        with use_policy(self.transformer, "current"):
+        with use_policy(self.transformer, self.config.judged_policy):
             evaluation, videos = evaluate(
                 self.pipeline,
                 self.encoder,
@@ -236,6 +310,7 @@ class NFTTrainer:
         self,
         scores: dict[str, torch.Tensor],
         advantages: Advantages,
+        kl_mask: torch.Tensor,
         statistics: list[dict[str, float]],
         **timing: float,
     ):
@@ -244,7 +319,11 @@ class NFTTrainer:
         metrics |= {name: values.nanmean().item() for name, values in scores.items()}
         metrics["group_std"] = advantages.group_std.mean().item()
         metrics["zero_spread_groups"] = advantages.zero_spread
-        metrics["skipped_samples"] = int((~advantages.valid).sum())
+        metrics["skipped_samples"] = int((~advantages.trained).sum())
+        metrics["kl_samples"] = kl_mask.float().mean().item()
+        if self.config.selective_kl:
+            metrics["risk_ratio"] = self.risk.ratio
+        metrics["reference_age"] = self.reference.age
         metrics |= {key: sum(s[key] for s in statistics) / len(statistics) for key in statistics[0]}
         metrics["old_policy_decay"] = self.old_policy_decay
         metrics |= timing
@@ -268,13 +347,13 @@ class NFTTrainer:
         results = {}
         if self.accelerator.is_main_process:
             output_dir = Path(self.config.output_dir)
-            save_adapter(self.transformer, output_dir)
+            save_adapter(self.transformer, output_dir, POLICIES[self.config.judged_policy], WEIGHT_NAMES[CURRENT])
             files = {"adapter": str(output_dir / WEIGHT_NAMES[CURRENT]), "curve": str(output_dir / "rewards.png")}
             comparison = compare_videos(
                 self.pipeline,
                 {
-                    "before": use_policy(self.transformer, "reference"),
-                    "after": use_policy(self.transformer, "current"),
+                    "before": use_policy(self.transformer, "base"),
+                    "after": use_policy(self.transformer, self.config.judged_policy),
                 },
                 self.encoder,
                 self.eval_samples[: self.config.num_eval_videos],

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
-from ..models.kv_cache import CausalWanKVCache
+from .clip_models import CLIP_MODELS, NoisedBatch
 from .config import NFTConfig
 from .errors import UserError
-from .losses import add_noise, nft_loss, optimality, predicted_clean, squared_distance
+from .losses import add_noise, nft_loss, optimality, squared_distance
 from .policies import policy_parameters, use_policy
 from .prompts import Sample
 from .rollout import VideoBatch
@@ -21,23 +20,6 @@ from .seeds import seeded_generator
 
 # Sums over samples that an optimizer step reports, in this order.
 STATISTICS = ("loss", "policy_loss", "kl", "deviation", "x0_norm")
-
-
-@dataclass
-class NoisedBatch:
-    """Sampled clips, and the same with noise.
-
-    `clean`, `noisy` `(B, C, F, h, w)` float32; `sigma`, `timestep` (0 to 1000), `optimality` and `weight` (0 for a
-    sample that is skipped, else 1) `(B,)`; `prompt_embeds` `(B, L, D)`.
-    """
-
-    clean: torch.Tensor
-    noisy: torch.Tensor
-    sigma: torch.Tensor
-    timestep: torch.Tensor
-    prompt_embeds: torch.Tensor
-    optimality: torch.Tensor
-    weight: torch.Tensor
 
 
 def training_sigmas(pipeline, train_timesteps: str) -> torch.Tensor:
@@ -54,26 +36,38 @@ def training_sigmas(pipeline, train_timesteps: str) -> torch.Tensor:
 
 
 def noise_batch(
-    batch: VideoBatch, sigmas: torch.Tensor, advantages: torch.Tensor, valid: torch.Tensor, adv_clip_max: float
+    batch: VideoBatch,
+    sigmas: torch.Tensor,
+    advantages: torch.Tensor,
+    weight: torch.Tensor,
+    kl_weight: torch.Tensor,
+    use_reference: bool,
+    adv_clip_max: float,
 ) -> NoisedBatch:
-    """Noise every sample to one step of the sampler, drawn with the noise from the sample's own generator.
+    """Noise the window of every sample to one step of the sampler, drawn with the noise from the sample's own
+    generator.
 
     Args:
         sigmas: from [`training_sigmas`].
-        advantages, valid: `(B,)`.
+        advantages: `(B,)`.
+        weight, kl_weight, use_reference: as in [`NoisedBatch`].
     """
-    draws = [_draw(sample, sigmas, batch.latents.shape[1:]) for sample in batch.samples]
+    window = batch.latents[:, :, batch.window_start :]
+    draws = [_draw(sample, sigmas, window.shape[1:]) for sample in batch.samples]
     device = batch.latents.device
     sigma = torch.stack([sigma for sigma, _ in draws]).to(device)
     noise = torch.stack([noise for _, noise in draws]).to(device)
     return NoisedBatch(
         clean=batch.latents,
-        noisy=add_noise(batch.latents, noise, sigma),
+        noisy=add_noise(window, noise, sigma),
         sigma=sigma,
         timestep=1000 * sigma,
         prompt_embeds=batch.prompt_embeds,
         optimality=optimality(advantages.to(device), adv_clip_max),
-        weight=valid.to(device).float(),
+        weight=weight.to(device),
+        kl_weight=kl_weight.to(device),
+        use_reference=use_reference,
+        shared_past=batch.shared_past,
     )
 
 
@@ -81,65 +75,6 @@ def _draw(sample: Sample, sigmas: torch.Tensor, shape: torch.Size) -> tuple[torc
     generator = seeded_generator("train", *sample.key)
     sigma = sigmas[torch.randint(len(sigmas), (), generator=generator)]
     return sigma, torch.randn(shape, generator=generator)
-
-
-class BlockwiseModel:
-    """The transformer on one clip, block by block as in inference: every noisy block sees the clean ones before it.
-
-    The context's K/V are the policy's own and carry no gradient, so that each block has a graph of its own and its
-    backward pass may run at once: memory follows one block, not the clip.
-
-    Args:
-        transformer: the [`CausalWanTransformer3DModel`] itself.
-        batch: the clips.
-        forward: what computes the prediction: the transformer, or what DDP made of it.
-    """
-
-    def __init__(self, transformer, batch: NoisedBatch, forward=None):
-        self.transformer = transformer
-        self.forward = forward or transformer
-        self.batch = batch
-        self.dtype = transformer.dtype
-        self.num_frames = batch.clean.shape[2]
-        size = transformer.config.num_frames_per_block
-        self.blocks = [slice(start, start + size) for start in range(0, self.num_frames, size)]  # latent frames
-        self.cache = CausalWanKVCache(transformer.config.num_layers, max_frames=self.num_frames)
-
-    def predict(self, frames: slice) -> torch.Tensor:
-        """Clean latents `(B, C, n, h, w)` of a block, predicted from its noisy ones."""
-        noisy = self.batch.noisy[:, :, frames]
-        velocity = self.forward(
-            noisy.to(self.dtype),
-            self.batch.timestep,
-            self.batch.prompt_embeds,
-            kv_cache=self.cache,
-            kv_cache_mode="read",
-            frame_offset=frames.start,
-            return_dict=False,
-        )[0]
-        return predicted_clean(noisy, velocity.float(), self.batch.sigma)
-
-    @torch.no_grad()
-    def advance(self, frames: slice):
-        """Store the K/V of a clean block for those that follow. Nothing follows the last one."""
-        if frames.stop < self.num_frames:
-            self.transformer(
-                self.batch.clean[:, :, frames].to(self.dtype),
-                torch.zeros_like(self.batch.timestep),
-                self.batch.prompt_embeds,
-                kv_cache=self.cache,
-                kv_cache_mode="write",
-                frame_offset=frames.start,
-                return_dict=False,
-            )
-
-    def predict_clip(self) -> torch.Tensor:
-        """The prediction for all blocks, `(B, C, F, h, w)`."""
-        predictions = []
-        for frames in self.blocks:
-            predictions.append(self.predict(frames))
-            self.advance(frames)
-        return torch.cat(predictions, dim=2)
 
 
 def accumulate_gradients(
@@ -161,33 +96,47 @@ def accumulate_gradients(
         The sums over samples of [`STATISTICS`], `(5,)`.
     """
     transformer = accelerator.unwrap_model(model)
-    with use_policy(transformer, "old"):
-        old = BlockwiseModel(transformer, batch).predict_clip()
-    reference = None
-    if config.kl_weight:
-        with use_policy(transformer, "reference"):
-            reference = BlockwiseModel(transformer, batch).predict_clip()
+    clip_model = CLIP_MODELS[config.context]
+    frozen = {"old": {}, "reference": {}} if batch.use_reference and config.kl_weight else {"old": {}}
+    # One past for all policies, and one cache; or each its own, one after the other, and one cache at a time.
+    shared = config.context_policy == "old"
+    if not shared:
+        for policy in frozen:
+            with use_policy(transformer, policy):
+                frozen[policy] = clip_model(transformer, batch).predict_window()
+    with use_policy(transformer, "old" if shared else "current"):
+        current = clip_model(transformer, batch, take_turns=shared)
 
     statistics = torch.zeros(len(STATISTICS), device=batch.clean.device)
-    current = BlockwiseModel(transformer, batch, forward=model)
     for frames in current.blocks:
+        if shared:
+            for policy in frozen:
+                with use_policy(transformer, policy):
+                    frozen[policy][frames.start] = current.predict(frames)
+        old = frozen["old"][frames.start]
         is_last = synchronize and frames == current.blocks[-1]
         # Inside no_sync go both passes: DDP decides in the forward pass what the backward pass does.
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            prediction = current.predict(frames)
+            prediction = current.predict(frames, forward=model)
             policy_loss = nft_loss(
-                prediction, old[:, :, frames], batch.clean[:, :, frames], batch.optimality, config.beta
+                prediction,
+                old,
+                batch.clean[:, :, frames],
+                batch.optimality,
+                config.beta,
+                adaptive=config.loss_weighting == "adaptive",
             )
             kl = torch.zeros_like(policy_loss)
-            if reference is not None:
-                kl = squared_distance(prediction, reference[:, :, frames])
-            loss = policy_loss + config.kl_weight * kl
-            # Means over blocks of equal size, weighted by their share of the clip, add up to the mean over the clip.
-            share = prediction.shape[2] / batch.clean.shape[2]
-            accelerator.backward((loss * batch.weight).sum() * share / samples_per_step)
-        current.advance(frames)
+            if "reference" in frozen:
+                kl = batch.kl_weight * squared_distance(prediction, frozen["reference"][frames.start])
+            loss = batch.weight * policy_loss + config.kl_weight * kl
+            # Means over blocks of equal size, weighted by their share of the window, add up to the mean over it.
+            share = prediction.shape[2] / batch.noisy.shape[2]
+            accelerator.backward(loss.sum() * share / samples_per_step)
+        with use_policy(transformer, "old" if shared else "current"):
+            current.advance(frames)
         with torch.no_grad():
-            deviation = squared_distance(prediction, old[:, :, frames])
+            deviation = squared_distance(prediction, old)
             norm = prediction.square().flatten(1).mean(1)
             statistics += share * torch.stack([loss, policy_loss, kl, deviation, norm]).sum(1)
     return statistics

@@ -231,7 +231,7 @@ def test_checkpoint_of_another_rank(finished, model_folder, capsys):
 
 
 def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("astrolabe_diffusers.training.trainer.update_old_policy", lambda *_: 1 / 0)
+    monkeypatch.setattr("astrolabe_diffusers.training.trainer.follow_current", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(tiny_arguments(model_folder, tmp_path))
 

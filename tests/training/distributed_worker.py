@@ -38,7 +38,8 @@ def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNES
     scores, _ = gather_scores(batches, SAMPLES)
     count = sum(len(batch.samples) for batch in batches)
     for i, (batch, advantages) in enumerate(zip(batches, split(ADVANTAGES))):
-        noised = noise_batch(batch, SIGMAS, advantages, torch.ones(len(advantages), dtype=torch.bool), 5.0)
+        weight = torch.ones(len(advantages))
+        noised = noise_batch(batch, SIGMAS, advantages, weight, weight, True, 5.0)
         accumulate_gradients(accelerator, model, noised, config(), count, synchronize=i == len(batches) - 1)
     worker.shutdown()
     return pipe.transformer, scores, [p.grad.clone() for p in policy_parameters(pipe.transformer)]
@@ -55,7 +56,7 @@ def gradients_without_synchronisation(accelerator, batch_size: int):
         batches = process_batches(SAMPLES, batch_size, accelerator.process_index, accelerator.num_processes)
         batch = next(generate(pipe, PromptEncoder(pipe), worker, batches, SIZE))
     worker.shutdown()
-    noised = noise_batch(batch, SIGMAS, torch.ones(batch_size), torch.ones(batch_size, dtype=torch.bool), 5.0)
+    noised = noise_batch(batch, SIGMAS, *[torch.ones(batch_size)] * 3, True, 5.0)
     accumulate_gradients(accelerator, model, noised, config(), batch_size, synchronize=True)
     return [p.grad.clone() for p in policy_parameters(pipe.transformer)]
 

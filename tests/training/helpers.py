@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from astrolabe_diffusers.rewards import RewardSet
+from astrolabe_diffusers.training.clip_models import NoisedBatch
 from astrolabe_diffusers.training.config import NFTConfig
 from astrolabe_diffusers.training.policies import OLD, add_policies, policy_parameters
 from astrolabe_diffusers.training.prompts import Prompt, Sample
 from astrolabe_diffusers.training.rollout import RewardWorker
-from astrolabe_diffusers.training.update import NoisedBatch
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -57,7 +57,14 @@ def noised_batch(pipe, batch_size: int = 2, frames: int = 6, seed: int = 0) -> N
         prompt_embeds=torch.randn(batch_size, 16, 32, generator=generator),
         optimality=torch.rand(batch_size, generator=generator),
         weight=torch.ones(batch_size),
+        kl_weight=torch.ones(batch_size),
     )
+
+
+def rows(batch: NoisedBatch, part: slice) -> NoisedBatch:
+    """Some of the samples of a batch."""
+    values = vars(batch)
+    return NoisedBatch(**{n: v[part] if isinstance(v, torch.Tensor) else v for n, v in values.items()})
 
 
 def config(**values) -> NFTConfig:

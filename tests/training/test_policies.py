@@ -10,10 +10,10 @@ from astrolabe_diffusers.training.policies import (
     activate_current,
     add_policies,
     block_linear_names,
+    follow_current,
     load_policies,
     old_policy_decay,
     policy_parameters,
-    update_old_policy,
     use_policy,
 )
 from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
@@ -163,11 +163,11 @@ def test_old_policy_is_blended_pairwise(transformer):
     randomize_adapters(transformer)
     old = [p.clone() for p in policy_parameters(transformer, OLD)]
     current = [p.clone() for p in policy_parameters(transformer)]
-    update_old_policy(transformer, 0.75)
+    follow_current(transformer, "old", 0.75)
     for before, now, target in zip(old, policy_parameters(transformer, OLD), current, strict=True):
         torch.testing.assert_close(now, 0.75 * before + 0.25 * target)
     assert all(map(torch.equal, policy_parameters(transformer), current))
-    update_old_policy(transformer, 0.0)
+    follow_current(transformer, "old", 0.0)
     assert all(map(torch.equal, policy_parameters(transformer, OLD), current))
     assert trainable(transformer) == current_names(transformer)
 

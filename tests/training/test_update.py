@@ -2,20 +2,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from astrolabe_diffusers.training.clip_models import BlockwiseModel
 from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.losses import nft_loss, squared_distance
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
 from astrolabe_diffusers.training.rollout import VideoBatch
 from astrolabe_diffusers.training.setup import make_optimizer
 from astrolabe_diffusers.training.update import (
-    BlockwiseModel,
     CollapseGuard,
     accumulate_gradients,
     noise_batch,
     optimizer_step,
     training_sigmas,
 )
-from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline
+from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
 
 
 @pytest.fixture
@@ -26,6 +26,10 @@ def pipe():
 @pytest.fixture(scope="module")
 def accelerator():
     return Accelerator(mixed_precision="no")
+
+
+def predict_window(transformer, batch):
+    return torch.cat(list(BlockwiseModel(transformer, batch).predict_window().values()), dim=2)
 
 
 def gradients(transformer):
@@ -47,7 +51,7 @@ def test_blockwise_prediction_is_teacher_forcing(pipe, policy):
     """The model's own forward without a cache gives every noisy block the same clean context in one call."""
     batch = noised_batch(pipe)
     with use_policy(pipe.transformer, policy) as transformer:
-        prediction = BlockwiseModel(transformer, batch).predict_clip()
+        prediction = predict_window(transformer, batch)
         flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds, clean_hidden_states=batch.clean).sample
     expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
@@ -57,13 +61,12 @@ def whole_clip_loss(pipe, batch, cfg):
     """The loss of the whole clip in one graph, in plain code; the sum over blocks of the trainer must equal it."""
     transformer = pipe.transformer
     with use_policy(transformer, "old"):
-        old = BlockwiseModel(transformer, batch).predict_clip()
+        old = predict_window(transformer, batch)
     with use_policy(transformer, "reference"):
-        reference = BlockwiseModel(transformer, batch).predict_clip()
-    current = BlockwiseModel(transformer, batch).predict_clip()
+        reference = predict_window(transformer, batch)
+    current = predict_window(transformer, batch)
     losses = nft_loss(current, old, batch.clean, batch.optimality, cfg.beta)
-    losses = losses + cfg.kl_weight * squared_distance(current, reference)
-    return (losses * batch.weight).mean()
+    return (batch.weight * losses + cfg.kl_weight * batch.kl_weight * squared_distance(current, reference)).mean()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -100,7 +103,7 @@ def test_gradient_by_finite_differences(pipe, accelerator):
 def test_accumulated_batches_equal_one_batch(pipe, accelerator):
     whole, cfg = noised_batch(pipe, batch_size=4), config()
     halves = [
-        type(whole)(**{name: value[part] for name, value in vars(whole).items()})
+        rows(whole, part)
         for part in (slice(0, 2), slice(2, 4))
     ]
     expected, statistics = accumulate(accelerator, pipe.transformer, [whole], cfg)
@@ -111,9 +114,9 @@ def test_accumulated_batches_equal_one_batch(pipe, accelerator):
 
 def test_skipped_sample_has_no_gradient(pipe, accelerator):
     batch, cfg = noised_batch(pipe), config()
-    batch.weight = torch.tensor([1.0, 0.0])
+    batch.weight = batch.kl_weight = torch.tensor([1.0, 0.0])
     actual, _ = accumulate(accelerator, pipe.transformer, [batch], cfg)
-    single = type(batch)(**{name: value[:1] for name, value in vars(batch).items()})
+    single = rows(batch, slice(1))
     expected, _ = accumulate(accelerator, pipe.transformer, [single], cfg)
     torch.testing.assert_close(actual, [g / 2 for g in expected], rtol=1e-4, atol=1e-7)
 
@@ -134,7 +137,7 @@ def test_statistics(pipe, accelerator):
     predictions = {}
     for policy in ("current", "old", "reference"):
         with use_policy(pipe.transformer, policy):
-            predictions[policy] = BlockwiseModel(pipe.transformer, batch).predict_clip()
+            predictions[policy] = predict_window(pipe.transformer, batch)
     expected = [
         whole_clip_loss(pipe, batch, cfg),
         nft_loss(predictions["current"], predictions["old"], batch.clean, batch.optimality, cfg.beta).mean(),
@@ -218,10 +221,12 @@ def test_noise_belongs_to_the_sample():
 
     def noise(part):
         batch = VideoBatch(samples[part], torch.zeros(8, 1, 1)[part], latents[part], None)
-        return noise_batch(batch, sigmas, torch.linspace(-6, 6, 8)[part], torch.ones(8, dtype=bool)[part], 5.0)
+        advantages, weights = torch.linspace(-6, 6, 8)[part], torch.ones(8)[part]
+        return noise_batch(batch, sigmas, advantages, weights, weights, True, 5.0)
 
     whole, parts = noise(slice(0, 8)), [noise(slice(0, 3)), noise(slice(3, 8))]
-    for name, value in vars(whole).items():
+    for name in ("clean", "noisy", "sigma", "timestep", "prompt_embeds", "optimality", "weight"):
+        value = getattr(whole, name)
         assert torch.equal(value, torch.cat([getattr(part, name) for part in parts])), name
     assert len(set(whole.sigma.tolist())) > 1
     torch.testing.assert_close(whole.timestep, 1000 * whole.sigma)
@@ -239,7 +244,7 @@ def test_dropout_acts_on_the_current_policy_only():
             module.lora_dropout = torch.nn.ModuleDict({name: torch.nn.Dropout(0.5) for name in ("default", OLD)})
     pipe.transformer.train()
     with use_policy(pipe.transformer, "old"):
-        first, second = (BlockwiseModel(pipe.transformer, batch).predict_clip() for _ in range(2))
+        first, second = (predict_window(pipe.transformer, batch) for _ in range(2))
     assert torch.equal(first, second)
-    first, second = (BlockwiseModel(pipe.transformer, batch).predict_clip() for _ in range(2))
+    first, second = (predict_window(pipe.transformer, batch) for _ in range(2))
     assert not torch.equal(first, second)

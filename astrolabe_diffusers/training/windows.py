@@ -1,0 +1,68 @@
+"""Which window of a long video an epoch trains (streaming long tuning, Astrolabe 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import NFTConfig
+from .errors import UserError
+from .seeds import seeded_generator
+
+
+@dataclass
+class Windows:
+    """All numbers are latent frames.
+
+    Attributes:
+        size: of the window.
+        starts: where it may begin.
+    """
+
+    size: int
+    starts: list[int]
+    seed: int
+
+    def start(self, epoch: int) -> int:
+        """Where it begins in this epoch, on every process."""
+        index = torch.randint(len(self.starts), (), generator=seeded_generator("window", self.seed, epoch))
+        return self.starts[index]
+
+
+def make_windows(config: NFTConfig, num_frames: int, block_frames: int, sink_size: int) -> Windows:
+    """
+    Args:
+        num_frames: latent frames of a video, unless the settings have `sample_frames`.
+        block_frames, sink_size: of the model.
+
+    Raises:
+        UserError: window, video or starts are no whole blocks or do not fit into each other.
+    """
+    total = config.sample_frames or num_frames
+    size = config.window_size or num_frames
+    for name, value in (("sample_frames", total), ("window_size", size)):
+        if value % block_frames:
+            raise UserError(f"{name}={value} is no whole number of blocks of {block_frames} latent frames.")
+    if size > total:
+        raise UserError(f"window_size={size} is longer than the video, {total} latent frames: raise sample_frames.")
+    last = total - size
+    everywhere = list(range(0, last + 1, block_frames))
+    if config.window_selection == "choices":
+        starts = config.window_choices
+        wrong = [start for start in starts if start not in everywhere]
+        if wrong or not starts:
+            raise UserError(
+                f"window_choices {wrong or starts}: a window may begin at 0, {block_frames}, ... {last} latent frames."
+            )
+    else:
+        starts = {"random": everywhere, "first": [0], "last": [last]}[config.window_selection]
+    if config.shared_prefix:
+        # At 0 there is no past, and less than the sink cannot be shared.
+        starts = [start for start in starts if start >= max(sink_size, 1)]
+        if not starts:
+            raise UserError(
+                f"shared_prefix: no window begins after the model's sink of {sink_size} latent frames; raise "
+                "sample_frames, or choose another window_selection."
+            )
+    return Windows(size, starts, config.seed)
