@@ -186,6 +186,7 @@ class BlockGenerator:
 
     def finish(self, latents: torch.Tensor) -> torch.Tensor:
         """Take up a clean block, generated or given. Returns frames `(B, 3, F, H, W)` in [-1, 1], or the latents."""
+        self.remember()
         frames = self.decoder.decode(latents) if self.sampling.decode else None
         self.last = (latents, frames, self.prompt_embeds)
         window = self.pipe.transformer.config.local_attn_size

@@ -43,16 +43,19 @@ def continued(pipe, given, num_frames, seed=0):
     return video
 
 
+@pytest.mark.parametrize("num_given", [9, 33])
 @pytest.mark.parametrize("config", [{}, {"sink_size": 3, "local_attn_size": 6}])
-def test_a_video_goes_on(config):
-    pipe, video = tiny_pipeline(**config), frames(9)
+def test_a_video_goes_on(config, num_given):
+    pipe, video = tiny_pipeline(**config), frames(num_given)
     given = encode_video(pipe.vae, torch.from_numpy(video).permute(3, 0, 1, 2)[None] * 2 - 1)
-    result = generate(pipe, video=video, num_frames=45)
-    assert result.shape[2] == 12 and torch.equal(result[:, :, :3], given)
-    assert (result - continued(pipe, given, 12)).abs().max() < 1e-4
+    first, total = given.shape[2], given.shape[2] + 9
+    num_frames = num_given + 36
+    result = generate(pipe, video=video, num_frames=num_frames)
+    assert result.shape[2] == total and torch.equal(result[:, :, :first], given)
+    assert (result - continued(pipe, given, total)).abs().max() < 1e-4
     # What was given matters to what follows.
-    other = generate(pipe, video=frames(9, seed=1), num_frames=45)
-    assert (result - other)[:, :, 3:].abs().max() > 0.01
+    other = generate(pipe, video=frames(num_given, seed=1), num_frames=num_frames)
+    assert (result - other)[:, :, first:].abs().max() > 0.01
 
 
 def test_an_image_starts_a_video():
