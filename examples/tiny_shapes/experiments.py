@@ -1,0 +1,112 @@
+"""Compares settings of NFT on the embedded model, three seeds each, and prints a table.
+
+    python examples/tiny_shapes/experiments.py --output_dir experiments [--only NAME ...] [--jobs 4]
+
+Every run is one of examples/train_nft.py with `--config tiny_shapes`; those that are complete are not repeated. With
+several GPUs the runs are dealt out over them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import torch
+
+
+TRAIN = Path(__file__).parents[1] / "train_nft.py"
+SEEDS = (42, 43, 44)
+MATCH = "tiny_shapes_prompt_match"
+# Sharpness rises on noise and hard edges whatever the prompt says: a reward that invites to be hacked.
+HACKED = {"rewards": f"sharpness=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 5e-4}
+TWO_BLOCKS = {"num_frames": 21}
+LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
+EXPERIMENTS: dict[str, dict] = {
+    "NFT": {},
+    "NFT, beta 0.1": {"beta": 0.1},
+    "adaptive loss weights": {"loss_weighting": "adaptive"},
+    "no KL": {"kl_weight": 0},
+    "two blocks, clean context, each policy's own": TWO_BLOCKS,
+    "two blocks, clean context, the old policy's": {**TWO_BLOCKS, "context_policy": "old"},
+    "two blocks, noisy context": {**TWO_BLOCKS, "context": "noisy"},
+    "long: one block trained": LONG,
+    "long: windows of a longer video": {**LONG, "window_size": 3, "sample_frames": 9},
+    "long: windows, groups share their past": {
+        **LONG,
+        "window_size": 3,
+        "sample_frames": 9,
+        "shared_prefix": True,
+        "train_batch_size": 8,
+        "batches_per_epoch": 8,
+    },
+    "sharpness, no KL": {**HACKED, "kl_weight": 0},
+    "sharpness, uniform KL": {**HACKED, "kl_weight": 0.03},
+    "sharpness, selective KL": {**HACKED, "kl_weight": 0.03, "selective_kl": True},
+    "sharpness, selective KL, moving reference": {
+        **HACKED,
+        "kl_weight": 0.03,
+        "selective_kl": True,
+        "reference_reset_kl": 0.15,
+        "reference_reset_epochs": 15,
+    },
+}
+
+
+def run(name: str, seed: int, output_dir: Path, gpu: int | None) -> dict:
+    """Scores of a run, as its results.json has them."""
+    folder = output_dir / f"{list(EXPERIMENTS).index(name):02d}-{seed}"
+    results = folder / "results.json"
+    if not results.is_file():
+        # Judged before and after, with no videos to look at.
+        settings = {"seed": seed, "output_dir": folder, "eval_steps": 80, "num_eval_videos": 0, "report_to": "none"}
+        settings |= {"checkpointing_steps": 1000} | EXPERIMENTS[name]
+        command = [sys.executable, str(TRAIN), "--config", "tiny_shapes"]
+        command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("w") as log:
+            subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+    return json.loads(results.read_text())["scores"] if results.is_file() else {}
+
+
+def cell(scores: list[dict], reward: str) -> str:
+    """The mean change over the seeds with its 95 % interval over videos, and each seed's."""
+    changes = [run[reward] for run in scores if reward in run]
+    if not changes:
+        return ""
+    mean = sum(change["change"] for change in changes) / len(changes)
+    half = sum(change["half_width_95"] ** 2 for change in changes) ** 0.5 / len(changes)
+    return f"{mean:+.3f} +-{half:.3f} ({' '.join(format(change['change'], '+.3f') for change in changes)})"
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments"))
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    args = parser.parse_args(argv)
+    gpus, numbers, started = torch.cuda.device_count(), count(), threading.Lock()
+
+    def task(name: str, seed: int) -> dict:
+        with started:
+            number = next(numbers)
+        return run(name, seed, args.output_dir, number % gpus if gpus else None)
+
+    with ThreadPoolExecutor(args.jobs) as executor:
+        futures = {name: [executor.submit(task, name, seed) for seed in SEEDS] for name in args.only}
+        seeds = " ".join(map(str, SEEDS))
+        print(f"| change after 80 steps, seeds {seeds} | prompt match | sharpness |\n|---|---|---|")
+        for name, runs in futures.items():
+            scores = [future.result() for future in runs]
+            print(f"| {name} | {cell(scores, MATCH)} | {cell(scores, 'sharpness')} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
