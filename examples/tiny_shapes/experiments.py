@@ -26,6 +26,8 @@ SEEDS = (42, 43, 44)
 MATCH = "tiny_shapes_prompt_match"
 # Sharpness rises on noise and hard edges whatever the prompt says: a reward that invites to be hacked.
 HACKED = {"rewards": f"sharpness=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 5e-4}
+# The same beside the one that is meant.
+TEMPTED = {**HACKED, "rewards": f"sharpness=2,{MATCH}=1"}
 TWO_BLOCKS = {"num_frames": 21}
 LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
 EXPERIMENTS: dict[str, dict] = {
@@ -49,8 +51,11 @@ EXPERIMENTS: dict[str, dict] = {
     "sharpness, no KL": {**HACKED, "kl_weight": 0},
     "sharpness, uniform KL": {**HACKED, "kl_weight": 0.03},
     "sharpness, selective KL": {**HACKED, "kl_weight": 0.03, "selective_kl": True},
-    "sharpness, selective KL, moving reference": {
-        **HACKED,
+    "both, no KL": {**TEMPTED, "kl_weight": 0},
+    "both, uniform KL": {**TEMPTED, "kl_weight": 0.03},
+    "both, selective KL": {**TEMPTED, "kl_weight": 0.03, "selective_kl": True},
+    "both, selective KL, moving reference": {
+        **TEMPTED,
         "kl_weight": 0.03,
         "selective_kl": True,
         "reference_reset_kl": 0.15,
