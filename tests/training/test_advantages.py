@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from astrolabe_diffusers.training.advantages import group_advantages
+from astrolabe_diffusers.training.advantages import group_advantages, reward_to_maximise
 
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
@@ -44,6 +44,7 @@ def test_group_without_spread_has_zero_advantage_and_is_counted(std):
     assert advantages.values[[0, 1, 2, 6, 7]].eq(0).all()
     assert advantages.values[3] > 0 > advantages.values[5]
     assert advantages.zero_spread == pytest.approx(2 / 3)
+    assert advantages.trained.tolist() == [False] * 3 + [True] * 3 + [False] * 2 and advantages.valid.all()
 
 
 def test_constant_rewards_give_zero_and_no_nan():
@@ -67,3 +68,23 @@ def test_group_of_nothing_but_nan():
     rewards[6:] = math.nan
     advantages = group_advantages(rewards, GROUPS, "group")
     assert advantages.values.isfinite().all() and not advantages.valid[6:].any()
+
+
+def test_reward_to_maximise():
+    """Two rewards of very different range: in the plain sum one drowns the other, standardised both count."""
+    scores = {"a": REWARDS, "b": 1000 * torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0, 2.0, 5.0, 4.0])}
+    weights = {"a": 2.0, "b": 0.5}
+    plain = reward_to_maximise(scores, weights, GROUPS)
+    torch.testing.assert_close(plain, 2 * scores["a"] + 0.5 * scores["b"])
+    assert reward_to_maximise(scores, weights, GROUPS, primary="a") is scores["a"]
+    standardised = reward_to_maximise(scores, weights, GROUPS, normalization="group").numpy()
+    a, b = (reference(scores[name], GROUPS, "group") for name in ("a", "b"))
+    np.testing.assert_allclose(standardised, 2 * a + 0.5 * b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["none", "group"])
+def test_a_missing_score_makes_the_sum_missing(normalization):
+    scores = {"a": REWARDS.clone(), "b": REWARDS.clone()}
+    scores["b"][2] = math.nan
+    result = reward_to_maximise(scores, {"a": 1.0, "b": 1.0}, GROUPS, normalization=normalization)
+    assert result.isnan().tolist() == [i == 2 for i in range(8)]

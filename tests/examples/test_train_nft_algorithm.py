@@ -1,0 +1,107 @@
+"""Whole runs with every part of the algorithm, in this process, on the random tiny pipeline."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.helpers import tiny_arguments
+
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from train_nft import main  # noqa: E402
+
+
+BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
+TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5"}
+
+
+def run(model_folder, folder, **values):
+    assert main(tiny_arguments(model_folder, folder, **values)) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder, name="pytorch_lora_weights.safetensors"):
+    return load_file(folder / name)
+
+
+@pytest.fixture(scope="module")
+def plain(model_folder, tmp_path_factory):
+    """Adapters of runs without options, with one reward and with two."""
+    folders = [tmp_path_factory.mktemp("plain") for _ in range(2)]
+    run(model_folder, folders[0])
+    run(model_folder, folders[1], **TWO_REWARDS)
+    return [adapter(folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"context": "noisy"},
+        {"context_policy": "old"},
+        {"loss_weighting": "adaptive"},
+        {"window_size": 3, "sample_frames": 9},
+        {"window_size": 3, "sample_frames": 9, "window_selection": "choices", "window_choices": "3,6"},
+        {"window_size": 3, "sample_frames": 9, "shared_prefix": True},
+        {"window_size": 3, "sample_frames": 9, "shared_prefix": True, "context_policy": "old"},
+        {**TWO_REWARDS, "reward_normalization": "group"},
+        {**TWO_REWARDS, "advantage_reward": "primary", "primary_reward": CONTRAST},
+        {**TWO_REWARDS, "selective_kl": True},
+    ],
+    ids=lambda values: " ".join(f"{k}={str(v).split(':')[-1]}" for k, v in values.items()),
+)
+def test_every_option_trains_and_changes_the_result(model_folder, tmp_path, plain, values):
+    metrics = run(model_folder, tmp_path, **values)
+    assert all(record["grad_norm"] > 0 for record in metrics)
+    weights, others = adapter(tmp_path), plain["rewards" in values]
+    assert weights.keys() == others.keys()
+    assert max((weights[name] - others[name]).abs().max() for name in weights) > 1e-6
+
+
+def test_selective_kl_holds_some_samples(model_folder, tmp_path):
+    metrics = run(model_folder, tmp_path, **TWO_REWARDS, selective_kl=True, kl_weight=10.0, max_train_steps=4)
+    assert all(0 < record["kl_samples"] < 1 for record in metrics)
+    assert metrics[-1]["kl"] > 0 and 0.02 <= metrics[-1]["risk_ratio"] <= 0.2
+
+
+def test_the_reference_moves(model_folder, tmp_path):
+    """Every second epoch it becomes the current policy: right after, the KL is that of one step."""
+    values = {"max_train_steps": 4, "checkpointing_steps": 4, "learning_rate": 1e-2}
+    fixed = run(model_folder, tmp_path / "fixed", **values)
+    moving = run(model_folder, tmp_path / "moving", **values, reference_reset_epochs=2)
+    assert [record["reference_age"] for record in moving] == [1, 0, 1, 0]
+    assert moving[1]["kl"] == pytest.approx(fixed[1]["kl"], rel=1e-4)
+    assert moving[2]["kl"] == pytest.approx(0, abs=1e-9) and fixed[2]["kl"] > 1e-6
+    assert moving[3]["kl"] > 1e-9
+    reset = run(model_folder, tmp_path / "kl", **values, reference_reset_kl=fixed[1]["kl"] / 2)
+    assert reset[1]["reference_age"] == 0 and reset[2]["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_average_is_judged_and_saved(model_folder, tmp_path):
+    values = {"max_train_steps": 3, "learning_rate": 1e-2, "checkpointing_steps": 1}
+    run(model_folder, tmp_path, **values, ema_decay=0.75)
+    steps = [adapter(tmp_path / "checkpoints" / f"checkpoint-{step}") for step in (1, 2, 3)]
+    saved = adapter(tmp_path)
+    assert saved.keys() == steps[0].keys()
+    for name, value in saved.items():
+        if "lora_B" in name:  # starts at zero
+            expected = 0.25 * (0.75**2 * steps[0][name] + 0.75 * steps[1][name] + steps[2][name])
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "values,words",
+    [
+        ({"selective_kl": True}, "selective_kl compares the primary reward with the others"),
+        ({"primary_reward": "sharpness"}, "primary_reward 'sharpness' is none of"),
+        ({"window_size": 4}, "window_size=4 is no whole number of blocks of 3"),
+        ({"context": "noisy", "context_policy": "old"}, "context=noisy trains a whole video"),
+        ({"context": "dirty"}, "clean, noisy"),
+    ],
+)
+def test_errors(model_folder, tmp_path, capsys, values, words):
+    assert main(tiny_arguments(model_folder, tmp_path, **values)) == 2
+    assert words in capsys.readouterr().err
