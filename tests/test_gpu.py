@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import astrolabe_diffusers
 from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
-from astrolabe_diffusers.models.attention_causal_wan import attend
+from astrolabe_diffusers.models.attention_causal_wan import attend, attend_with_shared_past
 
 
 pytestmark = pytest.mark.gpu
@@ -116,6 +116,22 @@ def test_cudnn_attends_by_default():
     result = attend(query, key, key)
     assert torch.equal(result, expected[SDPBackend.CUDNN_ATTENTION])
     assert not torch.equal(result, expected[SDPBackend.FLASH_ATTENTION])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_a_shared_past_is_attended_to_in_one_call(dtype, tolerance):
+    """Against one attention over both, and without a copy of the past for every video."""
+    query, key, value = (torch.randn(4, 700, 12, 128, device="cuda", dtype=dtype) for _ in range(3))
+    past = [torch.randn(1, 9000, 12, 128, device="cuda", dtype=dtype) for _ in range(2)]
+    keys, values = (torch.cat([p.expand(4, -1, -1, -1), x], dim=1) for p, x in zip(past, (key, value)))
+    expected = attend(query, keys, values)
+    del keys, values
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = attend_with_shared_past(query, past, (key, value))
+    assert (result - expected).abs().max() < tolerance
+    assert torch.cuda.max_memory_allocated() - before < 4 * past[0].nbytes
 
 
 def test_an_ended_stream_leaves_no_memory():

@@ -102,10 +102,7 @@ def test_gradient_by_finite_differences(pipe, accelerator):
 
 def test_accumulated_batches_equal_one_batch(pipe, accelerator):
     whole, cfg = noised_batch(pipe, batch_size=4), config()
-    halves = [
-        rows(whole, part)
-        for part in (slice(0, 2), slice(2, 4))
-    ]
+    halves = [rows(whole, part) for part in (slice(0, 2), slice(2, 4))]
     expected, statistics = accumulate(accelerator, pipe.transformer, [whole], cfg)
     actual, half_statistics = accumulate(accelerator, pipe.transformer, halves, cfg)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
