@@ -43,7 +43,7 @@ class GenerationConfig:
 
     prompt: str | None = None
     prompts: str | None = None
-    column: str = "prompt"
+    column: str | None = None
     split: str = "train"
     plain_prompts: bool = False
     output_dir: str = "videos"

@@ -6,12 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
-from ..training.errors import UserError, as_user_error
-from ..training.prompts import Prompt, read_prompts
+from ..training.prompts import Prompt
 from ..training.seeds import seeded_generator
 
 
@@ -33,28 +31,6 @@ class Job:
     def generator(self, seed: int) -> torch.Generator:
         """The source of all its random numbers, on the CPU: they depend on no other job and on no device."""
         return seeded_generator("video", seed, self.prompt_index, self.video_number)
-
-
-def load_prompts(prompts: str, column: str, split: str) -> list[Prompt]:
-    """The prompts of a .txt or .jsonl file, or of a column of a dataset, whose other columns are the metadata."""
-    path = Path(prompts)
-    if path.is_file():
-        if path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"the prompt file {path} must be a .txt or a .jsonl file.")
-        loaded = read_prompts(path)
-    else:
-        # Imported here: it costs a second, and most runs have a file or one prompt.
-        from datasets import load_dataset
-
-        with as_user_error(f"{prompts} is no file, and cannot be loaded as a dataset"):
-            dataset = load_dataset(prompts, split=split)
-        if column not in dataset.column_names:
-            raise UserError(f"{prompts} has no column {column!r}; its columns: {', '.join(dataset.column_names)}.")
-        loaded = [Prompt(row.pop(column), row) for row in dataset]
-    for index, prompt in enumerate(loaded):
-        if not isinstance(prompt.text, str):
-            raise UserError(f"prompt {index} of {prompts} is {prompt.text!r} and no text.")
-    return loaded
 
 
 def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[Job]:

@@ -20,10 +20,10 @@ from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rewards import RewardSet
 from ..training.errors import UserError, as_user_error, one_line
-from ..training.prompts import Prompt
+from ..training.prompts import Prompt, PromptSource
 from ..training.rollout import RewardWorker
 from .config import GenerationConfig
-from .jobs import Job, batches, load_prompts, make_jobs
+from .jobs import Job, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
 from .manifest import Manifest, describe
 from .video_file import VideoWriter
@@ -42,7 +42,9 @@ def generate_videos(config: GenerationConfig):
             then made their videos, and the same call makes the rest.
     """
     accelerator = make_accelerator()
-    prompts = load_prompts(config.prompts, config.column, config.split) if config.prompts else [Prompt(config.prompt)]
+    prompts = [Prompt(config.prompt)]
+    if config.prompts:
+        prompts = PromptSource(config.prompts, column=config.column).read(config.split)
     rewards = None
     if config.reward:
         with as_user_error("reward"):

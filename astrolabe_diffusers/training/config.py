@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import types
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from .. import TINY_SHAPES
 from .errors import UserError, one_line
+from .published_runs import find_published_run, list_published_runs
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, minimum: float | None = None):
@@ -53,11 +55,21 @@ class NFTConfig(Config):
     pretrained_model_name_or_path: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
     revision: str | None = option(None, "revision of the model on the Hub")
     variant: str | None = option(None, "variant of the weight files, such as bf16")
+    local_attn_size: int | None = option(None, "window in latent frames, -1 for all; the model's own if not given")
+    sink_size: int | None = option(None, "latent frames that stay in sight; the model's own if not given", minimum=0)
+    sigmas: list[float] = option([], "noise levels of a block's steps before the shift; the model's own if not given")
+    num_context_frames: int | None = option(
+        None, "0: Krea 14B with a cache that grows, not its server's way, which cannot be trained", minimum=0
+    )
     prompts: str | None = option(
         None,
-        "folder with train.txt and test.txt (or .jsonl), or one .txt or .jsonl file from which num_eval_prompts "
-        "prompts are held out; the model's own folder prompts/ if not given",
+        "folder with train and test .txt, .jsonl or _metadata.jsonl; one .txt or .jsonl file from which "
+        "num_eval_prompts prompts are held out; or a dataset, id or folder; if not given, the model's folder prompts/",
     )
+    prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
+    prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
+    train_split: str = option("train", "split of a dataset")
+    eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
     output_dir: str = option("nft-lora", "everything the run writes")
     seed: int = option(42, "seed of LoRA initialisation, prompts, samples and training noise")
 
@@ -285,9 +297,22 @@ def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = No
         description="Trains a LoRA of a causal video model with NFT (online reinforcement learning).",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help=f"a YAML file, or one of: {', '.join(_config_names(config_dir))}")
+    names = ", ".join(_config_names(config_dir))
+    help = f"a YAML file, {names}, the name of a published run, or `list`, which prints these names"
+    parser.add_argument("--config", help=help)
     arguments = parse_fields(parser, NFTConfig, argv)
-    values = _read_yaml(arguments.pop("config"), config_dir, [f.name for f in fields(NFTConfig)])
+    config = arguments.pop("config")
+    published = Path(config_dir or "") / "published"
+    if config == "list":
+        print(list_published_runs(published))
+        raise SystemExit(0)
+    run = config and find_published_run(config, published)
+    if run:
+        values, sizes = run.settings_for(int(os.environ.get("WORLD_SIZE", 1)))
+        if os.environ.get("RANK", "0") == "0":
+            print(sizes)
+    else:
+        values = _read_yaml(config, config_dir, [f.name for f in fields(NFTConfig)])
     return NFTConfig(**{**values, **arguments})
 
 
@@ -304,6 +329,7 @@ def parse_fields(
         bool: {"nargs": "?", "const": "true"},
         list[str]: {"action": "append"},
         list[int]: {"action": "append"},
+        list[float]: {"action": "append"},
     }
     for f in fields(config_class):
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
@@ -355,6 +381,17 @@ def _close_matches(name: str, names: list[str], prefix: str = "") -> str:
     return f" (did you mean {' or '.join(prefix + match for match in matches)}?)" if matches else ""
 
 
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[str]: "names, comma-separated",
+    list[int]: "whole numbers, comma-separated",
+    list[float]: "numbers, comma-separated",
+}
+
+
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """A value from YAML or the command line as the type that the field declares."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -378,17 +415,12 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         if get_origin(hint) is list:
             value = [v for v in value.strip("[] ").split(",") if v.strip()] if isinstance(value, str) else value
             items = [str(v).strip().strip("'\"") for v in value]
-            return [int(item) for item in items] if hint == list[int] else items
+            return [get_args(hint)[0](item) for item in items]
         if isinstance(value, str):
             value = _parse_weights(value)
         return {str(key): float(weight) for key, weight in value.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-            hint,
-            {list[str]: "names, comma-separated", list[int]: "whole numbers, comma-separated"}.get(
-                hint, "name=weight, comma-separated"
-            ),
-        )
+        expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated")
         raise UserError(f"{name} must be {expected}, not {value!r}.") from error
 
 

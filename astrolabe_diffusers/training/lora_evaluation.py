@@ -23,7 +23,7 @@ from .config import Config, option, parse_fields
 from .errors import UserError, as_user_error
 from .evaluation import Evaluation, compare_videos, evaluate
 from .plots import draw_means
-from .prompts import eval_samples, process_batches, read_split, spread
+from .prompts import PromptSource, eval_samples, process_batches, spread
 from .report import change_text, comparison_rows, markdown_table
 from .rollout import PromptEncoder, RewardWorker
 from .setup import load_pipeline, prompt_path, video_size
@@ -126,7 +126,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         UserError: a mistake in the settings, or a reward that cannot score a video.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    prompts = spread(read_split(prompt_path(config.model, config.prompts), "test"), config.num_prompts)
+    prompts = spread(PromptSource(prompt_path(config.model, config.prompts)).read("test"), config.num_prompts)
     samples = eval_samples(prompts, config.seeds)
     with as_user_error("rewards"):
         rewards = RewardSet(dict.fromkeys(config.rewards, 1.0))

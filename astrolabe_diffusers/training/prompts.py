@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, as_user_error
 from .seeds import seeded_generator
 
 
 T = TypeVar("T")
-SUFFIXES = (".txt", ".jsonl")
+# Of the files in a prompt folder, after the split's name.
+ENDINGS = (".txt", ".jsonl", "_metadata.jsonl")
+# Where a dataset has its prompts if nobody says.
+COLUMNS = ("prompt", "text")
 
 
 @dataclass(frozen=True)
@@ -55,41 +58,72 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def load_prompts(path: str | Path, num_eval_prompts: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts.
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from.
 
-    Args:
-        path: a folder with `train.txt` and `test.txt` (or `.jsonl`), or one file.
-        num_eval_prompts:
-            How many prompts are held out, evenly spaced: of the test file if there is one, else of the file itself.
+    Attributes:
+        name: a file, a folder with a file a split, or a dataset of the library `datasets`, id or folder.
+        data_dir: folder inside the dataset's repository.
+        column: of the dataset, `prompt` or `text` if not given; its other columns are the metadata.
     """
-    path = Path(path)
-    if path.is_dir():
-        return read_split(path, "train"), spread(read_split(path, "test"), num_eval_prompts)
-    prompts = read_split(path, "train")
+
+    name: str
+    data_dir: str | None = None
+    column: str | None = None
+
+    def read(self, split: str) -> list[Prompt]:
+        """The prompts of a split; those of a file, which is all of them.
+
+        Raises:
+            UserError: there are none.
+        """
+        path = Path(self.name)
+        files = [path] if path.is_file() else [path / f"{split}{ending}" for ending in ENDINGS]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            prompts = self._read_dataset(split)
+        elif file.suffix in (".txt", ".jsonl"):
+            prompts = read_prompts(file)
+        else:
+            raise UserError(f"the prompt file {file} must be a .txt or a .jsonl file.")
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt.text, str):
+                raise UserError(f"prompt {index} of {self.name} is {prompt.text!r} and no text.")
+        return prompts
+
+    def _read_dataset(self, split: str) -> list[Prompt]:
+        # Imported here: it costs a second, and most runs have a file.
+        from datasets import load_dataset
+
+        with as_user_error(f"{self.name} is no prompt file, has no {split}.txt, and cannot be loaded as a dataset"):
+            dataset = load_dataset(self.name, data_dir=self.data_dir, split=split)
+        columns = (self.column,) if self.column else COLUMNS
+        column = next((column for column in columns if column in dataset.column_names), None)
+        if column is None:
+            names = " or ".join(map(repr, columns))
+            raise UserError(f"{self.name} has no column {names}; its columns: {', '.join(dataset.column_names)}.")
+        return [Prompt(row.pop(column), row) for row in dataset]
+
+
+def train_and_eval_prompts(
+    source: PromptSource, num_eval_prompts: int, train_split: str = "train", eval_split: str = "test"
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts, the latter evenly spaced.
+
+    A source without a second split, a single file for example, gives its held-out prompts from the first.
+    """
+    prompts = source.read(train_split)
+    if not Path(source.name).is_file() and eval_split != train_split:
+        return prompts, spread(source.read(eval_split), num_eval_prompts)
     if len(prompts) <= num_eval_prompts:
         raise UserError(
-            f"{path} has {len(prompts)} prompts, but num_eval_prompts={num_eval_prompts} of them are to be held out "
-            "from training; lower it, or use a folder with train.txt and test.txt."
+            f"{source.name} has {len(prompts)} prompts, but num_eval_prompts={num_eval_prompts} of them are to be "
+            "held out from training; lower it, or use a folder with train.txt and test.txt."
         )
     held_out = set(spread(range(len(prompts)), num_eval_prompts))
     train = [prompt for i, prompt in enumerate(prompts) if i not in held_out]
     return train, [prompts[i] for i in sorted(held_out)]
-
-
-def read_split(path: str | Path, split: str) -> list[Prompt]:
-    """Prompts of a file, or of `<split>.txt` (or `.jsonl`) in a folder."""
-    path = Path(path)
-    if path.is_dir():
-        files = [path / f"{split}{suffix}" for suffix in SUFFIXES if (path / f"{split}{suffix}").is_file()]
-        if not files:
-            raise UserError(f"the prompt folder {path} has no {split}.txt and no {split}.jsonl.")
-        return read_prompts(files[0])
-    if not path.is_file():
-        raise UserError(f"no prompt file or folder {path}.")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"the prompt file {path} must be a .txt or a .jsonl file.")
-    return read_prompts(path)
 
 
 def spread(items: Sequence[T], number: int) -> list[T]:

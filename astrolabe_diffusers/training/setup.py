@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from ..rewards import RewardSet
 from .config import NFTConfig
 from .errors import UserError, as_user_error
+from .prompts import Prompt, PromptSource, train_and_eval_prompts
 
 
 def make_accelerator(config: NFTConfig) -> Accelerator:
@@ -26,14 +27,42 @@ def make_accelerator(config: NFTConfig) -> Accelerator:
     )
 
 
-def prompt_path(model: str, prompts: str | None) -> str | Path:
+def prompt_path(model: str, prompts: str | None) -> str:
     """The given prompts, or those that lie beside the model."""
     if prompts is not None:
         return prompts
     path = Path(model) / "prompts"
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: check the model's name, or give prompts, a file or a folder.")
-    return path
+    return str(path)
+
+
+def load_prompts(config: NFTConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts of a run."""
+    path = prompt_path(config.pretrained_model_name_or_path, config.prompts)
+    source = PromptSource(path, config.prompts_data_dir, config.prompt_column)
+    return train_and_eval_prompts(source, config.num_eval_prompts, config.train_split, config.eval_split)
+
+
+def set_recipe(pipeline: DiffusionPipeline, config: NFTConfig):
+    """What the settings say about how the model attends and samples; its own where they do not."""
+    attention = {"local_attn_size": config.local_attn_size, "sink_size": config.sink_size}
+    pipeline.transformer.register_to_config(**{name: value for name, value in attention.items() if value is not None})
+    model = pipeline.transformer.config
+    if model.local_attn_size != -1 and model.local_attn_size < model.sink_size + model.num_frames_per_block:
+        raise UserError(
+            f"local_attn_size={model.local_attn_size} has no room for the sink of {model.sink_size} and a block of "
+            f"{model.num_frames_per_block} latent frames; -1 is no limit."
+        )
+    if config.sigmas:
+        pipeline.register_to_config(sigmas=config.sigmas)
+    if config.num_context_frames is not None:
+        pipeline.register_to_config(num_context_frames=config.num_context_frames or None)
+    if pipeline.config.num_context_frames:
+        raise UserError(
+            "this pipeline encodes its context anew for every block, which cannot be trained: set "
+            "num_context_frames=0 for a cache that grows, and the sigmas that go with it."
+        )
 
 
 def load_pipeline(

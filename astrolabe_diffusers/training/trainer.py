@@ -29,11 +29,19 @@ from .policies import (
     policy_parameters,
     use_policy,
 )
-from .prompts import Sample, epoch_samples, eval_samples, load_prompts, process_batches
+from .prompts import Sample, epoch_samples, eval_samples, process_batches
 from .reference import ReferenceSchedule, RiskController, rank_disagreement
 from .report import RunReport, peak_memory_gb
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
-from .setup import load_pipeline, make_accelerator, make_optimizer, make_rewards, prompt_path, video_size
+from .setup import (
+    load_pipeline,
+    load_prompts,
+    make_accelerator,
+    make_optimizer,
+    make_rewards,
+    set_recipe,
+    video_size,
+)
 from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
 from .windows import make_windows
 
@@ -54,14 +62,13 @@ class NFTTrainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
 
-        self.prompts, self.eval_prompts = load_prompts(
-            prompt_path(config.pretrained_model_name_or_path, config.prompts), config.num_eval_prompts
-        )
+        self.prompts, self.eval_prompts = load_prompts(config)
         self.eval_samples = eval_samples(self.eval_prompts, config.eval_seeds)
         rewards, watched = make_rewards(config)  # before the large model is loaded: a wrong name is found at once
         self.pipeline = load_pipeline(
             config.pretrained_model_name_or_path, self.accelerator, config.revision, config.variant
         )
+        set_recipe(self.pipeline, config)
         self.rewards = RewardWorker(self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip")
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.eval_size = video_size(

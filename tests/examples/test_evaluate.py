@@ -234,7 +234,7 @@ def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_
         ({"rewards": ""}, ["rewards is empty"]),
         ({"rewards": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),
         ({"rewards": "tests.training.rewards:broken"}, ["ZeroDivisionError", "a reward that cannot work"]),
-        ({"prompts": "nowhere"}, ["no prompt file or folder nowhere"]),
+        ({"prompts": "nowhere"}, ["nowhere is no prompt file", "cannot be loaded as a dataset"]),
         ({"model": "/no/model"}, ["no folder /no/model/prompts", "give prompts"]),
         ({"model": "/no/model", "prompts": TINY_SHAPES_PROMPTS}, ["cannot load /no/model"]),
         ({"prompts": EXAMPLES.parent / "README.md"}, ["must be a .txt or a .jsonl file"]),
@@ -279,4 +279,4 @@ def test_folder_without_prompts(tmp_path, capsys):
     folder = save_tiny_pipeline(tmp_path / "model")
     (folder / "prompts" / "test.txt").unlink()
     assert main(arguments(folder, tmp_path / "out")) == 2
-    check_one_line(capsys, ["has no test.txt and no test.jsonl"])
+    check_one_line(capsys, ["has no test.txt", "cannot be loaded as a dataset"])

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from astrolabe_diffusers.training.evaluation import evaluate
-from astrolabe_diffusers.training.prompts import eval_samples, load_prompts
+from astrolabe_diffusers.training.prompts import PromptSource, eval_samples, train_and_eval_prompts
 from astrolabe_diffusers.training.rollout import PromptEncoder
 from tests.training.helpers import reward_worker, tiny_arguments
 
@@ -90,7 +90,7 @@ def test_reloaded_adapter_reproduces_the_evaluation(finished, model_folder):
     pipe = DiffusionPipeline.from_pretrained(model_folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(folder)
-    samples = eval_samples(load_prompts(model_folder / "prompts", 2)[1], 2)
+    samples = eval_samples(train_and_eval_prompts(PromptSource(str(model_folder / "prompts")), 2)[1], 2)
     worker = reward_worker(pipe)
     size = {"height": 32, "width": 32, "num_frames": 21}
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
         ({"rewards": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),
         ({"rewards": "tests.training.rewards:always_nan", "nan_reward": "skip"}, ["no video of this epoch"]),
         ({"rewards": "tests.training.rewards:broken"}, ["ZeroDivisionError", "a reward that cannot work"]),
-        ({"prompts": "nowhere"}, ["no prompt file or folder nowhere"]),
+        ({"prompts": "nowhere"}, ["nowhere is no prompt file", "cannot be loaded as a dataset"]),
         ({"pretrained_model_name_or_path": "/no/model"}, ["cannot load /no/model"]),
         ({"pretrained_model_name_or_path": "/no/model", "prompts": "none"}, ["no folder /no/model/prompts"]),
         ({"samples_per_prompt": 5}, ["8 samples", "2, 4 or 8"]),

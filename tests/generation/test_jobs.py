@@ -1,71 +1,8 @@
-import json
-
 import pytest
 import torch
 
-from astrolabe_diffusers import TINY_SHAPES
-from astrolabe_diffusers.generation.jobs import Job, batches, load_prompts, make_jobs
-from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.generation.jobs import Job, batches, make_jobs
 from astrolabe_diffusers.training.prompts import Prompt
-
-
-@pytest.fixture
-def dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def test_text_and_jsonl_files(tmp_path):
-    (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
-    assert load_prompts(str(tmp_path / "p.txt"), "", "") == [Prompt("a cat"), Prompt("a dog")]
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "color": "red"}) + "\n")
-    assert load_prompts(str(tmp_path / "p.jsonl"), "", "") == [Prompt("a cat", {"color": "red"})]
-
-
-def test_dataset(dataset_cache):
-    """The embedded prompts are a text dataset of two splits with one column."""
-    folder = f"{TINY_SHAPES}/prompts"
-    expected = load_prompts(f"{folder}/test.txt", "", "")
-    assert [p.text for p in load_prompts(folder, "text", "test")] == [p.text for p in expected]
-    assert [p.text for p in load_prompts(folder, "text", "test[:3]")] == [p.text for p in expected[:3]]
-
-
-def test_other_columns_are_metadata(dataset_cache, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.csv").write_text("caption,color\na cat,red\na dog,blue\n")
-    prompts = load_prompts(str(tmp_path / "data"), "caption", "train")
-    assert prompts == [Prompt("a cat", {"color": "red"}), Prompt("a dog", {"color": "blue"})]
-
-
-@pytest.mark.parametrize(
-    ("column", "split", "words"),
-    [
-        ("prompt", "test", "no column 'prompt'; its columns: text"),
-        ("text", "tset", "Should be one of .'train', 'test'"),
-    ],
-)
-def test_wrong_column_and_split(dataset_cache, column, split, words):
-    with pytest.raises(UserError, match=words):
-        load_prompts(f"{TINY_SHAPES}/prompts", column, split)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("p.csv", "a", "must be a .txt or a .jsonl file"),
-        ("p.txt", "\n", "is empty"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 5}', "prompt 1 of .* is 5 and no text"),
-        ("p.jsonl", '{"text": "a"}', "line 1"),
-    ],
-)
-def test_bad_files(tmp_path, name, content, words):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=words):
-        load_prompts(str(tmp_path / name), "prompt", "train")
-
-
-def test_missing_file(dataset_cache, tmp_path):
-    with pytest.raises(UserError, match="nowhere.txt is no file, and cannot be loaded as a dataset"):
-        load_prompts(str(tmp_path / "nowhere.txt"), "prompt", "train")
 
 
 @pytest.mark.parametrize(

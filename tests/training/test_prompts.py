@@ -1,18 +1,20 @@
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.prompts import (
     Prompt,
+    PromptSource,
     epoch_samples,
     eval_samples,
-    load_prompts,
     process_batches,
     read_prompts,
-    read_split,
     spread,
+    train_and_eval_prompts,
 )
 from astrolabe_diffusers.training.seeds import stable_seed
 
@@ -20,59 +22,99 @@ from astrolabe_diffusers.training.seeds import stable_seed
 PROMPTS = [Prompt(f"prompt {i}") for i in range(5)]
 
 
+@pytest.fixture
+def dataset_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def texts(prompts):
+    return [prompt.text for prompt in prompts]
+
+
 def test_text_files_of_a_folder(tmp_path):
     (tmp_path / "train.txt").write_text("one\n\n  two \nthree\n")
     (tmp_path / "test.txt").write_text("\n".join(f"held out {i}" for i in range(10)))
-    train, test = load_prompts(tmp_path, 3)
-    assert [p.text for p in train] == ["one", "two", "three"]
-    assert [p.text for p in test] == ["held out 0", "held out 3", "held out 6"]
+    train, test = train_and_eval_prompts(PromptSource(str(tmp_path)), 3)
+    assert texts(train) == ["one", "two", "three"]
+    assert texts(test) == ["held out 0", "held out 3", "held out 6"]
 
 
-def test_jsonl_keeps_the_metadata(tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "color": "red"}) + "\n")
-    assert read_prompts(tmp_path / "p.jsonl") == [Prompt("a cat", {"color": "red"})]
+@pytest.mark.parametrize("ending", [".jsonl", "_metadata.jsonl"])
+def test_jsonl_keeps_the_metadata(tmp_path, ending):
+    """In the layouts of published prompt sets."""
+    for split in ("train", "test"):
+        line = json.dumps({"prompt": f"a {split} cat", "color": "red"})
+        (tmp_path / f"{split}{ending}").write_text(line + "\n")
+    train, test = train_and_eval_prompts(PromptSource(str(tmp_path)), 3)
+    assert train == [Prompt("a train cat", {"color": "red"})] and test == [Prompt("a test cat", {"color": "red"})]
+    assert PromptSource(str(tmp_path / f"test{ending}")).read("any") == test
 
 
 def test_single_file_is_split_without_overlap(tmp_path):
     path = tmp_path / "all.txt"
     path.write_text("\n".join(f"p{i}" for i in range(10)))
-    train, test = load_prompts(path, 4)
+    train, test = train_and_eval_prompts(PromptSource(str(path)), 4)
     assert len(test) == 4 and {p.text for p in train} | {p.text for p in test} == {f"p{i}" for i in range(10)}
     assert len(train) == 6
 
 
-def test_split_of_a_folder_or_a_whole_file(tmp_path):
-    (tmp_path / "test.jsonl").write_text('{"prompt": "a"}')
-    assert read_split(tmp_path, "test") == [Prompt("a", {})] == read_split(tmp_path / "test.jsonl", "test")
-    with pytest.raises(UserError, match="has no train.txt and no train.jsonl"):
-        read_split(tmp_path, "train")
+def test_dataset(dataset_cache):
+    """The embedded prompts are a text dataset of two splits with one column, called `text`."""
+    folder = Path(TINY_SHAPES) / "prompts"
+    expected = texts(read_prompts(folder / "test.txt"))
+    source = PromptSource(TINY_SHAPES, data_dir="prompts")
+    assert texts(source.read("test")) == expected
+    assert texts(PromptSource(str(folder)).read("test[:3]")) == expected[:3]
+    train, test = train_and_eval_prompts(source, 5, "train[:20]", "test")
+    assert texts(train) == texts(read_prompts(folder / "train.txt"))[:20]
+    assert texts(test) == texts(spread(read_prompts(folder / "test.txt"), 5))
+    # One split: what is held out is taken from it.
+    train, test = train_and_eval_prompts(source, 5, "test", "test")
+    assert len(test) == 5 and sorted(texts(train) + texts(test)) == sorted(expected)
+
+
+def test_other_columns_are_metadata(dataset_cache, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("caption,color\na cat,red\na dog,blue\n")
+    prompts = PromptSource(str(tmp_path / "data"), column="caption").read("train")
+    assert prompts == [Prompt("a cat", {"color": "red"}), Prompt("a dog", {"color": "blue"})]
+    with pytest.raises(UserError, match="no column 'prompt' or 'text'; its columns: caption, color"):
+        PromptSource(str(tmp_path / "data")).read("train")
+
+
+def test_wrong_column_and_split(dataset_cache):
+    with pytest.raises(UserError, match="no column 'prompt'; its columns: text"):
+        PromptSource(TINY_SHAPES, "prompts", "prompt").read("test")
+    with pytest.raises(UserError, match="Should be one of .'train', 'test'"):
+        PromptSource(TINY_SHAPES, "prompts").read("tset")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({}, "no prompt file or folder"),
-        ({"prompts/train.txt": "a"}, "has no test.txt and no test.jsonl"),
+        ({}, "no prompt file, has no train.txt, and cannot be loaded as a dataset"),
+        ({"prompts/train.txt": "a"}, "has no test.txt, and cannot be loaded as a dataset: Unknown split"),
         ({"prompts/train.txt": " \n", "prompts/test.txt": "a"}, "train.txt is empty"),
         ({"prompts/train.jsonl": '{"text": "a"}', "prompts/test.txt": "a"}, "train.jsonl, line 1"),
         ({"prompts/train.jsonl": '{"prompt": "a"}\nnonsense', "prompts/test.txt": "a"}, "train.jsonl, line 2"),
+        ({"prompts/train.jsonl": '{"prompt": "a"}\n{"prompt": 5}'}, "prompt 1 of .* is 5 and no text"),
     ],
 )
-def test_bad_folders(tmp_path, content, words):
+def test_bad_folders(dataset_cache, tmp_path, content, words):
     for name, text in content.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=words):
-        load_prompts(tmp_path / "prompts", 2)
+        train_and_eval_prompts(PromptSource(str(tmp_path / "prompts")), 2)
 
 
 def test_single_file_too_short_or_of_unknown_kind(tmp_path):
     (tmp_path / "p.txt").write_text("a\nb")
     with pytest.raises(UserError, match="has 2 prompts, but num_eval_prompts=2"):
-        load_prompts(tmp_path / "p.txt", 2)
+        train_and_eval_prompts(PromptSource(str(tmp_path / "p.txt")), 2)
     (tmp_path / "p.csv").write_text("a\nb")
     with pytest.raises(UserError, match="must be a .txt or a .jsonl"):
-        load_prompts(tmp_path / "p.csv", 1)
+        train_and_eval_prompts(PromptSource(str(tmp_path / "p.csv")), 1)
 
 
 def test_spread_covers_and_never_repeats():

@@ -1,0 +1,113 @@
+"""The runs published with Astrolabe, by name.
+
+A name is `<base>_video_<variant>[_<N>gpu]`; without a number it is the run on 8 processes. What each is, is data: a
+YAML file a base in `examples/configs/published/`, and `common.yaml` for what all share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+
+
+DEFAULT_PROCESSES = 8
+_NAME = re.compile(r"(?P<base>\w+?)_video_(?P<variant>\w+?)(?:_(?P<processes>\d+)gpu)?")
+# Spellings that the published files and their README do not agree on.
+_SPELLINGS = (("casual_forcing", "causal_forcing"), ("multireward", "multi_reward"))
+
+
+@dataclass
+class PublishedRun:
+    """A published run: the settings it states, and how many processes they are for."""
+
+    name: str
+    settings: dict[str, Any]
+    processes: int
+    sizes: dict[int, dict[str, Any]]  # of its base, by number of processes
+
+    def settings_for(self, num_processes: int) -> tuple[dict[str, Any], str]:
+        """The settings for another number of processes, and a line that says where batch and group sizes come from.
+
+        Published sizes of the same base if there are some for that number. Otherwise batch and group are kept, and the
+        batches are as many as come nearest to the run's samples an epoch and make up whole groups.
+        """
+        names = ("train_batch_size", "samples_per_prompt", "batches_per_epoch")
+        settings = dict(self.settings)
+        if num_processes == self.processes:
+            origin = "as published"
+        elif num_processes in self.sizes:
+            settings |= {name: self.sizes[num_processes][name] for name in names}
+            origin = f"those published for {num_processes} processes"
+        else:
+            batch, group = settings["train_batch_size"], settings["samples_per_prompt"]
+            together = num_processes * batch
+            unit = group // math.gcd(group, together)
+            total = self.processes * batch * settings["batches_per_epoch"]
+            settings["batches_per_epoch"] = unit * max(1, round(total / together / unit))
+            origin = f"near to those published for {self.processes} processes"
+        batch, group, batches = (settings[name] for name in names)
+        samples = num_processes * batch * batches
+        return settings, (
+            f"{self.name} on {num_processes} process{'es' if num_processes > 1 else ''}: batches of {batch}, "
+            f"groups of {group}, {samples} samples an epoch, {origin}"
+        )
+
+
+def published_names(folder: Path) -> list[str]:
+    """Every name, in the files' spelling."""
+    names = []
+    for path in sorted(folder.glob("*.yaml")):
+        if path.stem != "common":
+            data = yaml.safe_load(path.read_text())
+            for variant in data["variants"]:
+                numbers = ("" if number == DEFAULT_PROCESSES else f"_{number}gpu" for number in data["processes"])
+                names += [f"{path.stem}_video_{variant}{number}" for number in numbers]
+    return names
+
+
+def find_published_run(name: str, folder: Path) -> PublishedRun | None:
+    """
+    The run of this name, in any published spelling; `None` if it does not have the form of one.
+
+    Raises:
+        UserError: it has, but there is none.
+    """
+    spelled = name
+    for other, ours in _SPELLINGS:
+        spelled = spelled.replace(other, ours)
+    match = _NAME.fullmatch(spelled)
+    if match is None:
+        return None
+    known = published_names(folder)
+    processes = int(match["processes"] or DEFAULT_PROCESSES)
+    # The number of the default may be spelled out.
+    if spelled.removesuffix(f"_{DEFAULT_PROCESSES}gpu") not in known:
+        close = ", ".join(difflib.get_close_matches(spelled, known, n=3)) or "see --config list"
+        raise UserError(f"--config {name}: no published run has this name; near to it: {close}.")
+    data = yaml.safe_load((folder / f"{match['base']}.yaml").read_text())
+    run = spelled.removeprefix(f"{match['base']}_video_").removesuffix(f"_{DEFAULT_PROCESSES}gpu")
+    settings = yaml.safe_load((folder / "common.yaml").read_text())
+    settings |= data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
+    settings |= data.get("runs", {}).get(run, {})
+    return PublishedRun(name, settings, processes, data["processes"])
+
+
+def list_published_runs(folder: Path) -> str:
+    """A table of all names."""
+    rows = [("name", "rewards", "processes x batch x batches", "group")]
+    for name in published_names(folder):
+        run = find_published_run(name, folder)
+        settings = run.settings
+        rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())
+        size = f"{run.processes} x {settings['train_batch_size']} x {settings['batches_per_epoch']}"
+        rows.append((name, rewards, size, str(settings["samples_per_prompt"])))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,163 @@
+"""Every published name and its settings, against a table written by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from astrolabe_diffusers.training.config import NFTConfig, parse_args
+from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.training.published_runs import find_published_run, published_names
+
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+PUBLISHED = CONFIGS / "published"
+HPSV3, MQ, TA = "video_hpsv3_local", "videoalign_mq_score", "videoalign_ta_score"
+VQ, BOTH = {HPSV3: 1.0}, {HPSV3: 1.0, MQ: 1.0}
+SIZES = {8: (3, 24, 16), 16: (2, 16, 8), 24: (4, 24, 12), 48: (4, 24, 6)}
+KREA_SIZES = {8: (1, 8, 8), 16: (1, 16, 16), 24: (1, 24, 24), 48: (1, 16, 16)}
+LORA = {"init_lora": "longlive-lora"}
+GARDO = {"selective_kl": True, "primary_reward": HPSV3}
+STREAM = {**LORA, "num_frames": 957, "eval_num_frames": 237, "window_size": 21, "sample_frames": 240}
+
+# name: processes, rewards, epochs between evaluations, and what else differs from lr 1e-5, KL 1e-4, 81 frames.
+RUNS = {
+    "longlive_video_hpsv3": (8, VQ, 10, {}),
+    "longlive_video_hpsv3_16gpu": (16, VQ, 10, {}),
+    "longlive_video_hpsv3_24gpu": (24, VQ, 10, {}),
+    "longlive_video_hpsv3_48gpu": (48, VQ, 30, {}),
+    "longlive_video_hpsv3_gardo": (8, BOTH, 10, GARDO),
+    "longlive_video_hpsv3_gardo_24gpu": (24, BOTH, 10, GARDO),
+    "longlive_video_hpsv3_gardo_48gpu": (48, BOTH, 30, GARDO),
+    "longlive_video_hpsv3_streaming_with_lora_init": (8, VQ, 30, STREAM),
+    "longlive_video_hpsv3_with_lora_init": (8, VQ, 10, LORA),
+    "longlive_video_hpsv3_with_lora_init_16gpu": (16, VQ, 10, LORA),
+    "longlive_video_hpsv3_with_lora_init_24gpu": (24, VQ, 10, LORA),
+    "longlive_video_hpsv3_with_lora_init_48gpu": (48, VQ, 30, LORA),
+    "longlive_video_long": (8, VQ, 10, {"num_frames": 237}),
+    "longlive_video_mq": (8, {MQ: 1.0}, 20, {}),
+    "longlive_video_mq_16gpu": (16, {MQ: 1.0}, 20, {}),
+    "longlive_video_multi_reward": (8, BOTH, 10, {}),
+    "longlive_video_multi_reward_16gpu": (16, BOTH, 10, {}),
+    "longlive_video_multi_reward_24gpu": (24, BOTH, 10, {}),
+    "longlive_video_multi_reward_48gpu": (48, BOTH, 30, {}),
+    "longlive_video_multireward_48gpu": (48, BOTH, 30, {}),
+    "longlive_video_multi_reward_with_lora_init": (8, BOTH, 10, LORA),
+    "self_forcing_video_hpsv3": (8, VQ, 10, {}),
+    "self_forcing_video_hpsv3_16gpu": (16, VQ, 30, {"kl_weight": 1e-3}),
+    "self_forcing_video_hpsv3_24gpu": (24, VQ, 30, {"kl_weight": 1e-3}),
+    "self_forcing_video_hpsv3_48gpu": (48, VQ, 10, {}),
+    "self_forcing_video_multi_reward": (8, BOTH, 10, {}),
+    "self_forcing_video_multi_reward_16gpu": (16, BOTH, 30, {"kl_weight": 1e-3}),
+    "self_forcing_video_multi_reward_24gpu": (24, BOTH, 30, {"kl_weight": 1e-3}),
+    "self_forcing_video_multi_reward_48gpu": (48, BOTH, 10, {}),
+    "casual_forcing_video_hpsv3": (8, VQ, 30, {}),
+    "casual_forcing_video_hpsv3_16gpu": (16, VQ, 10, {}),
+    "casual_forcing_video_hpsv3_24gpu": (24, VQ, 10, {}),
+    "casual_forcing_video_hpsv3_48gpu": (48, VQ, 30, {}),
+    "casual_forcing_video_hpsv3_mq_ta_48gpu": (48, {HPSV3: 1.0, MQ: 1.0, TA: 1.0}, 30, {}),
+    "casual_forcing_video_hpsv3_ta_48gpu": (48, {HPSV3: 0.1, TA: 1.0}, 30, {}),
+    "casual_forcing_video_multi_reward": (8, BOTH, 30, {"learning_rate": 2e-5}),
+    "casual_forcing_video_multi_reward_16gpu": (16, BOTH, 10, {}),
+    "casual_forcing_video_multireward_48gpu": (48, BOTH, 30, {"kl_weight": 5e-4}),
+    "casual_forcing_video_multi_reward_48gpu": (48, BOTH, 30, {"kl_weight": 5e-4}),
+    "causal_forcing_video_multi_reward_48gpu": (48, BOTH, 30, {"kl_weight": 5e-4}),
+    "casual_forcing_video_ta_48gpu": (48, {TA: 1.0}, 30, {"learning_rate": 2e-5}),
+    "krea14b_video_hpsv3": (8, VQ, 30, {}),
+    "krea14b_video_hpsv3_16gpu": (16, VQ, 30, {}),
+    "krea14b_video_hpsv3_24gpu": (24, VQ, 30, {}),
+    "krea14b_video_hpsv3_48gpu": (48, VQ, 30, {}),
+    "krea14b_video_multi_reward": (8, BOTH, 30, {}),
+    "krea14b_video_multi_reward_16gpu": (16, BOTH, 30, {}),
+    "krea14b_video_multi_reward_24gpu": (24, BOTH, 30, {}),
+    "krea14b_video_multi_reward_48gpu": (48, BOTH, 30, {}),
+}
+MODELS = {"longlive": (12, 3), "self_forcing": (-1, 0), "casual_forcing": (-1, 0), "krea14b": (-1, 0)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_settings(name, monkeypatch, capsys):
+    processes, rewards, eval_epochs, others = RUNS[name]
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = parse_args(["--config", name], CONFIGS)
+    base = name.split("_video_")[0].replace("causal", "casual")
+    batch, group, batches = (KREA_SIZES if base == "krea14b" else SIZES)[processes]
+    expected = {"beta": 0.1, "kl_weight": 1e-4, "learning_rate": 1e-5, "num_frames": 81, "rewards": rewards}
+    expected |= {"train_batch_size": batch, "samples_per_prompt": group, "batches_per_epoch": batches}
+    # An epoch is one optimizer step, so that steps are epochs.
+    expected |= {"gradient_accumulation_steps": batches, "eval_steps": eval_epochs, "checkpointing_steps": 30}
+    expected |= dict(zip(("local_attn_size", "sink_size"), MODELS[base]))
+    expected |= {"height": 480, "width": 832, "rank": 256, "lora_alpha": 256, "lora_dropout": 0.0, "seed": 42}
+    expected |= {"lora_target_modules": [], "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4}
+    expected |= {"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "mixed_precision": "bf16", "adv_clip_max": 5.0}
+    expected |= {"old_policy_decay_rate": 0.001, "old_policy_decay_max": 0.5, "ema_decay": 0.9}
+    expected |= {"advantage_std": "global", "train_timesteps": "warped"}
+    expected |= {"init_lora": None, "selective_kl": False, "window_size": None, "eval_num_frames": None} | others
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert config.steps_per_epoch == 1
+    assert "as published" in capsys.readouterr().out
+
+
+def test_krea_is_trained_in_the_plain_loop():
+    config = parse_args(["--config", "krea14b_video_hpsv3"], CONFIGS)
+    assert config.num_context_frames == 0 and config.sigmas == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("name", ["longlive_video_hpsv3", "self_forcing_video_hpsv3_16gpu", "krea14b_video_hpsv3"])
+def test_any_number_of_processes_gets_whole_groups(name):
+    run = find_published_run(name, PUBLISHED)
+    total = run.processes * run.settings["train_batch_size"] * run.settings["batches_per_epoch"]
+    for processes in range(1, 65):
+        settings, line = run.settings_for(processes)
+        groups = NFTConfig(**settings).groups_per_epoch(processes)  # raises if they are not whole
+        samples = groups * settings["samples_per_prompt"]
+        assert f"on {processes} process" in line and f"{samples} samples" in line
+        if processes not in run.sizes:
+            assert {settings[f] for f in ("train_batch_size",)} == {run.settings["train_batch_size"]}
+            step = processes * settings["train_batch_size"] * settings["samples_per_prompt"]
+            assert abs(samples - total) <= step
+            assert "near to those published for" in line
+
+
+def test_sizes_of_the_base_for_another_published_number():
+    settings, line = find_published_run("longlive_video_multi_reward", PUBLISHED).settings_for(48)
+    assert (settings["train_batch_size"], settings["samples_per_prompt"], settings["batches_per_epoch"]) == SIZES[48]
+    assert "those published for 48 processes" in line
+    assert settings["eval_steps"] == 10  # of the run itself
+
+
+def test_the_command_line_goes_first(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    command = ["--config", "longlive_video_hpsv3", "--samples_per_prompt", "6", "--prompts", "mine.txt"]
+    config = parse_args(command, CONFIGS)
+    assert (config.samples_per_prompt, config.train_batch_size, config.prompts) == (6, 3, "mine.txt")
+
+
+def test_list(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_args(["--config", "list"], CONFIGS)
+    assert exit.value.code == 0
+    rows = capsys.readouterr().out.splitlines()
+    names = [row.split()[0] for row in rows[1:]]
+    assert names == published_names(PUBLISHED) and len(set(names)) == len(names)
+    spelled = {name.replace("casual", "causal").replace("multireward", "multi_reward") for name in RUNS}
+    assert spelled <= set(names)
+    row = next(row for row in rows if row.startswith("causal_forcing_video_hpsv3_ta_48gpu"))
+    assert row.split()[1:] == ["video_hpsv3_local=0.1,", TA, "48", "x", "4", "x", "6", "24"]
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("longlive_video_hpsv4", "longlive_video_hpsv3"),
+        ("longlive_video_hpsv3_12gpu", "longlive_video_hpsv3_16gpu"),
+        ("selfforcing_video_hpsv3", "self_forcing_video_hpsv3"),
+        ("tiny", "no such file and no such name"),
+    ],
+)
+def test_unknown_names(name, words):
+    with pytest.raises(UserError, match=words):
+        parse_args(["--config", name], CONFIGS)
+
+
+def test_the_default_number_may_be_spelled_out():
+    assert find_published_run("longlive_video_long_8gpu", PUBLISHED).settings["num_frames"] == 237

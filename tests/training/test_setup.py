@@ -1,0 +1,33 @@
+import pytest
+
+from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.training.setup import set_recipe
+from tests.tiny_pipeline import tiny_pipeline
+from tests.training.helpers import config
+
+
+def recipe(pipe):
+    transformer, pipeline = pipe.transformer.config, pipe.config
+    return transformer.local_attn_size, transformer.sink_size, pipeline.sigmas, pipeline.num_context_frames
+
+
+def test_the_model_keeps_its_recipe_unless_told_otherwise():
+    pipe = tiny_pipeline(local_attn_size=9, sink_size=3)
+    set_recipe(pipe, config())
+    assert recipe(pipe) == (9, 3, [1.0, 0.75, 0.5, 0.25], None)
+    set_recipe(pipe, config(local_attn_size=6, sink_size=0, sigmas="1,0.5"))
+    assert recipe(pipe) == (6, 0, [1.0, 0.5], None)
+
+
+def test_a_server_s_recipe_is_trained_in_the_plain_loop():
+    """And then generates what the plain pipeline does."""
+    pipe = tiny_pipeline(num_context_frames=3, sigmas=[1.0, 0.5, 0.0])
+    with pytest.raises(UserError, match="set num_context_frames=0"):
+        set_recipe(pipe, config())
+    set_recipe(pipe, config(num_context_frames=0, sigmas=[1.0, 0.75, 0.5, 0.25]))
+    assert recipe(pipe) == recipe(tiny_pipeline())
+
+
+def test_a_window_needs_room():
+    with pytest.raises(UserError, match="local_attn_size=3 has no room for the sink of 3 and a block of 3"):
+        set_recipe(tiny_pipeline(), config(local_attn_size=3, sink_size=3))
