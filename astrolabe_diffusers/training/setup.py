@@ -68,12 +68,16 @@ def set_recipe(pipeline: DiffusionPipeline, config: NFTConfig):
 def load_pipeline(
     model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
 ) -> DiffusionPipeline:
-    """The frozen pipeline on its device; in bf16 runs all of it is bf16 but the autoencoder."""
+    """The frozen pipeline of a folder or the Hub on its device; in bf16 runs all of it is bf16 but the autoencoder."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     with as_user_error(f"cannot load {model}"):
         pipeline = DiffusionPipeline.from_pretrained(
             model, revision=revision, variant=variant, dtype={"default": dtype, "vae": torch.float32}
         )
+    return freeze_pipeline(pipeline, accelerator)
+
+
+def freeze_pipeline(pipeline: DiffusionPipeline, accelerator: Accelerator) -> DiffusionPipeline:
     pipeline.set_progress_bar_config(disable=True)
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
         component.requires_grad_(False).eval()

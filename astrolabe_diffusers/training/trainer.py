@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .advantages import Advantages, group_advantages, reward_to_maximise
 from .checkpoints import WEIGHT_NAMES, Checkpoints, save_adapter
 from .config import NFTConfig
@@ -34,6 +35,7 @@ from .reference import ReferenceSchedule, RiskController, rank_disagreement
 from .report import RunReport, peak_memory_gb
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
 from .setup import (
+    freeze_pipeline,
     load_pipeline,
     load_prompts,
     make_accelerator,
@@ -53,9 +55,10 @@ class NFTTrainer:
 
     Args:
         config ([`NFTConfig`]): the settings.
+        pipeline ([`CausalWanPipeline`], *optional*): to train, in place of the one that the settings name.
     """
 
-    def __init__(self, config: NFTConfig):
+    def __init__(self, config: NFTConfig, pipeline: CausalWanPipeline | None = None):
         self.config = config
         self.accelerator = make_accelerator(config)
         self.num_groups = config.groups_per_epoch(self.accelerator.num_processes)
@@ -65,9 +68,12 @@ class NFTTrainer:
         self.prompts, self.eval_prompts = load_prompts(config)
         self.eval_samples = eval_samples(self.eval_prompts, config.eval_seeds)
         rewards, watched = make_rewards(config)  # before the large model is loaded: a wrong name is found at once
-        self.pipeline = load_pipeline(
-            config.pretrained_model_name_or_path, self.accelerator, config.revision, config.variant
-        )
+        if pipeline is None:
+            self.pipeline = load_pipeline(
+                config.pretrained_model_name_or_path, self.accelerator, config.revision, config.variant
+            )
+        else:
+            self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)
         self.rewards = RewardWorker(self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip")
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)

@@ -1,0 +1,85 @@
+"""Measures an epoch of NFT on this machine, at full size with random weights and a reward that costs nothing.
+
+    accelerate launch -q --config_file accelerate_configs/1gpu.yaml examples/benchmark_training.py \\
+        --model self-forcing --samples_per_prompt 8 --train_batch_size 4 --batches_per_epoch 2 [--any_field value]
+
+The fields are those of train_nft.py. The last lines say what each process used and whether all have the same LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.benchmark import random_pipeline
+from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.training import NFTConfig, NFTTrainer, exit_code
+from astrolabe_diffusers.training.config import parse_fields
+from astrolabe_diffusers.training.policies import policy_parameters
+from astrolabe_diffusers.training.report import peak_memory_gb
+
+
+# One epoch is measured; what is not part of it is made as small as it gets.
+DEFAULTS = {
+    "prompts": str(Path(TINY_SHAPES) / "prompts"),
+    "rewards": {"sharpness": 1.0},
+    "max_train_steps": 1,
+    "num_eval_prompts": 1,
+    "eval_seeds": 1,
+    "num_eval_videos": 0,
+    "report_to": "none",
+    "collapse_factor": 0.0,
+}
+FIGURES = ("seconds_sampling", "seconds_scoring", "seconds_training", "seconds", "samples_per_second")
+
+
+def checksum(parameters: list[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def benchmark(argv: list[str] | None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
+    arguments = parse_fields(parser, NFTConfig, argv)
+    model = arguments.pop("model")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    pipeline = None
+    if model:
+        tokenizer = AutoTokenizer.from_pretrained(TINY_SHAPES, subfolder="tokenizer")
+        pipeline = random_pipeline(model, tokenizer, device)
+        # A server's recipe cannot be trained; the plain loop has the same model.
+        pipeline.register_to_config(num_context_frames=None)
+        pipeline.vae.float()
+    with tempfile.TemporaryDirectory() as folder:
+        config = NFTConfig(**{"output_dir": folder, **DEFAULTS, **arguments})
+        trainer = NFTTrainer(config, pipeline)
+        # The held-out video only warms up: a block of it is enough.
+        block = trainer.transformer.config.num_frames_per_block
+        trainer.eval_size["num_frames"] = 1 + trainer.pipeline.vae.config.scale_factor_temporal * (block - 1)
+        trainer.train()
+        if trainer.accelerator.is_main_process:
+            metrics = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+            print("  ".join(f"{name} {metrics[name]:.2f}" for name in FIGURES))
+    memory, lora = peak_memory_gb(trainer.accelerator.device), checksum(policy_parameters(trainer.transformer))
+    print(f"process {trainer.accelerator.process_index}: peak memory {memory:.1f} GB, LoRA {lora}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: benchmark(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
