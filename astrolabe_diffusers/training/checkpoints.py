@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -10,16 +12,23 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from .agreement import raise_together
+from .config import NFTConfig
 from .errors import UserError, as_user_error
+from .integrity import find_damage, seal, to_disk
 from .policies import CURRENT, OLD
 
 
 # The current policy's file has the name that `load_lora_weights(folder)` looks for.
-WEIGHT_NAMES = {CURRENT: "pytorch_lora_weights.safetensors", OLD: "pytorch_lora_weights_old.safetensors"}
+WEIGHT_NAMES = {
+    CURRENT: "pytorch_lora_weights.safetensors",
+    **{name: f"pytorch_lora_weights_{name}.safetensors" for name in (OLD, "reference", "ema")},
+}
 STATE_NAME = "trainer_state.json"
 PREFIX = "transformer."
 
@@ -67,81 +76,170 @@ def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str 
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Checkpoints of a run, oldest first."""
     paths = (Path(output_dir) / "checkpoints").glob("checkpoint-*")
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in paths}
-    return sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+    return sorted((path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)), key=_step)
+
+
+def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
+    """What a checkpoint's state is the state of, JSON values: another model's or LoRA's would mean something else.
+
+    The model is known by a few values of every weight, rounded to bf16: not by its path, nor by the precision it is
+    loaded in.
+    """
+    lora = transformer.peft_config[CURRENT]
+    weights = {name: value for name, value in transformer.named_parameters() if ".lora_" not in name}
+    values = torch.cat([value.detach().flatten()[:64].bfloat16() for value in weights.values()])
+    return {
+        "rank": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_target_modules": sorted(lora.target_modules),
+        "adapters": list(transformer.peft_config),
+        "base model": hashlib.sha256(values.cpu().view(torch.int16).numpy().tobytes()).hexdigest()[:12],
+    }
 
 
 class Checkpoints:
     """Checkpoints of a run, each a folder `<output_dir>/checkpoints/checkpoint-N`.
 
-    It holds both adapters, the optimizer, the schedule, random states and `trainer_state.json`, and can be given to
-    `pipe.load_lora_weights`. A checkpoint is written under another name and renamed when complete.
+    It holds every adapter, the optimizer, the schedule, random states, `config.yaml` and `trainer_state.json`, and can
+    be given to `pipe.load_lora_weights`. A checkpoint is written under another name and renamed when it is complete
+    and on the disk; `files.json` tells whether it still is.
 
     Args:
         accelerator: with model, optimizer and schedule prepared.
         transformer: the unwrapped transformer.
-        output_dir: folder of the run.
-        total_limit: how many are kept; the oldest go.
+        config: `output_dir`, `checkpoints_total_limit` (the oldest go), and all that is saved as `config.yaml`.
+        identity: from [`policy_identity`], before the model was prepared.
     """
 
     def __init__(
-        self, accelerator: Accelerator, transformer: torch.nn.Module, output_dir: str | Path, total_limit: int | None
+        self, accelerator: Accelerator, transformer: torch.nn.Module, config: NFTConfig, identity: dict[str, Any]
     ):
         self.accelerator = accelerator
         self.transformer = transformer
-        self.folder = Path(output_dir) / "checkpoints"
-        self.total_limit = total_limit
+        self.config = config
+        self.identity = identity
+        self.folder = Path(config.output_dir) / "checkpoints"
         accelerator.register_save_state_pre_hook(self._save_adapters)
         accelerator.register_load_state_pre_hook(self._load_adapters)
 
     def _save_adapters(self, models: list, weights: list, folder: str):
         weights.clear()  # the frozen base is not part of a checkpoint
         if self.accelerator.is_main_process:
-            for adapter in WEIGHT_NAMES:
+            for adapter in self.transformer.peft_config:
                 save_adapter(self.transformer, folder, adapter)
 
     def _load_adapters(self, models: list, folder: str):
         models.clear()
-        for adapter in WEIGHT_NAMES:
+        for adapter in self.transformer.peft_config:
             load_adapter(self.transformer, folder, adapter)
 
     def list(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Checkpoints, oldest first."""
         return list_checkpoints(self.folder.parent)
 
+    def path(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes checkpoint `step`; every process calls it. `state` is what the trainer wants back, JSON values."""
-        final, partial = self.folder / f"checkpoint-{step}", self.folder / f"checkpoint-{step}.partial"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (partial / STATE_NAME).write_text(json.dumps(state))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            if self.total_limit:
-                for path in self.list()[: -self.total_limit]:
-                    shutil.rmtree(path)
-        self.accelerator.wait_for_everyone()
+        """Writes checkpoint `step`, which there is not yet; every process calls it. `state` is what the trainer wants
+        back, JSON values.
+
+        Raises:
+            UserError: in every process, if it cannot be written; those before stay.
+        """
+        final = self.path(step)
+        partial = final.with_name(f"{final.name}.partial")
+        with raise_together(), as_user_error(f"cannot write {partial}"):
+            if self.accelerator.is_main_process:
+                partial.mkdir(parents=True)
+        # A sharded state is gathered meanwhile: an error may not be waited for.
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        with contextlib.nullcontext() if sharded else raise_together(), as_user_error(f"cannot write {partial}"):
+            self.accelerator.save_state(str(partial))
+        with raise_together(), as_user_error(f"cannot write {final}"):
+            if self.accelerator.is_main_process:
+                self.config.save(partial / "config.yaml")
+                (partial / STATE_NAME).write_text(json.dumps({"identity": self.identity, **state}))
+                seal(partial)
+                partial.rename(final)
+                to_disk(self.folder)
+                if limit := self.config.checkpoints_total_limit:
+                    for path in self.list()[:-limit]:
+                        # First the name: a kill in the middle must not leave half a checkpoint.
+                        shutil.rmtree(path.rename(path.with_name(f"{path.name}.partial")))
         return final
 
-    def find(self, name: str) -> Path | None:
-        """The folder of `"latest"`, `None` if there is none yet, or of a path or `checkpoint-N`."""
+    def find(self, name: str | None) -> tuple[Path | None, list[str]]:
+        """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
+
+        Args:
+            name: `"latest"`, a path or `checkpoint-N`; `None` starts anew.
+
+        Returns:
+            `None` for the checkpoint to start anew: also for `"latest"` if there is none. One that is damaged is
+            passed over for the one before. Left-overs of a kill are removed, and checkpoints of later steps, which
+            would be taken for this run's, are set aside under another name.
+
+        Raises:
+            UserError: no such checkpoint, or it is damaged, or of another model or LoRA.
+        """
+        found = None
+        with raise_together(), as_user_error(f"cannot use {self.folder}"):
+            if self.accelerator.is_main_process:
+                found = self._find(name)
+        return broadcast_object_list([found])[0]
+
+    def _find(self, name: str | None) -> tuple[Path | None, list[str]]:
+        for left_over in self.folder.glob("checkpoint-*.partial"):
+            shutil.rmtree(left_over)
+        path, step, lines = None, -1, []
         if name == "latest":
-            return self.list()[-1] if self.list() else None
-        for path in (Path(name), self.folder / name):
-            if (path / STATE_NAME).is_file():
-                return path
-        known = ", ".join(path.name for path in self.list()) or "none"
-        raise UserError(f"no checkpoint {name}; {self.folder} has: {known}.")
+            for candidate in reversed(self.list()):
+                if damage := find_damage(candidate):
+                    lines.append(f"{candidate.name} is damaged: {damage}; taking the one before")
+                else:
+                    path = candidate
+                    break
+        elif name is not None:
+            path = next((path for path in (Path(name), self.folder / name) if path.is_dir()), None)
+            if path is None:
+                known = ", ".join(path.name for path in self.list()) or "none"
+                raise UserError(f"no checkpoint {name}; {self.folder} has: {known}.")
+            if damage := find_damage(path):
+                raise UserError(f"{path} is damaged: {damage}; take another one, or `latest`.")
+        if path is not None:
+            state = json.loads((path / STATE_NAME).read_text())
+            self._check_identity(path, state["identity"])
+            step = state["step"]
+        later = [checkpoint for checkpoint in self.list() if _step(checkpoint) > step]
+        for checkpoint in later:
+            aside = checkpoint.with_name(f"{checkpoint.name}.set_aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+        if later:
+            lines.append(f"set aside, as .set_aside: {', '.join(checkpoint.name for checkpoint in later)}")
+        return path, lines
+
+    def _check_identity(self, path: Path, saved: dict[str, Any]):
+        for name, value in self.identity.items():
+            if saved[name] != value:
+                raise UserError(
+                    f"{path} is of another run: {name} is {_listing(saved[name])} there and {_listing(value)} here. "
+                    "A new run from its LoRA is --init_lora."
+                )
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restores adapters, optimizer, schedule and random states, and returns the trainer's `state`."""
         with as_user_error(f"cannot resume from {path}"):
             self.accelerator.load_state(str(path))
             return json.loads((path / STATE_NAME).read_text())
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _listing(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)

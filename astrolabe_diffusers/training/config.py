@@ -109,6 +109,9 @@ class NFTConfig(Config):
     nan_reward: str = option(
         "stop", "a NaN reward stops the run, or its sample is skipped in training", choices=("stop", "skip")
     )
+    reward_timeout: float = option(
+        600, "seconds after which a batch's rewards count as hung, and the run ends", minimum=1e-3
+    )
 
     # Algorithm
     beta: float = option(1.0, "how far the implicit policies lie from the old one")
@@ -169,6 +172,11 @@ class NFTConfig(Config):
     old_policy_decay_max: float = option(0.5, "upper limit of that d")
     collapse_factor: float = option(
         2.0, "stop if the norm of predicted clean videos grows or shrinks by this factor; 0: never", minimum=0
+    )
+    nan_loss: str = option(
+        "stop",
+        "a loss or gradient that is no finite number stops the run, or its optimizer step is skipped and counted",
+        choices=("stop", "skip"),
     )
 
     # LoRA

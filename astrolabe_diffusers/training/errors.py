@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,14 +20,32 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):
+    """The signal `number` stopped a run, which has saved what it needs to go on."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
+
+
+class ProcessError(Exception):
+    """Another process of the run failed, and has printed its traceback."""
+
+
 def exit_code(run: Callable[[], object]) -> int:
-    """Calls `run` and returns the exit code of a script: 0, or 2 after a [`UserError`], which is printed."""
+    """Calls `run` and returns the exit code of a script: 0; 2 after a [`UserError`], which is printed; 1 if another
+    process failed; and as in a shell 128 + its number after a signal (143 for SIGTERM, 130 for Ctrl-C)."""
     try:
         run()
-    except UserError as error:
+    except Interrupted as interruption:
+        return 128 + interruption.number
+    except (UserError, ProcessError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes would only say the same
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import export_to_video
 
+from .agreement import raise_together
 from .plots import comparison_video, contact_sheet
 from .prompts import Sample, process_batches
 from .rollout import PromptEncoder, RewardWorker, decode_videos, gather_scores, generate, sample_latents
@@ -68,14 +69,16 @@ def evaluate(
     batches = process_batches(samples, batch_size, process_index, num_processes)
     keep = {sample.key: i for i, sample in enumerate(samples[:num_videos])}
     generated = []
-    for batch in generate(pipeline, encoder, worker, batches, size, watched=True, keep=keep):
-        generated.append(batch)
-        on_batch(len(generated), len(batches))
+    with raise_together():
+        for batch in generate(pipeline, encoder, worker, batches, size, watched=True, keep=keep):
+            generated.append(batch)
+            on_batch(len(generated), len(batches))
     scores, _ = gather_scores(generated, samples)
     kept = {keep[key]: video for batch in generated for key, video in batch.scores.result().videos.items()}
-    for index, video in kept.items():
-        video_dir.mkdir(parents=True, exist_ok=True)
-        save_video(video, video_dir / f"{index:03d}.mp4", pipeline.config.frame_rate)
+    with raise_together():
+        for index, video in kept.items():
+            video_dir.mkdir(parents=True, exist_ok=True)
+            save_video(video, video_dir / f"{index:03d}.mp4", pipeline.config.frame_rate)
     return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
 
 

@@ -152,7 +152,9 @@ def cut_jsonl(path: Path, last_step: int) -> list[dict]:
         except ValueError:  # a run was killed while it wrote the line
             break
     records = [record for record in records if record["step"] <= last_step]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial.replace(path)  # a kill leaves the old lines or the new ones
     return records
 
 

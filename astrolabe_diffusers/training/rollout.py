@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +15,11 @@ from diffusers import AutoencoderKLWan
 
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
 from ..rewards import RewardError, RewardSet
+from .agreement import raise_together
 from .errors import UserError, one_line, summarize_exception
 from .group_sampling import GroupSampler
 from .prompts import Sample
+from .reward_thread import RewardThread
 from .seeds import seeded_generator
 
 
@@ -87,6 +89,7 @@ class RewardWorker:
         rewards ([`RewardSet`]): the rewards that are trained on.
         watched ([`RewardSet`], *optional*): rewards that are only reported.
         skip_bad (`bool`): a video without a finite score gets NaN, instead of ending the run.
+        timeout (`float`): seconds that a batch may take.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class RewardWorker:
         rewards: RewardSet,
         watched: RewardSet | None = None,
         skip_bad: bool = False,
+        timeout: float = 600,
     ):
         self.vae = vae
         self.rewards = rewards
@@ -102,7 +106,7 @@ class RewardWorker:
         self.skip_bad = skip_bad
         # The current CUDA device belongs to a thread.
         initializer = (lambda: torch.cuda.set_device(vae.device)) if vae.device.type == "cuda" else None
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rewards", initializer=initializer)
+        self._thread = RewardThread(timeout, initializer)
 
     def submit(
         self,
@@ -120,7 +124,7 @@ class RewardWorker:
             keep: keys of the samples whose videos are wanted back.
             window_start, shared_past: as in [`decode_videos`].
         """
-        return self._executor.submit(self._run, latents, samples, watched, keep, window_start, shared_past)
+        return self._thread.submit(self._run, latents, samples, watched, keep, window_start, shared_past)
 
     def _run(self, latents, samples, watched, keep, window_start, shared_past) -> Scores:
         start = time.perf_counter()
@@ -155,7 +159,7 @@ class RewardWorker:
         return {"reward": output.total, **output.scores, **output.info}
 
     def shutdown(self):
-        self._executor.shutdown(cancel_futures=True)
+        self._thread.shutdown()
 
 
 def sample_latents(
@@ -205,6 +209,8 @@ def generate(
 ) -> Iterator[VideoBatch]:
     """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
 
+    An error of the rewards is raised one batch later, or by [`gather_scores`].
+
     Args:
         watched, keep: as in [`RewardWorker.submit`].
         window_start: latent frame from which on the videos are scored.
@@ -220,10 +226,7 @@ def generate(
         else:
             latents = sample_latents(pipeline, prompt_embeds, samples, size)
         if scores is not None:
-            # If rewards are slower than the model, videos must not pile up.
-            wait([scores])
-            if scores.exception():  # `gather_scores` raises it, in every process
-                return
+            scores.result()  # if rewards are slower than the model, videos must not pile up
         scores = worker.submit(latents, samples, watched, keep, window_start, shared_past)
         yield VideoBatch(samples, prompt_embeds, latents, scores, window_start, shared_past)
 
@@ -246,18 +249,12 @@ def gather_scores(batches: Sequence[VideoBatch], samples: Sequence[Sample]) -> t
         For each name the scores `(N,)` of all samples, and the seconds that the slowest process spent on scoring. If
         a reward failed anywhere, its error is raised in every process: none is left waiting.
     """
-    scores, error = [], None
-    try:
+    with raise_together():
         scores = [batch.scores.result() for batch in batches]
-    except UserError as failure:
-        error = str(failure)
     keys = [sample.key for batch in batches for sample in batch.samples]
     values = stack_scores([part.values for part in scores])
-    gathered = gather_object([(error, keys, values, sum(part.seconds for part in scores))])
-    errors = [error for error, *_ in gathered if error]
-    if errors:
-        raise UserError(errors[0])
-    row = {key: i for i, key in enumerate(key for _, keys, *_ in gathered for key in keys)}
+    gathered = gather_object([(keys, values, sum(part.seconds for part in scores))])
+    row = {key: i for i, key in enumerate(key for keys, *_ in gathered for key in keys)}
     order = torch.tensor([row[sample.key] for sample in samples])
-    columns = stack_scores([values for _, _, values, _ in gathered if values])
+    columns = stack_scores([values for _, values, _ in gathered if values])
     return {name: column[order] for name, column in columns.items()}, max(seconds for *_, seconds in gathered)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -125,3 +127,22 @@ def make_optimizer(config: NFTConfig, parameters: list[torch.nn.Parameter]):
             name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
         )
     return optimizer, schedule
+
+
+@contextmanager
+def keep_settings(optimizer, lr_scheduler) -> Iterator[None]:
+    """State that is loaded inside brings moments and the place in the schedule, and no settings.
+
+    Otherwise the learning rate of a checkpoint would silently go before the one that the run was started with.
+
+    Args:
+        optimizer, lr_scheduler: prepared; the schedule is a `LambdaLR`, as all of `get_scheduler` are.
+    """
+    settings = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
+    base_lrs = [group["initial_lr"] for group in settings]
+    yield
+    schedule = lr_scheduler.scheduler
+    rates = [base * factor(schedule.last_epoch) for base, factor in zip(base_lrs, schedule.lr_lambdas)]
+    for group, values, rate in zip(optimizer.param_groups, settings, rates):
+        group.update(values | {"lr": rate})
+    schedule.load_state_dict(schedule.state_dict() | {"base_lrs": base_lrs, "_last_lr": rates})

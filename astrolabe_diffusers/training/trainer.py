@@ -11,11 +11,13 @@ from accelerate.utils import set_seed
 
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .advantages import Advantages, group_advantages, reward_to_maximise
-from .checkpoints import WEIGHT_NAMES, Checkpoints, save_adapter
+from .agreement import raise_together
+from .checkpoints import WEIGHT_NAMES, Checkpoints, policy_identity, save_adapter
 from .config import NFTConfig
-from .errors import UserError, as_user_error
+from .errors import Interrupted, UserError, as_user_error
 from .evaluation import compare_videos, evaluate
 from .hub import create_hub_repo, push_to_hub
+from .interruption import Interruption
 from .policies import (
     CURRENT,
     EMA,
@@ -34,8 +36,10 @@ from .prompts import Sample, epoch_samples, eval_samples, process_batches
 from .reference import ReferenceSchedule, RiskController, rank_disagreement
 from .report import RunReport, peak_memory_gb
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
+from .seeds import stable_seed
 from .setup import (
     freeze_pipeline,
+    keep_settings,
     load_pipeline,
     load_prompts,
     make_accelerator,
@@ -61,6 +65,13 @@ class NFTTrainer:
     def __init__(self, config: NFTConfig, pipeline: CausalWanPipeline | None = None):
         self.config = config
         self.accelerator = make_accelerator(config)
+        with raise_together():
+            self.load(pipeline)
+        self.prepare()
+
+    def load(self, pipeline: CausalWanPipeline | None):
+        """Everything that this process makes alone: it exchanges nothing with others."""
+        config = self.config
         self.num_groups = config.groups_per_epoch(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
@@ -75,7 +86,9 @@ class NFTTrainer:
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)
-        self.rewards = RewardWorker(self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip")
+        self.rewards = RewardWorker(
+            self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip", timeout=config.reward_timeout
+        )
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.eval_size = video_size(
             self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames
@@ -105,14 +118,17 @@ class NFTTrainer:
                 )
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        self.identity = policy_identity(self.transformer)
+
+    def prepare(self):
+        """What the processes share, and the state of the run."""
+        config = self.config
         # DDP synchronises the parameters that are trainable when it wraps the model, and no others.
         activate_current(self.transformer)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
             self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
         )
-        self.checkpoints = Checkpoints(
-            self.accelerator, self.transformer, config.output_dir, config.checkpoints_total_limit
-        )
+        self.checkpoints = Checkpoints(self.accelerator, self.transformer, config, self.identity)
         self.report = RunReport(config, self.accelerator)
 
         self.epoch = 0
@@ -127,14 +143,34 @@ class NFTTrainer:
             config.risk_buffer_size,
         )
         self.reference = ReferenceSchedule(config.reference_reset_kl, config.reference_reset_epochs)
+        # What a checkpoint holds beside tensors, by name: objects with state_dict and load_state_dict, JSON values.
+        self.stateful = {"guard": self.guard, "risk": self.risk, "reference": self.reference}
+        self.interruption = Interruption()
 
     def train(self) -> dict[str, Any]:
-        """Run to the end. Returns what it wrote to results.json: the comparison of before and after, and files."""
+        """Run to the end. Returns what it wrote to results.json: the comparison of before and after, and files.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; there is a checkpoint of the last complete epoch.
+        """
         self.start()
-        if not self.report.evaluations:
-            self.evaluate()
-        while self.epoch < self.config.num_train_epochs:
+        try:
+            with self.interruption:
+                self.train_epochs()
+        except Interrupted as interruption:
+            path = self.save_checkpoint()
+            self.report.print(f"{interruption}: --resume_from_checkpoint latest goes on from {path}")
+            self.accelerator.end_training()
+            raise
+        return self.finish()
+
+    def train_epochs(self):
+        """The epochs that are left, and the evaluations and checkpoints that are due in between."""
+        self.follow_up()
+        while self.step < self.config.max_train_steps:
             started = time.perf_counter()
+            # An epoch that is done anew, after an interruption or a kill, has the same random numbers.
+            set_seed(stable_seed("epoch", self.config.seed, self.epoch) % 2**31, device_specific=True)
             samples = epoch_samples(
                 self.prompts, self.num_groups, self.config.samples_per_prompt, self.epoch, self.config.seed
             )
@@ -153,30 +189,37 @@ class NFTTrainer:
 
             self.epoch += 1
             self.train_seconds += ended - started
-            self.log(
-                scores,
-                advantages,
-                kl_mask,
-                statistics,
-                seconds=ended - started,
-                seconds_sampling=sampled - started,
-                seconds_scoring=scoring_seconds,
-                seconds_waiting_for_scores=scored - sampled,
-                seconds_training=ended - scored,
-                samples_per_second=len(samples) / (ended - started),
-            )
-            if self.is_due(self.config.eval_steps):
-                self.evaluate()
-            if self.is_due(self.config.checkpointing_steps):
-                self.save_checkpoint()
-        return self.finish()
+            self.completed = self.state()
+            with raise_together():
+                self.log(
+                    scores,
+                    advantages,
+                    kl_mask,
+                    statistics,
+                    seconds=ended - started,
+                    seconds_sampling=sampled - started,
+                    seconds_scoring=scoring_seconds,
+                    seconds_waiting_for_scores=scored - sampled,
+                    seconds_training=ended - scored,
+                    samples_per_second=len(samples) / (ended - started),
+                )
+            self.follow_up()
+
+    def follow_up(self):
+        """The evaluation and the checkpoint that are due after an epoch, or before the first one."""
+        evaluated = [evaluation.step for evaluation in self.report.evaluations]
+        # A run that was interrupted while it evaluated makes up for it when it is resumed.
+        if not evaluated or (self.is_due(self.config.eval_steps) and evaluated[-1] != self.step):
+            self.evaluate()
+        if self.step and self.is_due(self.config.checkpointing_steps):
+            self.save_checkpoint()
 
     def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
         """This process's part of the epoch's videos, sampled from the old policy and being scored."""
         batches, start = [], self.windows.start(self.epoch)
         scale = self.pipeline.vae.config.scale_factor_temporal
         size = self.size | {"num_frames": 1 + scale * (start + self.windows.size - 1)}
-        with use_policy(self.transformer, "old"):
+        with raise_together(), use_policy(self.transformer, "old"):
             for batch in generate(
                 self.pipeline,
                 self.encoder,
@@ -188,6 +231,7 @@ class NFTTrainer:
             ):
                 batches.append(batch)
                 self.report.activity(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
+                self.interruption.check()
         return batches
 
     def advantages(self, scores: dict[str, torch.Tensor], samples: list[Sample]) -> Advantages:
@@ -228,6 +272,8 @@ class NFTTrainer:
         statistics = []
         for first in range(0, len(batches), accumulation):
             self.report.activity("training")
+            # Until its first step an epoch may be given up; then it is brought to its end.
+            before_batch = self.interruption.check_together if first == 0 else lambda: None
             noised = [
                 noise_batch(
                     batches[i],
@@ -250,11 +296,14 @@ class NFTTrainer:
                     self.config,
                     self.guard,
                     self.step + 1,
+                    before_batch,
                 )
             )
             self.step += 1
             if self.config.ema_decay is not None:
                 follow_current(self.transformer, EMA, self.config.ema_decay)
+            if statistics[-1]["skipped_steps"]:
+                self.report.print(f"step {self.step} is skipped: loss or gradient is no finite number (nan_loss=skip)")
             self.report.progress.update()
         return statistics
 
@@ -275,9 +324,14 @@ class NFTTrainer:
                 self.accelerator.num_processes,
                 folder,
                 self.config.num_eval_videos,
-                lambda done, total: self.report.activity(f"evaluated {done}/{total}"),
+                self.after_evaluation_batch,
             )
-        self.report.add_evaluation(evaluation, list(videos.values()), self.pipeline.config.frame_rate)
+        with raise_together():
+            self.report.add_evaluation(evaluation, list(videos.values()), self.pipeline.config.frame_rate)
+
+    def after_evaluation_batch(self, done: int, total: int):
+        self.report.activity(f"evaluated {done}/{total}")
+        self.interruption.check()
 
     def split(self, items):
         """This process's batches of the epoch's samples, or of a tensor `(N,)` in their order."""
@@ -297,14 +351,18 @@ class NFTTrainer:
     def start(self):
         """Resume if asked to, open the logs, and say what is about to happen."""
         config = self.config
-        self.repo_id = create_hub_repo(config) if config.push_to_hub and self.accelerator.is_main_process else None
-        path = self.checkpoints.find(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+        with raise_together():
+            self.repo_id = create_hub_repo(config) if config.push_to_hub and self.accelerator.is_main_process else None
+        path, lines = self.checkpoints.find(config.resume_from_checkpoint)
         if path is not None:
-            state = self.checkpoints.load(path)
-            self.step, self.epoch, self.train_seconds = state["step"], state["epoch"], state["train_seconds"]
-            self.guard.start_norm = state["start_norm"]
+            with keep_settings(self.optimizer, self.lr_scheduler):
+                self.load_state(self.checkpoints.load(path))
+        self.completed = self.state()
+        self.saved = path and path.resolve()
         self.report.start(None if path is None else self.step)
 
+        for line in lines:
+            self.report.print(line)
         if config.resume_from_checkpoint:
             self.report.print(f"resuming from {path}" if path else "no checkpoint to resume from: starting anew")
         trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
@@ -338,20 +396,37 @@ class NFTTrainer:
             metrics["risk_ratio"] = self.risk.ratio
         metrics["reference_age"] = self.reference.age
         metrics |= {key: sum(s[key] for s in statistics) / len(statistics) for key in statistics[0]}
+        metrics["skipped_steps"] = int(sum(s["skipped_steps"] for s in statistics))
         metrics["old_policy_decay"] = self.old_policy_decay
         metrics |= timing
         metrics["peak_memory_gb"] = peak_memory_gb(self.accelerator.device)
         epochs_left = self.config.num_train_epochs - self.epoch
         self.report.add_epoch(metrics, seconds_left=epochs_left * self.train_seconds / self.epoch)
 
-    def save_checkpoint(self):
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors, JSON values."""
+        return {
             "step": self.step,
             "epoch": self.epoch,
             "train_seconds": self.train_seconds,
-            "start_norm": self.guard.start_norm,
+            **{name: item.state_dict() for name, item in self.stateful.items()},
         }
-        self.checkpoints.save(self.step, state)
+
+    def load_state(self, state: dict[str, Any]):
+        self.step, self.epoch, self.train_seconds = state["step"], state["epoch"], state["train_seconds"]
+        for name, item in self.stateful.items():
+            item.load_state_dict(state[name])
+
+    def save_checkpoint(self) -> Path:
+        """The state after the last complete epoch, unless it is saved already; returns its folder.
+
+        In an epoch that has not taken an optimizer step yet, the tensors are still those.
+        """
+        path = self.checkpoints.path(self.completed["step"])
+        if self.saved != path.resolve():
+            self.checkpoints.save(self.completed["step"], self.completed)
+            self.saved = path.resolve()
+        return path
 
     def finish(self) -> dict[str, Any]:
         """The adapter, the comparison of before and after, and the upload if asked for."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -152,9 +154,12 @@ class CollapseGuard:
         self.factor = factor
         self.start_norm = start_norm
 
-    def check(self, loss: float, norm: float, step: int):
-        if not (torch.tensor([loss, norm]).isfinite().all()):
-            raise UserError(f"step {step}: the loss is {loss}; the policy has collapsed. {self._advice}")
+    def check(self, loss: float, norm: float, grad_norm: float, step: int):
+        if not all(map(math.isfinite, (loss, norm, grad_norm))):
+            raise UserError(
+                f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}; the policy has collapsed. "
+                f"{self._advice}"
+            )
         self.start_norm = self.start_norm or norm
         ratio = norm / self.start_norm
         if self.factor and not 1 / self.factor <= ratio <= self.factor:
@@ -162,6 +167,12 @@ class CollapseGuard:
                 f"step {step}: predicted videos have {ratio:.2f} times the norm they started with "
                 f"(collapse_factor={self.factor:g}); the policy has collapsed. {self._advice}"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start_norm": self.start_norm}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.start_norm = state["start_norm"]
 
     _advice = "Lower learning_rate or add lr_warmup_steps, and resume from a checkpoint before the collapse."
 
@@ -175,28 +186,36 @@ def optimizer_step(
     config: NFTConfig,
     guard: CollapseGuard,
     step: int,
+    before_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Train on the batches of one optimizer step; returns means over all samples of all processes.
 
     `deviation` and `x0_norm` are root mean squares: of the distance between the predictions of current and old
-    policy, and of the current one's predictions.
+    policy, and of the current one's predictions. `skipped_steps` is 1 if the loss or the gradient was no finite number
+    and `nan_loss` is `skip`: then the step was not taken, in no process.
+
+    Args:
+        before_batch: called before each batch; what it raises leaves the policy as it was.
     """
     accelerator.unwrap_model(model).train()
     count = sum(len(batch.clean) for batch in batches)
-    totals = sum(
-        accumulate_gradients(accelerator, model, batch, config, count, synchronize=i == len(batches) - 1)
-        for i, batch in enumerate(batches)
-    )
+    totals = 0
+    for i, batch in enumerate(batches):
+        before_batch()
+        totals += accumulate_gradients(accelerator, model, batch, config, count, synchronize=i == len(batches) - 1)
     means = accelerator.reduce(totals / count, reduction="mean").tolist()
     statistics = dict(zip(STATISTICS, means))
     statistics["deviation"] **= 0.5
     statistics["x0_norm"] **= 0.5
-    guard.check(statistics["loss"], statistics["x0_norm"], step)
-
     parameters = policy_parameters(accelerator.unwrap_model(model))
     statistics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+    # Losses and gradients are means over all processes: these agree.
+    skip = config.nan_loss == "skip" and not all(map(math.isfinite, statistics.values()))
+    if not skip:
+        guard.check(statistics["loss"], statistics["x0_norm"], statistics["grad_norm"], step)
+        optimizer.step()
+    statistics["skipped_steps"] = float(skip)
     statistics["learning_rate"] = lr_scheduler.get_last_lr()[0]
-    optimizer.step()
     lr_scheduler.step()
     optimizer.zero_grad()
     return statistics

@@ -227,7 +227,7 @@ def test_checkpoint_of_another_rank(finished, model_folder, capsys):
     folder, _ = finished
     arguments = tiny_arguments(model_folder, folder, **FOUR_STEPS, resume_from_checkpoint="latest")
     assert main([*arguments, "--rank", "8"]) == 2
-    assert "it has rank 4, this run has rank 8" in capsys.readouterr().err
+    assert "of another run: rank is 4 there and 8 here" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from astrolabe_diffusers.training.checkpoints import Checkpoints
+from astrolabe_diffusers.training.agreement import raise_together
+from astrolabe_diffusers.training.checkpoints import Checkpoints, policy_identity
 from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.policies import activate_current, policy_parameters, use_policy
 from astrolabe_diffusers.training.prompts import process_batches
@@ -33,7 +34,7 @@ def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNES
     def split(items):
         return process_batches(items, batch_size, accelerator.process_index, accelerator.num_processes)
 
-    with use_policy(pipe.transformer, "old"):
+    with raise_together(), use_policy(pipe.transformer, "old"):
         batches = list(generate(pipe, PromptEncoder(pipe), worker, split(SAMPLES), SIZE))
     scores, _ = gather_scores(batches, SAMPLES)
     count = sum(len(batch.samples) for batch in batches)
@@ -64,7 +65,8 @@ def gradients_without_synchronisation(accelerator, batch_size: int):
 def main(folder: Path):
     accelerator = Accelerator(mixed_precision="no")
     transformer, scores, gradients = rollout_and_gradients(accelerator, batch_size=2)
-    checkpoint = Checkpoints(accelerator, transformer, folder, total_limit=1).save(1, {"step": 1})
+    settings = config(output_dir=folder, checkpoints_total_limit=1)
+    checkpoint = Checkpoints(accelerator, transformer, settings, policy_identity(transformer)).save(1, {"step": 1})
 
     # A reward that fails on the second process only.
     try:

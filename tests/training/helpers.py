@@ -71,8 +71,9 @@ def config(**values) -> NFTConfig:
     return NFTConfig(**{"rewards": {BRIGHTNESS: 1.0}, "beta": 0.7, "kl_weight": 0.3, **values})
 
 
-def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, skip_bad=False) -> RewardWorker:
-    return RewardWorker(pipe.vae, RewardSet({rewards: 1.0}), RewardSet({watched: 1.0}) if watched else None, skip_bad)
+def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> RewardWorker:
+    watched = RewardSet({watched: 1.0}) if watched else None
+    return RewardWorker(pipe.vae, RewardSet({rewards: 1.0}), watched, **options)
 
 
 def tiny_arguments(model, output_dir, **values) -> list[str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
+from pathlib import Path
 
 import torch
 
@@ -39,3 +43,41 @@ def broken(videos, prompts, metadata):
 
 def frame_count(videos, prompts, metadata):
     return torch.full((len(videos),), float(videos.shape[1])), {}
+
+
+def hangs(videos, prompts, metadata):
+    threading.Event().wait()
+
+
+# What follows is a brightness that does something else at its call number $TROUBLE_CALL in process $TROUBLE_RANK.
+_calls = 0
+
+
+def _in_trouble() -> bool:
+    global _calls
+    _calls += 1
+    here = os.environ.get("RANK", "0") == os.environ.get("TROUBLE_RANK", "0")
+    return here and _calls == int(os.environ["TROUBLE_CALL"])
+
+
+def sends_a_signal(videos, prompts, metadata):
+    """Once in a run: what was resumed has a file that says so."""
+    mark = Path(os.environ["TROUBLE_MARK"])
+    if _in_trouble() and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.Signals[os.environ["TROUBLE_SIGNAL"]])
+    return brightness(videos, prompts, metadata)
+
+
+def dies(videos, prompts, metadata):
+    if _in_trouble():
+        os._exit(1)
+    return brightness(videos, prompts, metadata)
+
+
+def hangs_once(videos, prompts, metadata):
+    return hangs(videos, prompts, metadata) if _in_trouble() else brightness(videos, prompts, metadata)
+
+
+def exits(videos, prompts, metadata):
+    raise SystemExit(0)

@@ -1,5 +1,6 @@
 import json
-import shutil
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,17 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import astrolabe_diffusers  # noqa: F401  (DiffusionPipeline finds our classes)
-from astrolabe_diffusers.training.checkpoints import WEIGHT_NAMES, Checkpoints, load_adapter, save_adapter
+from astrolabe_diffusers.training.checkpoints import (
+    WEIGHT_NAMES,
+    Checkpoints,
+    load_adapter,
+    policy_identity,
+    save_adapter,
+)
 from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
 from tests.tiny_pipeline import tiny_pipeline
-from tests.training.helpers import SIZE, policy_pipeline
+from tests.training.helpers import SIZE, config, policy_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +27,20 @@ def pipe():
     return policy_pipeline()
 
 
+def make_checkpoints(transformer, folder, **identity):
+    accelerator = Accelerator(mixed_precision="no")
+    accelerator.prepare(transformer)
+    settings = config(output_dir=folder, checkpoints_total_limit=2)
+    return Checkpoints(accelerator, transformer, settings, policy_identity(transformer) | identity)
+
+
 @pytest.fixture
 def checkpoints(pipe, tmp_path):
-    accelerator = Accelerator(mixed_precision="no")
-    accelerator.prepare(pipe.transformer)
-    return Checkpoints(accelerator, pipe.transformer, tmp_path, total_limit=2)
+    return make_checkpoints(pipe.transformer, tmp_path)
+
+
+def latest(checkpoints):
+    return checkpoints.find("latest")[0]
 
 
 def video(pipe):
@@ -45,10 +61,10 @@ def test_adapter_file_gives_the_policy_to_a_fresh_pipeline(pipe, tmp_path):
 
 
 def test_adapters_come_back_exactly(pipe, tmp_path):
-    for adapter in WEIGHT_NAMES:
+    for adapter in pipe.transformer.peft_config:
         save_adapter(pipe.transformer, tmp_path, adapter)
     other = policy_pipeline(randomize=False).transformer
-    for adapter in WEIGHT_NAMES:
+    for adapter in pipe.transformer.peft_config:
         load_adapter(other, tmp_path, adapter)
         pairs = zip(policy_parameters(other, adapter), policy_parameters(pipe.transformer, adapter), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -81,50 +97,113 @@ def test_adapter_file_that_is_missing_or_no_such_file(pipe, tmp_path):
 
 
 def test_checkpoints_are_pruned_and_found(checkpoints):
-    assert checkpoints.find("latest") is None
+    assert checkpoints.find("latest") == checkpoints.find(None) == (None, [])
     for step in (9, 10, 11):
         checkpoints.save(step, {"step": step})
-    assert [path.name for path in checkpoints.list()] == ["checkpoint-10", "checkpoint-11"]
-    assert checkpoints.find("latest").name == "checkpoint-11"
-    assert checkpoints.find("checkpoint-10") == checkpoints.find(str(checkpoints.folder / "checkpoint-10"))
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"checkpoint-10", "checkpoint-11"}
+    assert latest(checkpoints).name == "checkpoint-11"
     with pytest.raises(UserError, match="checkpoint-9.*checkpoint-10, checkpoint-11"):
         checkpoints.find("checkpoint-9")
+    path, lines = checkpoints.find(str(checkpoints.folder / "checkpoint-10"))
+    assert path.name == "checkpoint-10" and lines == ["set aside, as .set_aside: checkpoint-11"]
+    assert checkpoints.find("checkpoint-10") == (path, [])
 
 
 def test_checkpoint_is_a_lora_folder_without_the_base(checkpoints, pipe):
     folder = checkpoints.save(1, {"step": 1})
     names = {path.name for path in folder.iterdir()}
-    assert set(WEIGHT_NAMES.values()) | {"trainer_state.json"} <= names
+    assert {WEIGHT_NAMES["default"], WEIGHT_NAMES["old"], "trainer_state.json", "config.yaml", "files.json"} <= names
     assert not any(name.startswith("model") for name in names)
-    assert json.loads((folder / "trainer_state.json").read_text()) == {"step": 1}
+    assert json.loads((folder / "trainer_state.json").read_text())["step"] == 1
     fresh = tiny_pipeline()
     fresh.load_lora_weights(folder)
     assert fresh.get_list_adapters() == {"transformer": ["default_0"]}
 
 
-def test_unfinished_checkpoint_is_not_found_and_does_no_harm(checkpoints):
+def test_left_overs_of_a_kill_are_removed(checkpoints):
+    """A kill while writing, and a kill while pruning."""
     checkpoints.save(1, {"step": 1})
-    shutil.copytree(checkpoints.folder / "checkpoint-1", checkpoints.folder / "checkpoint-2.partial")
-    (checkpoints.folder / "checkpoint-2.partial" / "left_over").touch()
-    assert checkpoints.find("latest").name == "checkpoint-1"
-    folder = checkpoints.save(2, {"step": 2})
-    assert not (folder / "left_over").exists()
-    assert {path.name for path in checkpoints.folder.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    checkpoints.save(2, {"step": 2}).rename(checkpoints.folder / "checkpoint-2.partial")
+    (checkpoints.folder / "checkpoint-0.partial").mkdir()
+    assert checkpoints.find("latest")[0].name == "checkpoint-1"
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["checkpoint-1"]
+    checkpoints.save(2, {"step": 2})
 
 
-def test_save_again_replaces(checkpoints):
-    checkpoints.save(1, {"value": 1})
-    checkpoints.save(1, {"value": 2})
-    assert checkpoints.load(checkpoints.find("latest")) == {"value": 2}
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, flip_a_bit])
+def test_any_damage_to_the_newest_falls_back_to_the_one_before(checkpoints, damage):
+    checkpoints.save(1, {"step": 1})
+    names = [path.name for path in checkpoints.save(2, {"step": 2}).iterdir()]
+    assert len(names) >= 6
+    for name in names:
+        damage(checkpoints.path(2) / name)
+        with pytest.raises(UserError, match="checkpoint-2 is damaged"):
+            checkpoints.find("checkpoint-2")
+        path, lines = checkpoints.find("latest")
+        assert path.name == "checkpoint-1"
+        assert "checkpoint-2 is damaged: " in lines[0] and "set aside" in lines[1]
+        assert name in lines[0] or name == "files.json"
+        checkpoints.save(2, {"step": 2})
+        assert checkpoints.find("latest")[0].name == "checkpoint-2"
+
+
+def test_a_run_that_starts_anew_does_not_go_on_from_another_runs_checkpoints(checkpoints):
+    checkpoints.save(8, {"step": 8})
+    assert checkpoints.find(None) == (None, ["set aside, as .set_aside: checkpoint-8"])
+    checkpoints.save(2, {"step": 2})
+    assert latest(checkpoints).name == "checkpoint-2"
+    assert (checkpoints.folder / "checkpoint-8.set_aside" / WEIGHT_NAMES["default"]).is_file()
+
+
+def test_state_of_another_model_or_lora_is_refused(checkpoints, pipe):
+    checkpoints.save(1, {"step": 1})
+    folder = checkpoints.config.output_dir
+    for name, value in {"rank": 8, "lora_target_modules": ["to_q"], "adapters": ["default", "old", "ema"]}.items():
+        with pytest.raises(UserError, match=f"another run: {name} is .* there and") as error:
+            make_checkpoints(pipe.transformer, folder, **{name: value}).find("latest")
+        assert "\n" not in str(error.value)
+    base = next(p for name, p in pipe.transformer.named_parameters() if name.endswith("base_layer.weight"))
+    base.data[0, 0] += 0.1
+    try:
+        with pytest.raises(UserError, match="base model is"):
+            make_checkpoints(pipe.transformer, folder).find("latest")
+    finally:
+        base.data[0, 0] -= 0.1
+
+
+def test_every_adapter_is_saved_and_restored(tmp_path):
+    pipe = policy_pipeline()
+    pipe.transformer.add_adapter(pipe.transformer.peft_config["old"], adapter_name="ema")
+    pipe.transformer.set_adapter("default")
+    for parameter in policy_parameters(pipe.transformer, "ema"):
+        parameter.data.normal_()
+    expected = [p.clone() for p in policy_parameters(pipe.transformer, "ema")]
+    checkpoints = make_checkpoints(pipe.transformer, tmp_path)
+    folder = checkpoints.save(1, {"step": 1})
+    for parameter in policy_parameters(pipe.transformer, "ema"):
+        parameter.data.zero_()
+    checkpoints.load(folder)
+    assert len(expected) and all(map(torch.equal, policy_parameters(pipe.transformer, "ema"), expected))
 
 
 def test_load_restores_both_adapters(checkpoints, pipe):
-    expected = {adapter: [p.clone() for p in policy_parameters(pipe.transformer, adapter)] for adapter in WEIGHT_NAMES}
+    adapters = pipe.transformer.peft_config
+    expected = {adapter: [p.clone() for p in policy_parameters(pipe.transformer, adapter)] for adapter in adapters}
     folder = checkpoints.save(1, {"step": 1})
-    for adapter in WEIGHT_NAMES:
+    for adapter in pipe.transformer.peft_config:
         for parameter in policy_parameters(pipe.transformer, adapter):
             parameter.data.add_(1.0)
-    assert checkpoints.load(folder) == {"step": 1}
+    assert checkpoints.load(folder)["step"] == 1
     for adapter, parameters in expected.items():
         assert all(map(torch.equal, policy_parameters(pipe.transformer, adapter), parameters))
 

@@ -109,7 +109,7 @@ def test_videos_do_not_pile_up_behind_a_slow_reward(pipe):
     inner, waiting = worker.rewards, []
 
     def count(*args):
-        waiting.append(worker._executor._work_queue.qsize())
+        waiting.append(worker._thread._calls.qsize())
         return inner(*args)
 
     worker.rewards = count
@@ -132,11 +132,19 @@ def test_broken_reward_is_one_line(pipe):
 def test_broken_reward_ends_sampling(pipe):
     samples = make_samples(4)
     worker = reward_worker(pipe, "tests.training.rewards:broken")
-    generated = list(generate(pipe, PromptEncoder(pipe), worker, [[sample] for sample in samples], SIZE))
-    assert len(generated) == 1  # the second was sampled while the first was scored
+    generated = generate(pipe, PromptEncoder(pipe), worker, [[sample] for sample in samples], SIZE)
+    batch = next(generated)
     with pytest.raises(UserError, match="ZeroDivisionError"):
-        gather_scores(generated, samples)
+        next(generated)  # the second was sampled while the first was scored
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        gather_scores([batch], samples[:1])
     worker.shutdown()
+
+
+def test_reward_that_hangs_ends_sampling(pipe):
+    worker = reward_worker(pipe, "tests.training.rewards:hangs", timeout=0.2)
+    with pytest.raises(UserError, match="has not answered for 0.2 s; raise reward_timeout"):
+        list(generate(pipe, PromptEncoder(pipe), worker, [[sample] for sample in make_samples(2)], SIZE))
 
 
 def test_nan_reward_stops(pipe):

@@ -188,12 +188,12 @@ def test_collapse_stops_before_the_weights_are_touched(pipe, accelerator):
 def test_collapse_guard_watches_the_norm_in_both_directions():
     guard = CollapseGuard(factor=2.0)
     for norm in (1.0, 1.9, 0.6):
-        guard.check(0.5, norm, 1)
+        guard.check(0.5, norm, 1.0, 1)
     with pytest.raises(UserError, match="2.10 times.*collapse_factor=2"):
-        guard.check(0.5, 2.1, 2)
+        guard.check(0.5, 2.1, 1.0, 2)
     with pytest.raises(UserError, match="0.40 times"):
-        guard.check(0.5, 0.4, 2)
-    CollapseGuard(factor=0, start_norm=1.0).check(0.5, 100.0, 1)
+        guard.check(0.5, 0.4, 1.0, 2)
+    CollapseGuard(factor=0, start_norm=1.0).check(0.5, 100.0, 1.0, 1)
 
 
 def test_training_sigmas_are_the_samplers(pipe):
