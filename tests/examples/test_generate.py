@@ -257,7 +257,7 @@ def test_bfloat16(model_folder, tmp_path):
     [
         ({}, ["--prompt", "--prompts", "required"]),
         ({"prompt": "a", "prompts": "b"}, ["--prompts", "not allowed with argument --prompt"]),
-        ({"prompts": "nowhere.txt"}, ["nowhere.txt is no file", "dataset"]),
+        ({"prompts": "nowhere.txt"}, ["nowhere.txt is no prompt file", "dataset"]),
         ({"prompt": "a", "num_frame": 21}, ["--num_frame", "--help"]),
         ({"prompt": "a", "num_frames": 20}, ["num_frames=20", "9 and 21"]),
         ({"prompt": "a", "num_frames": 0}, ["num_frames must be at least 1, not 0"]),
