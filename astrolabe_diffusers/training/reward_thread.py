@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -11,11 +12,15 @@ from contextlib import suppress
 from .errors import UserError
 
 
+PATIENCE = 10
+
+
 class RewardThread:
     """Runs calls one after the other in a background thread.
 
     Python waits for the threads of a `ThreadPoolExecutor` before it exits, so that a reward that hangs would keep a
-    failed run from ending. It does not wait for this one.
+    failed run from ending. This one is given `PATIENCE` seconds to come to the end of its call: to end a thread in the
+    midst of torch's code may crash the process.
 
     Args:
         timeout: seconds after which a call counts as hung; its future then holds a [`UserError`].
@@ -25,7 +30,9 @@ class RewardThread:
     def __init__(self, timeout: float, initializer: Callable[[], object] | None = None):
         self.timeout = timeout
         self._calls = queue.SimpleQueue()
-        threading.Thread(target=self._work, args=(initializer,), name="rewards", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, args=(initializer,), name="rewards", daemon=True)
+        self._thread.start()
+        atexit.register(self.shutdown)
 
     def submit(self, function: Callable, *arguments) -> Future:
         future = Future()
@@ -33,8 +40,10 @@ class RewardThread:
         return future
 
     def shutdown(self):
-        """End the thread after the calls so far, without waiting for them."""
+        """End the thread after the calls so far; waits for them no longer than `PATIENCE` seconds."""
+        atexit.unregister(self.shutdown)
         self._calls.put(None)
+        self._thread.join(PATIENCE)
 
     def _work(self, initializer: Callable[[], object] | None):
         if initializer is not None:

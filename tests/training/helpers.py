@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 
 from astrolabe_diffusers.rewards import RewardSet
+from astrolabe_diffusers.training.checkpoints import list_checkpoints
 from astrolabe_diffusers.training.clip_models import NoisedBatch
 from astrolabe_diffusers.training.config import NFTConfig
 from astrolabe_diffusers.training.policies import OLD, add_policies, policy_parameters
@@ -101,3 +110,44 @@ def tiny_arguments(model, output_dir, **values) -> list[str]:
         "mixed_precision": "no",
     }
     return [part for name, value in (defaults | values).items() for part in (f"--{name}", str(value))]
+
+
+def numbers_of_run(folder: Path) -> dict:
+    """All that a finished run has computed: weights, metrics without times, evaluations, the trainer's last state."""
+    newest = list_checkpoints(folder)[-1]
+    files = [folder / "pytorch_lora_weights.safetensors", *newest.glob("*.safetensors")]
+    adapters = {
+        str(file.relative_to(folder)): {name: weight.tolist() for name, weight in load_file(file).items()}
+        for file in files
+    }
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    state = json.loads((newest / "trainer_state.json").read_text())
+    for record in (*metrics, state):
+        for name in [name for name in record if "second" in name or name == "peak_memory_gb"]:
+            del record[name]
+    return {**adapters, "metrics": metrics, "evaluations": evaluations, "state": state}
+
+
+class Torchrun(subprocess.Popen):
+    def kill_all(self):
+        """kill -9 to the launcher and all that it has started."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+def torchrun(*command, **environment: str) -> Torchrun:
+    """Starts two processes on the CPU, in the repository's root; their output is one text stream."""
+    root = Path(__file__).parents[2]
+    inherited = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    inherited["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return Torchrun(
+        [*launcher, *map(str, command)],
+        env=inherited | environment,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )

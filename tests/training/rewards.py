@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -81,3 +82,9 @@ def hangs_once(videos, prompts, metadata):
 
 def exits(videos, prompts, metadata):
     raise SystemExit(0)
+
+
+def fills_the_disk(videos, prompts, metadata):
+    if _in_trouble():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # bytes of a file
+    return brightness(videos, prompts, metadata)

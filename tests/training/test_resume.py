@@ -1,0 +1,115 @@
+"""Runs that a signal stops, resumed: they have the numbers of the run that nothing stopped."""
+
+import json
+import signal
+
+import pytest
+
+from astrolabe_diffusers.training import NFTTrainer, exit_code, parse_args
+from tests.training import rewards
+from tests.training.helpers import numbers_of_run, tiny_arguments
+
+
+# Two optimizer steps an epoch, four epochs; 2 batches of an epoch and 1 of an evaluation are scored by a call each.
+SETTINGS = dict(
+    rewards="tests.training.rewards:sends_a_signal",
+    gradient_accumulation_steps=1,
+    max_train_steps=8,
+    checkpointing_steps=4,
+    eval_steps=4,
+    lr_scheduler="cosine",
+    lora_dropout=0.1,
+)
+
+
+def run(model_folder, folder, **values):
+    """Exit code of a run, and its trainer."""
+    trainers = []
+
+    def train():
+        trainers.append(NFTTrainer(parse_args(tiny_arguments(model_folder, folder, **SETTINGS | values))))
+        return trainers[0].train()
+
+    return exit_code(train), trainers[0]
+
+
+@pytest.fixture(autouse=True)
+def trouble(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "_calls", 0)
+    monkeypatch.setenv("TROUBLE_MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("TROUBLE_SIGNAL", "SIGTERM")
+    return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards, "_calls", 0)
+        patch.setenv("TROUBLE_CALL", "0")
+        patch.setenv("TROUBLE_MARK", str(folder / "mark"))
+        assert run(model_folder, folder)[0] == 0
+    return numbers_of_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "step"),
+    # Where the signal comes: in the first evaluation, in the second epoch, in the evaluation after it.
+    [(1, "SIGTERM", 0), (4, "SIGINT", 2), (6, "SIGTERM", 4)],
+)
+def test_a_signal_saves_the_last_complete_epoch(
+    model_folder, tmp_path, uninterrupted, trouble, capfd, call, name, step
+):
+    trouble.setenv("TROUBLE_CALL", str(call))
+    trouble.setenv("TROUBLE_SIGNAL", name)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    code, _ = run(model_folder, tmp_path / "out")
+    assert code == 128 + signal.Signals[name]  # 143 and 130, as in a shell
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    output = capfd.readouterr()
+    assert f"{name}: --resume_from_checkpoint latest goes on from" in output.out
+    assert f"{name}: stopping" in output.err
+    checkpoints = sorted((tmp_path / "out" / "checkpoints").iterdir())
+    assert checkpoints[-1].name == f"checkpoint-{step}"
+
+    code, _ = run(model_folder, tmp_path / "out", resume_from_checkpoint="latest")
+    assert code == 0
+    assert numbers_of_run(tmp_path / "out") == uninterrupted
+
+
+def test_signal_after_the_first_step_of_an_epoch_waits_for_its_end(model_folder, tmp_path, uninterrupted, trouble):
+    """There the policy has moved: the epoch can no longer be given up."""
+    trouble.setenv("TROUBLE_CALL", "0")
+    trainer = NFTTrainer(parse_args(tiny_arguments(model_folder, tmp_path, **SETTINGS)))
+    steps = []
+    trainer.optimizer.optimizer.register_step_post_hook(
+        lambda *_: steps.append(0) or len(steps) == 3 and signal.raise_signal(signal.SIGTERM)
+    )
+    assert exit_code(trainer.train) == 143
+    assert len(steps) == 4 and [path.name for path in trainer.checkpoints.list()] == ["checkpoint-4"]
+    assert run(model_folder, tmp_path, resume_from_checkpoint="latest")[0] == 0
+    assert numbers_of_run(tmp_path) == uninterrupted
+
+
+def test_damaged_newest_checkpoint(model_folder, tmp_path, uninterrupted, trouble, capsys):
+    trouble.setenv("TROUBLE_CALL", "0")
+    assert run(model_folder, tmp_path)[0] == 0
+    newest = tmp_path / "checkpoints" / "checkpoint-8" / "optimizer.bin"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert run(model_folder, tmp_path, resume_from_checkpoint="latest")[0] == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-8 is damaged" in line]
+    assert len(lines) == 1 and "optimizer.bin has 1000 bytes" in lines[0]
+    assert numbers_of_run(tmp_path) == uninterrupted
+
+
+def test_new_settings_take_effect_when_resuming(model_folder, tmp_path, trouble):
+    """The advice after a collapse: a lower learning rate. The moments stay."""
+    trouble.setenv("TROUBLE_CALL", "4")
+    assert run(model_folder, tmp_path, lr_scheduler="constant")[0] == 143
+    values = dict(learning_rate=1e-3, adam_weight_decay=0.5, lr_scheduler="constant", max_train_steps=4)
+    code, trainer = run(model_folder, tmp_path, resume_from_checkpoint="latest", **values)
+    assert code == 0
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["learning_rate"] for record in records] == [1e-2, 1e-3]
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {4.0}

@@ -1,0 +1,113 @@
+"""Two processes of a run, of which one is stopped, dies or hangs; and runs that are killed."""
+
+import random
+import time
+
+import pytest
+
+from tests.training.helpers import numbers_of_run, tiny_arguments, torchrun
+
+
+SETTINGS = dict(train_batch_size=2, batches_per_epoch=2, samples_per_prompt=4, max_train_steps=3, eval_steps=3)
+
+
+def start(model_folder, folder, **values):
+    environment = {name: str(values.pop(name)) for name in list(values) if name.isupper()}
+    arguments = tiny_arguments(model_folder, folder, **SETTINGS | values)
+    return torchrun("examples/train_nft.py", *arguments, **environment)
+
+
+def finish(run, timeout=180):
+    output, _ = run.communicate(timeout=timeout)
+    return run.returncode, output
+
+
+def wait_for(run, text):
+    """Reads the output of a run until a line has `text`."""
+    for line in run.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text!r}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, output = finish(start(model_folder, folder))
+    assert code == 0 and "2 processes on cpu" in output, output
+    return numbers_of_run(folder)
+
+
+def test_signal_to_one_process_stops_both(model_folder, tmp_path, uninterrupted):
+    values = dict(rewards="tests.training.rewards:sends_a_signal", TROUBLE_CALL=5, TROUBLE_RANK=1)
+    values |= dict(TROUBLE_SIGNAL="SIGTERM", TROUBLE_MARK=tmp_path / "mark")
+    code, output = finish(start(model_folder, tmp_path / "out", **values))
+    assert code != 0 and "SIGTERM: --resume_from_checkpoint latest goes on from" in output
+    # Nobody crashed, and torchrun had nobody to kill.
+    assert "exitcode  : 143" in output and "Traceback" not in output.split("SIGTERM: --resume")[0]
+    code, output = finish(start(model_folder, tmp_path / "out", resume_from_checkpoint="latest", **values))
+    assert code == 0, output
+    numbers = numbers_of_run(tmp_path / "out")
+    assert numbers["pytorch_lora_weights.safetensors"] == uninterrupted["pytorch_lora_weights.safetensors"]
+    assert numbers["state"] == uninterrupted["state"]
+
+
+def test_process_that_dies_ends_the_run(model_folder, tmp_path):
+    values = dict(rewards="tests.training.rewards:dies", TROUBLE_CALL=4, TROUBLE_RANK=1)
+    run = start(model_folder, tmp_path, **values)
+    wait_for(run, "step 1/3")
+    begin = time.monotonic()
+    code, _ = finish(run, timeout=60)
+    assert code != 0 and time.monotonic() - begin < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            dict(rewards="tests.training.rewards:hangs_once", reward_timeout=5, TROUBLE_CALL=4),
+            "a reward has not answered for 5 s",
+        ),
+        (dict(rewards="tests.training.rewards:exits"), "a reward ended with SystemExit(0)"),
+        (
+            dict(rewards="tests.training.rewards:fills_the_disk", TROUBLE_CALL=2, report_to="none", num_eval_videos=0),
+            "cannot write",
+        ),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_trouble_of_one_process_ends_both_with_its_error(model_folder, tmp_path, values, message, rank):
+    if "disk" in values["rewards"] and rank == 1:
+        values = values | {"TROUBLE_CALL": 2}
+    run = start(model_folder, tmp_path, TROUBLE_RANK=rank, **values)
+    begin = time.monotonic()
+    code, output = finish(run, timeout=90)
+    assert code != 0
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], output
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(model_folder, tmp_path):
+    """kill -9 to the launcher and both processes, at random moments of the training."""
+    values = dict(max_train_steps=60, eval_steps=10, checkpointing_steps=2, checkpoints_total_limit=2)
+    values |= dict(num_frames=9, learning_rate=1e-3)
+    code, output = finish(start(model_folder, tmp_path / "whole", **values), timeout=600)
+    assert code == 0, output
+    moments, folder = random.Random(0), tmp_path / "killed"
+    kills = torn = 0
+    while kills < 20:
+        run = start(model_folder, folder, resume_from_checkpoint="latest", **values)
+        wait_for(run, "output in")
+        time.sleep(moments.uniform(0, 3))
+        assert run.poll() is None, "the run is too short for twenty kills"
+        run.kill_all()
+        kills += 1
+        torn += any((folder / "checkpoints").glob("*.partial"))
+    code, output = finish(start(model_folder, folder, resume_from_checkpoint="latest", **values), timeout=600)
+    assert code == 0, output
+    assert "resuming from" in output
+    print(f"{kills} kills, {torn} of them while a checkpoint was written or removed")
+    assert numbers_of_run(folder) == numbers_of_run(tmp_path / "whole")
