@@ -13,6 +13,7 @@ import yaml
 
 from .. import TINY_SHAPES
 from .errors import UserError, one_line
+from .trackers import TRACKERS
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, minimum: float | None = None):
@@ -196,8 +197,8 @@ class NFTConfig(Config):
     checkpointing_steps: int = option(30, "optimizer steps between checkpoints", minimum=1)
     checkpoints_total_limit: int | None = option(None, "checkpoints that are kept", minimum=1)
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest` in output_dir")
-    report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "none"))
-    logging_dir: str = option("logs", "folder of the tracker inside output_dir")
+    report_to: str = option("tensorboard", "trackers; `all`: both", choices=tuple(TRACKERS))
+    logging_dir: str = option("logs", "folder of the trackers inside output_dir")
     push_to_hub: bool = option(False, "upload the adapter with a model card")
     hub_model_id: str | None = option(None, "repository to push to; the name of output_dir if not given")
     hub_token: str | None = option(None, "token to push with; the stored one if not given")

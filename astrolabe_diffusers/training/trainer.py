@@ -248,9 +248,11 @@ class NFTTrainer:
         metrics |= {key: sum(s[key] for s in statistics) / len(statistics) for key in statistics[0]}
         metrics["old_policy_decay"] = self.old_policy_decay
         metrics |= timing
+        for part in ("sampling", "scoring", "training"):
+            metrics[f"samples_per_second_{part}"] = len(scores["reward"]) / timing[f"seconds_{part}"]
         metrics["peak_memory_gb"] = peak_memory_gb(self.accelerator.device)
         epochs_left = self.config.num_train_epochs - self.epoch
-        self.report.add_epoch(metrics, seconds_left=epochs_left * self.train_seconds / self.epoch)
+        self.report.add_epoch(metrics, scores, seconds_left=epochs_left * self.train_seconds / self.epoch)
 
     def save_checkpoint(self):
         state = {
