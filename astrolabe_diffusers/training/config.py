@@ -199,8 +199,10 @@ class NFTConfig(Config):
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest` in output_dir")
     report_to: str = option("tensorboard", "trackers; `all`: both", choices=tuple(TRACKERS))
     logging_dir: str = option("logs", "folder of the trackers inside output_dir")
-    push_to_hub: bool = option(False, "upload the adapter with a model card")
+    push_to_hub: bool = option(False, "upload the adapter with its model card, the README.md in output_dir")
     hub_model_id: str | None = option(None, "repository to push to; the name of output_dir if not given")
+    hub_base_model: str | None = option(None, "Hub id of the base model for the card, if the model is a local folder")
+    hub_license: str | None = option(None, "licence for the card, such as apache-2.0")
     hub_token: str | None = option(None, "token to push with; the stored one if not given")
 
     def __post_init__(self):

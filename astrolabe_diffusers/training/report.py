@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import resource
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from .. import __version__
 from .config import NFTConfig
 from .evaluation import Evaluation, paired_difference
 from .plots import draw_curves, side_by_side
@@ -129,8 +132,8 @@ class RunReport:
             y_label="reward",
         )
 
-    def finish(self, results: dict[str, Any], num_prompts: int) -> str:
-        """Write results.json and print the table of before and after; returns the table."""
+    def finish(self, results: dict[str, Any], num_prompts: int):
+        """Write results.json, with the changes of all scores, and print the table of before and after."""
         self.progress.close()
         before, after = self.evaluations[0], self.evaluations[-1]
         rows = comparison_rows(before, after)
@@ -151,7 +154,6 @@ class RunReport:
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
             f"\n{files}"
         )
-        return table
 
 
 def tag(name: str) -> str:
@@ -210,6 +212,20 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     # Linux counts in KB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
+
+
+def versions() -> dict[str, str]:
+    """Of this package and those that figures depend on."""
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    return {
+        "astrolabe_diffusers": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from .config import NFTConfig
 from .errors import UserError, as_user_error
 from .evaluation import compare_videos, evaluate
 from .hub import create_hub_repo, push_to_hub
+from .model_card import write_card
 from .policies import (
     CURRENT,
     activate_current,
@@ -26,7 +27,7 @@ from .policies import (
     use_policy,
 )
 from .prompts import Sample, epoch_samples, eval_samples, load_prompts, process_batches
-from .report import RunReport, peak_memory_gb
+from .report import RunReport, device_name, peak_memory_gb, versions
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
 from .setup import load_pipeline, make_accelerator, make_optimizer, make_rewards, prompt_path, video_size
 from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
@@ -284,19 +285,28 @@ class NFTTrainer:
                 self.config.train_batch_size,
                 output_dir / "before_after",
             )
-            files |= zip(("before/after video", "before/after sheet"), comparison)
+            files |= zip(("before/after video", "before/after sheet", "before/after GIF"), comparison)
+            files["model card"] = str(output_dir / "README.md")
             num_samples = self.epoch * self.num_groups * self.config.samples_per_prompt
             results = {
                 "num_videos": len(self.eval_samples),
+                "num_prompts": len(self.eval_prompts),
+                "size": self.eval_size,
+                "steps": self.step,
+                "num_samples": num_samples,
+                "num_processes": self.accelerator.num_processes,
+                "device": device_name(self.accelerator.device),
+                "versions": versions(),
                 "train_seconds": self.train_seconds,
                 "samples_per_second": num_samples / self.train_seconds,
                 "peak_memory_gb": peak_memory_gb(self.accelerator.device),
                 "files": files,
             }
-            table = self.report.finish(results, len(self.eval_prompts))
+            self.report.finish(results, len(self.eval_prompts))
+            shown = [sample.prompt.text for sample in self.eval_samples[: self.config.num_eval_videos]]
+            write_card(self.config, results, shown, self.repo_id)
             if self.repo_id:
-                push_to_hub(self.config, self.repo_id, table)
-                self.report.print(f"pushed to {self.repo_id}")
+                self.report.print(push_to_hub(self.config, self.repo_id, results))
         self.rewards.shutdown()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
