@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import types
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from .. import TINY_SHAPES
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error, one_line
 from .trackers import TRACKERS
 
 
@@ -23,12 +24,24 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, m
     return field(default=default, metadata=metadata)
 
 
+def import_modules(names: list[str]):
+    """Imports modules of the user's, so that diffusers finds their classes; a [`UserError`] if one is not there."""
+    for name in names:
+        with as_user_error(f"import_modules {name} (is its folder on PYTHONPATH?)"):
+            importlib.import_module(name)
+
+
+@dataclass
 class Config:
     """Base of dataclasses whose fields are [`option`]s: values get the declared type and are checked when made.
 
     Raises:
         UserError: a value is not of its field's type, none of its choices or too small.
     """
+
+    import_modules: list[str] = option(
+        [], "modules with classes of your own that the model's folder names; their folder has to be on PYTHONPATH"
+    )
 
     def __post_init__(self):
         hints = get_type_hints(type(self))
@@ -40,6 +53,7 @@ class Config:
                 raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
             if minimum is not None and value is not None and value < minimum:
                 raise UserError(f"{f.name} must be at least {minimum}, not {value}.")
+        import_modules(self.import_modules)
 
 
 @dataclass

@@ -127,6 +127,7 @@ def _body(config: NFTConfig, results: dict[str, Any], prompts: Sequence[str], na
     base_name = config.hub_base_model or (Path(base).name if Path(base).exists() else base)
     base_code = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else f'"{_local_name(base)}"'
     revision = f', revision="{config.revision}"' if config.revision else ""
+    imports = "".join(f", {module}" for module in config.import_modules)
     size = ", ".join(f"{key}={value}" for key, value in results["size"].items())
     start = f"the LoRA {_local_name(config.init_lora)} it started from" if config.init_lora else "the base model"
     rows = [["", "weight", "before", "after", "change (95 % interval)"]]
@@ -163,7 +164,7 @@ A LoRA for the causal video model `{base_name}`, trained by reinforcement learni
 astrolabe_diffusers.
 
 ```python
-import astrolabe_diffusers
+import astrolabe_diffusers{imports}
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
 
