@@ -41,8 +41,9 @@ EXTRAS_REQUIRE = {
     # The oldest version that diffusers dispatches to. It is compiled against the installed torch: install that first,
     # then this extra with pip's --no-build-isolation.
     "flash": ["flash-attn>=2.6.3"],
+    "wandb": ["wandb>=0.31"],
     # A minor version of ruff may change its rules.
-    "test": ["pytest>=8", "ruff>=0.17,<0.18"],
+    "test": ["pytest>=8", "ruff>=0.17,<0.18", "wandb>=0.31"],
 }
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
 

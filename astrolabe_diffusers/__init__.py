@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import diffusers
-
+from .loaders.registration import register_with_diffusers
 from .models.kv_cache import CausalWanKVCache
 from .models.transformer_causal_wan import CausalWanTransformer3DModel
 from .models.vae_streaming import StreamingVAEDecoder
@@ -17,11 +16,8 @@ __version__ = "0.1.0"
 # Folder of the embedded pipeline: a small, really trained model in the format of any other.
 TINY_SHAPES = str(Path(__file__).parent / "assets" / "tiny_shapes")
 
-# diffusers finds the classes named in model_index.json and config.json among its own attributes.
 for _cls in (CausalWanTransformer3DModel, CausalWanPipeline):
-    if getattr(diffusers, _cls.__name__, _cls) is not _cls:
-        raise ImportError(f"this diffusers has its own {_cls.__name__}, which astrolabe_diffusers will not replace.")
-    setattr(diffusers, _cls.__name__, _cls)
+    register_with_diffusers(_cls)
 
 __all__ = [
     "TINY_SHAPES",

@@ -38,6 +38,9 @@ def parse_args(argv: list[str] | None) -> GenerationConfig:
     parser.add_argument("--plain_prompts", action="store_true", help="prompts without scenes: | and [ mean themselves")
     parser.add_argument("--output_dir", help="folder of the videos and manifest.jsonl [videos]")
     parser.add_argument("--model", help="folder or Hub id of a CausalWanPipeline [the embedded one]")
+    parser.add_argument(
+        "--import_modules", nargs="+", help="modules with classes of your own that the model's folder names"
+    )
     parser.add_argument("--revision", help="revision of the model on the Hub")
     parser.add_argument("--variant", help="variant of the weight files, such as bf16")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import TINY_SHAPES
+from ..training.config import import_modules
 from ..training.errors import UserError
 
 
@@ -23,6 +24,7 @@ class GenerationConfig:
         plain_prompts: `|` and `[` in the prompts are characters like any other, not scenes and durations.
         output_dir: folder of the videos and their manifest.
         model: folder or Hub id of a [`CausalWanPipeline`].
+        import_modules: modules with classes of your own that the model's folder names.
         revision, variant: of the model, as for `from_pretrained`.
         lora: LoRAs and their weights: folders (of a checkpoint or of a run), files or Hub ids.
         lora_scale: factor of all LoRAs together.
@@ -48,6 +50,7 @@ class GenerationConfig:
     plain_prompts: bool = False
     output_dir: str = "videos"
     model: str = TINY_SHAPES
+    import_modules: list[str] = field(default_factory=list)
     revision: str | None = None
     variant: str | None = None
     lora: dict[str, float] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class GenerationConfig:
     reward: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
+        import_modules(self.import_modules)
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either prompt, a text, or prompts, a file or a dataset.")
         for name in (

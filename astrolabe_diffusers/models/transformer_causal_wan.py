@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from ..loaders.original_checkpoints import check_fits, infer_config, load_tensors, select_weights, to_diffusers
+from ..loaders.registration import register_with_diffusers
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .rotary import CausalWanRotaryPosEmbed, Rotary
@@ -110,10 +111,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             window and the video may go on for ever.
     """
 
+    # A subclass with blocks of its own names them in `_repeated_blocks` too: their Linear layers get a LoRA.
+    block_class = CausalWanTransformerBlock
     _no_split_modules = ["CausalWanTransformerBlock"]
     _repeated_blocks = ["CausalWanTransformerBlock"]
     _skip_keys = ["kv_cache"]
     _cp_plan = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        register_with_diffusers(cls)
 
     @register_to_config
     def __init__(
@@ -167,7 +174,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         self.register_to_config(num_layers=num_layers)
         inner_dim = num_attention_heads * attention_head_dim
         self.blocks = nn.ModuleList(
-            CausalWanTransformerBlock(inner_dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps)
+            self.block_class(inner_dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps)
             for _ in range(num_layers)
         )
         self.rope = CausalWanRotaryPosEmbed(attention_head_dim, patch_size, rope_max_seq_len)

@@ -17,6 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.lora import check_lora_fits
+from ..loaders.registration import register_with_diffusers
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_streaming import encode_video
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
@@ -65,6 +66,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     What follows `transformer` is stored in `model_index.json` and serves as the defaults of `__call__`.
     """
 
+    # Makes the blocks, one after the other; a subclass may have its own.
+    block_generator_class = BlockGenerator
     model_cpu_offload_seq = "text_encoder->transformer"
     # Decodes after every block: it would chase the transformer off the device and back, for a quarter of a gigabyte.
     _exclude_from_cpu_offload = ["vae"]
@@ -104,6 +107,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         self._interrupt = False
         self.video_processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        register_with_diffusers(cls)
 
     def register_modules(self, **kwargs):
         super().register_modules(**kwargs)
@@ -542,7 +549,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1], or clean latents `(B, C, n, h, w)`."""
         n, batch_size = self.transformer.config.num_frames_per_block, len(schedule)
         num_given = 0 if given is None else given.shape[2]
-        groups = [BlockGenerator(self, sampling, list(range(batch_size)))]
+        groups = [self.block_generator_class(self, sampling, list(range(batch_size)))]
         groups[0].prompt_embeds = torch.stack([scenes[0].prompt_embeds for scenes in schedule])
         schedule = [scenes[1:] for scenes in schedule]
         self._interrupt = False

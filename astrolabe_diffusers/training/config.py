@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import types
 from dataclasses import asdict, dataclass, field, fields
@@ -13,8 +14,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from .. import TINY_SHAPES
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error, one_line
 from .published_runs import find_published_run, list_published_runs
+from .trackers import TRACKERS
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, minimum: float | None = None):
@@ -24,12 +26,24 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, m
     return field(default=default, metadata=metadata)
 
 
+def import_modules(names: list[str]):
+    """Imports modules of the user's, so that diffusers finds their classes; a [`UserError`] if one is not there."""
+    for name in names:
+        with as_user_error(f"import_modules {name} (is its folder on PYTHONPATH?)"):
+            importlib.import_module(name)
+
+
+@dataclass
 class Config:
     """Base of dataclasses whose fields are [`option`]s: values get the declared type and are checked when made.
 
     Raises:
         UserError: a value is not of its field's type, none of its choices or too small.
     """
+
+    import_modules: list[str] = option(
+        [], "modules with classes of your own that the model's folder names; their folder has to be on PYTHONPATH"
+    )
 
     def __post_init__(self):
         hints = get_type_hints(type(self))
@@ -41,6 +55,7 @@ class Config:
                 raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
             if minimum is not None and value is not None and value < minimum:
                 raise UserError(f"{f.name} must be at least {minimum}, not {value}.")
+        import_modules(self.import_modules)
 
 
 @dataclass
@@ -216,10 +231,12 @@ class NFTConfig(Config):
     checkpointing_steps: int = option(30, "optimizer steps between checkpoints", minimum=1)
     checkpoints_total_limit: int | None = option(None, "checkpoints that are kept", minimum=1)
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or `latest` in output_dir")
-    report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "none"))
-    logging_dir: str = option("logs", "folder of the tracker inside output_dir")
-    push_to_hub: bool = option(False, "upload the adapter with a model card")
+    report_to: str = option("tensorboard", "trackers; `all`: both", choices=tuple(TRACKERS))
+    logging_dir: str = option("logs", "folder of the trackers inside output_dir")
+    push_to_hub: bool = option(False, "upload the adapter with its model card, the README.md in output_dir")
     hub_model_id: str | None = option(None, "repository to push to; the name of output_dir if not given")
+    hub_base_model: str | None = option(None, "Hub id of the base model for the card, if the model is a local folder")
+    hub_license: str | None = option(None, "licence for the card, such as apache-2.0")
     hub_token: str | None = option(None, "token to push with; the stored one if not given")
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import export_to_video
 
 from .agreement import raise_together
-from .plots import comparison_video, contact_sheet
+from .plots import comparison_video, contact_sheet, small_gif_bytes
 from .prompts import Sample, process_batches
 from .rollout import PromptEncoder, RewardWorker, decode_videos, gather_scores, generate, sample_latents
 
@@ -96,13 +96,14 @@ def compare_videos(
     batch_size: int,
     path: Path,
 ) -> list[str]:
-    """Writes a video `path.mp4` and a contact sheet `path.png` of `samples` under several policies, side by side.
+    """Writes `samples` under several policies, side by side: a video `path.mp4`, frames of it in a contact sheet
+    `path.png`, and the video in small as `path.gif`.
 
     Args:
         policies: by its heading, the context in which the pipeline has a policy.
 
     Returns:
-        The paths of both files; none if there are no samples.
+        The paths of these files; none if there are no samples.
     """
     if not samples:
         return []
@@ -114,7 +115,9 @@ def compare_videos(
                 prompt_embeds = encoder(sample.prompt.text for sample in batch)
                 latents = sample_latents(pipeline, prompt_embeds, batch, size)
                 columns[name] += decode_videos(pipeline.vae, latents).cpu()
-    files = [f"{path}.mp4", f"{path}.png"]
-    export_to_video(comparison_video(columns), files[0], fps=pipeline.config.frame_rate)
+    files = [f"{path}.mp4", f"{path}.png", f"{path}.gif"]
+    images = comparison_video(columns)
+    export_to_video(images, files[0], fps=pipeline.config.frame_rate)
     contact_sheet(columns, [sample.prompt.text for sample in samples]).save(files[1])
+    Path(files[2]).write_bytes(small_gif_bytes(images, pipeline.config.frame_rate))
     return files

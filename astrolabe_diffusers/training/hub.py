@@ -2,58 +2,56 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import HfApi
 
 from .checkpoints import WEIGHT_NAMES
 from .config import NFTConfig
-from .errors import as_user_error
+from .errors import UserError, one_line
+from .model_card import video_folder
 from .policies import CURRENT
 
 
-FILES = ("README.md", WEIGHT_NAMES[CURRENT], "config.yaml", "rewards.png", "before_after.png", "before_after.mp4")
+# Settings and results.json stay here: they name paths of this machine. The card has what is in them.
+FILES = (
+    "README.md",
+    WEIGHT_NAMES[CURRENT],
+    "rewards.png",
+    "before_after.png",
+    "before_after.gif",
+    "before_after.mp4",
+    "metrics.jsonl",
+    "eval.jsonl",
+)
 
 
 def create_hub_repo(config: NFTConfig) -> str:
     """Makes sure that the repository exists and may be written to; returns its full name."""
     name = config.hub_model_id or Path(config.output_dir).resolve().name
-    with as_user_error(f"push_to_hub: cannot create {name}"):
-        return create_repo(name, exist_ok=True, token=config.hub_token).repo_id
+    try:
+        return HfApi(token=config.hub_token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # of the Hub, or of the way to it
+        raise UserError(f"push_to_hub: cannot create {name}: {one_line(error)}") from error
 
 
-def push_to_hub(config: NFTConfig, repo_id: str, table: str):
-    """Uploads the adapter of a finished run with a model card that shows `table`, the before/after table."""
-    output_dir = Path(config.output_dir)
-    description = f"""LoRA for `{config.pretrained_model_name_or_path}`, trained with NFT on \
-{", ".join(config.rewards)} by astrolabe_diffusers.
+def push_to_hub(config: NFTConfig, repo_id: str, results: dict[str, Any]) -> str:
+    """Uploads what a finished run leaves, its card included, and returns a line about it.
 
-```python
-import astrolabe_diffusers
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{config.pretrained_model_name_or_path}")
-pipe.load_lora_weights("{repo_id}")
-```
-
-```
-{table}
-```
-"""
-    card = load_or_create_model_card(
-        repo_id_or_path=repo_id,
-        token=config.hub_token,
-        from_training=True,
-        base_model=config.pretrained_model_name_or_path,
-        model_description=description,
-    )
-    tags = ["text-to-video", "diffusers", "lora", "reinforcement-learning"]
-    populate_model_card(card, tags=tags).save(output_dir / "README.md")
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=output_dir,
-        allow_patterns=list(FILES),
-        commit_message="End of training",
-        token=config.hub_token,
-    )
+    A Hub that cannot be reached at the end of a long run is no error: the line says how to upload later.
+    """
+    patterns = [*FILES, f"{video_folder(results)}/*"]
+    try:
+        commit = HfApi(token=config.hub_token).upload_folder(
+            repo_id=repo_id,
+            folder_path=config.output_dir,
+            allow_patterns=patterns,
+            commit_message=f"{results['steps']} steps of NFT",
+        )
+        return f"pushed to {commit.repo_url}"
+    except Exception as error:
+        include = [word for pattern in patterns for word in ("--include", pattern)]
+        command = shlex.join(["hf", "upload", repo_id, config.output_dir, ".", *include])
+        return f"not pushed to {repo_id}: {one_line(error)}; all files are in {config.output_dir}. Later: {command}"

@@ -11,20 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from .. import TINY_SHAPES, __version__
+from .. import TINY_SHAPES
 from ..rewards import RewardSet
 from .config import Config, option, parse_fields
 from .errors import UserError, as_user_error
 from .evaluation import Evaluation, compare_videos, evaluate
 from .plots import draw_means
 from .prompts import PromptSource, eval_samples, process_batches, spread
-from .report import change_text, comparison_rows, markdown_table
+from .report import change_text, comparison_rows, markdown_table, versions
 from .rollout import PromptEncoder, RewardWorker
 from .setup import load_pipeline, prompt_path, video_size
 
@@ -190,11 +188,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
 
     results = {
         "settings": {**asdict(config), **size, "mixed_precision": accelerator.mixed_precision},
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "astrolabe_diffusers": __version__,
-        },
+        "versions": versions(),
         "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in samples],
         "columns": {
             name: {"lora": config.columns[name], **column(evaluations[BASE], evaluation)}

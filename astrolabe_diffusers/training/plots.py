@@ -166,13 +166,24 @@ def video_images(video: torch.Tensor, size: tuple[int, int] | None = None) -> li
     return [image.resize(size, method) for image in images]
 
 
-def gif_bytes(images: Sequence[Image.Image], frame_rate: int) -> bytes:
+def gif_bytes(images: Sequence[Image.Image], frame_rate: float) -> bytes:
     """An endless animated GIF."""
     buffer = io.BytesIO()
     images[0].save(
         buffer, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / frame_rate), loop=0, disposal=2
     )
     return buffer.getvalue()
+
+
+def small_gif_bytes(
+    images: Sequence[Image.Image], frame_rate: int, max_width: int = 640, max_frame_rate: int = 8
+) -> bytes:
+    """An animated GIF of a few megabytes at most: no wider and no faster than said, at the same pace."""
+    stride = math.ceil(frame_rate / max_frame_rate)
+    scale = min(max_width / images[0].width, 1)
+    size = round(images[0].width * scale), round(images[0].height * scale)
+    small = [image.resize(size, Image.Resampling.LANCZOS) for image in images[::stride]]
+    return gif_bytes(small, frame_rate / stride)
 
 
 def side_by_side(videos: Sequence[torch.Tensor], columns: int | None = None) -> list[Image.Image]:

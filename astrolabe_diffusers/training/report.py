@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import resource
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from .. import __version__
 from .config import NFTConfig
 from .evaluation import Evaluation, paired_difference
-from .plots import draw_curves, gif_bytes, side_by_side
+from .plots import draw_curves, side_by_side
+from .trackers import log_distributions, log_video, start_trackers
 
 
 class RunReport:
@@ -51,7 +55,14 @@ class RunReport:
             torch.distributed.broadcast_object_list(holder, src=0)
             self.evaluations = holder[0]
         settings = {name: str(value) for name, value in vars(self.config).items() if name != "hub_token"}
-        self.accelerator.init_trackers("nft", config=settings)
+        start_trackers(
+            self.accelerator,
+            self.config.report_to,
+            settings,
+            self.output_dir.resolve().name,
+            self.output_dir / self.config.logging_dir,
+            resume=step is not None,
+        )
         # disable=None: no bar in a log file, where it would be noise. The lines of the epochs are there in any case.
         self.progress = tqdm(
             total=self.config.max_train_steps,
@@ -69,37 +80,47 @@ class RunReport:
         """What is being done, at the end of the progress bar."""
         self.progress.set_postfix_str(text)
 
-    def add_epoch(self, metrics: dict[str, float], seconds_left: float):
-        self.accelerator.log({f"train/{name}": value for name, value in metrics.items()}, step=metrics["step"])
+    def add_epoch(self, metrics: dict[str, float], distributions: dict[str, torch.Tensor], seconds_left: float):
+        """Log an epoch.
+
+        Args:
+            metrics: numbers, among them `step`, `reward`, `loss`, `grad_norm` and `seconds`.
+            distributions: the scores `(N,)` of all samples by name, group after group.
+        """
+        step = metrics["step"]
+        statistics = {
+            name: score_statistics(scores, self.config.samples_per_prompt) for name, scores in distributions.items()
+        }
+        # The mean of a score is one of its statistics.
+        numbers = {name: value for name, value in metrics.items() if name not in distributions}
+        self.accelerator.log({tag(name): value for name, value in numbers.items()} | tags("reward", statistics), step)
         if self.accelerator.is_main_process:
-            self.curve.append((metrics["step"], metrics["reward"]))
-            append_jsonl(self.output_dir / "metrics.jsonl", metrics)
+            self.curve.append((step, metrics["reward"]))
+            append_jsonl(self.output_dir / "metrics.jsonl", metrics | {"statistics": statistics})
+            log_distributions(
+                self.accelerator, {f"reward/{name}": scores for name, scores in distributions.items()}, step
+            )
         latest = self.evaluations[-1]
         self.print(
-            f"step {metrics['step']}/{self.config.max_train_steps}  reward {metrics['reward']:.4f}  "
+            f"step {step}/{self.config.max_train_steps}  reward {metrics['reward']:.4f}  "
             f"held-out {latest.mean():.4f} ({latest.mean() - self.evaluations[0].mean():+.4f} at step {latest.step})  "
             f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2g}  "
             f"{metrics['seconds']:.1f} s/epoch  ETA {duration(seconds_left)}"
         )
 
     def add_evaluation(self, evaluation: Evaluation, videos: Sequence[torch.Tensor], frame_rate: int):
-        """Log an evaluation, redraw the curves and show `videos` in TensorBoard."""
+        """Log an evaluation, redraw the curves and show `videos` in the trackers."""
         self.evaluations.append(evaluation)
-        means = {f"held-out/{name}": evaluation.mean(name) for name in evaluation.scores}
-        self.accelerator.log(means, step=evaluation.step)
+        statistics = {name: score_statistics(torch.tensor(scores)) for name, scores in evaluation.scores.items()}
+        self.accelerator.log(tags("held-out", statistics), step=evaluation.step)
         self.print(f"step {evaluation.step}: held-out reward {evaluation.mean():.4f}")
         if not self.accelerator.is_main_process:
             return
         append_jsonl(self.output_dir / "eval.jsonl", evaluation.to_json())
         self.draw_curves()
-        if self.config.report_to == "tensorboard" and videos:
+        if videos:
             images = side_by_side(videos, columns=min(4, len(videos)))
-            log_gif(
-                self.accelerator.get_tracker("tensorboard", unwrap=True),
-                gif_bytes(images, frame_rate),
-                images[0].size,
-                evaluation.step,
-            )
+            log_video(self.accelerator, "held-out/videos", images, frame_rate, evaluation.step)
 
     def draw_curves(self):
         held_out = [(evaluation.step, evaluation.mean()) for evaluation in self.evaluations]
@@ -111,8 +132,8 @@ class RunReport:
             y_label="reward",
         )
 
-    def finish(self, results: dict[str, Any], num_prompts: int) -> str:
-        """Write results.json and print the table of before and after; returns the table."""
+    def finish(self, results: dict[str, Any], num_prompts: int):
+        """Write results.json, with the changes of all scores, and print the table of before and after."""
         self.progress.close()
         before, after = self.evaluations[0], self.evaluations[-1]
         rows = comparison_rows(before, after)
@@ -133,7 +154,36 @@ class RunReport:
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
             f"\n{files}"
         )
-        return table
+
+
+def tag(name: str) -> str:
+    """The name of a metric in the trackers, which sort by what is before the first slash."""
+    return f"{'speed' if name.startswith(('seconds', 'samples_per_second')) else 'train'}/{name}"
+
+
+def tags(group: str, statistics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """[`score_statistics`] by score as `group/score/statistic`."""
+    return {f"{group}/{name}/{key}": value for name, part in statistics.items() for key, value in part.items()}
+
+
+def score_statistics(scores: torch.Tensor, group_size: int | None = None) -> dict[str, float]:
+    """Mean, spread and ends of scores `(N,)`, and the mean of the spreads of groups if their size is given.
+
+    Spreads are standard deviations of the population. A score that is not finite is left out; nothing is returned if
+    none is finite.
+    """
+
+    def finite(values: torch.Tensor) -> torch.Tensor:
+        return values[values.isfinite()].double()
+
+    values = finite(scores)
+    if not len(values):
+        return {}
+    statistics = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
+    if group_size:
+        groups = [group for group in map(finite, scores.split(group_size)) if len(group)]
+        statistics["group_std"] = torch.stack([group.std(correction=0) for group in groups]).mean()
+    return {name: value.item() for name, value in statistics.items()}
 
 
 def append_jsonl(path: Path, record: dict):
@@ -164,6 +214,20 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     # Linux counts in KB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
+
+
+def versions() -> dict[str, str]:
+    """Of this package and those that figures depend on."""
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    return {
+        "astrolabe_diffusers": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
 
 
 def duration(seconds: float) -> str:
@@ -207,11 +271,3 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def log_gif(writer, gif: bytes, size: tuple[int, int], step: int):
-    """Show an animated GIF among TensorBoard's images; the writer's own `add_video` would need moviepy."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=gif)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="held-out/videos", image=image)]), step)

@@ -16,13 +16,14 @@ from ..rewards import RewardSet
 from .config import NFTConfig
 from .errors import UserError, as_user_error
 from .prompts import Prompt, PromptSource, train_and_eval_prompts
+from .trackers import tracker_names
 
 
 def make_accelerator(config: NFTConfig) -> Accelerator:
     logging_dir = Path(config.output_dir) / config.logging_dir
     return Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=tracker_names(config.report_to) or None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(logging_dir)),
         # The schedule counts optimizer steps, whatever the number of processes.
         step_scheduler_with_optimizer=False,

@@ -18,6 +18,7 @@ from .errors import Interrupted, UserError, as_user_error
 from .evaluation import compare_videos, evaluate
 from .hub import create_hub_repo, push_to_hub
 from .interruption import Interruption
+from .model_card import write_card
 from .policies import (
     CURRENT,
     EMA,
@@ -34,7 +35,7 @@ from .policies import (
 )
 from .prompts import Sample, epoch_samples, eval_samples, process_batches
 from .reference import ReferenceSchedule, RiskController, rank_disagreement
-from .report import RunReport, peak_memory_gb
+from .report import RunReport, device_name, peak_memory_gb, versions
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
 from .seeds import stable_seed
 from .setup import (
@@ -399,9 +400,11 @@ class NFTTrainer:
         metrics["skipped_steps"] = int(sum(s["skipped_steps"] for s in statistics))
         metrics["old_policy_decay"] = self.old_policy_decay
         metrics |= timing
+        for part in ("sampling", "scoring", "training"):
+            metrics[f"samples_per_second_{part}"] = len(scores["reward"]) / timing[f"seconds_{part}"]
         metrics["peak_memory_gb"] = peak_memory_gb(self.accelerator.device)
         epochs_left = self.config.num_train_epochs - self.epoch
-        self.report.add_epoch(metrics, seconds_left=epochs_left * self.train_seconds / self.epoch)
+        self.report.add_epoch(metrics, scores, seconds_left=epochs_left * self.train_seconds / self.epoch)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, JSON values."""
@@ -449,19 +452,28 @@ class NFTTrainer:
                 self.config.train_batch_size,
                 output_dir / "before_after",
             )
-            files |= zip(("before/after video", "before/after sheet"), comparison)
+            files |= zip(("before/after video", "before/after sheet", "before/after GIF"), comparison)
+            files["model card"] = str(output_dir / "README.md")
             num_samples = self.epoch * self.num_groups * self.config.samples_per_prompt
             results = {
                 "num_videos": len(self.eval_samples),
+                "num_prompts": len(self.eval_prompts),
+                "size": self.eval_size,
+                "steps": self.step,
+                "num_samples": num_samples,
+                "num_processes": self.accelerator.num_processes,
+                "device": device_name(self.accelerator.device),
+                "versions": versions(),
                 "train_seconds": self.train_seconds,
                 "samples_per_second": num_samples / self.train_seconds,
                 "peak_memory_gb": peak_memory_gb(self.accelerator.device),
                 "files": files,
             }
-            table = self.report.finish(results, len(self.eval_prompts))
+            self.report.finish(results, len(self.eval_prompts))
+            shown = [sample.prompt.text for sample in self.eval_samples[: self.config.num_eval_videos]]
+            write_card(self.config, results, shown, self.repo_id)
             if self.repo_id:
-                push_to_hub(self.config, self.repo_id, table)
-                self.report.print(f"pushed to {self.repo_id}")
+                self.report.print(push_to_hub(self.config, self.repo_id, results))
         self.rewards.shutdown()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -55,6 +55,8 @@ def test_run_writes_its_files(finished):
         "eval_videos/step-4/001.mp4",
         "before_after.mp4",
         "before_after.png",
+        "before_after.gif",
+        "README.md",
         "rewards.png",
         "results.json",
     ):

@@ -66,7 +66,7 @@ def test_comparison_shows_reference_and_current(pipe, tmp_path):
         policies = {name: use_policy(pipe.transformer, name) for name in ("reference", "current")}
         return compare_videos(pipe, policies, PromptEncoder(pipe), samples, SIZE, 2, tmp_path / "before_after")
 
-    assert compare(SAMPLES[:3]) == [str(tmp_path / "before_after.mp4"), str(tmp_path / "before_after.png")]
+    assert compare(SAMPLES[:3]) == [str(tmp_path / f"before_after.{kind}") for kind in ("mp4", "png", "gif")]
     assert (tmp_path / "before_after.mp4").stat().st_size > 0
     sheet = np.array(Image.open(tmp_path / "before_after.png")).astype(int)
     for policy, left in (("reference", 8), ("current", sheet.shape[1] // 2 + 8)):

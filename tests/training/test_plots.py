@@ -14,6 +14,7 @@ from astrolabe_diffusers.training.plots import (
     gif_bytes,
     nice_ticks,
     side_by_side,
+    small_gif_bytes,
     video_images,
 )
 
@@ -98,6 +99,14 @@ def test_gif_moves():
     gif = Image.open(io.BytesIO(gif_bytes(side_by_side(videos), 16)))
     assert gif.n_frames == 5 and gif.info["loop"] == 0 and 50 <= gif.info["duration"] <= 70
     assert gif.size == (2 * 132, 132)
+
+
+def test_small_gif_keeps_the_pace():
+    images = video_images(torch.rand(16, 3, 100, 800))
+    gif = Image.open(io.BytesIO(small_gif_bytes(images, 16)))
+    assert (gif.size, gif.n_frames, gif.info["duration"]) == ((640, 80), 8, 120)  # hundredths of a second, rounded
+    small = Image.open(io.BytesIO(small_gif_bytes(images[:4], 8, max_width=1000)))
+    assert (small.size, small.n_frames) == ((800, 100), 4)
 
 
 @pytest.mark.parametrize("number", [1, 3])

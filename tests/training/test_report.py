@@ -1,22 +1,22 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 from astrolabe_diffusers.training.evaluation import Evaluation
-from astrolabe_diffusers.training.plots import gif_bytes, video_images
 from astrolabe_diffusers.training.report import (
     append_jsonl,
     comparison_rows,
     comparison_table,
     cut_jsonl,
     duration,
-    log_gif,
     markdown_table,
     peak_memory_gb,
+    score_statistics,
+    tag,
+    tags,
 )
 
 
@@ -55,12 +55,20 @@ def test_markdown_table():
     ]
 
 
-def test_tensorboard_shows_the_gif(tmp_path):
-    gif = gif_bytes(video_images(torch.rand(3, 3, 8, 8)), 16)
-    with SummaryWriter(tmp_path) as writer:
-        log_gif(writer, gif, (8, 8), step=7)
-    events = EventAccumulator(str(tmp_path)).Reload().Images("held-out/videos")
-    assert [(event.step, event.encoded_image_string) for event in events] == [(7, gif)]
+def test_statistics_of_scores():
+    scores = torch.tensor([1.0, 3.0, 5.0, 5.0, math.nan, 2.0])
+    # Groups of two: spreads 1, 0, and 0 of the one that is finite.
+    expected = {"mean": 3.2, "std": 2.56**0.5, "min": 1.0, "max": 5.0, "group_std": 1 / 3}
+    assert score_statistics(scores, group_size=2) == pytest.approx(expected)
+    assert score_statistics(scores[:2]) == {"mean": 2.0, "std": 1.0, "min": 1.0, "max": 3.0}
+    assert score_statistics(torch.tensor([math.nan]), group_size=1) == {}
+
+
+def test_names_in_the_trackers():
+    assert tag("kl") == "train/kl" and tag("zero_spread_groups") == "train/zero_spread_groups"
+    assert tag("seconds_sampling") == "speed/seconds_sampling"
+    assert tag("samples_per_second") == "speed/samples_per_second"
+    assert tags("reward", {"match/color": {"mean": 0.5}}) == {"reward/match/color/mean": 0.5}
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.7, "1:00"), (61, "1:01"), (3661, "1:01:01")])
