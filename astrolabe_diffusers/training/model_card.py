@@ -78,8 +78,8 @@ def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> 
     """
 
     def direction(name: str) -> int:
-        """1 if the score went up, beyond its interval, -1 if down, 0 if neither can be said."""
-        change, half = scores[name]["change"], scores[name]["half_width_95"]
+        """1 if the score went up, beyond its interval and as far as the table shows, -1 if down, else 0."""
+        change, half = round(scores[name]["change"], 4), scores[name]["half_width_95"]
         return (change > half) - (change < -half)
 
     def changes(names: list[str]) -> str:

@@ -45,6 +45,7 @@ def card_of(cfg, values, prompts=("a cat",), repo_id=None):
     [
         (0.25, 0.1, "rose on prompts that were held out: reward +0.2500  [+0.1500, +0.3500]"),
         (0.05, 0.1, "**The reward it was trained on did not clearly change"),
+        (-0.00004, 0.00001, "did not clearly change"),
         (0.25, math.nan, "did not clearly change"),  # one video has no interval
         (-0.25, 0.1, "**The reward it was trained on fell"),
     ],
