@@ -19,7 +19,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .agreement import raise_together
 from .config import NFTConfig
-from .errors import UserError, as_user_error
+from .errors import UserError, as_user_error, summarize_exception
 from .integrity import find_damage, seal, to_disk
 from .policies import CURRENT, OLD
 
@@ -154,10 +154,13 @@ class Checkpoints:
         with raise_together(), as_user_error(f"cannot write {partial}"):
             if self.accelerator.is_main_process:
                 partial.mkdir(parents=True)
-        # A sharded state is gathered meanwhile: an error may not be waited for.
+        # While a sharded state is written, processes wait for each other: there an error must end its process at once.
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
         with contextlib.nullcontext() if sharded else raise_together(), as_user_error(f"cannot write {partial}"):
-            self.accelerator.save_state(str(partial))
+            try:
+                self.accelerator.save_state(str(partial))
+            except RuntimeError as error:  # what torch.save makes of an OSError
+                raise OSError(f"is the disk full? {summarize_exception(error)}") from error
         with raise_together(), as_user_error(f"cannot write {final}"):
             if self.accelerator.is_main_process:
                 self.config.save(partial / "config.yaml")

@@ -433,8 +433,14 @@ class NFTTrainer:
 
     def finish(self) -> dict[str, Any]:
         """The adapter, the comparison of before and after, and the upload if asked for."""
-        if self.report.evaluations[-1].step != self.step:
-            self.evaluate()
+        with raise_together():
+            results = self.write_results()
+        self.rewards.shutdown()
+        self.accelerator.end_training()
+        return results
+
+    def write_results(self) -> dict[str, Any]:
+        """What the main process does at the end; it alone returns something."""
         results = {}
         if self.accelerator.is_main_process:
             output_dir = Path(self.config.output_dir)
@@ -474,7 +480,4 @@ class NFTTrainer:
             write_card(self.config, results, shown, self.repo_id)
             if self.repo_id:
                 self.report.print(push_to_hub(self.config, self.repo_id, results))
-        self.rewards.shutdown()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
         return results

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -132,8 +133,11 @@ def numbers_of_run(folder: Path) -> dict:
 class Torchrun(subprocess.Popen):
     def kill_all(self):
         """kill -9 to the launcher and all that it has started."""
-        os.killpg(self.pid, signal.SIGKILL)
-        self.wait()
+        processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes)
 
 
 def torchrun(*command, **environment: str) -> Torchrun:
@@ -149,5 +153,4 @@ def torchrun(*command, **environment: str) -> Torchrun:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )

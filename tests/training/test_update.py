@@ -185,6 +185,36 @@ def test_collapse_stops_before_the_weights_are_touched(pipe, accelerator):
     assert all(map(torch.equal, policy_parameters(pipe.transformer), before))
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
+    cfg, optimizer, schedule, batches = make_step(pipe, accelerator, lr_scheduler="linear")
+    skipping = config(nan_loss="skip")
+    parameters = policy_parameters(pipe.transformer)
+    step = [accelerator, pipe.transformer, optimizer, schedule]
+    good = [noised_batch(pipe, seed=2)]
+    if where == "loss":
+        batches[0].optimality = torch.full((2,), float("nan"))
+    else:
+        handle = parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    before, guard = [p.clone() for p in parameters], CollapseGuard(2)
+    with pytest.raises(UserError, match="step 1: the loss is .*gradient's norm (nan|inf)"):
+        optimizer_step(*step, batches, cfg, guard, 1)
+    optimizer.zero_grad()
+    statistics = optimizer_step(*step, batches, skipping, guard, 1)
+    assert statistics["skipped_steps"] == 1
+    assert all(map(torch.equal, parameters, before)) and not optimizer.state and guard.start_norm is None
+    assert schedule.last_epoch == 1  # the schedule counts steps, taken or not
+    if where == "gradient":
+        handle.remove()
+    # Nothing of it is left for the next step.
+    expected, _ = accumulate(accelerator, policy_pipeline().transformer, good, cfg)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
+    assert optimizer_step(*step, good, skipping, guard, 2)["skipped_steps"] == 0
+    norm = torch.cat([g.flatten() for g in expected]).norm()
+    torch.testing.assert_close(seen, [g * min(1.0, cfg.max_grad_norm / norm.item()) for g in expected])
+
+
 def test_collapse_guard_watches_the_norm_in_both_directions():
     guard = CollapseGuard(factor=2.0)
     for norm in (1.0, 1.9, 0.6):
