@@ -15,6 +15,7 @@ EXPECTED = {
     "2x8gpu": (2, 16, "MULTI_GPU", "bf16"),
     "3x8gpu": (3, 24, "MULTI_GPU", "bf16"),
     "6x8gpu": (6, 48, "MULTI_GPU", "bf16"),
+    "fsdp2_8gpu": (1, 8, "FSDP", "bf16"),
 }
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict
 
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .agreement import raise_together
@@ -22,6 +22,7 @@ from .config import NFTConfig
 from .errors import UserError, as_user_error, summarize_exception
 from .integrity import find_damage, seal, to_disk
 from .policies import CURRENT, OLD
+from .sharding import full_tensor, is_sharded, shard_like
 
 
 # The current policy's file has the name that `load_lora_weights(folder)` looks for.
@@ -34,15 +35,28 @@ PREFIX = "transformer."
 
 
 def save_adapter(
-    transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT, weight_name: str | None = None
+    transformer: torch.nn.Module,
+    folder: str | Path,
+    adapter: str = CURRENT,
+    weight_name: str | None = None,
+    write: bool = True,
 ):
-    """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives."""
-    CausalWanPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
-        weight_name=weight_name or WEIGHT_NAMES[adapter],
-        transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
-    )
+    """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives.
+
+    Of a sharded transformer every process calls it, and one of them with `write`.
+    """
+    layers = {}
+    for name, value in get_peft_model_state_dict(transformer, adapter_name=adapter).items():
+        whole = full_tensor(value)
+        if write:
+            layers[name] = whole.cpu()
+    if write:
+        CausalWanPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=layers,
+            weight_name=weight_name or WEIGHT_NAMES[adapter],
+            transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+        )
 
 
 def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT):
@@ -72,7 +86,9 @@ def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str 
                 f"the adapter {path} has the wrong size: {reason} "
                 f"({key} is {tuple(loaded[key].shape)}, not {tuple(value.shape)})."
             )
-    set_peft_model_state_dict(transformer, loaded, adapter_name=adapter)
+    with torch.no_grad():
+        for key, value in expected.items():  # the parameters themselves
+            value.copy_(shard_like(loaded[key], value))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -126,9 +142,8 @@ class Checkpoints:
 
     def _save_adapters(self, models: list, weights: list, folder: str):
         weights.clear()  # the frozen base is not part of a checkpoint
-        if self.accelerator.is_main_process:
-            for adapter in self.transformer.peft_config:
-                save_adapter(self.transformer, folder, adapter)
+        for adapter in self.transformer.peft_config:
+            save_adapter(self.transformer, folder, adapter, write=self.accelerator.is_main_process)
 
     def _load_adapters(self, models: list, folder: str):
         models.clear()
@@ -155,8 +170,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 partial.mkdir(parents=True)
         # While a sharded state is written, processes wait for each other: there an error must end its process at once.
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        with contextlib.nullcontext() if sharded else raise_together(), as_user_error(f"cannot write {partial}"):
+        with contextlib.nullcontext() if is_sharded() else raise_together(), as_user_error(f"cannot write {partial}"):
             try:
                 self.accelerator.save_state(str(partial))
             except RuntimeError as error:  # what torch.save makes of an OSError

@@ -15,6 +15,7 @@ from .agreement import raise_together
 from .plots import comparison_video, contact_sheet, small_gif_bytes
 from .prompts import Sample, process_batches
 from .rollout import PromptEncoder, RewardWorker, decode_videos, gather_scores, generate, sample_latents
+from .sharding import is_sharded
 
 
 @dataclass
@@ -67,6 +68,10 @@ def evaluate(
         The evaluation, in every process, and by index those first videos `(F, 3, H, W)` in [0, 1] that were made here.
     """
     batches = process_batches(samples, batch_size, process_index, num_processes)
+    if is_sharded():
+        # Every process takes part in every forward pass: one with a batch less makes a video once more.
+        number = -(-len(samples) // (batch_size * num_processes))
+        batches += [samples[:1]] * (number - len(batches))
     keep = {sample.key: i for i, sample in enumerate(samples[:num_videos])}
     generated = []
     with raise_together():
@@ -87,26 +92,19 @@ def save_video(video: torch.Tensor, path: Path, frame_rate: int):
     export_to_video(list(video.permute(0, 2, 3, 1).numpy()), str(path), fps=frame_rate)
 
 
-def compare_videos(
+def generate_columns(
     pipeline,
     policies: dict[str, AbstractContextManager],
     encoder: PromptEncoder,
     samples: Sequence[Sample],
     size: dict[str, int],
     batch_size: int,
-    path: Path,
-) -> list[str]:
-    """Writes `samples` under several policies, side by side: a video `path.mp4`, frames of it in a contact sheet
-    `path.png`, and the video in small as `path.gif`.
+) -> dict[str, list[torch.Tensor]]:
+    """The videos `(F, 3, H, W)` in [0, 1] of `samples` under several policies, by their headings.
 
     Args:
         policies: by its heading, the context in which the pipeline has a policy.
-
-    Returns:
-        The paths of these files; none if there are no samples.
     """
-    if not samples:
-        return []
     columns = {}
     for name, policy in policies.items():
         with policy:
@@ -115,9 +113,17 @@ def compare_videos(
                 prompt_embeds = encoder(sample.prompt.text for sample in batch)
                 latents = sample_latents(pipeline, prompt_embeds, batch, size)
                 columns[name] += decode_videos(pipeline.vae, latents).cpu()
+    return columns
+
+
+def write_columns(
+    columns: dict[str, list[torch.Tensor]], prompts: Sequence[str], path: Path, frame_rate: int
+) -> list[str]:
+    """Writes what [`generate_columns`] returns side by side: a video `path.mp4`, frames of it in a contact sheet
+    `path.png`, and the video in small as `path.gif`. Returns the paths of these files."""
     files = [f"{path}.mp4", f"{path}.png", f"{path}.gif"]
     images = comparison_video(columns)
-    export_to_video(images, files[0], fps=pipeline.config.frame_rate)
-    contact_sheet(columns, [sample.prompt.text for sample in samples]).save(files[1])
-    Path(files[2]).write_bytes(small_gif_bytes(images, pipeline.config.frame_rate))
+    export_to_video(images, files[0], fps=frame_rate)
+    contact_sheet(columns, prompts).save(files[1])
+    Path(files[2]).write_bytes(small_gif_bytes(images, frame_rate))
     return files

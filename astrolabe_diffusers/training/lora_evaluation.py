@@ -19,7 +19,7 @@ from .. import TINY_SHAPES
 from ..rewards import RewardSet
 from .config import Config, option, parse_fields
 from .errors import UserError, as_user_error
-from .evaluation import Evaluation, compare_videos, evaluate
+from .evaluation import Evaluation, evaluate, generate_columns, write_columns
 from .plots import draw_means
 from .prompts import PromptSource, eval_samples, process_batches, spread
 from .report import change_text, comparison_rows, markdown_table, versions
@@ -197,15 +197,11 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         files = write_results(results, output_dir)
-        files += compare_videos(
-            pipeline,
-            {name: use_lora(pipeline, lora) for name, lora in config.columns.items()},
-            encoder,
-            samples[: config.num_videos],
-            size,
-            config.batch_size,
-            output_dir / "side_by_side",
-        )
+        if shown := samples[: config.num_videos]:
+            loras = {name: use_lora(pipeline, lora) for name, lora in config.columns.items()}
+            videos = generate_columns(pipeline, loras, encoder, shown, size, config.batch_size)
+            prompts = [sample.prompt.text for sample in shown]
+            files += write_columns(videos, prompts, output_dir / "side_by_side", pipeline.config.frame_rate)
         print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -137,12 +137,13 @@ def keep_settings(optimizer, lr_scheduler) -> Iterator[None]:
     Otherwise the learning rate of a checkpoint would silently go before the one that the run was started with.
 
     Args:
-        optimizer, lr_scheduler: prepared; the schedule is a `LambdaLR`, as all of `get_scheduler` are.
+        optimizer, lr_scheduler: prepared by accelerate or not; the schedule is a `LambdaLR`, as all of
+            `get_scheduler` are.
     """
     settings = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
     base_lrs = [group["initial_lr"] for group in settings]
     yield
-    schedule = lr_scheduler.scheduler
+    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
     rates = [base * factor(schedule.last_epoch) for base, factor in zip(base_lrs, schedule.lr_lambdas)]
     for group, values, rate in zip(optimizer.param_groups, settings, rates):
         group.update(values | {"lr": rate})

@@ -15,7 +15,7 @@ from .agreement import raise_together
 from .checkpoints import WEIGHT_NAMES, Checkpoints, policy_identity, save_adapter
 from .config import NFTConfig
 from .errors import Interrupted, UserError, as_user_error
-from .evaluation import compare_videos, evaluate
+from .evaluation import evaluate, generate_columns, write_columns
 from .hub import create_hub_repo, push_to_hub
 from .interruption import Interruption
 from .model_card import write_card
@@ -49,6 +49,7 @@ from .setup import (
     set_recipe,
     video_size,
 )
+from .sharding import ShardedOptimizer, is_sharded, shard
 from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
 from .windows import make_windows
 
@@ -126,9 +127,16 @@ class NFTTrainer:
         config = self.config
         # DDP synchronises the parameters that are trainable when it wraps the model, and no others.
         activate_current(self.transformer)
-        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
-            self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
-        )
+        if is_sharded():
+            self.model = shard(self.transformer, self.accelerator)
+            self.optimizer, self.lr_scheduler = make_optimizer(config, policy_parameters(self.transformer))
+            self.accelerator.register_for_checkpointing(
+                ShardedOptimizer(self.transformer, self.optimizer), self.lr_scheduler
+            )
+        else:
+            self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
+                self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
+            )
         self.checkpoints = Checkpoints(self.accelerator, self.transformer, config, self.identity)
         self.report = RunReport(config, self.accelerator)
 
@@ -440,25 +448,26 @@ class NFTTrainer:
         return results
 
     def write_results(self) -> dict[str, Any]:
-        """What the main process does at the end; it alone returns something."""
-        results = {}
-        if self.accelerator.is_main_process:
-            output_dir = Path(self.config.output_dir)
-            save_adapter(self.transformer, output_dir, POLICIES[self.config.judged_policy], WEIGHT_NAMES[CURRENT])
-            files = {"adapter": str(output_dir / WEIGHT_NAMES[CURRENT]), "curve": str(output_dir / "rewards.png")}
-            comparison = compare_videos(
-                self.pipeline,
-                {
-                    "before": use_policy(self.transformer, "base"),
-                    "after": use_policy(self.transformer, self.config.judged_policy),
-                },
-                self.encoder,
-                self.eval_samples[: self.config.num_eval_videos],
-                self.eval_size,
-                self.config.train_batch_size,
-                output_dir / "before_after",
+        """What the main process writes at the end; it alone returns something."""
+        results, is_main = {}, self.accelerator.is_main_process
+        output_dir = Path(self.config.output_dir)
+        judged = self.config.judged_policy
+        save_adapter(self.transformer, output_dir, POLICIES[judged], WEIGHT_NAMES[CURRENT], write=is_main)
+        shown = self.eval_samples[: self.config.num_eval_videos]
+        # A sharded model generates on all processes or on none.
+        if shown and (is_main or is_sharded()):
+            policies = {"before": use_policy(self.transformer, "base"), "after": use_policy(self.transformer, judged)}
+            columns = generate_columns(
+                self.pipeline, policies, self.encoder, shown, self.eval_size, self.config.train_batch_size
             )
-            files |= zip(("before/after video", "before/after sheet", "before/after GIF"), comparison)
+        if is_main:
+            files = {"adapter": str(output_dir / WEIGHT_NAMES[CURRENT]), "curve": str(output_dir / "rewards.png")}
+            prompts = [sample.prompt.text for sample in shown]
+            if shown:
+                comparison = write_columns(
+                    columns, prompts, output_dir / "before_after", self.pipeline.config.frame_rate
+                )
+                files |= zip(("before/after video", "before/after sheet", "before/after GIF"), comparison)
             files["model card"] = str(output_dir / "README.md")
             num_samples = self.epoch * self.num_groups * self.config.samples_per_prompt
             results = {
@@ -476,8 +485,7 @@ class NFTTrainer:
                 "files": files,
             }
             self.report.finish(results, len(self.eval_prompts))
-            shown = [sample.prompt.text for sample in self.eval_samples[: self.config.num_eval_videos]]
-            write_card(self.config, results, shown, self.repo_id)
+            write_card(self.config, results, prompts, self.repo_id)
             if self.repo_id:
                 self.report.print(push_to_hub(self.config, self.repo_id, results))
         return results

@@ -18,6 +18,7 @@ from .policies import policy_parameters, use_policy
 from .prompts import Sample
 from .rollout import VideoBatch
 from .seeds import seeded_generator
+from .sharding import full_tensor
 
 
 # Sums over samples that an optimizer step reports, in this order.
@@ -208,7 +209,7 @@ def optimizer_step(
     statistics["deviation"] **= 0.5
     statistics["x0_norm"] **= 0.5
     parameters = policy_parameters(accelerator.unwrap_model(model))
-    statistics["grad_norm"] = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+    statistics["grad_norm"] = float(full_tensor(accelerator.clip_grad_norm_(parameters, config.max_grad_norm)))
     # Losses and gradients are means over all processes: these agree.
     skip = config.nan_loss == "skip" and not all(map(math.isfinite, statistics.values()))
     if not skip:

@@ -1,0 +1,73 @@
+"""The transformer in shards over the processes (torch's FSDP2), for models that one device does not hold."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import str_to_bool
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded() -> bool:
+    """Whether the run was launched with an FSDP config of accelerate.
+
+    From the environment, for accelerate itself ignores it on a CPU, where torch's FSDP2 works as on a GPU.
+    """
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def shard(transformer: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shards a transformer with its adapters in place, block by block, over processes that hold the same weights.
+
+    Not by `Accelerator.prepare`: it would cast what a block is given, the rotary tables too, to bf16, and write the
+    frozen base into every checkpoint. Weights keep their dtype; in bf16 runs the forward pass is under autocast, as
+    accelerate has it for a model that is not sharded.
+    """
+    device = accelerator.device.type
+    mesh = init_device_mesh(device, (accelerator.num_processes,))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    blocks = [block for block in transformer.modules() if type(block).__name__ in transformer._repeated_blocks]
+    for module in (*blocks, transformer):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    if accelerator.mixed_precision == "bf16":
+        transformer.forward = torch.autocast(device, torch.bfloat16)(transformer.forward)
+    return transformer
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor; every process asks for it if it is in shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor in the shards of another, if that has any."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+class ShardedOptimizer:
+    """State of an optimizer over shards as whole tensors, for `Accelerator.register_for_checkpointing`."""
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+    def __init__(self, transformer: nn.Module, optimizer: torch.optim.Optimizer):
+        self.transformer = transformer
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.transformer, self.optimizer, options=self.options)
+
+    def load_state_dict(self, state: dict[str, Any]):
+        set_optimizer_state_dict(self.transformer, self.optimizer, state, options=self.options)

@@ -1,0 +1,29 @@
+"""One process of a run of examples/train_nft.py that says how its weights lie; started by torchrun."""
+
+import json
+import sys
+from pathlib import Path
+
+from torch.distributed.tensor import DTensor
+
+from astrolabe_diffusers.training import NFTTrainer, parse_args
+
+
+def main(argv: list[str]):
+    trainer = NFTTrainer(parse_args(argv))
+    weights = dict(trainer.transformer.named_parameters())
+    sharded = [name for name, weight in weights.items() if isinstance(weight, DTensor)]
+    local = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights.values())
+    trainer.train()
+    report = {
+        "world_size": trainer.accelerator.num_processes,
+        "sharded": len(sharded) / len(weights),
+        "adapters": sorted({name.split(".")[-2] for name in sharded if ".lora_" in name}),
+        "local": local / sum(weight.numel() for weight in weights.values()),
+    }
+    name = f"rank{trainer.accelerator.process_index}.json"
+    Path(trainer.config.output_dir, name).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
