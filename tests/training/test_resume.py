@@ -4,6 +4,7 @@ import json
 import signal
 
 import pytest
+import torch
 
 from astrolabe_diffusers.training import NFTTrainer, exit_code, parse_args
 from tests.training import rewards
@@ -89,6 +90,27 @@ def test_signal_after_the_first_step_of_an_epoch_waits_for_its_end(model_folder,
     assert len(steps) == 4 and [path.name for path in trainer.checkpoints.list()] == ["checkpoint-4"]
     assert run(model_folder, tmp_path, resume_from_checkpoint="latest")[0] == 0
     assert numbers_of_run(tmp_path) == uninterrupted
+
+
+def test_signal_between_the_batches_of_a_step(model_folder, tmp_path, trouble):
+    """The gradients so far are given up, and the random numbers of their dropout come again."""
+    trouble.setenv("TROUBLE_CALL", "0")
+    values = dict(gradient_accumulation_steps=2, max_train_steps=2, checkpointing_steps=2, eval_steps=2)
+    assert run(model_folder, tmp_path / "whole", **values)[0] == 0
+    arguments = tiny_arguments(model_folder, tmp_path / "out", **SETTINGS | values)
+    trainer = NFTTrainer(parse_args(arguments))
+    passes = []
+
+    def interrupt(model, inputs):
+        passes.extend([0] * torch.is_grad_enabled())
+        if len(passes) == 5:  # two blocks a batch, two batches an epoch: the first pass of the second epoch
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer.transformer.register_forward_pre_hook(interrupt)
+    assert exit_code(trainer.train) == 143
+    assert len(passes) == 6 and trainer.checkpoints.list()[-1].name == "checkpoint-1"
+    assert run(model_folder, tmp_path / "out", resume_from_checkpoint="latest", **values)[0] == 0
+    assert numbers_of_run(tmp_path / "out") == numbers_of_run(tmp_path / "whole")
 
 
 def test_damaged_newest_checkpoint(model_folder, tmp_path, uninterrupted, trouble, capsys):
