@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None) -> GenerationConfig:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one prompt")
     prompts.add_argument("--prompts", help="a .txt file, a .jsonl file (objects with a `prompt`), or a dataset")
+    parser.add_argument("--data_dir", help="folder inside the dataset's repository")
     parser.add_argument("--column", help="column of the dataset that has the prompts [prompt or text]")
     parser.add_argument("--split", help="split of the dataset, such as train or test[:100] [train]")
     parser.add_argument("--plain_prompts", action="store_true", help="prompts without scenes: | and [ mean themselves")

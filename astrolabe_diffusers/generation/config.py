@@ -20,7 +20,8 @@ class GenerationConfig:
     Args:
         prompt: the only prompt; or give `prompts`.
         prompts: a .txt or .jsonl file as the trainer reads it, or a dataset of `datasets`, id or folder.
-        column, split: where a dataset has its prompts; `split` may be a slice such as `"test[:100]"`.
+        data_dir, column, split:
+            where a dataset has its prompts; `split` may be a slice such as `"test[:100]"`.
         plain_prompts: `|` and `[` in the prompts are characters like any other, not scenes and durations.
         output_dir: folder of the videos and their manifest.
         model: folder or Hub id of a [`CausalWanPipeline`].
@@ -45,6 +46,7 @@ class GenerationConfig:
 
     prompt: str | None = None
     prompts: str | None = None
+    data_dir: str | None = None
     column: str | None = None
     split: str = "train"
     plain_prompts: bool = False

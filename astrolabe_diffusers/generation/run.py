@@ -44,7 +44,7 @@ def generate_videos(config: GenerationConfig):
     accelerator = make_accelerator()
     prompts = [Prompt(config.prompt)]
     if config.prompts:
-        prompts = PromptSource(config.prompts, column=config.column).read(config.split)
+        prompts = PromptSource(config.prompts, config.data_dir, config.column).read(config.split)
     rewards = None
     if config.reward:
         with as_user_error("reward"):

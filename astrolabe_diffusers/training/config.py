@@ -15,7 +15,7 @@ import yaml
 
 from .. import TINY_SHAPES
 from .errors import UserError, as_user_error, one_line
-from .published_runs import find_published_run, list_published_runs
+from .published_runs import SIZES, find_published_run, list_published_runs
 from .trackers import TRACKERS
 
 
@@ -328,13 +328,18 @@ def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = No
     arguments = parse_fields(parser, NFTConfig, argv)
     config = arguments.pop("config")
     published = Path(config_dir or "") / "published"
+    is_main = os.environ.get("RANK", "0") == "0"
     if config == "list":
-        print(list_published_runs(published))
+        if is_main:
+            print(list_published_runs(published))
         raise SystemExit(0)
     run = config and find_published_run(config, published)
     if run:
-        values, sizes = run.settings_for(int(os.environ.get("WORLD_SIZE", 1)))
-        if os.environ.get("RANK", "0") == "0":
+        given = {name: arguments[name] for name in SIZES if name in arguments}
+        checked = NFTConfig(**given)  # numbers, and none of them zero
+        given = {name: getattr(checked, name) for name in given}
+        values, sizes = run.settings_for(int(os.environ.get("WORLD_SIZE", 1)), given)
+        if is_main:
             print(sizes)
     else:
         values = _read_yaml(config, config_dir, [f.name for f in fields(NFTConfig)])

@@ -42,8 +42,12 @@ class LoraEvaluationConfig(Config):
     lora: list[str] = option([], "a LoRA, folder or Hub id, or NAME=LoRA; give it again for further columns")
     prompts: str | None = option(
         None,
-        "a .txt or .jsonl file, or a folder with test.txt (or .jsonl); the model's own folder prompts/ if not given",
+        "a .txt or .jsonl file, a folder with test.txt (or .jsonl, or _metadata.jsonl), or a dataset, id or folder; "
+        "the model's own folder prompts/ if not given",
     )
+    prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
+    prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
+    eval_split: str = option("test", "split of a folder or a dataset")
     rewards: list[str] = option(
         ["tiny_shapes_prompt_match", "motion_smoothness", "sharpness", "flicker"], "rewards, comma-separated"
     )
@@ -124,7 +128,8 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         UserError: a mistake in the settings, or a reward that cannot score a video.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    prompts = spread(PromptSource(prompt_path(config.model, config.prompts)).read("test"), config.num_prompts)
+    source = PromptSource(prompt_path(config.model, config.prompts), config.prompts_data_dir, config.prompt_column)
+    prompts = spread(source.read(config.eval_split), config.num_prompts)
     samples = eval_samples(prompts, config.seeds)
     with as_user_error("rewards"):
         rewards = RewardSet(dict.fromkeys(config.rewards, 1.0))

@@ -65,7 +65,9 @@ class PromptSource:
     Attributes:
         name: a file, a folder with a file a split, or a dataset of the library `datasets`, id or folder.
         data_dir: folder inside the dataset's repository.
-        column: of the dataset, `prompt` or `text` if not given; its other columns are the metadata.
+        column:
+            of the dataset, `prompt` or `text` if not given; its other columns are the metadata. Empty rows do not
+            count, as empty lines of a file do not.
     """
 
     name: str
@@ -103,7 +105,7 @@ class PromptSource:
         if column is None:
             names = " or ".join(map(repr, columns))
             raise UserError(f"{self.name} has no column {names}; its columns: {', '.join(dataset.column_names)}.")
-        return [Prompt(row.pop(column), row) for row in dataset]
+        return [Prompt(row.pop(column), row) for row in dataset if str(row[column]).strip()]
 
 
 def train_and_eval_prompts(

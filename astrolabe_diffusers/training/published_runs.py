@@ -19,6 +19,7 @@ from .errors import UserError
 
 
 DEFAULT_PROCESSES = 8
+SIZES = ("train_batch_size", "samples_per_prompt", "batches_per_epoch")
 _NAME = re.compile(r"(?P<base>\w+?)_video_(?P<variant>\w+?)(?:_(?P<processes>\d+)gpu)?")
 # Spellings that the published files and their README do not agree on.
 _SPELLINGS = (("casual_forcing", "causal_forcing"), ("multireward", "multi_reward"))
@@ -33,29 +34,32 @@ class PublishedRun:
     processes: int
     sizes: dict[int, dict[str, Any]]  # of its base, by number of processes
 
-    def settings_for(self, num_processes: int) -> tuple[dict[str, Any], str]:
-        """The settings for another number of processes, and a line that says where batch and group sizes come from.
+    def settings_for(self, num_processes: int, given: dict[str, int]) -> tuple[dict[str, Any], str]:
+        """The settings for a number of processes, and a line that says where batch and group sizes come from.
 
-        Published sizes of the same base if there are some for that number. Otherwise batch and group are kept, and the
-        batches are as many as come nearest to the run's samples an epoch and make up whole groups.
+        They are the published ones of the same base if there are some for that number. Otherwise, and beside a size
+        that is `given`, the batches are as many as come nearest to the published samples an epoch and make up whole
+        groups.
+
+        Args:
+            given: those of `SIZES` that the user chose; they stay as they are.
         """
-        names = ("train_batch_size", "samples_per_prompt", "batches_per_epoch")
-        settings = dict(self.settings)
-        if num_processes == self.processes:
-            origin = "as published"
-        elif num_processes in self.sizes:
-            settings |= {name: self.sizes[num_processes][name] for name in names}
-            origin = f"those published for {num_processes} processes"
+        source = num_processes if num_processes in self.sizes else self.processes
+        published = {name: self.sizes[source][name] for name in SIZES}
+        sizes = published | given
+        if sizes == published and source == num_processes:
+            origin = "as published" if source == self.processes else f"those published for {source} processes"
+        elif "batches_per_epoch" in given:
+            origin = "as given"
         else:
-            batch, group = settings["train_batch_size"], settings["samples_per_prompt"]
-            together = num_processes * batch
-            unit = group // math.gcd(group, together)
-            total = self.processes * batch * settings["batches_per_epoch"]
-            settings["batches_per_epoch"] = unit * max(1, round(total / together / unit))
-            origin = f"near to those published for {self.processes} processes"
-        batch, group, batches = (settings[name] for name in names)
+            together = num_processes * sizes["train_batch_size"]
+            unit = sizes["samples_per_prompt"] // math.gcd(sizes["samples_per_prompt"], together)
+            total = source * published["train_batch_size"] * published["batches_per_epoch"]
+            sizes["batches_per_epoch"] = unit * max(1, round(total / together / unit))
+            origin = f"near to those published for {source} processes"
+        batch, group, batches = sizes.values()
         samples = num_processes * batch * batches
-        return settings, (
+        return self.settings | sizes, (
             f"{self.name} on {num_processes} process{'es' if num_processes > 1 else ''}: batches of {batch}, "
             f"groups of {group}, {samples} samples an epoch, {origin}"
         )
@@ -67,9 +71,10 @@ def published_names(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.yaml")):
         if path.stem != "common":
             data = yaml.safe_load(path.read_text())
-            for variant in data["variants"]:
-                numbers = ("" if number == DEFAULT_PROCESSES else f"_{number}gpu" for number in data["processes"])
-                names += [f"{path.stem}_video_{variant}{number}" for number in numbers]
+            for variant, settings in data["variants"].items():
+                for number in settings.get("published_on", data["processes"]):
+                    suffix = "" if number == DEFAULT_PROCESSES else f"_{number}gpu"
+                    names.append(f"{path.stem}_video_{variant}{suffix}")
     return names
 
 
@@ -97,17 +102,19 @@ def find_published_run(name: str, folder: Path) -> PublishedRun | None:
     settings = yaml.safe_load((folder / "common.yaml").read_text())
     settings |= data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
     settings |= data.get("runs", {}).get(run, {})
+    settings.pop("published_on", None)
     return PublishedRun(name, settings, processes, data["processes"])
 
 
 def list_published_runs(folder: Path) -> str:
     """A table of all names."""
-    rows = [("name", "rewards", "processes x batch x batches", "group")]
+    rows = [("name", "model", "rewards", "processes x batch x batches", "group")]
     for name in published_names(folder):
         run = find_published_run(name, folder)
         settings = run.settings
         rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())
         size = f"{run.processes} x {settings['train_batch_size']} x {settings['batches_per_epoch']}"
-        rows.append((name, rewards, size, str(settings["samples_per_prompt"])))
+        model = settings["pretrained_model_name_or_path"]
+        rows.append((name, model, rewards, size, str(settings["samples_per_prompt"])))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -116,6 +116,17 @@ def test_held_out_prompts_of_a_single_file(model_folder, tmp_path):
     assert results["columns"]["run"]["scores"][BRIGHTNESS] == run_scores(tmp_path / "run", 1)[BRIGHTNESS]
 
 
+def test_prompts_of_a_dataset(model_folder, tmp_path, monkeypatch):
+    """In a folder of its repository, with names of its own for split and column."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    prompts = (model_folder / "prompts" / "train.txt").read_text().splitlines()[:2]
+    (tmp_path / "set" / "some").mkdir(parents=True)
+    (tmp_path / "set" / "some" / "validation.csv").write_text("\n".join(["caption", *prompts]))
+    where = {"prompts_data_dir": "some", "prompt_column": "caption", "eval_split": "validation", "num_videos": 0}
+    assert main(arguments(model_folder, tmp_path / "eval", prompts=tmp_path / "set", num_frames=9, **where)) == 0
+    assert [video["prompt"] for video in read_results(tmp_path / "eval")["videos"]] == 2 * prompts
+
+
 def test_one_lora_does_not_change_another(finished, model_folder, run, tmp_path):
     loras = [f"first={run / 'checkpoints' / 'checkpoint-1'}", run]
     assert main(arguments(model_folder, tmp_path, loras, num_videos=0)) == 0

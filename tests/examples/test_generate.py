@@ -189,6 +189,17 @@ def test_other_settings_are_made_anew(model_folder, tmp_path, capsys):
     assert len(videos(tmp_path)) == len(read_manifest(tmp_path)) == 2
 
 
+def test_prompts_of_a_dataset(model_folder, first_prompts, tmp_path, monkeypatch):
+    """In a folder of its repository, with a name of its own for the column."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    prompts = first_prompts.read_text().splitlines()
+    (tmp_path / "set" / "some").mkdir(parents=True)
+    (tmp_path / "set" / "some" / "test.csv").write_text("\n".join(["caption", *prompts]))
+    where = {"prompts": tmp_path / "set", "data_dir": "some", "column": "caption", "split": "test[:2]"}
+    assert main(arguments(model_folder, tmp_path / "videos", num_frames=9, **where)) == 0
+    assert [line["prompt"] for line in read_manifest(tmp_path / "videos")] == prompts[:2]
+
+
 def test_batch_size_does_not_matter(single, model_folder, first_prompts, tmp_path):
     assert main(arguments(model_folder, tmp_path, prompts=first_prompts, batch_size=7)) == 0
     for one, many in zip(videos(single)[:9], videos(tmp_path), strict=True):

@@ -82,6 +82,14 @@ def test_other_columns_are_metadata(dataset_cache, tmp_path):
         PromptSource(str(tmp_path / "data")).read("train")
 
 
+def test_empty_rows_of_a_dataset_do_not_count(dataset_cache, tmp_path):
+    """As those of a file: here the folder of a dataset's repository has the same file."""
+    (tmp_path / "vidprom").mkdir()
+    (tmp_path / "vidprom" / "train.txt").write_text("a cat\n\n  \na dog\n")
+    prompts = PromptSource(str(tmp_path), data_dir="vidprom").read("train")
+    assert texts(prompts) == ["a cat", "a dog"] == texts(PromptSource(str(tmp_path / "vidprom")).read("train"))
+
+
 def test_wrong_column_and_split(dataset_cache):
     with pytest.raises(UserError, match="no column 'prompt'; its columns: text"):
         PromptSource(TINY_SHAPES, "prompts", "prompt").read("test")

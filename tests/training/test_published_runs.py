@@ -72,6 +72,7 @@ RUNS = {
     "krea14b_video_multi_reward_48gpu": (48, BOTH, 30, {}),
 }
 MODELS = {"longlive": (12, 3), "self_forcing": (-1, 0), "casual_forcing": (-1, 0), "krea14b": (-1, 0)}
+FOLDERS = dict(zip(MODELS, ("longlive", "self-forcing", "causal-forcing-chunkwise", "krea-14b")))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -95,6 +96,7 @@ def test_settings(name, monkeypatch, capsys):
     assert {field: getattr(config, field) for field in expected} == expected
     assert config.steps_per_epoch == 1
     assert "as published" in capsys.readouterr().out
+    assert config.pretrained_model_name_or_path == FOLDERS[base]
 
 
 def test_krea_is_trained_in_the_plain_loop():
@@ -107,29 +109,49 @@ def test_any_number_of_processes_gets_whole_groups(name):
     run = find_published_run(name, PUBLISHED)
     total = run.processes * run.settings["train_batch_size"] * run.settings["batches_per_epoch"]
     for processes in range(1, 65):
-        settings, line = run.settings_for(processes)
+        settings, line = run.settings_for(processes, {})
         groups = NFTConfig(**settings).groups_per_epoch(processes)  # raises if they are not whole
         samples = groups * settings["samples_per_prompt"]
         assert f"on {processes} process" in line and f"{samples} samples" in line
         if processes not in run.sizes:
-            assert {settings[f] for f in ("train_batch_size",)} == {run.settings["train_batch_size"]}
+            assert settings["train_batch_size"] == run.settings["train_batch_size"]
             step = processes * settings["train_batch_size"] * settings["samples_per_prompt"]
             assert abs(samples - total) <= step
             assert "near to those published for" in line
 
 
 def test_sizes_of_the_base_for_another_published_number():
-    settings, line = find_published_run("longlive_video_multi_reward", PUBLISHED).settings_for(48)
+    settings, line = find_published_run("longlive_video_multi_reward", PUBLISHED).settings_for(48, {})
     assert (settings["train_batch_size"], settings["samples_per_prompt"], settings["batches_per_epoch"]) == SIZES[48]
     assert "those published for 48 processes" in line
     assert settings["eval_steps"] == 10  # of the run itself
 
 
-def test_the_command_line_goes_first(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    command = ["--config", "longlive_video_hpsv3", "--samples_per_prompt", "6", "--prompts", "mine.txt"]
-    config = parse_args(command, CONFIGS)
-    assert (config.samples_per_prompt, config.train_batch_size, config.prompts) == (6, 3, "mine.txt")
+# Processes, what is given, then batch, group and batches, and what the run says. In single videos a group of 24 takes
+# 24 batches on one process and 3 on eight; either way the published 384 samples come out.
+@pytest.mark.parametrize(
+    "processes,given,sizes,words",
+    [
+        (1, {"train_batch_size": 1}, (1, 24, 384), "batches of 1, groups of 24, 384 samples an epoch, near to"),
+        (8, {"train_batch_size": 1}, (1, 24, 48), "batches of 1, groups of 24, 384 samples an epoch, near to"),
+        (8, {"samples_per_prompt": 6}, (3, 6, 16), "batches of 3, groups of 6, 384 samples an epoch, near to"),
+        (2, {"batches_per_epoch": 4}, (3, 24, 4), "batches of 3, groups of 24, 24 samples an epoch, as given"),
+        (8, {"train_batch_size": 3}, (3, 24, 16), "384 samples an epoch, as published"),
+    ],
+)
+def test_sizes_on_the_command_line_stay(processes, given, sizes, words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    command = ["--config", "longlive_video_hpsv3", "--prompts", "mine.txt"]
+    config = parse_args(command + [part for name, n in given.items() for part in (f"--{name}", str(n))], CONFIGS)
+    assert (config.train_batch_size, config.samples_per_prompt, config.batches_per_epoch) == sizes
+    assert config.groups_per_epoch(processes) * sizes[1] == processes * sizes[0] * sizes[2]
+    assert words in capsys.readouterr().out and config.prompts == "mine.txt"
+
+
+@pytest.mark.parametrize("size,words", [("0", "at least 1"), ("many", "a whole number")])
+def test_sizes_that_are_none(size, words):
+    with pytest.raises(UserError, match=f"train_batch_size must be {words}"):
+        parse_args(["--config", "longlive_video_hpsv3", "--train_batch_size", size], CONFIGS)
 
 
 def test_list(capsys):
@@ -140,9 +162,10 @@ def test_list(capsys):
     names = [row.split()[0] for row in rows[1:]]
     assert names == published_names(PUBLISHED) and len(set(names)) == len(names)
     spelled = {name.replace("casual", "causal").replace("multireward", "multi_reward") for name in RUNS}
-    assert spelled <= set(names)
+    assert spelled == set(names)
     row = next(row for row in rows if row.startswith("causal_forcing_video_hpsv3_ta_48gpu"))
-    assert row.split()[1:] == ["video_hpsv3_local=0.1,", TA, "48", "x", "4", "x", "6", "24"]
+    expected = ["causal-forcing-chunkwise", "video_hpsv3_local=0.1,", TA, "48", "x", "4", "x", "6", "24"]
+    assert row.split()[1:] == expected
 
 
 @pytest.mark.parametrize(
@@ -150,6 +173,7 @@ def test_list(capsys):
     [
         ("longlive_video_hpsv4", "longlive_video_hpsv3"),
         ("longlive_video_hpsv3_12gpu", "longlive_video_hpsv3_16gpu"),
+        ("longlive_video_long_48gpu", "longlive_video_long"),
         ("selfforcing_video_hpsv3", "self_forcing_video_hpsv3"),
         ("tiny", "no such file and no such name"),
     ],

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.setup import set_recipe
@@ -9,6 +10,21 @@ from tests.training.helpers import config
 def recipe(pipe):
     transformer, pipeline = pipe.transformer.config, pipe.config
     return transformer.local_attn_size, transformer.sink_size, pipeline.sigmas, pipeline.num_context_frames
+
+
+def video(pipe):
+    """Latents of three blocks."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red circle", num_frames=33, generator=generator, output_type="latent").frames
+
+
+def test_a_window_is_that_of_a_model_made_with_it():
+    pipe = tiny_pipeline()
+    before = video(pipe)
+    set_recipe(pipe, config(local_attn_size=6, sink_size=3))
+    after = video(pipe)
+    assert torch.equal(after, video(tiny_pipeline(local_attn_size=6, sink_size=3)))
+    assert torch.equal(after[:, :, :6], before[:, :, :6]) and not torch.equal(after[:, :, 6:], before[:, :, 6:])
 
 
 def test_the_model_keeps_its_recipe_unless_told_otherwise():
@@ -22,10 +38,12 @@ def test_the_model_keeps_its_recipe_unless_told_otherwise():
 def test_a_server_s_recipe_is_trained_in_the_plain_loop():
     """And then generates what the plain pipeline does."""
     pipe = tiny_pipeline(num_context_frames=3, sigmas=[1.0, 0.5, 0.0])
+    before = video(pipe)
     with pytest.raises(UserError, match="set num_context_frames=0"):
         set_recipe(pipe, config())
     set_recipe(pipe, config(num_context_frames=0, sigmas=[1.0, 0.75, 0.5, 0.25]))
     assert recipe(pipe) == recipe(tiny_pipeline())
+    assert torch.equal(video(pipe), video(tiny_pipeline())) and not torch.equal(video(pipe), before)
 
 
 def test_a_window_needs_room():
