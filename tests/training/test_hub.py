@@ -121,7 +121,9 @@ def test_a_hub_that_fails_at_the_end_costs_a_command(hub, tmp_path):
     hub.broken = False
     command = line.split("Later: ")[1]
     assert command.startswith("hf upload ")
-    run(["bash", "-c", f"PATH={Path(sys.executable).parent}:$PATH; {command}"], hub, tmp_path)
+    # The `hf` of this Python.
+    hf = f'hf() {{ {sys.executable} -c "from huggingface_hub.cli.hf import main; main()" "$@"; }}'
+    run(["bash", "-c", f"{hf}; {command}"], hub, tmp_path)
     assert hub.repos["someone/mine"] == expected
 
 

@@ -46,10 +46,11 @@ def test_tensorboard(tmp_path):
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run_trackers("wandb", tmp_path)
+    wandb.teardown()  # as at the end of a process: its service has written everything
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     name = (tmp_path / "wandb_id").read_text()
     assert folder.name.endswith(name)
