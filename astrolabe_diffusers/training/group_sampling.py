@@ -53,7 +53,7 @@ class GroupSampler:
         sampling = Sampling(
             list(config.sigmas), list(config.first_block_sigmas or config.sigmas), max_frames=total, decode=False
         )
-        past = BlockGenerator(self.pipeline, sampling, [0])
+        past = self.pipeline.block_generator_class(self.pipeline, sampling, [0])
         past.prompt_embeds = prompt_embeds
         generator = seeded_generator("past", *group)
         blocks = []
