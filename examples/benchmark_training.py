@@ -26,6 +26,7 @@ from astrolabe_diffusers.training import NFTConfig, NFTTrainer, exit_code
 from astrolabe_diffusers.training.config import parse_fields
 from astrolabe_diffusers.training.policies import policy_parameters
 from astrolabe_diffusers.training.report import peak_memory_gb
+from astrolabe_diffusers.training.sharding import full_tensor
 
 
 # One epoch is measured; what is not part of it is made as small as it gets.
@@ -39,14 +40,13 @@ DEFAULTS = {
     "report_to": "none",
     "collapse_factor": 0.0,
 }
-FIGURES = ("seconds_sampling", "seconds_scoring", "seconds_training", "seconds", "samples_per_second")
+FIGURES = ("seconds_sampling", "seconds_scoring", "seconds_training", "seconds", "samples_per_second", "grad_norm")
 
 
 def checksum(parameters: list[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for parameter in parameters:
-        tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        digest.update(full_tensor(parameter.detach()).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -69,11 +69,13 @@ def benchmark(argv: list[str] | None):
         # The held-out video only warms up: a block of it is enough.
         block = trainer.transformer.config.num_frames_per_block
         trainer.eval_size["num_frames"] = 1 + trainer.pipeline.vae.config.scale_factor_temporal * (block - 1)
-        trainer.train()
+        trainer.start()
+        trainer.train_epochs()
+        memory, lora = peak_memory_gb(trainer.accelerator.device), checksum(policy_parameters(trainer.transformer))
+        trainer.finish()
         if trainer.accelerator.is_main_process:
             metrics = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[-1])
-            print("  ".join(f"{name} {metrics[name]:.2f}" for name in FIGURES))
-    memory, lora = peak_memory_gb(trainer.accelerator.device), checksum(policy_parameters(trainer.transformer))
+            print("  ".join(f"{name} {metrics[name]:.3g}" for name in FIGURES))
     print(f"process {trainer.accelerator.process_index}: peak memory {memory:.1f} GB, LoRA {lora}", flush=True)
 
 

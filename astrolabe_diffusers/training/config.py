@@ -142,7 +142,9 @@ class NFTConfig(Config):
         choices=("clean", "noisy"),
     )
     context_policy: str = option(
-        "own", "whose K and V the clean context has: each policy's own, or the old one's", choices=("own", "old")
+        "old",
+        "whose K and V a clean context has: the old policy's for all, in one pass, or each policy's own",
+        choices=("old", "own"),
     )
     adv_clip_max: float = option(5.0, "advantages are clipped to +-this")
     advantage_reward: str = option(
@@ -250,8 +252,8 @@ class NFTConfig(Config):
                 "selective_kl compares the primary reward with the others: name another reward, with weight 0 if it "
                 "is not to be trained on."
             )
-        if self.context == "noisy" and (self.window_size is not None or self.context_policy == "old"):
-            raise UserError("context=noisy trains a whole video in one pass: no window_size, no context_policy=old.")
+        if self.context == "noisy" and self.window_size is not None:
+            raise UserError("context=noisy trains a whole video in one pass: no window_size.")
         if self.shared_prefix and self.window_size is None:
             raise UserError("shared_prefix needs window_size: without a window there is nothing before it to share.")
         if self.shared_prefix and self.samples_per_prompt % self.train_batch_size:

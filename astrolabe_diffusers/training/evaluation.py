@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from diffusers.utils import export_to_video
 
 from .agreement import raise_together
@@ -65,7 +66,7 @@ def evaluate(
         on_batch: called after each batch that is sampled, with their number so far and in all, in this process.
 
     Returns:
-        The evaluation, in every process, and by index those first videos `(F, 3, H, W)` in [0, 1] that were made here.
+        The evaluation and, by index, those first videos `(F, 3, H, W)` in [0, 1] with eight bits, in every process.
     """
     batches = process_batches(samples, batch_size, process_index, num_processes)
     if is_sharded():
@@ -84,7 +85,9 @@ def evaluate(
         for index, video in kept.items():
             video_dir.mkdir(parents=True, exist_ok=True)
             save_video(video, video_dir / f"{index:03d}.mp4", pipeline.config.frame_rate)
-    return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
+    gathered = gather_object([{index: (video * 255).round().byte() for index, video in kept.items()}])
+    videos = {index: video / 255 for videos in gathered for index, video in videos.items()}
+    return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), dict(sorted(videos.items()))
 
 
 def save_video(video: torch.Tensor, path: Path, frame_rate: int):

@@ -41,12 +41,12 @@ def plain(model_folder, tmp_path_factory):
     "values",
     [
         {"context": "noisy"},
-        {"context_policy": "old"},
+        {"context_policy": "own"},
         {"loss_weighting": "adaptive"},
         {"window_size": 3, "sample_frames": 9},
         {"window_size": 3, "sample_frames": 9, "window_selection": "choices", "window_choices": "3,6"},
         {"window_size": 3, "sample_frames": 9, "shared_prefix": True},
-        {"window_size": 3, "sample_frames": 9, "shared_prefix": True, "context_policy": "old"},
+        {"window_size": 3, "sample_frames": 9, "shared_prefix": True, "context_policy": "own"},
         {**TWO_REWARDS, "reward_normalization": "group"},
         {**TWO_REWARDS, "advantage_reward": "primary", "primary_reward": CONTRAST},
         {**TWO_REWARDS, "selective_kl": True},
@@ -98,7 +98,7 @@ def test_the_average_is_judged_and_saved(model_folder, tmp_path):
         ({"selective_kl": True}, "selective_kl compares the primary reward with the others"),
         ({"primary_reward": "sharpness"}, "primary_reward 'sharpness' is none of"),
         ({"window_size": 4}, "window_size=4 is no whole number of blocks of 3"),
-        ({"context": "noisy", "context_policy": "old"}, "context=noisy trains a whole video"),
+        ({"context": "noisy", "window_size": 3}, "context=noisy trains a whole video"),
         ({"context": "dirty"}, "clean, noisy"),
     ],
 )
