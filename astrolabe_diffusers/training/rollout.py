@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from diffusers import AutoencoderKLWan
 
 from ..models.vae_streaming import decode_latents
-from ..rewards import RewardError, RewardSet
+from ..rewards import RewardError, RewardPlaceError, RewardSet
 from .errors import UserError, one_line, summarize_exception
 from .prompts import Sample
 from .seeds import seeded_generator
@@ -72,8 +72,20 @@ class PromptEncoder:
         return self._embeds[prompt]
 
 
+class _InTurn(Executor):
+    """Runs what is submitted at once, in the thread that submits it."""
+
+    def submit(self, function, /, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 class RewardWorker:
-    """Decodes and scores videos in one background thread.
+    """Decodes and scores videos in one background thread; in turn with sampling if rewards are offloaded meanwhile.
 
     Args:
         vae ([`AutoencoderKLWan`]): decodes the latents; nothing else should use it meanwhile.
@@ -93,9 +105,12 @@ class RewardWorker:
         self.rewards = rewards
         self.watched = watched
         self.skip_bad = skip_bad
+        self._reward_sets = [reward_set for reward_set in (rewards, watched) if reward_set is not None]
         # The current CUDA device belongs to a thread.
         initializer = (lambda: torch.cuda.set_device(vae.device)) if vae.device.type == "cuda" else None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="rewards", initializer=initializer)
+        if any(reward_set.takes_turns for reward_set in self._reward_sets):
+            self._executor = _InTurn()
 
     def submit(
         self,
@@ -140,12 +155,16 @@ class RewardWorker:
                 return stack_scores(parts)
             logger.warning("skipped: %s", one_line(error))
             return {name: torch.tensor([math.nan]) for name in ("reward", *rewards.weights)}
+        except RewardPlaceError as error:
+            raise UserError(one_line(error)) from error
         except Exception as error:
             raise UserError(f"a reward failed on {prompts[0]!r}: {summarize_exception(error)}") from error
         return {"reward": output.total, **output.scores, **output.info}
 
     def shutdown(self):
         self._executor.shutdown(cancel_futures=True)
+        for reward_set in self._reward_sets:
+            reward_set.close()
 
 
 def sample_latents(
