@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from astrolabe_diffusers.rewards import RewardSet
+from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
 from astrolabe_diffusers.training import UserError, exit_code
 from astrolabe_diffusers.training.config import Config, option, parse_fields
 from astrolabe_diffusers.training.errors import as_user_error
@@ -33,17 +33,24 @@ class ServerConfig(Config):
     max_request_mb: int = option(1024, "larger requests are refused", minimum=1)
     max_batch: int = option(16, "videos of several clients that are scored together at most", minimum=1)
     max_waiting: int = option(64, "requests that may wait; a client asks again later", minimum=1)
-    cache_size: int = option(1024, "videos whose scores are remembered, of rewards that see no prompt", minimum=0)
+    cache_size: int = option(0, "videos whose scores are remembered, of rewards that see no prompt", minimum=0)
 
 
 def run(argv: list[str] | None):
     parser = argparse.ArgumentParser(description="Serves rewards over HTTP.", allow_abbrev=False)
     config = ServerConfig(**parse_fields(parser, ServerConfig, argv))
-    with as_user_error("reward"):
-        from astrolabe_diffusers.rewards.server import TOKEN_VARIABLE, serve
+    if not config.reward:
+        raise UserError("reward is empty: name at least one to serve.")
+    with as_user_error("server"):
+        from astrolabe_diffusers.rewards.server import TOKEN_VARIABLE, check_binding, create_app, serve
 
         token = os.environ.get(TOKEN_VARIABLE)
-        serve(config, token)
+        check_binding(config.host, token)
+    with as_user_error("reward"):
+        rewards = CachedRewards(config.reward, config.reward_options, config.device, cache_size=config.cache_size)
+    app = create_app(rewards, token, config.max_request_mb * 2**20, config.max_batch, config.max_waiting)
+    print(f"{', '.join(config.reward)} at http://{config.host}:{config.port}", flush=True)
+    serve(app, config.host, config.port)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,12 +37,12 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
     Score a video, or the videos of a folder, one after the other; print a table and write JSON.
 
     Args:
-        path: a video file, or a folder of MP4 files. With `manifest.jsonl` of generate.py, those in it are scored, each
-            for its own prompt.
+        path: a video file, or a folder of MP4 files. With `manifest.jsonl` of generate.py, and no `config.prompt`,
+            those in it are scored, each for its own prompt.
 
     Returns:
-        What it wrote: `settings`, `videos` (`file`, `prompt`, `fps`, `num_frames`, `scores` by reward, `info` by reward
-        and part) and `mean` of the scores. With several rewards `reward` is their weighted sum.
+        What it wrote: `settings`, `videos` (`file`, `prompt`, `fps`, `num_frames`, `scores` by reward, `info` by
+        reward and part) and `mean` of the scores. With several rewards `reward` is their weighted sum.
 
     Raises:
         UserError: a mistake in the settings, a file that is no video, or a reward that cannot score it.

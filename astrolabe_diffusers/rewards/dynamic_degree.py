@@ -24,13 +24,15 @@ class DynamicDegree(Reward):
     weights. Frames are brought to 128 pixels along the short side; every window of 32 pixels of the luminance, half
     overlapping, is compared with the same window of the next frame, and the peak of their phase correlation is how far
     it moved. A peak below 5 deviations is no motion, one above 8 counts in full: plain areas and a change of light do
-    not count, and noise hardly. As in VBench, the mean over the fastest 5 % of the windows is the motion of a pair of frames.
+    not count, and noise hardly. As in VBench, the mean over the fastest 5 % of the windows is the motion of a pair of
+    frames.
 
     The score is the mean over all pairs in short sides a second: 0 for a still video, and 1/8 of the short side a
-    frame at most (2 at 16 frames a second); what is faster than that is not seen. `above_threshold` in the info is the
-    share of pairs that move faster than 0.1875 short sides a second, VBench's limit of what is dynamic (6 of 256
-    pixels in an eighth of a second). It rewards any motion, that of the camera and of artefacts too. 81 frames
-    of 480x832 take about 10 s on one CPU core, most of it for making them small.
+    frame at most (2 at 16 frames a second); what is faster than that is not seen, and what moves over a detailed
+    background is seen in part. `above_threshold` in the info is the share of pairs that move faster than 0.1875 short
+    sides a second, VBench's limit of what is dynamic (6 of 256 pixels in an eighth of a second). It rewards any
+    motion, that of the camera and of artefacts too. 81 frames of 480x832 take about 10 s on one CPU core, most of it
+    for making them small.
 
     Args:
         fps: frames a second of the videos.

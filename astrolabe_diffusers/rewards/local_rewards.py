@@ -75,7 +75,7 @@ class LocalRewards:
         return self._score(frames, job.prompts, job.metadata)
 
     def _score(self, frames, prompts, metadata):
-        """Rewards that get the same tensor may share work on it."""
+        """The outputs for `frames` by reward. Rewards that get the same tensor may share work on it."""
         # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
         with self._offload, torch.inference_mode():
             if self.device:
@@ -109,7 +109,7 @@ class OffloadedWeights:
 
     def __enter__(self):
         for tensor, home in self._home:
-            tensor.data = home.to(self.device, non_blocking=True)
+            tensor.data = home.to(self.device, non_blocking=True, copy=True)
 
     def __exit__(self, *exception):
         for tensor, home in self._home:

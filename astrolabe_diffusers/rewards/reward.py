@@ -35,6 +35,15 @@ class RewardOutput:
     scores: torch.Tensor
     info: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def __getitem__(self, rows: slice) -> RewardOutput:
+        return RewardOutput(self.scores[rows], {part: values[rows] for part, values in self.info.items()})
+
+    @classmethod
+    def cat(cls, outputs: list[RewardOutput]) -> RewardOutput:
+        """Those of one reward for several batches as one."""
+        info = {part: torch.cat([output.info[part] for output in outputs]) for part in outputs[0].info}
+        return cls(torch.cat([output.scores for output in outputs]), info)
+
     def checked(self, name: str, batch_size: int) -> RewardOutput:
         """This output, of the reward `name`, in float32 on the CPU; a `RewardError` unless it has a number a video."""
         info = {p: _vector(v, f"info {p!r} of reward {name!r}", batch_size) for p, v in self.info.items()}

@@ -22,14 +22,15 @@ import time
 from collections import Counter, deque
 from concurrent.futures import Future
 
-import torch
-
+from .cached_rewards import CachedRewards
 from .local_rewards import LocalRewards
-from .reward import RewardError, RewardOutput
+from .remote import TOKEN_VARIABLE
+from .reward import RewardError
 from .wire import Job, outputs_to_json, requests_to_json, unpack_job
 
 
 try:
+    import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, PlainTextResponse
 except ImportError as error:
@@ -108,43 +109,17 @@ class Batcher:
             return batch
 
     def _score(self, jobs: list[Job], futures: list[Future]):
-        outputs = self.rewards.score_job(_join(jobs))
+        outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else Job.join(jobs))
         start = 0
         for job, future in zip(jobs, futures):
             end = start + len(job.prompts)
-            future.set_result(
-                {
-                    name: RewardOutput(
-                        output.scores[start:end], {part: values[start:end] for part, values in output.info.items()}
-                    )
-                    for name, output in outputs.items()
-                }
-            )
+            future.set_result({name: output[start:end] for name, output in outputs.items()})
             start = end
 
 
 def _kind(job: Job):
     """Jobs of one kind can be scored together."""
     return job.whole, {name: tensor.shape[1:] for name, tensor in job.frames.items()}
-
-
-def _join(jobs: list[Job]) -> Job:
-    first = jobs[0]
-    if len(jobs) == 1:
-        return first
-    joined, frames = {}, {}
-    for name in first.frames:
-        # Rewards that share frames in every job still do.
-        tensors = tuple(id(job.frames[name]) for job in jobs)
-        if tensors not in joined:
-            joined[tensors] = torch.cat([job.frames[name] for job in jobs])
-        frames[name] = joined[tensors]
-    return Job(
-        frames,
-        first.whole,
-        [prompt for job in jobs for prompt in job.prompts],
-        [entry for job in jobs for entry in (job.metadata or [{}] * len(job.prompts))],
-    )
 
 
 def check_binding(host: str, token: str | None):
@@ -154,7 +129,9 @@ def check_binding(host: str, token: str | None):
     except ValueError:
         loopback = False
     if not loopback and not token:
-        raise ValueError(f"a server on {host} can be reached from elsewhere and needs a token.")
+        raise ValueError(
+            f"a server on {host} can be reached from elsewhere: set {TOKEN_VARIABLE}, here and for the runs."
+        )
 
 
 def create_app(
@@ -210,11 +187,11 @@ def create_app(
             "# TYPE astrolabe_reward_responses_total counter",
             *(f'astrolabe_reward_responses_total{{status="{key[7:]}"}} {counters[key]}' for key in statuses),
         ]
-        for key in ("videos", "batches", "seconds"):
-            lines += [
-                f"# TYPE astrolabe_reward_{key}_total counter",
-                f"astrolabe_reward_{key}_total {counters[key]}",
-            ]
+        totals = {key: counters[key] for key in ("videos", "batches", "seconds")}
+        if isinstance(rewards, CachedRewards):
+            totals["cache_hits"] = rewards.cache_hits
+        for key, value in totals.items():
+            lines += [f"# TYPE astrolabe_reward_{key}_total counter", f"astrolabe_reward_{key}_total {value}"]
         lines += ["# TYPE astrolabe_reward_waiting gauge", f"astrolabe_reward_waiting {batcher.num_waiting}"]
         return PlainTextResponse("\n".join(lines) + "\n")
 
@@ -246,6 +223,11 @@ def create_app(
         return {"request": number, "outputs": outputs_to_json(outputs)}
 
     return app
+
+
+def serve(app: FastAPI, host: str, port: int):
+    """Runs the server until it is interrupted."""
+    uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
 async def _read(request: Request, limit: int) -> bytes | None:

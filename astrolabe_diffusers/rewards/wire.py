@@ -47,6 +47,30 @@ class Job:
         whole = frozenset(name for name, request in requests.items() if request is None)
         return cls({name: prepared[request] for name, request in requests.items()}, whole, list(prompts), metadata)
 
+    def select(self, names: Sequence[str], rows: Sequence[int] | None = None) -> Job:
+        """The job of some of the rewards, and of some of the videos."""
+        tensors = {id(self.frames[name]): self.frames[name] for name in names}
+        if rows is not None:
+            tensors = {key: tensor[rows] for key, tensor in tensors.items()}
+        frames = {name: tensors[id(self.frames[name])] for name in names}
+        rows = range(len(self.prompts)) if rows is None else rows
+        metadata = self.metadata and [self.metadata[i] for i in rows]
+        return Job(frames, self.whole & frames.keys(), [self.prompts[i] for i in rows], metadata)
+
+    @classmethod
+    def join(cls, jobs: Sequence[Job]) -> Job:
+        """One job of several that ask the same rewards about videos of one shape."""
+        joined, frames = {}, {}
+        for name in jobs[0].frames:
+            # Rewards that share frames in every job still do.
+            tensors = tuple(id(job.frames[name]) for job in jobs)
+            if tensors not in joined:
+                joined[tensors] = torch.cat([job.frames[name] for job in jobs])
+            frames[name] = joined[tensors]
+        prompts = [prompt for job in jobs for prompt in job.prompts]
+        metadata = [entry for job in jobs for entry in (job.metadata or [{}] * len(job.prompts))]
+        return cls(frames, jobs[0].whole, prompts, metadata)
+
 
 def pack_job(job: Job) -> bytes:
     tensors = {id(tensor): tensor for tensor in job.frames.values()}

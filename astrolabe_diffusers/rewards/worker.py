@@ -132,7 +132,7 @@ class WorkerRewards:
     def close(self):
         """Ends the process."""
         self._connection.close()
-        self._process.join(1)
+        self._process.join(5)
         self._process.kill()
         self._process.join()
 

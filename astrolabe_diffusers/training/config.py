@@ -82,9 +82,7 @@ class NFTConfig(Config):
         {}, "arguments of rewards: name.argument=value,name.argument=value; in YAML {name: {argument: value}}"
     )
     reward_placement: dict[str, str] = option({}, f"where rewards are scored, name=place: {PLACES}")
-    reward_timeout: float = option(
-        300.0, "seconds that another process or a server may take for a batch", minimum=0
-    )
+    reward_timeout: float = option(300.0, "seconds that another process or a server may take for a batch", minimum=0)
     nan_reward: str = option(
         "stop", "a NaN reward stops the run, or its sample is skipped in training", choices=("stop", "skip")
     )
