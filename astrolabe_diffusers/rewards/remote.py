@@ -68,8 +68,8 @@ class RemoteRewards:
         data = pack_job(Job.make(videos, self._requests_for(videos), prompts, metadata))
         if len(data) > self.max_request_bytes:
             raise RewardPlaceError(
-                f"{len(prompts)} videos are {len(data) / 2**20:.0f} MB, and {self.url} takes "
-                f"{self.max_request_bytes / 2**20:.0f} MB a request: make batches smaller, or its --max_request_mb "
+                f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self.url} takes "
+                f"{self.max_request_bytes / 2**20:.3g} MB a request: make batches smaller, or its --max_request_mb "
                 "larger."
             )
         number = uuid.uuid4().hex
