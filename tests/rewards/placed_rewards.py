@@ -92,6 +92,13 @@ def obeys(videos, prompts, metadata):
     return (scores[1:] if act == "too_few" else scores), info
 
 
+def middle(videos, prompts, metadata):
+    """A pixel of the last frame; dies where the metadata says so."""
+    if any(entry.get("act") == "die" for entry in metadata):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return videos[:, -1, 0, 16, 16], {}
+
+
 def make_batch(numbers, frames: int = 3, size: int = 4, act: str = ""):
     """Videos whose first pixel, prompt and metadata are the same number, of 255; `act` is what `obeys` is to do."""
     videos = torch.rand(len(numbers), frames, 3, size, size)
