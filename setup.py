@@ -28,6 +28,8 @@ INSTALL_REQUIRES = [
     # imageio-ffmpeg ships ffmpeg; without it export_to_video falls back to OpenCV.
     "imageio>=2.34",
     "imageio-ffmpeg>=0.5",
+    # Rewards on a server or behind a judge's endpoint; diffusers has it too.
+    "requests>=2.32",
     # Wan's prompt cleaning, and UMT5 folders that hold a SentencePiece model alone.
     "ftfy>=6.1",
     "sentencepiece>=0.2",
@@ -38,6 +40,9 @@ EXTRAS_REQUIRE = {
     # transformers, peft and diffusers on import. 0.26 belongs to torch 2.11 and 0.28 to 2.13: these bounds keep torch
     # in its range. Where torch comes from an index of its own (CPU builds), torchvision has to as well.
     "rewards": ["open_clip_torch>=3", "torchvision>=0.26,<0.29"],
+    # Only its weights are read. Its libsvm is compiled on installation; `pip install --no-deps brisque` is enough.
+    "brisque": ["brisque>=0.2"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     # The oldest version that diffusers dispatches to. It is compiled against the installed torch: install that first,
     # then this extra with pip's --no-build-isolation.
     "flash": ["flash-attn>=2.6.3"],
@@ -45,6 +50,7 @@ EXTRAS_REQUIRE = {
     # A minor version of ruff may change its rules.
     "test": ["pytest>=8", "ruff>=0.17,<0.18", "wandb>=0.31"],
 }
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"]
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
 
 setup(

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+
+from .frame_request import FrameRequest
 
 
 class RewardError(RuntimeError):
     """A reward returned something that is no reward: a wrong shape, a NaN or an infinity."""
+
+
+class RewardPlaceError(ConnectionError):
+    """Where a reward was to be scored, in a process of its own or on a server, nobody answers, or not as agreed."""
 
 
 @dataclass
@@ -26,12 +35,38 @@ class RewardOutput:
     scores: torch.Tensor
     info: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def __getitem__(self, rows: slice) -> RewardOutput:
+        return RewardOutput(self.scores[rows], {part: values[rows] for part, values in self.info.items()})
+
+    @classmethod
+    def cat(cls, outputs: list[RewardOutput]) -> RewardOutput:
+        """Those of one reward for several batches as one."""
+        info = {part: torch.cat([output.info[part] for output in outputs]) for part in outputs[0].info}
+        return cls(torch.cat([output.scores for output in outputs]), info)
+
+    def checked(self, name: str, batch_size: int) -> RewardOutput:
+        """This output, of the reward `name`, in float32 on the CPU; a `RewardError` unless it has a number a video."""
+        info = {p: _vector(v, f"info {p!r} of reward {name!r}", batch_size) for p, v in self.info.items()}
+        return RewardOutput(_vector(self.scores, f"reward {name!r}", batch_size), info)
+
+
+def _vector(values: torch.Tensor, what: str, batch_size: int) -> torch.Tensor:
+    if tuple(values.shape) != (batch_size,):
+        raise RewardError(f"{what} must hold one number a video, [{batch_size}], but has shape {list(values.shape)}.")
+    # An inference tensor may not enter a loss; its clone made outside inference mode may.
+    return values.to("cpu", torch.float32).clone()
+
 
 class Reward(ABC):
     """
-    Base class of all rewards. A subclass is constructed without arguments, loads what it needs there, and may be
-    scored from another thread than the one that made it.
+    Base class of all rewards. The arguments of a subclass are keywords with defaults, which a run sets as its
+    `reward_options`. It loads what it needs when it is made, and may be scored from another thread than that one.
+
+    Attributes:
+        uses_prompt: `False` says that scores depend on the video alone, so that a server may remember them.
     """
+
+    uses_prompt = True
 
     @abstractmethod
     def score(
@@ -39,14 +74,29 @@ class Reward(ABC):
     ) -> RewardOutput:
         """
         Args:
-            videos: float tensor [B, F, C, H, W] in [0, 1], on any device.
+            videos: float tensor [B, F, C, H, W] in [0, 1], on any device; or the frames of `request`, uint8.
             prompts: the B prompts the videos were generated from.
             metadata: one dict a video with whatever else its prompt file holds, or `None`.
         """
 
+    def request(self, num_frames: int, height: int, width: int) -> FrameRequest | None:
+        """The part of videos of this shape that `score` is to get, as uint8; `None`: all of them, as floats."""
+        return None
+
+    def modules(self) -> list[nn.Module]:
+        """The networks of this reward: those among its attributes."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
+
+    def to(self, device: str | torch.device) -> Reward:
+        """Moves the weights."""
+        for module in self.modules():
+            module.to(device)
+        return self
+
 
 class FunctionReward(Reward):
     """A plain function `fn(videos, prompts, metadata) -> (scores, info)` as a reward; arguments as in `Reward.score`.
+    Further arguments of the function are its options.
 
     `scores` and each value of `info` (which may be `None`) are B numbers in a tensor, an array or a list.
     """
@@ -78,19 +128,19 @@ def register_reward(name: str) -> Callable[[type[Reward]], type[Reward]]:
     return register
 
 
-def get_reward(name: str) -> Reward:
+def get_reward(name: str, **options: Any) -> Reward:
     """
-    Makes the reward that `name` means.
+    Makes the reward that `name` means, with these options.
 
     Args:
         name: a registered name, or the dotted path "package.module:Name" or "package.module.Name" of a `Reward`
             subclass or of a function `fn(videos, prompts, metadata) -> (scores, info)`.
 
     Raises:
-        ValueError: nothing has that name; the message lists the registered ones.
+        ValueError: nothing has that name, or it has no such option; the message lists those that there are.
     """
     if name in _REGISTRY:
-        return _REGISTRY[name]()
+        return _make(name, _REGISTRY[name], options)
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name or not attribute:
         raise ValueError(
@@ -108,8 +158,22 @@ def get_reward(name: str) -> Reward:
         ) from None
     target = getattr(module, attribute, None)
     if isinstance(target, type) and issubclass(target, Reward):
-        return target()
+        return _make(name, target, options)
     if callable(target) and not isinstance(target, type):
-        return FunctionReward(target)
+        # The first three arguments are videos, prompts and metadata.
+        _check_options(name, list(inspect.signature(target).parameters.values())[3:], options)
+        return FunctionReward(partial(target, **options))
     problem = "has no such attribute" if target is None else f"holds a {type(target).__name__} there"
     raise ValueError(f"reward {name!r} is neither a Reward subclass nor a function: {module_name} {problem}.")
+
+
+def _make(name: str, cls: type[Reward], options: dict[str, Any]) -> Reward:
+    _check_options(name, list(inspect.signature(cls).parameters.values()), options)
+    return cls(**options)
+
+
+def _check_options(name: str, parameters: list[inspect.Parameter], options: dict[str, Any]):
+    known = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    unknown = [option for option in options if option not in known]
+    if unknown and len(known) == len(parameters):
+        raise ValueError(f"reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")

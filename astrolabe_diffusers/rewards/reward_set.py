@@ -1,13 +1,20 @@
-"""Several rewards as one."""
+"""Several rewards as one, wherever they are scored."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .reward import RewardError, get_reward
+from .local_rewards import LocalRewards
+from .remote import RemoteRewards
+from .reward import RewardError
+from .worker import WorkerRewards
+
+
+PLACES = "'trainer', 'offload', a device such as 'cuda:1', 'process', 'process:cuda:1' or 'http://host:port'"
 
 
 @dataclass
@@ -31,13 +38,53 @@ class RewardSet:
     Args:
         weights: reward name or dotted path (see `get_reward`) -> weight. A reward of weight 0 is measured and logged
             but does not count.
+        options: for some of them, keyword arguments.
+        placement: for some of them, where they are scored; those of one place are together, and places work at the
+            same time:
+
+            - `"trainer"`, the default: in this process, on the device that each chooses.
+            - `"offload"`: in this process, on the GPU only while they score; `takes_turns` is true then.
+            - `"cpu"`, `"cuda:1"`, ...: in this process, on that device.
+            - `"process"`, `"process:cuda:1"`: in a process of their own, see `WorkerRewards`.
+            - `"http://host:port"`: on a server, see `RemoteRewards`. It has its own options.
+        timeout: seconds that another process or a server may take for a batch.
+
+    Raises:
+        ValueError: a name, an option or a place does not exist.
+        RewardPlaceError: no such server answers.
     """
 
-    def __init__(self, weights: dict[str, float]):
+    def __init__(
+        self,
+        weights: dict[str, float],
+        options: dict[str, dict[str, Any]] | None = None,
+        placement: dict[str, str] | None = None,
+        timeout: float = 300.0,
+    ):
         if not weights:
             raise ValueError("no reward is named; give at least one, such as {'motion_smoothness': 1.0}.")
+        options, placement = options or {}, placement or {}
+        for name in (*options, *placement):
+            if name not in weights:
+                raise ValueError(f"{name!r} is none of the rewards {', '.join(weights)}.")
         self.weights = dict(weights)
-        self.rewards = {name: get_reward(name) for name in self.weights}
+        names: dict[str, list[str]] = {}
+        for name in weights:
+            names.setdefault(placement.get(name, "trainer"), []).append(name)
+        for place in names:
+            _check_place(place)
+        self.takes_turns = "offload" in names
+        self._places = [
+            _make_place(place, group, {n: options[n] for n in group if n in options}, timeout)
+            for place, group in names.items()
+        ]
+        away = [place for place in self._places if not isinstance(place, LocalRewards)]
+        self._executor = ThreadPoolExecutor(len(away), thread_name_prefix="reward-places") if away else None
+
+    @property
+    def using_prompts(self) -> list[str]:
+        """The names of those rewards that look at the prompt."""
+        return [name for place in self._places for name in place.using_prompts]
 
     def __call__(
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None
@@ -50,6 +97,7 @@ class RewardSet:
 
         Raises:
             RewardError: a reward returned anything but one finite score a video.
+            RewardPlaceError: a process died twice, or a server does not answer, or not in time, or nonsense.
             ValueError: the batch is not what a reward can take.
         """
         if videos.ndim != 5 or len(prompts) != len(videos):
@@ -57,27 +105,60 @@ class RewardSet:
                 f"videos must be [B, F, C, H, W] with one prompt each; got {tuple(videos.shape)} and "
                 f"{len(prompts)} prompts."
             )
-        # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
-        with torch.inference_mode():
-            outputs = {name: reward.score(videos, prompts, metadata) for name, reward in self.rewards.items()}
-
+        outputs = self._score(videos, prompts, metadata)
         scores, info = {}, {}
-        for name, output in outputs.items():
-            scores[name] = _plain(output.scores, f"reward {name!r}", len(prompts))
+        for name in self.weights:
+            scores[name] = outputs[name].scores
             bad = (~scores[name].isfinite()).nonzero().flatten().tolist()
             if bad:
                 raise RewardError(
                     f"reward {name!r} gave {scores[name][bad[0]].item()} for sample {bad[0]}, prompt "
                     f"{prompts[bad[0]]!r} ({len(bad)} of {len(prompts)} scores are not finite)."
                 )
-            for part, values in output.info.items():
-                info[f"{name}/{part}"] = _plain(values, f"info {part!r} of reward {name!r}", len(prompts))
+            info |= {f"{name}/{part}": values for part, values in outputs[name].info.items()}
         total = sum(weight * scores[name] for name, weight in self.weights.items())
         return RewardSetOutput(total=total, scores=scores, info=info)
 
+    def _score(self, videos, prompts, metadata):
+        away = [
+            self._executor.submit(place.score, videos, prompts, metadata)
+            for place in self._places
+            if not isinstance(place, LocalRewards)
+        ]
+        try:
+            outputs = {}
+            for place in self._places:
+                if isinstance(place, LocalRewards):
+                    outputs |= place.score(videos, prompts, metadata)
+        finally:
+            wait(away)  # no place is asked anew before it has answered
+        for future in away:
+            outputs |= future.result()
+        return outputs
 
-def _plain(values: torch.Tensor, what: str, batch_size: int) -> torch.Tensor:
-    if tuple(values.shape) != (batch_size,):
-        raise RewardError(f"{what} must hold one number a video, [{batch_size}], but has shape {list(values.shape)}.")
-    # An inference tensor may not enter a loss; its clone made out here may.
-    return values.to("cpu", torch.float32).clone()
+    def close(self):
+        """Ends the processes of rewards."""
+        for place in self._places:
+            place.close()
+
+
+def _check_place(place: str):
+    kind, _, device = place.partition(":")
+    if kind in ("http", "https"):
+        return
+    try:
+        if place not in ("trainer", "offload", "process"):
+            torch.device(device if kind == "process" else place)
+    except RuntimeError:
+        raise ValueError(f"there is no place {place!r} for rewards; it can be {PLACES}.") from None
+
+
+def _make_place(place, names, options, timeout):
+    kind, _, device = place.partition(":")
+    if kind in ("http", "https"):
+        if options:
+            raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {place}.")
+        return RemoteRewards(place, names, timeout)
+    if kind == "process":
+        return WorkerRewards(names, options, device or None, timeout)
+    return LocalRewards(names, options, None if kind in ("trainer", "offload") else place, offload=kind == "offload")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .reward import Reward, RewardOutput, register_reward
 
 
-def _luminance(videos: torch.Tensor) -> torch.Tensor:
+def luminance(videos: torch.Tensor) -> torch.Tensor:
     """[B, F, H, W] of videos [B, F, 3, H, W]."""
     red, green, blue = videos.float().unbind(2)
     return 0.299 * red + 0.587 * green + 0.114 * blue
@@ -24,6 +24,8 @@ def _coarse(luminance: torch.Tensor, cells: int) -> torch.Tensor:
     return F.avg_pool2d(luminance, size, stride=max(1, size // 2))
 
 
+# The second name is the one in the published settings; what it measured there was not published.
+@register_reward("motion_smoothness_score")
 @register_reward("motion_smoothness")
 class MotionSmoothness(Reward):
     """
@@ -35,8 +37,10 @@ class MotionSmoothness(Reward):
     independent frames get 0.13, alternating ones 0; a hard cut costs as any jump does. Below three frames it is 1.
     """
 
+    uses_prompt = False
+
     def score(self, videos, prompts, metadata=None):
-        y = _coarse(_luminance(videos), 8)
+        y = _coarse(luminance(videos), 8)
         if y.shape[1] < 3:
             return RewardOutput(torch.ones(len(y)))
         change = y[:, 1:] - y[:, :-1]
@@ -57,12 +61,14 @@ class Sharpness(Reward):
     counts as detail. Compare videos of one resolution only.
     """
 
+    uses_prompt = False
+
     def score(self, videos, prompts, metadata=None):
-        luminance = _luminance(videos)
-        padded = F.pad(luminance, (1, 1, 1, 1), mode="replicate")
+        y = luminance(videos)
+        padded = F.pad(y, (1, 1, 1, 1), mode="replicate")
         laplacian = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
-        detail = laplacian.sub_(luminance, alpha=4).square_().mean((2, 3))
-        variance = luminance.var((2, 3), correction=0)
+        detail = laplacian.sub_(y, alpha=4).square_().mean((2, 3))
+        variance = y.var((2, 3), correction=0)
         return RewardOutput((detail / (detail + variance / 10).clamp(min=1e-6)).mean(1).cpu())
 
 
@@ -78,8 +84,10 @@ class Flicker(Reward):
     frame has 1.
     """
 
+    uses_prompt = False
+
     def score(self, videos, prompts, metadata=None):
-        y = _coarse(_luminance(videos), 16)
+        y = _coarse(luminance(videos), 16)
         if y.shape[1] < 2:
             return RewardOutput(torch.ones(len(y)))
         change = (y[:, 1:] - y[:, :-1]).abs().flatten(2)

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from .. import TINY_SHAPES
+from ..rewards.reward_set import PLACES
 from .errors import UserError, as_user_error, one_line
 from .published_runs import SIZES, find_published_run, list_published_runs
 from .trackers import TRACKERS
@@ -121,11 +122,15 @@ class NFTConfig(Config):
         {"tiny_shapes_prompt_match": 1.0}, "rewards and their weights: name, or name=weight,name=weight"
     )
     eval_rewards: list[str] = option([], "rewards that are watched on the held-out prompts and never trained on")
+    reward_options: dict[str, dict[str, Any]] = option(
+        {}, "arguments of rewards: name.argument=value,name.argument=value; in YAML {name: {argument: value}}"
+    )
+    reward_placement: dict[str, str] = option({}, f"where rewards are scored, name=place: {PLACES}")
     nan_reward: str = option(
         "stop", "a NaN reward stops the run, or its sample is skipped in training", choices=("stop", "skip")
     )
     reward_timeout: float = option(
-        600, "seconds after which a batch's rewards count as hung, and the run ends", minimum=1e-3
+        600, "seconds after which a batch's rewards count as hung, wherever they are, and the run ends", minimum=1e-3
     )
 
     # Algorithm
@@ -426,6 +431,8 @@ _TYPE_NAMES = {
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """A value from YAML or the command line as the type that the field declares."""
+    if hint in _MAPPINGS:
+        return _MAPPINGS[hint](name, value)
     if get_origin(hint) in (Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
@@ -454,6 +461,39 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated")
         raise UserError(f"{name} must be {expected}, not {value!r}.") from error
+
+
+def _to_places(name: str, value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        value = dict(_pairs(name, value, "name=place"))
+    if not isinstance(value, dict) or not all(isinstance(place, str) for place in value.values()):
+        raise UserError(f"{name} must be name=place, comma-separated, not {value!r}.")
+    return {str(key): place for key, place in value.items()}
+
+
+def _to_options(name: str, value: Any) -> dict[str, dict[str, Any]]:
+    form = "name.argument=value"
+    if isinstance(value, str):
+        options: dict[str, dict[str, Any]] = {}
+        for key, text in _pairs(name, value, form):
+            reward, _, argument = key.rpartition(".")
+            if not reward:
+                raise UserError(f"{name} must be {form}, comma-separated, not {value!r}.")
+            options.setdefault(reward, {})[argument] = yaml.safe_load(text)
+        return options
+    if not isinstance(value, dict) or not all(isinstance(arguments, dict) for arguments in value.values()):
+        raise UserError(f"{name} must be {{name: {{argument: value}}}}, not {value!r}.")
+    return {str(key): arguments for key, arguments in value.items()}
+
+
+_MAPPINGS = {dict[str, dict[str, Any]]: _to_options, dict[str, str]: _to_places}
+
+
+def _pairs(name: str, text: str, form: str) -> list[tuple[str, str]]:
+    parts = [part.partition("=") for part in text.split(",") if part.strip()]
+    if not all(equals for _, equals, _ in parts):
+        raise UserError(f"{name} must be {form}, comma-separated, not {text!r}.")
+    return [(key.strip(), value.strip()) for key, _, value in parts]
 
 
 def _parse_weights(text: str) -> dict[str, Any]:

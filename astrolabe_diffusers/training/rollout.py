@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from diffusers import AutoencoderKLWan
 
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
-from ..rewards import RewardError, RewardSet
+from ..rewards import RewardError, RewardPlaceError, RewardSet
 from .agreement import raise_together
 from .errors import UserError, one_line, summarize_exception
 from .group_sampling import GroupSampler
@@ -82,7 +82,7 @@ class PromptEncoder:
 
 
 class RewardWorker:
-    """Decodes and scores videos in one background thread.
+    """Decodes and scores videos in one background thread; in turn with sampling if rewards are offloaded meanwhile.
 
     Args:
         vae ([`AutoencoderKLWan`]): decodes the latents; nothing else should use it meanwhile.
@@ -104,6 +104,7 @@ class RewardWorker:
         self.rewards = rewards
         self.watched = watched
         self.skip_bad = skip_bad
+        self._reward_sets = [reward_set for reward_set in (rewards, watched) if reward_set is not None]
         # The current CUDA device belongs to a thread.
         initializer = (lambda: torch.cuda.set_device(vae.device)) if vae.device.type == "cuda" else None
         self._thread = RewardThread(timeout, initializer)
@@ -124,7 +125,10 @@ class RewardWorker:
             keep: keys of the samples whose videos are wanted back.
             window_start, shared_past: as in [`decode_videos`].
         """
-        return self._thread.submit(self._run, latents, samples, watched, keep, window_start, shared_past)
+        future = self._thread.submit(self._run, latents, samples, watched, keep, window_start, shared_past)
+        if any(reward_set.takes_turns for reward_set in self._reward_sets):
+            wait([future])
+        return future
 
     def _run(self, latents, samples, watched, keep, window_start, shared_past) -> Scores:
         start = time.perf_counter()
@@ -154,12 +158,16 @@ class RewardWorker:
                 return stack_scores(parts)
             logger.warning("skipped: %s", one_line(error))
             return {name: torch.tensor([math.nan]) for name in ("reward", *rewards.weights)}
+        except RewardPlaceError as error:
+            raise UserError(one_line(error)) from error
         except Exception as error:
             raise UserError(f"a reward failed on {prompts[0]!r}: {summarize_exception(error)}") from error
         return {"reward": output.total, **output.scores, **output.info}
 
     def shutdown(self):
         self._thread.shutdown()
+        for reward_set in self._reward_sets:
+            reward_set.close()
 
 
 def sample_latents(

@@ -102,13 +102,21 @@ def video_size(
 
 def make_rewards(config: NFTConfig) -> tuple[RewardSet, RewardSet | None]:
     """The rewards that are trained on, and those that are only watched."""
-    with as_user_error("rewards"):
-        rewards = RewardSet(config.rewards)
-    watched = None
-    if config.eval_rewards:
-        with as_user_error("eval_rewards"):
-            watched = RewardSet(dict.fromkeys(config.eval_rewards, 1.0))
-    return rewards, watched
+    known = [*config.rewards, *config.eval_rewards]
+    for field in ("reward_options", "reward_placement"):
+        unknown = [name for name in getattr(config, field) if name not in known]
+        if unknown:
+            raise UserError(f"{field}: {unknown[0]!r} is none of the rewards of this run, {', '.join(known)}.")
+
+    def reward_set(field: str, weights: dict[str, float]) -> RewardSet:
+        options = {name: value for name, value in config.reward_options.items() if name in weights}
+        placement = {name: value for name, value in config.reward_placement.items() if name in weights}
+        with as_user_error(field):
+            return RewardSet(weights, options, placement, config.reward_timeout)
+
+    rewards = reward_set("rewards", config.rewards)
+    watched = dict.fromkeys(config.eval_rewards, 1.0)
+    return rewards, reward_set("eval_rewards", watched) if watched else None
 
 
 def make_optimizer(config: NFTConfig, parameters: list[torch.nn.Parameter]):

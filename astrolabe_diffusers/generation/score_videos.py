@@ -1,0 +1,124 @@
+"""Scores of videos that exist as files, without any model that generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+
+from ..rewards import RewardError, RewardPlaceError, RewardSet
+from ..rewards.reward_set import PLACES
+from ..training.config import Config, option
+from ..training.errors import UserError, as_user_error, one_line
+from ..training.report import markdown_table
+from .manifest import Manifest
+
+
+@dataclass
+class ScoreConfig(Config):
+    """How videos are scored. Checked when the object is made."""
+
+    prompt: str | None = option(None, "what the videos were made from; the manifest of generate.py's folders has it")
+    reward: dict[str, float] = option({"motion_smoothness": 1.0}, "rewards: name,name or name=weight,name=weight")
+    reward_options: dict[str, dict[str, Any]] = option({}, "their arguments: name.argument=value,name.argument=value")
+    reward_placement: dict[str, str] = option({}, f"where they are scored, name=place: {PLACES}")
+    reward_timeout: float = option(300.0, "seconds that another process or a server may take for a video", minimum=0)
+    output: str | None = option(None, "the JSON file; if not given, scores.json in the folder, or NAME.scores.json")
+
+
+def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
+    """
+    Score a video, or the videos of a folder, one after the other; print a table and write JSON.
+
+    Args:
+        path: a video file, or a folder of MP4 files. With `manifest.jsonl` of generate.py, and no `config.prompt`,
+            those in it are scored, each for its own prompt.
+
+    Returns:
+        What it wrote: `settings`, `videos` (`file`, `prompt`, `fps`, `num_frames`, `scores` by reward, `info` by
+        reward and part) and `mean` of the scores. With several rewards `reward` is their weighted sum.
+
+    Raises:
+        UserError: a mistake in the settings, a file that is no video, or a reward that cannot score it.
+    """
+    source = Path(path)
+    videos = find_videos(source, config.prompt)
+    with as_user_error("reward"):
+        rewards = RewardSet(config.reward, config.reward_options, config.reward_placement, config.reward_timeout)
+    results = {"settings": asdict(config), "videos": []}
+    try:
+        for file, prompt in videos:
+            if prompt is None and rewards.using_prompts:
+                raise UserError(f"{rewards.using_prompts[0]} compares a video with its prompt: give --prompt.")
+            results["videos"].append(score_video(file, prompt or "", rewards))
+            print(f"{len(results['videos'])}/{len(videos)} {file.name}", end="\r", flush=True)
+    finally:
+        rewards.close()
+    names = list(results["videos"][0]["scores"])
+    results["mean"] = {n: sum(v["scores"][n] for v in results["videos"]) / len(videos) for n in names}
+    output = Path(config.output or (source / "scores.json" if source.is_dir() else source.with_suffix(".scores.json")))
+    with as_user_error("output"):
+        output.write_text(json.dumps(results, indent=2) + "\n")
+    rows = [[v["file"], *(f"{v['scores'][name]:.4f}" for name in names)] for v in results["videos"]]
+    if len(rows) > 1:
+        rows.append(["mean", *(f"{results['mean'][name]:.4f}" for name in names)])
+    print(markdown_table([["", *names], *rows]), output, sep="\n")
+    return results
+
+
+def find_videos(source: Path, prompt: str | None) -> list[tuple[Path, str | None]]:
+    """The files to score, each with its prompt."""
+    if source.is_file():
+        return [(source, prompt)]
+    if not source.is_dir():
+        raise UserError(f"there is no video or folder {source}.")
+    entries = Manifest(source).read()
+    if entries and prompt is None:
+        return [(source / file, entry["prompt"]) for file, entry in entries.items()]
+    files = sorted(source.glob("*.mp4"))
+    if not files:
+        raise UserError(f"there are no .mp4 files in {source}.")
+    return [(file, prompt) for file in files]
+
+
+def score_video(file: Path, prompt: str, rewards: RewardSet) -> dict[str, Any]:
+    frames, fps = read_video(file)
+    try:
+        output = rewards(frames[None].float() / 255, [prompt], [{"fps": fps}])
+    except (RewardError, RewardPlaceError, ValueError) as error:
+        raise UserError(f"{file}: {one_line(error)}") from error
+    scores = {name: values.item() for name, values in output.scores.items()}
+    if len(scores) > 1:
+        scores["reward"] = output.total.item()
+    return {
+        "file": file.name,
+        "prompt": prompt,
+        "fps": fps,
+        "num_frames": len(frames),
+        "scores": scores,
+        "info": {name: values.item() for name, values in output.info.items()},
+    }
+
+
+def read_video(path: Path) -> tuple[torch.Tensor, float]:
+    """All frames of a video as uint8 `(F, 3, H, W)`, and how many there are a second.
+
+    Raises:
+        UserError: the file is no video.
+    """
+    try:
+        pieces: Iterator = imageio_ffmpeg.read_frames(str(path))
+        meta = next(pieces)
+        width, height = meta["size"]
+        frames = [np.frombuffer(piece, np.uint8).reshape(height, width, 3) for piece in pieces]
+    except (OSError, RuntimeError, StopIteration) as error:
+        raise UserError(f"{path} cannot be read as a video: {one_line(error)[-200:]}") from error
+    if not frames:
+        raise UserError(f"{path} has no frames.")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), meta["fps"]

@@ -1,0 +1,61 @@
+"""Serves rewards over HTTP for training runs on other machines, or for several processes of one.
+
+    python examples/serve_reward.py --reward sharpness,dynamic_degree --port 8000
+
+A run then has `--rewards sharpness=1 --reward_placement sharpness=http://127.0.0.1:8000`. Without `--host` nothing but
+this machine reaches it; otherwise set ASTROLABE_REWARD_TOKEN here and for the run. The traffic is not encrypted.
+`--help` lists the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
+from astrolabe_diffusers.training import UserError, exit_code
+from astrolabe_diffusers.training.config import Config, option, parse_fields
+from astrolabe_diffusers.training.errors import as_user_error
+
+
+@dataclass
+class ServerConfig(Config):
+    """Settings of a server. Checked when the object is made."""
+
+    reward: list[str] = option([], "names of the rewards, comma-separated")
+    reward_options: dict[str, dict[str, Any]] = option({}, "their arguments: name.argument=value,name.argument=value")
+    device: str | None = option(None, "where their weights are, such as cuda:1; where each puts them if not given")
+    host: str = option("127.0.0.1", "address to listen at; others than this machine's own need a token")
+    port: int = option(8000, "port to listen at", minimum=1)
+    max_request_mb: int = option(1024, "larger requests are refused", minimum=1)
+    max_batch: int = option(16, "videos of several clients that are scored together at most", minimum=1)
+    max_waiting: int = option(64, "requests that may wait; a client asks again later", minimum=1)
+    cache_size: int = option(0, "videos whose scores are remembered, of rewards that see no prompt", minimum=0)
+
+
+def run(argv: list[str] | None):
+    parser = argparse.ArgumentParser(description="Serves rewards over HTTP.", allow_abbrev=False)
+    config = ServerConfig(**parse_fields(parser, ServerConfig, argv))
+    if not config.reward:
+        raise UserError("reward is empty: name at least one to serve.")
+    with as_user_error("server"):
+        from astrolabe_diffusers.rewards.server import TOKEN_VARIABLE, check_binding, create_app, serve
+
+        token = os.environ.get(TOKEN_VARIABLE)
+        check_binding(config.host, token)
+    with as_user_error("reward"):
+        rewards = CachedRewards(config.reward, config.reward_options, config.device, cache_size=config.cache_size)
+    app = create_app(rewards, token, config.max_request_mb * 2**20, config.max_batch, config.max_waiting)
+    print(f"{', '.join(config.reward)} at http://{config.host}:{config.port}", flush=True)
+    serve(app, config.host, config.port)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

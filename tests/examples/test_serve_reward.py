@@ -1,0 +1,77 @@
+"""The server as it is started, by a run that trains with it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.training.helpers import tiny_arguments
+
+
+pytest.importorskip("fastapi")
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "examples"))
+import serve_reward  # noqa: E402
+import train_nft  # noqa: E402
+
+
+@pytest.fixture
+def server():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "examples/serve_reward.py", "--reward", "sharpness,dynamic_degree", "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    assert process.stdout.readline() == f"sharpness, dynamic_degree at {url}\n"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert requests.get(f"{url}/health", timeout=5).json() == {"status": "ok"}
+            break
+        except requests.ConnectionError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    yield url
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+
+
+def test_a_run_trains_with_it(server, model_folder, tmp_path):
+    arguments = tiny_arguments(
+        model_folder,
+        tmp_path,
+        rewards="sharpness=1,tests.training.rewards:brightness=0.5",
+        eval_rewards="dynamic_degree",
+        reward_placement=f"sharpness={server},dynamic_degree={server}",
+        max_train_steps=1,
+    )
+    assert train_nft.main(arguments) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["reward"] == pytest.approx(
+        metrics[0]["sharpness"] + 0.5 * metrics[0]["tests.training.rewards:brightness"]
+    )
+    text = requests.get(f"{server}/metrics").text
+    assert 'astrolabe_reward_responses_total{status="200"}' in text
+    assert "astrolabe_reward_seconds_total" in text
+
+
+def test_mistakes_are_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("ASTROLABE_REWARD_TOKEN", raising=False)
+    for arguments, words in (
+        ([], "error: reward is empty: name at least one to serve."),
+        (["--reward", "sharpnes"], "error: reward: unknown reward 'sharpnes'"),
+        (["--reward", "sharpness", "--host", "0.0.0.0"], "can be reached from elsewhere: set ASTROLABE_REWARD_TOKEN"),
+        (["--rewards", "sharpness"], "unknown argument --rewards (did you mean --reward"),
+    ):
+        assert serve_reward.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1

@@ -1,0 +1,97 @@
+"""One process serves most of these tests, in their order: to start one takes seconds."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet
+from tests.rewards.placed_rewards import assert_own_scores, make_batch
+
+
+PATH = "tests.rewards.placed_rewards"
+FIRST, OBEYS, ENDS = f"{PATH}:first_pixel", f"{PATH}:obeys", f"{PATH}:EndFrames"
+NAMES = {FIRST: 1.0, OBEYS: 1.0, ENDS: 1.0, "sharpness": 0.5}
+OPTIONS = {FIRST: {"scale": 2.0}}
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    rewards = RewardSet(NAMES, OPTIONS, dict.fromkeys(NAMES, "process"), timeout=60)
+    yield rewards
+    process = rewards._places[0]._process
+    rewards.close()
+    assert not process.is_alive()
+
+
+@pytest.fixture
+def worker(rewards):
+    return rewards._places[0]
+
+
+def test_scores_are_those_of_this_process_from_another_one(rewards):
+    batch = make_batch([7, 200, 31], frames=5, size=16)
+    away, here = rewards(*batch), RewardSet(NAMES, OPTIONS)(*batch)
+    torch.testing.assert_close(away.scores, here.scores)
+    torch.testing.assert_close(away.total, here.total)
+    assert away.info[f"{FIRST}/process"].unique().item() != os.getpid()
+    assert not away.total.is_inference() and away.info[f"{ENDS}/F"].tolist() == [2.0] * 3
+
+
+def test_it_is_known_which_look_at_the_prompt(rewards):
+    assert rewards.using_prompts == [FIRST, OBEYS, ENDS]
+
+
+def test_errors_of_a_reward_come_back_and_the_process_goes_on(rewards, worker):
+    process = worker._process.pid
+    with pytest.raises(RuntimeError, match=r"ArithmeticError: too dark \(.*placed_rewards.py:\d+\)"):
+        rewards(*make_batch([3], act="fail"))
+    with pytest.raises(RewardError, match=r"\[2\], but has shape \[1\]"):
+        rewards(*make_batch([1, 2], act="too_few"))
+    with pytest.raises(RewardError, match="nan for sample 1, prompt 'video 2'"):
+        rewards(*make_batch([1, 2], act="nan"))
+    assert_own_scores(rewards(*make_batch([200])), OBEYS, [200])
+    assert worker._process.pid == process
+
+
+def test_a_process_that_is_killed_is_started_anew_and_asked_again(rewards, tmp_path, caplog):
+    output = rewards(*make_batch([3, 5], act=f"die_once {tmp_path / 'died'}"))
+    assert_own_scores(output, OBEYS, [3, 5])
+    assert (tmp_path / "died").exists() and "SIGKILL" in caplog.text and "started anew" in caplog.text
+
+
+def test_a_reward_that_hangs_is_ended(rewards, worker, monkeypatch):
+    monkeypatch.setattr(worker, "timeout", 1.0)
+    with pytest.raises(RewardPlaceError, match="sharpness did not answer within 1 s"):
+        rewards(*make_batch([1], act="hang"))
+    worker._process.join(10)
+    assert worker._process.exitcode == -signal.SIGKILL
+
+
+def test_a_process_that_died_between_batches_is_started_anew(rewards, worker):
+    dead = worker._process.pid
+    assert_own_scores(rewards(*make_batch([9, 8])), OBEYS, [9, 8])
+    assert worker._process.pid != dead
+
+
+def test_a_process_that_dies_twice_is_one_error(rewards):
+    started = time.monotonic()
+    with pytest.raises(RewardPlaceError, match="sharpness ended twice over the same videos by SIGKILL") as error:
+        rewards(*make_batch([1], act="die"))
+    assert time.monotonic() - started < 60 and "\n" not in str(error.value)
+
+
+def test_a_large_batch_does_not_fill_the_pipe_of_a_process_that_hangs(rewards, worker, monkeypatch):
+    """What is sent is more than a pipe holds: without the limit, sending would wait for ever."""
+    rewards(*make_batch([1], size=512))
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(worker, "timeout", 1.0)
+    with pytest.raises(RewardPlaceError, match="did not answer within 1 s"):
+        rewards(*make_batch([1], size=512))
+
+
+def test_mistakes_are_found_when_the_process_starts():
+    with pytest.raises(ValueError, match="has no option 'size'; it has scale"):
+        RewardSet({FIRST: 1.0}, {FIRST: {"size": 1}}, {FIRST: "process"})
