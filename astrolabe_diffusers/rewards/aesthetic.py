@@ -7,8 +7,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..loaders.original_checkpoints import misfits
-from .image_resize import normalize, resize_as_pillow
-from .model_reward import FrameReward, place
+from .model_reward import FrameReward, normalize, place
 from .published_files import fetch, find_weights, read_weights
 from .reward import register_reward
 
@@ -38,6 +37,8 @@ class Aesthetic(FrameReward):
     Raises:
         ValueError: the weights are missing or do not fit.
     """
+
+    uses_prompt = False
 
     def __init__(
         self,
@@ -72,18 +73,17 @@ class Aesthetic(FrameReward):
         )
         self.model.to(device).eval().requires_grad_(False)
 
-    def resize(self, frames):
-        height, width = frames.shape[-2:]
+    def frame_size(self, height, width):
         short = min(height, width)
-        size = tuple(int(self.side * side / short) for side in (height, width))
-        top, left = ((side - self.side) // 2 for side in size)
-        return resize_as_pillow(frames, size)[..., top : top + self.side, left : left + self.side]
+        return int(self.side * height / short), int(self.side * width / short)
 
     def encode_prompts(self, prompts):
         return [None] * len(prompts)
 
     def score_frames(self, frames, texts):
-        pictures = normalize(frames).to(self.model["projection"].weight.dtype)
+        top, left = ((side - self.side) // 2 for side in frames.shape[-2:])
+        middle = frames[..., top : top + self.side, left : left + self.side]
+        pictures = normalize(middle).to(self.model["projection"].weight.dtype)
         features = self.model["projection"](self.model["vision"](pixel_values=pictures).pooler_output).float()
         return self.model["predictor"](features / features.norm(dim=1, keepdim=True))[:, 0]
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 
 from ..loaders.original_checkpoints import misfits
-from .image_resize import normalize, resize_as_pillow
-from .model_reward import FrameReward, place
+from .model_reward import FrameReward, normalize, place
 from .published_files import fetch, find_weights, read_weights
 from .reward import register_reward
 
@@ -60,26 +58,24 @@ class HPSv2(FrameReward):
             raise ValueError(f"open_clip has no architecture {architecture!r}.")
         self.tokenize = open_clip.get_tokenizer(architecture)
         device, dtype = place(device, dtype)
-        with init_empty_weights(include_buffers=False):
-            self.model = open_clip.create_model(architecture, pretrained=None, output_dict=True)
+        self.model = open_clip.create_model(architecture, pretrained=None, output_dict=True)
         if found := misfits(weights, {name: tensor.shape for name, tensor in self.model.state_dict().items()}):
             raise ValueError(f"this checkpoint does not fit {architecture}: {found}.")
-        self.model.load_state_dict(weights, strict=True, assign=True)
+        self.model.load_state_dict(weights, strict=True)
         self.model.to(device, dtype).eval().requires_grad_(False)
         self.side = self.model.visual.image_size[0]
 
-    def resize(self, frames):
-        height, width = frames.shape[-2:]
+    def frame_size(self, height, width):
         scale = self.side / max(height, width)
-        small = resize_as_pillow(frames, (round(height * scale), round(width * scale)))
-        rows, columns = self.side - small.shape[-2], self.side - small.shape[-1]
-        return F.pad(small, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return round(height * scale), round(width * scale)
 
     def encode_prompts(self, prompts):
         return list(self.model.encode_text(self.tokenize(prompts).to(self.device), normalize=True))
 
     def score_frames(self, frames, texts):
-        pictures = normalize(frames).to(next(self.model.parameters()).dtype)
+        rows, columns = self.side - frames.shape[-2], self.side - frames.shape[-1]
+        square = F.pad(frames, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        pictures = normalize(square).to(next(self.model.parameters()).dtype)
         return (self.model.encode_image(pictures, normalize=True).float() * torch.stack(texts).float()).sum(1)
 
 

@@ -9,7 +9,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from .image_resize import resize_as_pillow
 from .model_reward import FrameReward, place
 from .published_files import fetch, find_weights, read_constants, read_weights
 from .qwen2_vl_inputs import RewardPrompt, resized_size
@@ -76,8 +75,8 @@ class HPSv3(FrameReward):
             head = _head(config.text_config.hidden_size)
         self.model = load_reward_model(weights, base, config, head, self.prompt, *place(device, dtype))
 
-    def resize(self, frames):
-        return resize_as_pillow(frames, resized_size(*frames.shape[-2:], _PIXELS, _PIXELS))
+    def frame_size(self, height, width):
+        return resized_size(height, width, _PIXELS, _PIXELS)
 
     def encode_prompts(self, prompts):
         return [self.prompt.ids(prompt, _TOKEN) for prompt in prompts]

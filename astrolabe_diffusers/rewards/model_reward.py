@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .frame_request import FrameRequest, prepare_frames, to_uint8
 from .frame_selection import FrameSelection, top_fraction_mean
-from .image_resize import to_uint8
 from .reward import Reward, RewardOutput
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -39,6 +41,30 @@ class ModelReward(Reward):
         self.model.to(device)
         return self
 
+    @abstractmethod
+    def request(self, num_frames: int, height: int, width: int) -> FrameRequest:
+        """The part of videos of this shape that `score` looks at; it takes that as uint8 as well as whole videos."""
+
+    def prepare(self, videos: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, F', 3, h, w] on the device of the weights: what `request` says. What is uint8 already is that."""
+        if videos.dtype == torch.uint8:
+            return videos.to(self.device)
+        request = self.request(videos.shape[1], *videos.shape[-2:])
+        kept = to_uint8(videos[:, list(request.frames)]).to(self.device)
+        return prepare_frames(kept, FrameRequest(tuple(range(kept.shape[1])), request.sizes))
+
+
+def normalize(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 frames [..., 3, H, W] in float32 with CLIP's mean and deviation, which Qwen2-VL has too."""
+    mean, std = (frames.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    # In float64, as transformers has it.
+    return ((frames.double() * (1 / 255)).float() - mean) / std
+
+
+def as_pillow(size: tuple[int, int], height: int) -> tuple[tuple[int, int], ...]:
+    """The two steps in which Pillow brings pictures of this height to a size."""
+    return (height, size[1]), size
+
 
 class FrameReward(ModelReward):
     """
@@ -58,25 +84,17 @@ class FrameReward(ModelReward):
         self.select = FrameSelection(frames, fps)
         self.top_fraction, self.batch_size = top_fraction, batch_size
 
-    def prepare(self, videos: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, F', 3, h, w]: the frames this reward looks at, in the size the model takes.
-
-        `score` takes what comes out of here as well, as it takes no video in uint8 otherwise.
-        """
-        with torch.inference_mode():
-            kept = videos[:, self.select(videos.shape[1])]
-            return torch.stack([self.resize(to_uint8(video).to(self.device)) for video in kept])
+    def request(self, num_frames, height, width):
+        return FrameRequest(tuple(self.select(num_frames)), as_pillow(self.frame_size(height, width), height))
 
     def score(self, videos, prompts, metadata=None):
-        frames = videos.to(self.device) if videos.dtype == torch.uint8 else self.prepare(videos)
         with torch.inference_mode():
+            frames = self.prepare(videos)
             texts = self.encode_prompts(prompts)
-            owners = torch.arange(len(prompts)).repeat_interleave(frames.shape[1]).tolist()
+            owners = [text for text in texts for _ in range(frames.shape[1])]
             scores = [
-                self.score_frames(part, [texts[i] for i in owners[start : start + len(part)]])
-                for start, part in zip(
-                    range(0, len(owners), self.batch_size), frames.flatten(0, 1).split(self.batch_size)
-                )
+                self.score_frames(part, owners[i * self.batch_size : i * self.batch_size + len(part)])
+                for i, part in enumerate(frames.flatten(0, 1).split(self.batch_size))
             ]
             scores = torch.cat(scores).float().cpu().view(frames.shape[:2])
         # Its clone made out here is no inference tensor.
@@ -84,8 +102,8 @@ class FrameReward(ModelReward):
         return RewardOutput(top_fraction_mean(scores, self.top_fraction), {"mean": scores.mean(1)})
 
     @abstractmethod
-    def resize(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, 3, h, w] of uint8 [N, 3, H, W]."""
+    def frame_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size that frames of this one are brought to."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> list[Any]:
@@ -93,4 +111,4 @@ class FrameReward(ModelReward):
 
     @abstractmethod
     def score_frames(self, frames: torch.Tensor, texts: list[Any]) -> torch.Tensor:
-        """[N] of prepared frames [N, 3, h, w] and what `encode_prompts` made of the prompt of each."""
+        """[N] of uint8 frames [N, 3, h, w] of `frame_size` and what `encode_prompts` made of the prompt of each."""

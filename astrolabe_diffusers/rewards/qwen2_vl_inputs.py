@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .image_resize import normalize
+from .model_reward import normalize
 
 
 # Of every Qwen2-VL: pixels a side of a patch, patches a side of a token, frames a token.

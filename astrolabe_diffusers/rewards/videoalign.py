@@ -11,8 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from .frame_request import FrameRequest
 from .frame_selection import FrameSelection
-from .image_resize import resize_as_torchvision, to_uint8
 from .model_reward import ModelReward, place
 from .published_files import fetch, find_weights, read_constants, read_weights
 from .qwen2_vl_inputs import RewardPrompt, resized_size
@@ -76,36 +76,27 @@ class VideoReward:
         self.model = load_reward_model(weights, base, config, head, self.prompt, *place(device, dtype))
         self._passes: dict[bool, tuple] = {}
 
-    def prepare(self, videos: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, F', 3, h, w] of videos [B, F, 3, H, W]: the frames the model looks at, in its size."""
-        size = resized_size(*videos.shape[-2:], *_PIXELS)
-        device = next(self.model.parameters()).device
-        with torch.inference_mode():
-            kept = videos[:, self.select(videos.shape[1])]
-            return torch.stack([resize_as_torchvision(to_uint8(video).to(device), size) for video in kept])
-
     def scores(self, frames: torch.Tensor, prompts: list[str], gray: bool) -> torch.Tensor:
         """
         float32 [B, 3], or [B, 2] in gray: VQ, MQ and, in colour only, TA, each less its mean and over its deviation.
 
         Args:
-            frames: as `prepare` gives them, in colour.
+            frames: uint8 [B, F, 3, h, w], those that the model looks at, in its size and in colour.
             gray: score them without colour. The text is then read up to MQ and holds no prompt.
         """
         # What the last batch was is compared, not its identity: nobody can change it unseen.
         known_frames, known_prompts, known = self._passes.get(gray, (None, None, None))
         if (
             known_frames is not None
-            and known_frames.shape == frames.shape
-            and torch.equal(known_frames, frames.cpu())
+            and (known_frames.shape, known_frames.device) == (frames.shape, frames.device)
+            and torch.equal(known_frames, frames)
             and (gray or known_prompts == prompts)
         ):
             return known
         tokens = _TOKENS[:2] if gray else _TOKENS
         ids = self.prompt.token_ids[: len(tokens)]
         with torch.inference_mode():
-            pixels = frames.to(next(self.model.parameters()).device)
-            pixels = _gray(pixels) if gray else pixels
+            pixels = _gray(frames) if gray else frames
             texts = [self.prompt.ids(prompt, tokens[-1]) for prompt in prompts]
             logits = torch.cat(
                 [
@@ -116,7 +107,7 @@ class VideoReward:
             raw = logits[..., 0] if logits.shape[2] == 1 else logits.diagonal(dim1=1, dim2=2)
             raw = raw.cpu()
         scores = (raw.clone() - self.mean[: len(tokens)]) / self.std[: len(tokens)]
-        self._passes[gray] = (frames.cpu(), list(prompts), scores)
+        self._passes[gray] = (frames.clone(), list(prompts), scores)
         return scores
 
 
@@ -169,12 +160,14 @@ class VideoAlign(ModelReward):
         self.video_reward = _MODELS.get(settings)
         if self.video_reward is None:
             self.video_reward = _MODELS[settings] = VideoReward(*settings)
-        self.model, self.prepare = self.video_reward.model, self.video_reward.prepare
+        self.model = self.video_reward.model
+
+    def request(self, num_frames, height, width):
+        frames = tuple(self.video_reward.select(num_frames))
+        return FrameRequest(frames, (resized_size(height, width, *_PIXELS),))
 
     def score(self, videos, prompts, metadata=None):
-        """As in [`Reward`]; uint8 videos are those that `prepare` gave."""
-        frames = videos if videos.dtype == torch.uint8 else self.prepare(videos)
-        parts = dict(zip(DIMENSIONS, self.video_reward.scores(frames, prompts, self.gray).unbind(1)))
+        parts = dict(zip(DIMENSIONS, self.video_reward.scores(self.prepare(videos), prompts, self.gray).unbind(1)))
         return RewardOutput(sum(parts[name] for name in self.dimensions) / len(self.dimensions), parts)
 
 
@@ -183,6 +176,7 @@ class VideoAlignVQ(VideoAlign):
     """Visual quality: how clear, detailed and plausible the pictures are. The prompt does not count."""
 
     dimensions = ("VQ",)
+    uses_prompt = False
 
 
 @register_reward("videoalign_mq_score")
@@ -191,6 +185,7 @@ class VideoAlignMQ(VideoAlign):
     is. The prompt does not count."""
 
     dimensions = ("MQ",)
+    uses_prompt = False
     gray = True
 
 
@@ -199,6 +194,7 @@ class VideoAlignMQInColor(VideoAlign):
     """Motion quality of the video with its colours, as VideoReward itself has it. The prompt does not count."""
 
     dimensions = ("MQ",)
+    uses_prompt = False
 
 
 @register_reward("videoalign_ta_score")

@@ -85,11 +85,13 @@ def config(tokens, hidden_size=64):
 
 
 def fill(module):
-    """Weights from a formula, which no version of a library changes, in values that bfloat16 holds exactly."""
+    """Weights from a hash, the same with every version of every library, in values that bfloat16 holds exactly."""
     for index, (name, parameter) in enumerate(sorted(module.named_parameters())):
-        wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (1.37 + 0.11 * index) + index**2)
-        scale = 0.1 if parameter.ndim == 1 else 1.7 / math.sqrt(parameter[0].numel())
-        value = scale * wave + (parameter.ndim == 1 and "norm" in name)
+        mixed = (torch.arange(parameter.numel()) + 7919 * index + 1) * 2654435761 % 2**32
+        mixed = (mixed ^ (mixed >> 15)) * 1540483477 % 2**32
+        noise = (mixed ^ (mixed >> 13)).double() / 2**31 - 1
+        scale = 0.1 if parameter.ndim < 2 else 2.0 / math.sqrt(parameter[0].numel())
+        value = scale * noise + (parameter.ndim < 2 and "norm" in name)
         parameter.data = value.view(parameter.shape).float().bfloat16().float()
     return module.eval()
 
