@@ -35,7 +35,7 @@ class HPSv2(FrameReward):
         dtype: by default "bfloat16" on a GPU and "float32" on the CPU.
 
     Raises:
-        ImportError: open_clip is missing, or torchvision does not fit torch.
+        ImportError: open_clip is missing.
         ValueError: the weights are missing or do not fit.
     """
 
@@ -85,9 +85,5 @@ def _open_clip():
     except ImportError as error:
         raise ImportError(
             f"video_hpsv2_local needs open_clip: pip install 'astrolabe_diffusers[rewards]' ({error})"
-        ) from None
-    except RuntimeError as error:  # what a torchvision of another torch raises
-        raise ImportError(
-            f"video_hpsv2_local needs a torchvision that fits torch {torch.__version__}: {str(error).splitlines()[0]}"
         ) from None
     return open_clip

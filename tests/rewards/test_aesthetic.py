@@ -33,7 +33,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(files):
-    return Aesthetic(str(files[0] / "predictor"), str(files[0] / "clip"))
+    return Aesthetic(str(files[0] / "predictor"), str(files[0] / "clip"), device="cpu")
 
 
 @pytest.mark.parametrize("size", [(90, 160), (100, 61)])

@@ -58,7 +58,7 @@ def test_against_pillow_and_the_model_itself(open_clip, published):
                 square[10:45] = np.array(picture.resize((56, 35), Image.Resampling.BICUBIC))  # 100 x 160, 11 rows left
                 pixels = ((torch.tensor(square) / 255 - mean) / std).permute(2, 0, 1)[None]
                 expected[i, f] = torch.cosine_similarity(model.encode_image(pixels)[0], texts[i], dim=0)
-    output = HPSv2(str(folder), "tiny-hps").score(videos, PROMPTS)
+    output = HPSv2(str(folder), "tiny-hps", device="cpu").score(videos, PROMPTS)
     torch.testing.assert_close(output.scores, expected.max(1).values, atol=1e-4, rtol=0)
     torch.testing.assert_close(output.info["mean"], expected.mean(1), atol=1e-4, rtol=0)
     assert (output.scores - output.info["mean"]).min() > 2e-4

@@ -30,7 +30,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(published):
-    return HPSv3(str(published.folder), str(published.base))
+    return HPSv3(str(published.folder), str(published.base), device="cpu")
 
 
 def test_scores_are_those_of_the_published_code(reward):
@@ -78,14 +78,14 @@ def test_a_batch_scores_as_its_members(published, reward):
     assert batch.dtype == torch.float32 and batch.unique().numel() == 3
     alone = [reward.score(videos[i : i + 1], prompts[i : i + 1]).scores for i in range(3)]
     torch.testing.assert_close(batch, torch.cat(alone), atol=3e-6, rtol=0)
-    small = HPSv3(str(published.folder), str(published.base), batch_size=2)
+    small = HPSv3(str(published.folder), str(published.base), batch_size=2, device="cpu")
     torch.testing.assert_close(batch, small.score(videos, prompts).scores, atol=3e-6, rtol=0)
     torch.testing.assert_close(batch, reward.score(reward.prepare(videos), prompts).scores, atol=0, rtol=0)
 
 
 def test_frames_are_a_choice(published, reward):
     videos = patterns(frames=9)
-    strided = HPSv3(str(published.folder), str(published.base), frames="stride:4", top_fraction=1.0)
+    strided = HPSv3(str(published.folder), str(published.base), frames="stride:4", top_fraction=1.0, device="cpu")
     torch.testing.assert_close(
         strided.score(videos, PROMPTS).scores, reward.score(videos[:, ::4], PROMPTS).info["mean"]
     )
@@ -106,7 +106,7 @@ def test_scores_from_a_thread_may_enter_a_loss(reward):
 
 
 def test_bfloat16_keeps_head_and_positions(published, reward):
-    half = HPSv3(str(published.folder), str(published.base), dtype="bfloat16")
+    half = HPSv3(str(published.folder), str(published.base), device="cpu", dtype="bfloat16")
     assert {p.dtype for p in half.model.head.parameters()} == {torch.float32}
     assert {p.dtype for p in half.model.backbone.parameters()} == {torch.bfloat16}
     # Position 4000 would be 4000 with a rounded step as well.
@@ -117,8 +117,22 @@ def test_bfloat16_keeps_head_and_positions(published, reward):
     )
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(published, reward):
+    videos = patterns(frames=3)
+    exact = HPSv3(str(published.folder), str(published.base), dtype="float32")
+    assert exact.device.type == "cuda"
+    expected = reward.score(videos, PROMPTS).scores
+    torch.testing.assert_close(exact.score(videos.cuda(), PROMPTS).scores, expected, atol=2e-3, rtol=0)
+    half = HPSv3(str(published.folder), str(published.base))
+    assert next(half.model.backbone.parameters()).dtype == torch.bfloat16
+    before = half.score(videos, PROMPTS).scores
+    torch.testing.assert_close(before, expected, atol=0.05, rtol=0)
+    assert torch.equal(half.to("cpu").to("cuda").score(videos, PROMPTS).scores, before)
+
+
 def test_weights_move(published):
-    reward = HPSv3(str(published.folder), str(published.base))
+    reward = HPSv3(str(published.folder), str(published.base), device="cpu")
     assert reward.to("meta") is reward and reward.device.type == "meta"
 
 
@@ -161,7 +175,8 @@ LAYOUTS = [layout_file, layout_pickle, layout_new_names, layout_sharded, layout_
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_every_layout_gives_the_same_scores(published, reward, layout, tmp_path):
     template = published.folder / "data_collator_qwen.py"
-    other = HPSv3(str(layout(published, tmp_path)), str(published.base), template=str(template))
+    checkpoint = str(layout(published, tmp_path))
+    other = HPSv3(checkpoint, str(published.base), template=str(template), device="cpu")
     videos = patterns(frames=1)
     assert torch.equal(other.score(videos, PROMPTS).scores, reward.score(videos, PROMPTS).scores)
 

@@ -37,7 +37,7 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(published):
     def make(reward, checkpoint=published.folder, **options):
-        return reward(str(checkpoint), str(published.base), **options)
+        return reward(str(checkpoint), str(published.base), **{"device": "cpu"} | options)
 
     return make
 
@@ -228,8 +228,8 @@ def test_every_layout_gives_the_same_scores(published, make, layout, tmp_path):
 
 def test_a_head_with_an_output_for_each_token(tmp_path):
     published = published_checkpoints.videoreward(tmp_path, outputs=3)
-    output = VideoAlignOverall(str(published.folder), str(published.base)).score(patterns(), PROMPTS)
-    reward = VideoAlignOverall(str(published.folder), str(published.base))
+    output = VideoAlignOverall(str(published.folder), str(published.base), device="cpu").score(patterns(), PROMPTS)
+    reward = VideoAlignOverall(str(published.folder), str(published.base), device="cpu")
     prompt = reward.video_reward.prompt
     texts = [prompt.ids(text, "<|TA_reward|>") for text in PROMPTS]
     logits = reward.model(reward.prepare(patterns()), texts, prompt.token_ids)
@@ -283,6 +283,16 @@ def test_files_that_are_missing(published, make, tmp_path):
     (tmp_path / "prompt_template.py").unlink()
     with pytest.raises(ValueError, match="the text it was trained with, and .*prompt_template.py does not exist"):
         make(VideoAlignTA, tmp_path)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(make):
+    videos = patterns(frames=12)
+    for reward in (VideoAlignMQ, VideoAlignOverall):
+        expected = make(reward).score(videos, PROMPTS).scores
+        exact = make(reward, device="cuda", dtype="float32").score(videos.cuda(), PROMPTS).scores
+        torch.testing.assert_close(exact, expected, atol=5e-3, rtol=0)
+        torch.testing.assert_close(make(reward, device=None).score(videos, PROMPTS).scores, expected, atol=0.1, rtol=0)
 
 
 def test_lora_is_scaled_as_peft_scales_it(published):
