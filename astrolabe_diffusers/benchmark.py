@@ -61,7 +61,9 @@ def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype) -> t
     for name, parameter in list(model.named_parameters()):
         target = dtype if keep.isdisjoint(name.split(".")) else torch.float32
         value = torch.empty(parameter.shape, device=device, dtype=target)
-        value = value.fill_(1.0) if "norm" in name and value.ndim == 1 else value.normal_(0.0, 0.02, generator=generator)
+        value = (
+            value.fill_(1.0) if "norm" in name and value.ndim == 1 else value.normal_(0.0, 0.02, generator=generator)
+        )
         set_module_tensor_to_device(model, name, device, value, dtype=target)
     if hasattr(model, "tie_weights"):
         model.tie_weights()

@@ -22,6 +22,7 @@ from ..rewards import RewardSet
 from ..training.errors import UserError, as_user_error, one_line
 from ..training.prompts import Prompt, PromptSource
 from ..training.rollout import RewardWorker
+from ..training.setup import frame_rate
 from .config import GenerationConfig
 from .jobs import Job, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
@@ -48,7 +49,7 @@ def generate_videos(config: GenerationConfig):
     rewards = None
     if config.reward:
         with as_user_error("reward"):
-            rewards = RewardSet(config.reward)
+            rewards = RewardSet(config.reward, fps=config.fps or frame_rate(config.model, config.revision))
     dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
     pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
     if config.lora:

@@ -13,22 +13,18 @@ import numpy as np
 import torch
 
 from ..rewards import RewardError, RewardPlaceError, RewardSet
-from ..rewards.reward_set import PLACES
-from ..training.config import Config, option
+from ..training.config import RewardConfig, option
 from ..training.errors import UserError, as_user_error, one_line
 from ..training.report import markdown_table
 from .manifest import Manifest
 
 
 @dataclass
-class ScoreConfig(Config):
+class ScoreConfig(RewardConfig):
     """How videos are scored. Checked when the object is made."""
 
     prompt: str | None = option(None, "what the videos were made from; the manifest of generate.py's folders has it")
     reward: dict[str, float] = option({"motion_smoothness": 1.0}, "rewards: name,name or name=weight,name=weight")
-    reward_options: dict[str, dict[str, Any]] = option({}, "their arguments: name.argument=value,name.argument=value")
-    reward_placement: dict[str, str] = option({}, f"where they are scored, name=place: {PLACES}")
-    reward_timeout: float = option(300.0, "seconds that another process or a server may take for a video", minimum=0)
     output: str | None = option(None, "the JSON file; if not given, scores.json in the folder, or NAME.scores.json")
 
 
@@ -49,17 +45,23 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
     """
     source = Path(path)
     videos = find_videos(source, config.prompt)
-    with as_user_error("reward"):
-        rewards = RewardSet(config.reward, config.reward_options, config.reward_placement, config.reward_timeout)
     results = {"settings": asdict(config), "videos": []}
+    rewards = last_fps = None
     try:
         for file, prompt in videos:
+            frames, fps = read_video(file)
+            if fps != last_fps:
+                if rewards is not None:
+                    rewards.close()
+                rewards, last_fps = make_rewards(config, fps), fps
             if prompt is None and rewards.using_prompts:
                 raise UserError(f"{rewards.using_prompts[0]} compares a video with its prompt: give --prompt.")
-            results["videos"].append(score_video(file, prompt or "", rewards))
+            scores = score_video(file.name, frames, fps, prompt or "", rewards)
+            results["videos"].append({"file": file.name, "prompt": prompt or "", **scores})
             print(f"{len(results['videos'])}/{len(videos)} {file.name}", end="\r", flush=True)
     finally:
-        rewards.close()
+        if rewards is not None:
+            rewards.close()
     names = list(results["videos"][0]["scores"])
     results["mean"] = {n: sum(v["scores"][n] for v in results["videos"]) / len(videos) for n in names}
     output = Path(config.output or (source / "scores.json" if source.is_dir() else source.with_suffix(".scores.json")))
@@ -87,18 +89,21 @@ def find_videos(source: Path, prompt: str | None) -> list[tuple[Path, str | None
     return [(file, prompt) for file in files]
 
 
-def score_video(file: Path, prompt: str, rewards: RewardSet) -> dict[str, Any]:
-    frames, fps = read_video(file)
+def make_rewards(config: ScoreConfig, fps: float) -> RewardSet:
+    with as_user_error("reward"):
+        return RewardSet(config.reward, config.reward_options, config.reward_placement, config.reward_timeout, fps)
+
+
+def score_video(name: str, frames: torch.Tensor, fps: float, prompt: str, rewards: RewardSet) -> dict[str, Any]:
+    """What JSON holds of a video, uint8 `(F, 3, H, W)`, beside its name and prompt."""
     try:
         output = rewards(frames[None].float() / 255, [prompt], [{"fps": fps}])
     except (RewardError, RewardPlaceError, ValueError) as error:
-        raise UserError(f"{file}: {one_line(error)}") from error
+        raise UserError(f"{name}: {one_line(error)}") from error
     scores = {name: values.item() for name, values in output.scores.items()}
     if len(scores) > 1:
         scores["reward"] = output.total.item()
     return {
-        "file": file.name,
-        "prompt": prompt,
         "fps": fps,
         "num_frames": len(frames),
         "scores": scores,

@@ -159,13 +159,8 @@ def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128
         raise ValueError(f"this is no Wan transformer: it has no {error.args[0]}.") from None
 
 
-def check_fits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
-    """Raise a one-line `ValueError` that names what is missing, unexpected or of another shape, and the likely model.
-
-    Args:
-        weights: tensors in Diffusers layout.
-        shapes: what the transformer has.
-    """
+def misfits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> str:
+    """In words, which of `weights` are missing, unexpected or of another shape than `shapes`; empty if all fit."""
     problems = {
         "missing": [name for name in shapes if name not in weights],
         "unexpected": [name for name in weights if name not in shapes],
@@ -180,8 +175,18 @@ def check_fits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) 
         for kind, names in problems.items()
         if names
     ]
-    if found:
-        raise ValueError(f"this checkpoint does not fit: {'; '.join(found)}. It looks like {describe(weights)}.")
+    return "; ".join(found)
+
+
+def check_fits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raise a one-line `ValueError` that names what is missing, unexpected or of another shape, and the likely model.
+
+    Args:
+        weights: tensors in Diffusers layout.
+        shapes: what the transformer has.
+    """
+    if found := misfits(weights, shapes):
+        raise ValueError(f"this checkpoint does not fit: {found}. It looks like {describe(weights)}.")
 
 
 def _width(weights: dict[str, torch.Tensor]) -> int:

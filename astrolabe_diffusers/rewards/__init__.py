@@ -1,8 +1,11 @@
 """Rewards for generated videos. Importing this registers the built-in ones."""
 
+from .aesthetic import Aesthetic
 from .brisque import Brisque
 from .dynamic_degree import DynamicDegree
 from .frame_request import FrameRequest, prepare_frames
+from .hpsv2 import HPSv2
+from .hpsv3 import HPSv3
 from .judge import UnifiedReward
 from .reward import (
     FunctionReward,
@@ -16,14 +19,18 @@ from .reward import (
 from .reward_set import RewardSet, RewardSetOutput
 from .tiny_shapes import TinyShapesPromptMatch
 from .video_quality import Flicker, MotionSmoothness, Sharpness
+from .videoalign import VideoAlign
 
 
 __all__ = [
+    "Aesthetic",
     "Brisque",
     "DynamicDegree",
-    "FrameRequest",
     "Flicker",
+    "FrameRequest",
     "FunctionReward",
+    "HPSv2",
+    "HPSv3",
     "MotionSmoothness",
     "Reward",
     "RewardError",
@@ -34,6 +41,7 @@ __all__ = [
     "Sharpness",
     "TinyShapesPromptMatch",
     "UnifiedReward",
+    "VideoAlign",
     "get_reward",
     "prepare_frames",
     "register_reward",

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .frame_request import FrameRequest
+from .frame_selection import FrameSelection
 from .reward import Reward, RewardOutput, register_reward
 
 
@@ -29,26 +31,27 @@ class Brisque(Reward):
     `pip install --no-deps brisque` is enough.
 
     Args:
-        stride: every how many frames one is looked at.
+        frames, fps: which frames, see [`FrameSelection`], and the frames a second of the videos.
     """
 
     uses_prompt = False
 
-    def __init__(self, stride: int = 1):
-        if stride < 1:
-            raise ValueError(f"stride of brisque must be at least 1, not {stride}.")
-        self.stride = stride
+    def __init__(self, frames: str = "all", fps: float = 16.0):
+        self.select = FrameSelection(frames, fps)
         spec = importlib.util.find_spec("brisque")
         if spec is None:
             raise ImportError("the reward 'brisque' takes its weights from a package: pip install --no-deps brisque")
         folder = Path(spec.submodule_search_locations[0]) / "models"
         self.model = SupportVectorRegression.from_libsvm(folder / "svm.txt", folder / "normalize.pickle")
 
+    def request(self, num_frames, height, width):
+        return FrameRequest(tuple(self.select(num_frames)))
+
     def score(self, videos, prompts, metadata=None):
         # Frame by frame: in float64 a whole video takes several GB.
         scores = [
-            torch.stack([self.model(brisque_features(_gray(frame)))[0] for frame in video[:: self.stride]]).mean()
-            for video in videos
+            torch.stack([self.model(brisque_features(_gray(frame)))[0] for frame in video / 255]).mean()
+            for video in self.requested(videos)
         ]
         return RewardOutput(1 - torch.stack(scores).float().cpu() / 100)
 

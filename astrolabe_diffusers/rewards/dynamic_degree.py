@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .frame_request import FrameRequest, prepare_frames
+from .frame_request import FrameRequest
 from .reward import Reward, RewardOutput, register_reward
 from .video_quality import luminance
 
@@ -50,7 +50,7 @@ class DynamicDegree(Reward):
         return FrameRequest(tuple(range(num_frames)), ((round(height * scale), round(width * scale)),))
 
     def score(self, videos, prompts, metadata=None):
-        frames = prepare_frames(videos, self.request(videos.shape[1], *videos.shape[-2:]))
+        frames = self.requested(videos)
         if frames.shape[1] == 1:
             return RewardOutput(torch.zeros(len(frames)), {"above_threshold": torch.zeros(len(frames))})
         speed = torch.stack([_motion(luminance(video[None])[0] / 255) for video in frames]) * (self.fps / _SIDE)

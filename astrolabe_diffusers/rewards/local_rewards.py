@@ -22,6 +22,7 @@ class LocalRewards:
         options: by name, the keyword arguments of a reward.
         device: where the weights are; where each reward puts them itself if not given.
         offload: keep the weights in the CPU's memory and copy them to the GPU only while videos are scored.
+        defaults: as in `get_reward`.
     """
 
     def __init__(
@@ -30,13 +31,14 @@ class LocalRewards:
         options: dict[str, dict[str, Any]] | None = None,
         device: str | None = None,
         offload: bool = False,
+        defaults: dict[str, Any] | None = None,
     ):
         self.device = device
         self.rewards: dict[str, Reward] = {}
         # A reward that takes the GPU by default takes this one, not the trainer's.
         with torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext():
             for name in names:
-                self.rewards[name] = get_reward(name, **(options or {}).get(name, {}))
+                self.rewards[name] = get_reward(name, defaults, **(options or {}).get(name, {}))
         if device:
             for reward in self.rewards.values():
                 reward.to(device)

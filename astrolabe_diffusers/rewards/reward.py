@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .frame_request import FrameRequest
+from .frame_request import FrameRequest, prepare_frames
 
 
 class RewardError(RuntimeError):
@@ -83,6 +83,12 @@ class Reward(ABC):
         """The part of videos of this shape that `score` is to get, as uint8; `None`: all of them, as floats."""
         return None
 
+    def requested(self, videos: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, F', 3, h, w]: what `request` says of whole videos, floats; what is uint8 is that already."""
+        if videos.dtype == torch.uint8:
+            return videos
+        return prepare_frames(videos, self.request(videos.shape[1], *videos.shape[-2:]))
+
     def modules(self) -> list[nn.Module]:
         """The networks of this reward: those among its attributes."""
         return [value for value in vars(self).values() if isinstance(value, nn.Module)]
@@ -128,19 +134,20 @@ def register_reward(name: str) -> Callable[[type[Reward]], type[Reward]]:
     return register
 
 
-def get_reward(name: str, **options: Any) -> Reward:
+def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any) -> Reward:
     """
     Makes the reward that `name` means, with these options.
 
     Args:
         name: a registered name, or the dotted path "package.module:Name" or "package.module.Name" of a `Reward`
             subclass or of a function `fn(videos, prompts, metadata) -> (scores, info)`.
+        defaults: further options, for a reward that has them: `{"fps": 16.0}`, frames a second of the videos.
 
     Raises:
         ValueError: nothing has that name, or it has no such option; the message lists those that there are.
     """
     if name in _REGISTRY:
-        return _make(name, _REGISTRY[name], options)
+        return _make(name, _REGISTRY[name], options, defaults)
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name or not attribute:
         raise ValueError(
@@ -158,22 +165,24 @@ def get_reward(name: str, **options: Any) -> Reward:
         ) from None
     target = getattr(module, attribute, None)
     if isinstance(target, type) and issubclass(target, Reward):
-        return _make(name, target, options)
+        return _make(name, target, options, defaults)
     if callable(target) and not isinstance(target, type):
         # The first three arguments are videos, prompts and metadata.
-        _check_options(name, list(inspect.signature(target).parameters.values())[3:], options)
-        return FunctionReward(partial(target, **options))
+        parameters = list(inspect.signature(target).parameters.values())[3:]
+        return FunctionReward(partial(target, **_all_options(name, parameters, options, defaults)))
     problem = "has no such attribute" if target is None else f"holds a {type(target).__name__} there"
     raise ValueError(f"reward {name!r} is neither a Reward subclass nor a function: {module_name} {problem}.")
 
 
-def _make(name: str, cls: type[Reward], options: dict[str, Any]) -> Reward:
-    _check_options(name, list(inspect.signature(cls).parameters.values()), options)
-    return cls(**options)
+def _make(name: str, cls: type[Reward], options: dict[str, Any], defaults: dict[str, Any] | None) -> Reward:
+    return cls(**_all_options(name, list(inspect.signature(cls).parameters.values()), options, defaults))
 
 
-def _check_options(name: str, parameters: list[inspect.Parameter], options: dict[str, Any]):
+def _all_options(
+    name: str, parameters: list[inspect.Parameter], options: dict[str, Any], defaults: dict[str, Any] | None
+) -> dict[str, Any]:
     known = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     unknown = [option for option in options if option not in known]
     if unknown and len(known) == len(parameters):
         raise ValueError(f"reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+    return {option: value for option, value in (defaults or {}).items() if option in known} | options

@@ -48,6 +48,7 @@ class RewardSet:
             - `"process"`, `"process:cuda:1"`: in a process of their own, see `WorkerRewards`.
             - `"http://host:port"`: on a server, see `RemoteRewards`. It has its own options.
         timeout: seconds that another process or a server may take for a batch.
+        fps: frames a second of the videos, the option `fps` of rewards that have it and are not given another.
 
     Raises:
         ValueError: a name, an option or a place does not exist.
@@ -60,6 +61,7 @@ class RewardSet:
         options: dict[str, dict[str, Any]] | None = None,
         placement: dict[str, str] | None = None,
         timeout: float = 300.0,
+        fps: float | None = None,
     ):
         if not weights:
             raise ValueError("no reward is named; give at least one, such as {'motion_smoothness': 1.0}.")
@@ -74,8 +76,9 @@ class RewardSet:
         for place in names:
             _check_place(place)
         self.takes_turns = "offload" in names
+        defaults = {"fps": fps} if fps else {}
         self._places = [
-            _make_place(place, group, {n: options[n] for n in group if n in options}, timeout)
+            _make_place(place, group, {n: options[n] for n in group if n in options}, timeout, defaults)
             for place, group in names.items()
         ]
         away = [place for place in self._places if not isinstance(place, LocalRewards)]
@@ -153,12 +156,13 @@ def _check_place(place: str):
         raise ValueError(f"there is no place {place!r} for rewards; it can be {PLACES}.") from None
 
 
-def _make_place(place, names, options, timeout):
+def _make_place(place, names, options, timeout, defaults):
     kind, _, device = place.partition(":")
     if kind in ("http", "https"):
         if options:
             raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {place}.")
         return RemoteRewards(place, names, timeout)
     if kind == "process":
-        return WorkerRewards(names, options, device or None, timeout)
-    return LocalRewards(names, options, None if kind in ("trainer", "offload") else place, offload=kind == "offload")
+        return WorkerRewards(names, options, device or None, timeout, defaults)
+    device = None if kind in ("trainer", "offload") else place
+    return LocalRewards(names, options, device, kind == "offload", defaults)

@@ -43,6 +43,7 @@ class WorkerRewards:
         names, options: as in `LocalRewards`.
         device: of the weights; each reward's own if not given, on the GPU of this process.
         timeout: seconds that scoring a batch may take.
+        defaults: as in `get_reward`.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class WorkerRewards:
         options: dict[str, dict[str, Any]] | None = None,
         device: str | None = None,
         timeout: float = 300.0,
+        defaults: dict[str, Any] | None = None,
     ):
-        self.names, self.options, self.device, self.timeout = list(names), options, device, timeout
+        self.names, self.timeout = list(names), timeout
+        self._rewards = {"names": self.names, "options": options, "device": device, "defaults": defaults}
         self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
         self._numbers = itertools.count()
         self._start()
@@ -62,9 +65,7 @@ class WorkerRewards:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._process = context.Process(
-            target=_work, args=(theirs, self.names, self.options, self.device, gpu), name="rewards", daemon=True
-        )
+        self._process = context.Process(target=_work, args=(theirs, self._rewards, gpu), name="rewards", daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -137,15 +138,13 @@ class WorkerRewards:
         self._process.join()
 
 
-def _work(
-    connection: Connection, names: list[str], options: dict[str, dict[str, Any]], device: str | None, gpu: int | None
-):
+def _work(connection: Connection, arguments: dict[str, Any], gpu: int | None):
     # Ctrl-C reaches this process too; it ends when the trainer, which handles it, closes the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpu is not None:
         torch.cuda.set_device(gpu)
     try:
-        rewards = LocalRewards(names, options, device)
+        rewards = LocalRewards(**arguments)
     except Exception as error:
         # The first four are the user's mistakes, which the trainer tells in one line.
         kinds = (ValueError, ImportError, OSError, SafetensorError, RuntimeError)

@@ -60,7 +60,20 @@ class Config:
 
 
 @dataclass
-class NFTConfig(Config):
+class RewardConfig(Config):
+    """How rewards are scored."""
+
+    reward_options: dict[str, dict[str, Any]] = option(
+        {}, "arguments of rewards: name.argument=value,name.argument=value; in YAML {name: {argument: value}}"
+    )
+    reward_placement: dict[str, str] = option({}, f"where rewards are scored, name=place: {PLACES}")
+    reward_timeout: float = option(
+        600, "seconds after which a batch's rewards count as hung, wherever they are, and the run ends", minimum=1e-3
+    )
+
+
+@dataclass
+class NFTConfig(RewardConfig):
     """Settings of an NFT run.
 
     Names are those of diffusers' example trainers where these have them. The defaults are the published settings for
@@ -122,15 +135,8 @@ class NFTConfig(Config):
         {"tiny_shapes_prompt_match": 1.0}, "rewards and their weights: name, or name=weight,name=weight"
     )
     eval_rewards: list[str] = option([], "rewards that are watched on the held-out prompts and never trained on")
-    reward_options: dict[str, dict[str, Any]] = option(
-        {}, "arguments of rewards: name.argument=value,name.argument=value; in YAML {name: {argument: value}}"
-    )
-    reward_placement: dict[str, str] = option({}, f"where rewards are scored, name=place: {PLACES}")
     nan_reward: str = option(
         "stop", "a NaN reward stops the run, or its sample is skipped in training", choices=("stop", "skip")
-    )
-    reward_timeout: float = option(
-        600, "seconds after which a batch's rewards count as hung, wherever they are, and the run ends", minimum=1e-3
     )
 
     # Algorithm

@@ -17,21 +17,21 @@ from tqdm.auto import tqdm
 
 from .. import TINY_SHAPES
 from ..rewards import RewardSet
-from .config import Config, option, parse_fields
+from .config import RewardConfig, option, parse_fields
 from .errors import UserError, as_user_error
 from .evaluation import Evaluation, evaluate, generate_columns, write_columns
 from .plots import draw_means
 from .prompts import PromptSource, eval_samples, process_batches, spread
 from .report import change_text, comparison_rows, markdown_table, versions
 from .rollout import PromptEncoder, RewardWorker
-from .setup import load_pipeline, prompt_path, video_size
+from .setup import frame_rate, load_pipeline, prompt_path, video_size
 
 
 BASE = "base"
 
 
 @dataclass
-class LoraEvaluationConfig(Config):
+class LoraEvaluationConfig(RewardConfig):
     """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made.
 
     Attributes:
@@ -132,7 +132,13 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     prompts = spread(source.read(config.eval_split), config.num_prompts)
     samples = eval_samples(prompts, config.seeds)
     with as_user_error("rewards"):
-        rewards = RewardSet(dict.fromkeys(config.rewards, 1.0))
+        rewards = RewardSet(
+            dict.fromkeys(config.rewards, 1.0),
+            config.reward_options,
+            config.reward_placement,
+            config.reward_timeout,
+            frame_rate(config.model),
+        )
     pipeline = load_pipeline(config.model, accelerator)
     # The trainer's precision: in bf16 it generates under autocast.
     accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
@@ -153,7 +159,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
             f"{accelerator.mixed_precision}; output in {output_dir}",
             flush=True,
         )
-    encoder, worker = PromptEncoder(pipeline), RewardWorker(pipeline.vae, rewards)
+    encoder, worker = PromptEncoder(pipeline), RewardWorker(pipeline.vae, rewards, timeout=config.reward_timeout)
     batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
     progress = tqdm(
         total=len(config.columns) * len(batches),

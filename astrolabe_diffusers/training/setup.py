@@ -30,6 +30,12 @@ def make_accelerator(config: NFTConfig) -> Accelerator:
     )
 
 
+def frame_rate(model: str, revision: str | None = None) -> float:
+    """Frames a second of the videos of a folder's or Hub repository's pipeline, which is not loaded for that."""
+    with as_user_error(f"cannot load {model}"):
+        return DiffusionPipeline.load_config(model, revision=revision)["frame_rate"]
+
+
 def prompt_path(model: str, prompts: str | None) -> str:
     """The given prompts, or those that lie beside the model."""
     if prompts is not None:
@@ -100,8 +106,8 @@ def video_size(
     return size
 
 
-def make_rewards(config: NFTConfig) -> tuple[RewardSet, RewardSet | None]:
-    """The rewards that are trained on, and those that are only watched."""
+def make_rewards(config: NFTConfig, fps: float) -> tuple[RewardSet, RewardSet | None]:
+    """The rewards that are trained on, and those that are only watched, for videos of `fps` frames a second."""
     known = [*config.rewards, *config.eval_rewards]
     for field in ("reward_options", "reward_placement"):
         unknown = [name for name in getattr(config, field) if name not in known]
@@ -112,7 +118,7 @@ def make_rewards(config: NFTConfig) -> tuple[RewardSet, RewardSet | None]:
         options = {name: value for name, value in config.reward_options.items() if name in weights}
         placement = {name: value for name, value in config.reward_placement.items() if name in weights}
         with as_user_error(field):
-            return RewardSet(weights, options, placement, config.reward_timeout)
+            return RewardSet(weights, options, placement, config.reward_timeout, fps)
 
     rewards = reward_set("rewards", config.rewards)
     watched = dict.fromkeys(config.eval_rewards, 1.0)

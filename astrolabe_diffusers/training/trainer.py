@@ -39,6 +39,7 @@ from .report import RunReport, device_name, peak_memory_gb, versions
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
 from .seeds import stable_seed
 from .setup import (
+    frame_rate,
     freeze_pipeline,
     keep_settings,
     load_pipeline,
@@ -80,11 +81,12 @@ class NFTTrainer:
 
         self.prompts, self.eval_prompts = load_prompts(config)
         self.eval_samples = eval_samples(self.eval_prompts, config.eval_seeds)
-        rewards, watched = make_rewards(config)  # before the large model is loaded: a wrong name is found at once
+        # Before the large model is loaded: a wrong name is found at once.
+        model = config.pretrained_model_name_or_path
+        fps = pipeline.config.frame_rate if pipeline else frame_rate(model, config.revision)
+        rewards, watched = make_rewards(config, fps)
         if pipeline is None:
-            self.pipeline = load_pipeline(
-                config.pretrained_model_name_or_path, self.accelerator, config.revision, config.variant
-            )
+            self.pipeline = load_pipeline(model, self.accelerator, config.revision, config.variant)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)

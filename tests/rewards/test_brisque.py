@@ -121,7 +121,7 @@ def test_a_video_is_the_mean_of_its_frames(brisque):
     videos = torch.stack([clean, clean.flip(1), 1 - clean])[None]
     singles = [brisque.score(videos[:, i : i + 1], [""]).scores for i in range(3)]
     torch.testing.assert_close(brisque.score(videos, [""]).scores, sum(singles) / 3)
-    ends = get_reward("brisque", stride=2).score(videos, [""]).scores
+    ends = get_reward("brisque", frames="stride:2").score(videos, [""]).scores
     torch.testing.assert_close(ends, (singles[0] + singles[2]) / 2)
 
 

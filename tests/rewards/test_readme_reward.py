@@ -41,7 +41,7 @@ def test_the_rewards_of_the_file(checkout, monkeypatch):
     monkeypatch.syspath_prepend(checkout)
     brightness = re.search(r"--rewards (my_rewards:brightness=1)", SECTION)[1]
     videos = torch.rand(3, 2, 3, 8, 8)
-    rewards, _ = make_rewards(NFTConfig(rewards=brightness))
+    rewards, _ = make_rewards(NFTConfig(rewards=brightness), 16)
     torch.testing.assert_close(rewards(videos, [""] * 3).total, videos.mean((1, 2, 3, 4)))
     near = RewardSet({"my_rewards:NearBrightness": 1.0})(videos, [""] * 3)
     torch.testing.assert_close(near.total, 1 - (videos.mean((1, 2, 3, 4)) - 0.5).abs())
@@ -51,7 +51,10 @@ def test_the_rewards_of_the_file(checkout, monkeypatch):
 def test_options_of_the_text():
     options = re.search(r"--reward_options (dynamic_degree\S+?)`", SECTION)[1]
     NFTConfig(reward_options=options)
-    assert NFTConfig(reward_options=options).reward_options == {"dynamic_degree": {"fps": 8}, "brisque": {"stride": 4}}
+    assert NFTConfig(reward_options=options).reward_options == {
+        "dynamic_degree": {"fps": 8},
+        "brisque": {"frames": "stride:4"},
+    }
 
 
 def test_every_place_of_the_table_is_one():

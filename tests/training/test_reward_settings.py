@@ -38,7 +38,7 @@ def test_command_line_and_yaml_say_the_same(tmp_path):
         ("reward_options", {"sharpness": 3}, "{name: {argument: value}}"),
         ("reward_placement", "process", "name=place, comma-separated"),
         ("reward_placement", {"sharpness": 1}, "name=place, comma-separated"),
-        ("reward_timeout", -1, "at least 0"),
+        ("reward_timeout", -1, "at least 0.001"),
     ],
 )
 def test_values_of_another_form_are_refused(field, value, words):
@@ -52,11 +52,11 @@ def test_rewards_get_their_options_in_both_sets():
         eval_rewards=["dynamic_degree"],
         reward_options={FIRST: {"scale": 3.0}, "dynamic_degree": {"fps": 8}},
     )
-    rewards, watched = make_rewards(config)
+    rewards, watched = make_rewards(config, 16)
     videos = torch.rand(1, 3, 3, 64, 64)
     output = rewards(videos, ["video 1"], [{"number": 1}])
     torch.testing.assert_close(output.total, 3 * videos[:, 0, 0, 0, 0])
-    full = make_rewards(NFTConfig(eval_rewards=["dynamic_degree"]))[1](videos, [""]).total
+    full = make_rewards(NFTConfig(eval_rewards=["dynamic_degree"]), 16)[1](videos, [""]).total
     torch.testing.assert_close(watched(videos, [""]).total, full / 2)
 
 
@@ -75,7 +75,7 @@ def test_rewards_get_their_options_in_both_sets():
 )
 def test_mistakes_end_the_run_before_the_model_is_loaded(settings, words):
     with pytest.raises(UserError, match=words) as error:
-        make_rewards(NFTConfig(rewards={"sharpness": 1.0}, **settings))
+        make_rewards(NFTConfig(rewards={"sharpness": 1.0}, **settings), 16)
     assert "\n" not in str(error.value)
 
 
@@ -94,7 +94,7 @@ def test_a_rollout_is_scored_wherever_its_rewards_are():
         config = NFTConfig(
             rewards={name: 1.0, ends: 0.5}, reward_placement=dict.fromkeys([name, ends], place), reward_timeout=60
         )
-        worker = RewardWorker(pipe.vae, *make_rewards(config))
+        worker = RewardWorker(pipe.vae, *make_rewards(config, 16))
         generated = rollout(worker, samples)
         if place == "offload":
             assert all(batch.scores.done() for batch in generated)
