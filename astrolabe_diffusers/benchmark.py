@@ -40,6 +40,7 @@ def random_pipeline(
         tokenizer: any; only the number of tokens, which is padded, costs time.
         device: where the weights are made.
     """
+    torch.manual_seed(0)  # the same on every process
     published = PUBLISHED_MODELS[model]
     with init_empty_weights():
         transformer = CausalWanTransformer3DModel(**WAN_SIZES[published.size], **published.transformer)

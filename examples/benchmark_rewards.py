@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,10 @@ def random_weights(config: Qwen2VLConfig, head: torch.nn.Module, device: str) ->
 
 
 def write_hpsv3(folder: Path, size: str, device: str) -> dict[str, str]:
-    """The options with which HPSv3 loads what is written."""
+    """The options with which HPSv3 loads what is written, or what an earlier call has written."""
+    options = {"checkpoint": str(folder), "base": str(folder / "base"), "device": device}
+    if (folder / "HPSv3.safetensors").exists():
+        return options
     config, _ = write_base(folder / "base", size, ("<|Reward|>",))
     width = config.text_config.hidden_size
     head = torch.nn.Sequential(
@@ -109,12 +113,15 @@ def write_hpsv3(folder: Path, size: str, device: str) -> dict[str, str]:
         torch.nn.ReLU(), torch.nn.Linear(16, 2),
     )  # fmt: skip
     (folder / "data_collator_qwen.py").write_text(HPSV3_TEXT)
-    safetensors.torch.save_file(random_weights(config, head, device), folder / "HPSv3.safetensors")
-    return {"checkpoint": str(folder), "base": str(folder / "base"), "device": device}
+    save_file(random_weights(config, head, device), folder / "HPSv3.safetensors")
+    return options
 
 
 def write_videoalign(folder: Path, size: str, device: str) -> dict[str, str]:
-    """The options with which VideoAlign's rewards load what is written: full weights and a LoRA, wrapped by PEFT."""
+    """As `write_hpsv3`, for VideoAlign's rewards: full weights and a LoRA, wrapped by PEFT."""
+    options = {"checkpoint": str(folder), "base": str(folder / "base"), "device": device}
+    if (folder / "checkpoint-1" / "model.pth").exists():
+        return options
     config, _ = write_base(folder / "base", size, ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"))
     head = torch.nn.Linear(config.text_config.hidden_size, 1, bias=False)
     (folder / "prompt_template.py").write_text(VIDEOALIGN_TEXT)
@@ -130,9 +137,16 @@ def write_videoalign(folder: Path, size: str, device: str) -> dict[str, str]:
             for part, shape in (("A", (64, tensor.shape[1])), ("B", (tensor.shape[0], 64))):
                 small = torch.randn(shape, dtype=torch.bfloat16) * 0.01
                 wrapped[f"base_model.model.{module}.lora_{part}.default.weight"] = small
-    (folder / "checkpoint-1").mkdir()
-    torch.save(wrapped, folder / "checkpoint-1" / "model.pth")
-    return {"checkpoint": str(folder), "base": str(folder / "base"), "device": device}
+    (folder / "checkpoint-1").mkdir(exist_ok=True)
+    save_file(wrapped, folder / "checkpoint-1" / "model.pth")
+    return options
+
+
+def save_file(weights: dict[str, torch.Tensor], path: Path):
+    """Under another name until it is whole."""
+    save = safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save
+    save(weights, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
 
 
 # The published way
@@ -298,7 +312,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--batch_size", type=int, default=16, help="frames in a pass of HPSv3")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="models of a few layers' width, to try the script")
-    parser.add_argument("--scratch", help="folder for the random weights, 17 GB; by default that of the system")
+    parser.add_argument("--scratch", help="folder that keeps the random weights, 17 and 5 GB, for the next time")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
@@ -309,9 +323,11 @@ def main(argv: list[str] | None = None) -> list[str]:
     ]).view(args.clips, args.num_frames, 3, args.height, args.width)  # fmt: skip
     lines = []
     for name in args.rewards:
-        with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        with nullcontext(args.scratch) if args.scratch else tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / name
+            folder.mkdir(parents=True, exist_ok=True)
             benchmark = {"hpsv3": benchmark_hpsv3, "videoalign": benchmark_videoalign}[name]
-            lines += benchmark(Path(folder), args, videos) + [""]
+            lines += benchmark(folder, args, videos) + [""]
     print("\n".join(lines))
     return lines
 

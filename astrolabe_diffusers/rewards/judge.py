@@ -13,7 +13,7 @@ import requests
 import torch
 from PIL import Image
 
-from .frame_request import FrameRequest, prepare_frames
+from .frame_request import FrameRequest
 from .reward import Reward, RewardError, RewardOutput, RewardPlaceError, register_reward
 
 
@@ -82,10 +82,9 @@ class UnifiedReward(Reward):
         return FrameRequest(tuple(frames), ((round(height * scale), round(width * scale)),))
 
     def score(self, videos, prompts, metadata=None):
-        if videos.dtype != torch.uint8:
-            videos = prepare_frames(videos, self.request(videos.shape[1], *videos.shape[-2:]))
+        frames = self.requested(videos).cpu()
         with ThreadPoolExecutor(self.concurrency) as executor:
-            scores = list(executor.map(self._judge, videos.cpu(), prompts))
+            scores = list(executor.map(self._judge, frames, prompts))
         return RewardOutput(torch.tensor(scores) / 5)
 
     def _judge(self, frames: torch.Tensor, prompt: str) -> float:

@@ -171,7 +171,7 @@ class NFTTrainer:
         except Interrupted as interruption:
             path = self.save_checkpoint()
             self.report.print(f"{interruption}: --resume_from_checkpoint latest goes on from {path}")
-            self.accelerator.end_training()
+            self.end()
             raise
         return self.finish()
 
@@ -445,9 +445,17 @@ class NFTTrainer:
         """The adapter, the comparison of before and after, and the upload if asked for."""
         with raise_together():
             results = self.write_results()
-        self.rewards.shutdown()
-        self.accelerator.end_training()
+        self.end()
         return results
+
+    def end(self):
+        """Ends the threads and processes of the rewards, closes the trackers and leaves the process group."""
+        self.rewards.shutdown()
+        # DDP has to go first. Were it the last to hold the process group, it would free it without letting go of
+        # Python's lock, which the group's own thread may be waiting for: a run would hang at its end now and then.
+        self.model = None
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def write_results(self) -> dict[str, Any]:
         """What the main process writes at the end; it alone returns something."""

@@ -85,6 +85,8 @@ def main(folder: Path):
     }
     torch.save(result, folder / f"rank{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
+    # As NFTTrainer.end.
+    accelerator.free_memory()
     accelerator.end_training()
 
 

@@ -1,5 +1,6 @@
 """Two processes over gloo against one process in here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.training.distributed_worker import rollout_and_gradients
+from tests.training.helpers import tiny_arguments, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,13 @@ def test_checkpoint_of_two_processes_is_complete(ranks):
     for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_old.safetensors", "trainer_state.json"):
         assert name in ranks[0]["checkpoint"]
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= set(ranks[0]["checkpoint"])
+
+
+def test_ddp_goes_before_the_process_group(model_folder, tmp_path):
+    """The other way round one run in four of a small model hung at its end (torch 2.13, gloo)."""
+    arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1, eval_steps=10, num_eval_videos=0)
+    run = torchrun("-m", "tests.training.end_worker", tmp_path, *arguments)
+    output, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, output
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [True, [0]]
