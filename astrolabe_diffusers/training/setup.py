@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 
+from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..rewards import RewardSet
 from .config import NFTConfig
 from .errors import UserError, as_user_error
@@ -32,8 +34,9 @@ def make_accelerator(config: NFTConfig) -> Accelerator:
 
 def frame_rate(model: str, revision: str | None = None) -> float:
     """Frames a second of the videos of a folder's or Hub repository's pipeline, which is not loaded for that."""
+    default = inspect.signature(CausalWanPipeline).parameters["frame_rate"].default
     with as_user_error(f"cannot load {model}"):
-        return DiffusionPipeline.load_config(model, revision=revision)["frame_rate"]
+        return DiffusionPipeline.load_config(model, revision=revision).get("frame_rate", default)
 
 
 def prompt_path(model: str, prompts: str | None) -> str:
