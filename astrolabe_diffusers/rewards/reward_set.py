@@ -14,7 +14,10 @@ from .reward import RewardError
 from .worker import WorkerRewards
 
 
-PLACES = "'trainer', 'offload', a device such as 'cuda:1', 'process', 'process:cuda:1' or 'http://host:port'"
+PLACES = (
+    "'trainer', 'offload', a device such as 'cuda:1', 'process', 'process:cuda:1' or 'http://host:port'; of several, "
+    "'process:cuda:6|process:cuda:7', each training process takes one in turn"
+)
 
 
 @dataclass
@@ -47,8 +50,10 @@ class RewardSet:
             - `"cpu"`, `"cuda:1"`, ...: in this process, on that device.
             - `"process"`, `"process:cuda:1"`: in a process of their own, see `WorkerRewards`.
             - `"http://host:port"`: on a server, see `RemoteRewards`. It has its own options.
+            - `"process:cuda:6|process:cuda:7"`: of several places the one whose turn it is for `process_index`.
         timeout: seconds that another process or a server may take for a batch.
         fps: frames a second of the videos, the option `fps` of rewards that have it and are not given another.
+        process_index: of this process among those of a run.
 
     Raises:
         ValueError: a name, an option or a place does not exist.
@@ -62,6 +67,7 @@ class RewardSet:
         placement: dict[str, str] | None = None,
         timeout: float = 300.0,
         fps: float | None = None,
+        process_index: int = 0,
     ):
         if not weights:
             raise ValueError("no reward is named; give at least one, such as {'motion_smoothness': 1.0}.")
@@ -72,9 +78,10 @@ class RewardSet:
         self.weights = dict(weights)
         names: dict[str, list[str]] = {}
         for name in weights:
-            names.setdefault(placement.get(name, "trainer"), []).append(name)
-        for place in names:
-            _check_place(place)
+            places = placement.get(name, "trainer").split("|")
+            for place in places:
+                _check_place(place)
+            names.setdefault(places[process_index % len(places)], []).append(name)
         self.takes_turns = "offload" in names
         defaults = {"fps": fps} if fps else {}
         self._places = [

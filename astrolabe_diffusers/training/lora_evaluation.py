@@ -138,6 +138,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
             config.reward_placement,
             config.reward_timeout,
             frame_rate(config.model),
+            accelerator.process_index,
         )
     pipeline = load_pipeline(config.model, accelerator)
     # The trainer's precision: in bf16 it generates under autocast.

@@ -109,7 +109,7 @@ def video_size(
     return size
 
 
-def make_rewards(config: NFTConfig, fps: float) -> tuple[RewardSet, RewardSet | None]:
+def make_rewards(config: NFTConfig, fps: float, process_index: int = 0) -> tuple[RewardSet, RewardSet | None]:
     """The rewards that are trained on, and those that are only watched, for videos of `fps` frames a second."""
     known = [*config.rewards, *config.eval_rewards]
     for field in ("reward_options", "reward_placement"):
@@ -121,7 +121,7 @@ def make_rewards(config: NFTConfig, fps: float) -> tuple[RewardSet, RewardSet | 
         options = {name: value for name, value in config.reward_options.items() if name in weights}
         placement = {name: value for name, value in config.reward_placement.items() if name in weights}
         with as_user_error(field):
-            return RewardSet(weights, options, placement, config.reward_timeout, fps)
+            return RewardSet(weights, options, placement, config.reward_timeout, fps, process_index)
 
     rewards = reward_set("rewards", config.rewards)
     watched = dict.fromkeys(config.eval_rewards, 1.0)

@@ -84,7 +84,7 @@ class NFTTrainer:
         # Before the large model is loaded: a wrong name is found at once.
         model = config.pretrained_model_name_or_path
         fps = pipeline.config.frame_rate if pipeline else frame_rate(model, config.revision)
-        rewards, watched = make_rewards(config, fps)
+        rewards, watched = make_rewards(config, fps, self.accelerator.process_index)
         if pipeline is None:
             self.pipeline = load_pipeline(model, self.accelerator, config.revision, config.variant)
         else:

@@ -95,3 +95,13 @@ def test_a_large_batch_does_not_fill_the_pipe_of_a_process_that_hangs(rewards, w
 def test_mistakes_are_found_when_the_process_starts():
     with pytest.raises(ValueError, match="has no option 'size'; it has scale"):
         RewardSet({FIRST: 1.0}, {FIRST: {"size": 1}}, {FIRST: "process"})
+
+
+def test_of_several_places_each_process_of_a_run_takes_one():
+    batch = make_batch([7], frames=1, size=16)
+    for index, own in ((0, True), (1, False), (2, True)):
+        rewards = RewardSet({FIRST: 1.0}, placement={FIRST: "trainer|process"}, process_index=index)
+        assert (rewards(*batch).info[f"{FIRST}/process"].item() == os.getpid()) == own
+        rewards.close()
+    with pytest.raises(ValueError, match="there is no place 'nowhere'"):
+        RewardSet({FIRST: 1.0}, placement={FIRST: "trainer|nowhere"})
