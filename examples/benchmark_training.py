@@ -3,7 +3,11 @@
     accelerate launch -q --config_file accelerate_configs/1gpu.yaml examples/benchmark_training.py \\
         --model self-forcing --samples_per_prompt 8 --train_batch_size 4 --batches_per_epoch 2 [--any_field value]
 
-The fields are those of train_nft.py. The last lines say what each process used and whether all have the same LoRA.
+The fields are those of train_nft.py, and so is `--config`, for a published run's sizes and rewards:
+
+    ... examples/benchmark_training.py --model self-forcing --config self_forcing_video_hpsv3 --num_train_epochs 2
+
+The last lines say what each process used and whether all have the same LoRA.
 """
 
 from __future__ import annotations
@@ -23,17 +27,19 @@ from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.benchmark import random_pipeline
 from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer, exit_code
-from astrolabe_diffusers.training.config import parse_fields
+from astrolabe_diffusers.training.config import parse_settings
 from astrolabe_diffusers.training.policies import policy_parameters
 from astrolabe_diffusers.training.report import peak_memory_gb
 from astrolabe_diffusers.training.sharding import full_tensor
 
 
-# One epoch is measured; what is not part of it is made as small as it gets.
-DEFAULTS = {
+DEFAULTS = {"rewards": {"sharpness": 1.0}}
+# The last epoch is measured; what is not part of it is made as small as it gets.
+SHORT = {
     "prompts": str(Path(TINY_SHAPES) / "prompts"),
-    "rewards": {"sharpness": 1.0},
-    "max_train_steps": 1,
+    "prompts_data_dir": None,
+    "num_train_epochs": 1,
+    "max_train_steps": None,
     "num_eval_prompts": 1,
     "eval_seeds": 1,
     "num_eval_videos": 0,
@@ -53,8 +59,8 @@ def checksum(parameters: list[torch.Tensor]) -> str:
 def benchmark(argv: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
-    arguments = parse_fields(parser, NFTConfig, argv)
-    model = arguments.pop("model")
+    arguments = parse_settings(parser, argv, Path(__file__).parent / "configs")
+    model, settings = arguments.pop("model"), arguments.pop("config")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     pipeline = None
     if model:
@@ -64,7 +70,7 @@ def benchmark(argv: list[str] | None):
         pipeline.register_to_config(num_context_frames=None)
         pipeline.vae.float()
     with tempfile.TemporaryDirectory() as folder:
-        config = NFTConfig(**{"output_dir": folder, **DEFAULTS, **arguments})
+        config = NFTConfig(**{**DEFAULTS, **settings, **SHORT, "output_dir": folder, **arguments})
         trainer = NFTTrainer(config, pipeline)
         # The held-out video only warms up: a block of it is enough.
         block = trainer.transformer.config.num_frames_per_block

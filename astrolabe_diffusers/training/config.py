@@ -335,11 +335,23 @@ def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = No
         description="Trains a LoRA of a causal video model with NFT (online reinforcement learning).",
         allow_abbrev=False,
     )
+    arguments = parse_settings(parser, argv, config_dir)
+    return NFTConfig(**{**arguments.pop("config"), **arguments})
+
+
+def parse_settings(
+    parser: argparse.ArgumentParser, argv: list[str] | None, config_dir: str | Path | None
+) -> dict[str, Any]:
+    """What the command line says for [`NFTConfig`] and the parser's own arguments; `config` holds the settings that
+    `--config` stands for, with sizes for this number of processes."""
     names = ", ".join(_config_names(config_dir))
     help = f"a YAML file, {names}, the name of a published run, or `list`, which prints these names"
     parser.add_argument("--config", help=help)
     arguments = parse_fields(parser, NFTConfig, argv)
-    config = arguments.pop("config")
+    return arguments | {"config": _named_settings(arguments["config"], arguments, config_dir)}
+
+
+def _named_settings(config: str | None, arguments: dict[str, Any], config_dir: str | Path | None) -> dict[str, Any]:
     published = Path(config_dir or "") / "published"
     is_main = os.environ.get("RANK", "0") == "0"
     if config == "list":
@@ -354,9 +366,8 @@ def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = No
         values, sizes = run.settings_for(int(os.environ.get("WORLD_SIZE", 1)), given)
         if is_main:
             print(sizes)
-    else:
-        values = _read_yaml(config, config_dir, [f.name for f in fields(NFTConfig)])
-    return NFTConfig(**{**values, **arguments})
+        return values
+    return _read_yaml(config, config_dir, [f.name for f in fields(NFTConfig)])
 
 
 def parse_fields(
