@@ -5,20 +5,14 @@ import re
 from examples.benchmark_training import main
 
 
+SIZES = ["--samples_per_prompt", "2", "--batches_per_epoch", "2", "--num_train_epochs", "2"]
 SMALL = ["--height", "32", "--width", "32", "--num_frames", "9", "--rank", "4", "--mixed_precision", "no"]
 
 
 def test_sizes_and_rewards_are_those_of_the_published_run(model_folder, capsys):
     model = ["--pretrained_model_name_or_path", str(model_folder), "--local_attn_size", "6", "--sink_size", "0"]
-    rewards = [
-        "--rewards",
-        "tests.training.rewards:brightness",
-        "--samples_per_prompt",
-        "2",
-        "--batches_per_epoch",
-        "2",
-    ]
-    code = main(["--config", "self_forcing_video_hpsv3", *model, *SMALL, *rewards, "--num_train_epochs", "2"])
+    rewards = ["--rewards", "tests.training.rewards:brightness"]
+    code = main(["--config", "self_forcing_video_hpsv3", *model, *SMALL, *rewards, *SIZES])
     output = capsys.readouterr().out
     assert code == 0, output
     assert "self_forcing_video_hpsv3 on 1 process: batches of 3, groups of 2, 6 samples an epoch, as given" in output
