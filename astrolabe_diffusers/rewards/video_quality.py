@@ -56,9 +56,11 @@ class Sharpness(Reward):
     How much of the picture is fine detail.
 
     Per frame, with l the discrete Laplacian (the four neighbours minus four times the pixel, borders repeated) and v
-    the variance of the luminance: score = mean(l^2) / (mean(l^2) + v / 10), in [0, 1); the video's score is the mean
-    over its frames. It falls with blur, does not depend on contrast or brightness, and is 0 for a plain frame. Noise
-    counts as detail. Compare videos of one resolution only.
+    the variance of the luminance: score = mean(l^2) / (mean(l^2) + v / 10) * v / (v + c), in [0, 1); the video's score
+    is the mean over its frames. c is one gray level squared. Without that factor a frame that is plain but for the
+    faintest noise would be the sharpest of all, and a model that is trained on it makes plain frames. It falls with
+    blur and does not depend on brightness, and little on contrast. Strong noise counts as detail. Compare videos of
+    one resolution only.
     """
 
     uses_prompt = False
@@ -69,7 +71,8 @@ class Sharpness(Reward):
         laplacian = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
         detail = laplacian.sub_(y, alpha=4).square_().mean((2, 3))
         variance = y.var((2, 3), correction=0)
-        return RewardOutput((detail / (detail + variance / 10).clamp(min=1e-6)).mean(1).cpu())
+        share = detail / (detail + variance / 10).clamp(min=1e-12)
+        return RewardOutput((share * variance / (variance + (1 / 255) ** 2)).mean(1).cpu())
 
 
 @register_reward("flicker")

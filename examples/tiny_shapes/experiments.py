@@ -24,10 +24,10 @@ import torch
 TRAIN = Path(__file__).parents[1] / "train_nft.py"
 SEEDS = (42, 43, 44)
 MATCH = "tiny_shapes_prompt_match"
-# Sharpness rises on noise and hard edges whatever the prompt says: a reward that invites to be hacked.
-HACKED = {"rewards": f"sharpness=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 5e-4}
+DETAIL = "experiments:relative_detail"
+HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 5e-4}
 # The same beside the one that is meant.
-TEMPTED = {**HACKED, "rewards": f"sharpness=2,{MATCH}=1"}
+TEMPTED = {**HACKED, "rewards": f"{DETAIL}=2,{MATCH}=1"}
 TWO_BLOCKS = {"num_frames": 21}
 LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
 EXPERIMENTS: dict[str, dict] = {
@@ -48,9 +48,9 @@ EXPERIMENTS: dict[str, dict] = {
         "train_batch_size": 8,
         "batches_per_epoch": 8,
     },
-    "sharpness, no KL": {**HACKED, "kl_weight": 0},
-    "sharpness, uniform KL": {**HACKED, "kl_weight": 0.03},
-    "sharpness, selective KL": {**HACKED, "kl_weight": 0.03, "selective_kl": True},
+    "detail, no KL": {**HACKED, "kl_weight": 0},
+    "detail, uniform KL": {**HACKED, "kl_weight": 0.03},
+    "detail, selective KL": {**HACKED, "kl_weight": 0.03, "selective_kl": True},
     "both, no KL": {**TEMPTED, "kl_weight": 0},
     "both, uniform KL": {**TEMPTED, "kl_weight": 0.03},
     "both, selective KL": {**TEMPTED, "kl_weight": 0.03, "selective_kl": True},
@@ -64,6 +64,17 @@ EXPERIMENTS: dict[str, dict] = {
 }
 
 
+def relative_detail(videos, prompts, metadata):
+    """A reward that invites to be hacked: `sharpness` without its factor for contrast. A frame that is plain but for
+    the faintest noise has nearly 1."""
+    red, green, blue = videos.float().unbind(2)
+    y = 0.299 * red + 0.587 * green + 0.114 * blue
+    padded = torch.nn.functional.pad(y, (1, 1, 1, 1), mode="replicate")
+    neighbours = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
+    detail, variance = (neighbours - 4 * y).square().mean((2, 3)), y.var((2, 3), correction=0)
+    return (detail / (detail + variance / 10).clamp(min=1e-6)).mean(1), {}
+
+
 def run(name: str, seed: int, output_dir: Path, gpu: int | None) -> dict:
     """Scores of a run, as its results.json has them."""
     folder = output_dir / f"{list(EXPERIMENTS).index(name):02d}-{seed}"
@@ -71,10 +82,13 @@ def run(name: str, seed: int, output_dir: Path, gpu: int | None) -> dict:
     if not results.is_file():
         # Judged before and after, with no videos to look at.
         settings = {"seed": seed, "output_dir": folder, "eval_steps": 80, "num_eval_videos": 0, "report_to": "none"}
-        settings |= {"checkpointing_steps": 1000} | EXPERIMENTS[name]
+        settings |= {"checkpointing_steps": 1000, "eval_rewards": DETAIL} | EXPERIMENTS[name]
         command = [sys.executable, str(TRAIN), "--config", "tiny_shapes"]
         command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:
             subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
@@ -107,10 +121,10 @@ def main(argv: list[str] | None = None):
     with ThreadPoolExecutor(args.jobs) as executor:
         futures = {name: [executor.submit(task, name, seed) for seed in SEEDS] for name in args.only}
         seeds = " ".join(map(str, SEEDS))
-        print(f"| change after 80 steps, seeds {seeds} | prompt match | sharpness |\n|---|---|---|")
+        print(f"| change after 80 steps, seeds {seeds} | prompt match | relative detail |\n|---|---|---|")
         for name, runs in futures.items():
             scores = [future.result() for future in runs]
-            print(f"| {name} | {cell(scores, MATCH)} | {cell(scores, 'sharpness')} |", flush=True)
+            print(f"| {name} | {cell(scores, MATCH)} | {cell(scores, DETAIL)} |", flush=True)
 
 
 if __name__ == "__main__":

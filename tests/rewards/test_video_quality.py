@@ -95,9 +95,9 @@ class TestSharpness:
         values = score("sharpness", clip, *(box_blur(clip, size) for size in (3, 5, 9)))
         assert falls(values, by=0.02) and values[0] > 0.5 and values[-1] < 0.1
 
-    def test_does_not_depend_on_contrast_or_brightness(self, clip):
+    def test_depends_little_on_contrast_and_brightness(self, clip):
         full, faint = score("sharpness", clip, 0.4 + 0.2 * clip)
-        assert faint == pytest.approx(full, abs=1e-3)
+        assert 0.9 * full < faint <= full
 
     def test_is_the_mean_over_frames(self, clip):
         half = torch.cat([clip, box_blur(clip, 9)])
@@ -106,10 +106,20 @@ class TestSharpness:
 
 
 def test_sharpness_of_a_checkerboard_follows_the_formula():
-    """Away from the border the Laplacian of a +-a checkerboard is 8 a, its variance a^2: 64 / (64 + 1 / 10)."""
+    """Away from the border the Laplacian of a +-a checkerboard is 8 a, its variance a^2, here 1 / 16."""
     board = (torch.arange(200)[:, None] + torch.arange(200)[None]) % 2 * 0.5
-    assert score("sharpness", board.expand(1, 3, 200, 200))[0] == pytest.approx(64 / 64.1, abs=1e-4)
-    assert score("sharpness", torch.full((2, 3, 16, 16), 0.7)) == [0]
+    assert score("sharpness", board.expand(1, 3, 200, 200))[0] == pytest.approx(
+        64 / 64.1 / (1 + 16 / 255**2), abs=1e-4
+    )
+
+
+def test_plain_frames_are_not_sharp_whatever_their_noise():
+    plain = torch.full((2, 3, 64, 64), 0.7)
+    noise = torch.randn(plain[:, :1].shape, generator=torch.Generator().manual_seed(0)).expand_as(plain)
+    assert score("sharpness", plain) == [0]
+    values = score("sharpness", *(plain + levels * noise / 255 for levels in (0.125, 1, 10)))
+    # mean(l^2) of noise is 20 v, but for the borders.
+    assert values == pytest.approx([1 / 65, 1 / 2, 100 / 101], abs=0.02)
 
 
 @pytest.mark.parametrize("clip", [STEADY_PAN, SHAPES], ids=["pan", "shapes"])
