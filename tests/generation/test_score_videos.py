@@ -16,6 +16,10 @@ def words(videos, prompts, metadata):
     return [len(prompt.split()) for prompt in prompts], {"fps": [entry["fps"] for entry in metadata]}
 
 
+def rate(videos, prompts, metadata, fps=None):
+    return [fps] * len(videos), {}
+
+
 WORDS = "tests.generation.test_score_videos:words"
 
 
@@ -74,6 +78,14 @@ def test_any_folder(tmp_path):
     results = score_videos(str(tmp_path), ScoreConfig(reward="motion_smoothness,flicker", output=str(output)))
     assert [video["file"] for video in results["videos"]] == ["a.mp4", "b.mp4"]
     assert json.loads(output.read_text())["mean"] == pytest.approx(results["mean"])
+
+
+def test_rewards_know_the_frame_rate_of_each_file(tmp_path):
+    for name, fps in (("a", 8), ("b", 12), ("c", 12)):
+        write(tmp_path / f"{name}.mp4", fps=fps)
+    reward = "tests.generation.test_score_videos:rate"
+    results = score_videos(str(tmp_path), ScoreConfig(reward=reward, prompt="stripes"))
+    assert [video["scores"][reward] for video in results["videos"]] == [8, 12, 12]
 
 
 def test_mistakes_are_one_line(tmp_path):

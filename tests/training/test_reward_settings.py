@@ -60,6 +60,19 @@ def test_rewards_get_their_options_in_both_sets():
     torch.testing.assert_close(watched(videos, [""]).total, full / 2)
 
 
+@pytest.mark.parametrize("place", ["trainer", "process"])
+def test_rewards_know_the_frame_rate_of_the_videos(place):
+    """The option `fps` of a reward, unless it is set."""
+    values = dict(eval_rewards=["dynamic_degree"], reward_placement={"dynamic_degree": place})
+    videos, totals = torch.rand(1, 3, 3, 64, 64), []
+    for fps, options in ((16, {}), (24, {}), (24, {"dynamic_degree": {"fps": 8}})):
+        watched = make_rewards(NFTConfig(**values, reward_options=options), fps)[1]
+        totals.append(watched(videos, [""]).total)
+        watched.close()
+    torch.testing.assert_close(totals[1], totals[0] * 24 / 16)
+    torch.testing.assert_close(totals[2], totals[0] / 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
