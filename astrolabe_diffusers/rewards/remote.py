@@ -20,14 +20,16 @@ from .wire import Job, outputs_from_json, pack_job, requests_from_json
 TOKEN_VARIABLE = "ASTROLABE_REWARD_TOKEN"
 
 _CONNECT_SECONDS = 10
+# How long a server may be away, to be started anew for example.
+_AWAY_SECONDS = 45
 _PAUSE_SECONDS = 1.0
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 
 class RemoteRewards:
     """
-    Rewards that a server scores. A server that cannot be reached, or that is busy, is asked again until `timeout`
-    seconds have passed; one that takes longer to answer, or answers nonsense, is not.
+    Rewards that a server scores. One that is busy is asked again until `timeout` seconds have passed, and one that
+    cannot be reached for 45 of them; one that takes longer to answer, or answers nonsense, is not.
 
     The environment variable ASTROLABE_REWARD_TOKEN holds the server's token, if it has one.
 
@@ -96,6 +98,7 @@ class RemoteRewards:
     def _ask(self, method: str, path: str, retry: bool = True, **arguments: Any) -> Any:
         """The JSON that the server answers."""
         deadline = time.monotonic() + self.timeout
+        away_since = None
         while True:
             try:
                 with self._session.request(
@@ -110,12 +113,14 @@ class RemoteRewards:
                     body = _read(response, deadline)
                     if response.status_code != 503:
                         return self._answer(response.status_code, body)
-                    problem = "is busy"
+                    problem, away_since, until = "is busy", None, deadline
             except (requests.ReadTimeout, TimeoutError):
                 raise RewardPlaceError(f"{self.url} did not answer within {self.timeout:g} s.") from None
             except requests.RequestException as error:
                 problem = f"cannot be reached ({type(error).__name__})"
-            if not retry or time.monotonic() + _PAUSE_SECONDS > deadline:
+                away_since = away_since or time.monotonic()
+                until = min(deadline, away_since + _AWAY_SECONDS)
+            if not retry or time.monotonic() + _PAUSE_SECONDS > until:
                 raise RewardPlaceError(f"{self.url} {problem}.")
             time.sleep(_PAUSE_SECONDS)
 

@@ -101,13 +101,17 @@ def test_a_busy_server_is_asked_again(monkeypatch):
         score(lambda headers: (503, b"{}"), timeout=0.3)
 
 
-def test_a_server_that_goes_away_is_waited_for_and_then_an_error(monkeypatch):
+@pytest.mark.parametrize("timeout, away", [(0.5, 45), (600, 0.5)])
+def test_a_server_that_goes_away_is_waited_for_and_then_an_error(monkeypatch, timeout, away):
     monkeypatch.setattr("astrolabe_diffusers.rewards.remote._PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("astrolabe_diffusers.rewards.remote._AWAY_SECONDS", away)
     known = {"rewards": ["quality"], "using_prompts": [], "max_request_bytes": 10_000}
     with answering(lambda *request: (200, json.dumps(known).encode())) as url:
-        client = RemoteRewards(url, ["quality"], timeout=0.5)
+        client = RemoteRewards(url, ["quality"], timeout=timeout)
+    started = time.monotonic()
     with pytest.raises(RewardPlaceError, match=r"cannot be reached \(ConnectionError\)"):
         client.score(*make_batch([1]))
+    assert 0.3 < time.monotonic() - started < 10
 
 
 def test_a_request_that_is_too_large_is_not_sent():
