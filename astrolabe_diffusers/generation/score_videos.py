@@ -96,8 +96,9 @@ def make_rewards(config: ScoreConfig, fps: float) -> RewardSet:
 
 def score_video(name: str, frames: torch.Tensor, fps: float, prompt: str, rewards: RewardSet) -> dict[str, Any]:
     """What JSON holds of a video, uint8 `(F, 3, H, W)`, beside its name and prompt."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # resizing is slow on a CPU
     try:
-        output = rewards(frames[None].float() / 255, [prompt], [{"fps": fps}])
+        output = rewards(frames[None].to(device).float() / 255, [prompt], [{"fps": fps}])
     except (RewardError, RewardPlaceError, ValueError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     scores = {name: values.item() for name, values in output.scores.items()}
