@@ -58,13 +58,10 @@ def random_pipeline(
 def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Give a model on the meta device small random weights; what diffusers keeps in float32 is in float32."""
     keep = set(model._keep_in_fp32_modules) if isinstance(model, ModelMixin) else set()
-    generator = torch.Generator(device).manual_seed(0)  # the same on every process
     for name, parameter in list(model.named_parameters()):
         target = dtype if keep.isdisjoint(name.split(".")) else torch.float32
         value = torch.empty(parameter.shape, device=device, dtype=target)
-        value = (
-            value.fill_(1.0) if "norm" in name and value.ndim == 1 else value.normal_(0.0, 0.02, generator=generator)
-        )
+        value = value.fill_(1.0) if "norm" in name and value.ndim == 1 else value.normal_(0.0, 0.02)
         set_module_tensor_to_device(model, name, device, value, dtype=target)
     if hasattr(model, "tie_weights"):
         model.tie_weights()

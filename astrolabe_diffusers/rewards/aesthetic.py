@@ -56,7 +56,7 @@ class Aesthetic(FrameReward):
 
         device, dtype = place(device, dtype)
         path = fetch(checkpoint, list(_WEIGHTS))
-        weights = read_weights([path] if path.is_file() else find_weights(path, _WEIGHTS))
+        weights = read_weights(find_weights(path, _WEIGHTS))
         folder = fetch(base, ["config.json", "model.safetensors"])
         clip, report = CLIPModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         if missing := sorted(report["missing_keys"]):

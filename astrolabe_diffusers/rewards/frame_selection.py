@@ -22,7 +22,7 @@ class FrameSelection:
         ValueError: the rule is none of these.
     """
 
-    def __init__(self, rule: str, fps: float):
+    def __init__(self, rule: str, fps: float = 16.0):
         self.kind, _, number = rule.partition(":")
         try:
             self.number = float(number) if self.kind == "fps" else int(number or 1)

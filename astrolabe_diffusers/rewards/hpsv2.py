@@ -53,7 +53,7 @@ class HPSv2(FrameReward):
         super().__init__(frames, fps, top_fraction, batch_size)
         open_clip = _open_clip()
         path = fetch(checkpoint, list(_WEIGHTS[:1]))
-        weights = read_weights([path] if path.is_file() else find_weights(path, _WEIGHTS))
+        weights = read_weights(find_weights(path, _WEIGHTS))
         if architecture not in open_clip.list_models():
             raise ValueError(f"open_clip has no architecture {architecture!r}.")
         self.tokenize = open_clip.get_tokenizer(architecture)

@@ -69,7 +69,7 @@ class HPSv3(FrameReward):
         text = "".join(read_constants(_template_file(template, path), _TEMPLATE_NAMES))
         folder = fetch(base, ["config.json", "*token*", "vocab.json", "merges.txt"])
         self.prompt = RewardPrompt(AutoTokenizer.from_pretrained(folder), text, (_TOKEN,), "<|image_pad|>")
-        weights = module_names(read_weights([path] if path.is_file() else find_weights(path, _WEIGHTS)))
+        weights = module_names(read_weights(find_weights(path, _WEIGHTS)))
         config = Qwen2VLConfig.from_pretrained(folder)
         with init_empty_weights():
             head = _head(config.text_config.hidden_size)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from .frame_request import FrameRequest
+from .frame_selection import FrameSelection
 from .reward import Reward, RewardError, RewardOutput, RewardPlaceError, register_reward
 
 
@@ -70,16 +71,16 @@ class UnifiedReward(Reward):
             if value < 1:
                 raise ValueError(f"{name} of unifiedreward must be at least 1, not {value}.")
         self.url, self.model = f"{base_url.rstrip('/')}/chat/completions", model
-        self.num_frames, self.max_side, self.max_tokens = num_frames, max_side, max_tokens
+        self.select = FrameSelection(f"count:{num_frames}")
+        self.max_side, self.max_tokens = max_side, max_tokens
         self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
         key = os.environ.get(api_key_variable)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def request(self, num_frames, height, width):
         scale = min(1.0, self.max_side / max(height, width))
-        count = min(self.num_frames, num_frames)
-        frames = torch.linspace(0, num_frames - 1, count).round().int().tolist()
-        return FrameRequest(tuple(frames), ((round(height * scale), round(width * scale)),))
+        frames = tuple(self.select(num_frames))
+        return FrameRequest(frames, ((round(height * scale), round(width * scale)),))
 
     def score(self, videos, prompts, metadata=None):
         frames = self.requested(videos).cpu()

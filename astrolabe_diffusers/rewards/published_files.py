@@ -26,18 +26,20 @@ def fetch(source: str, patterns: list[str]) -> Path:
         raise ValueError(f"{source} is no file or folder here, and the Hub did not give it: {reason}") from None
 
 
-def find_weights(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The weight files of a folder: the first of `names` that is there, or the shards of an index."""
-    for index in sorted(folder.glob("*.index.json")):
+def find_weights(path: Path, names: tuple[str, ...]) -> list[Path]:
+    """The weight files: `path` if it is one, or in that folder the shards of an index, or the first of `names`."""
+    if path.is_file():
+        return [path]
+    for index in sorted(path.glob("*.index.json")):
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {index.name} names.")
-        return [folder / shard for shard in shards]
+            raise ValueError(f"{path} lacks {', '.join(missing)}, which its {index.name} names.")
+        return [path / shard for shard in shards]
     for name in names:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise ValueError(f"{folder} holds no weights: there is no {', no '.join(names)}.")
+        if (path / name).is_file():
+            return [path / name]
+    raise ValueError(f"{path} holds no weights: there is no {', no '.join(names)}.")
 
 
 def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,14 @@ def luminance(videos: torch.Tensor) -> torch.Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
+def relative_detail(luminance: torch.Tensor) -> torch.Tensor:
+    """[B, F] of luminance [B, F, H, W]: the share of fine detail in what a frame has, see [`Sharpness`]."""
+    padded = F.pad(luminance, (1, 1, 1, 1), mode="replicate")
+    laplacian = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
+    detail = laplacian.sub_(luminance, alpha=4).square_().mean((2, 3))
+    return detail / (detail + luminance.var((2, 3), correction=0) / 10).clamp(min=1e-12)
+
+
 def _coarse(luminance: torch.Tensor, cells: int) -> torch.Tensor:
     """[B, F, h, w]: means over square cells, about `cells` of them along the short side."""
     size = max(1, min(luminance.shape[-2:]) // cells)
@@ -67,12 +75,8 @@ class Sharpness(Reward):
 
     def score(self, videos, prompts, metadata=None):
         y = luminance(videos)
-        padded = F.pad(y, (1, 1, 1, 1), mode="replicate")
-        laplacian = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
-        detail = laplacian.sub_(y, alpha=4).square_().mean((2, 3))
         variance = y.var((2, 3), correction=0)
-        share = detail / (detail + variance / 10).clamp(min=1e-12)
-        return RewardOutput((share * variance / (variance + (1 / 255) ** 2)).mean(1).cpu())
+        return RewardOutput((relative_detail(y) * variance / (variance + (1 / 255) ** 2)).mean(1).cpu())
 
 
 @register_reward("flicker")

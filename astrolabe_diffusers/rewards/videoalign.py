@@ -66,7 +66,7 @@ class VideoReward:
                 weights |= module_names(read_weights([folder / part]))
             weights[EMBEDDING] = weights[EMBEDDING][: len(tokenizer)]
         else:
-            weights = module_names(read_weights([file] if file else find_weights(folder, _WEIGHTS)))
+            weights = module_names(read_weights(find_weights(file or folder, _WEIGHTS)))
         weights = merge_lora(weights, settings["peft_lora_config"]["lora_alpha"])
         # The released head has one output for all three tokens; one trained with three has its own for each.
         outputs = weights["head.weight"].shape[0] if "head.weight" in weights else 1

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from diffusers.utils import export_to_video
 
+from ..rewards.frame_request import to_uint8
 from .agreement import raise_together
 from .plots import comparison_video, contact_sheet, small_gif_bytes
 from .prompts import Sample, process_batches
@@ -66,7 +67,7 @@ def evaluate(
         on_batch: called after each batch that is sampled, with their number so far and in all, in this process.
 
     Returns:
-        The evaluation and, by index, those first videos `(F, 3, H, W)` in [0, 1] with eight bits, in every process.
+        The evaluation, in every process, and by index those first videos `(F, 3, H, W)` in [0, 1] that were made here.
     """
     batches = process_batches(samples, batch_size, process_index, num_processes)
     if is_sharded():
@@ -85,9 +86,16 @@ def evaluate(
         for index, video in kept.items():
             video_dir.mkdir(parents=True, exist_ok=True)
             save_video(video, video_dir / f"{index:03d}.mp4", pipeline.config.frame_rate)
-    gathered = gather_object([{index: (video * 255).round().byte() for index, video in kept.items()}])
-    videos = {index: video / 255 for videos in gathered for index, video in videos.items()}
-    return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), dict(sorted(videos.items()))
+    return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
+
+
+def gather_videos(videos: dict[int, torch.Tensor], is_main_process: bool) -> list[torch.Tensor]:
+    """The videos of all processes in the order of their indices, with eight bits, for the main process; none else."""
+    gathered = gather_object([{index: to_uint8(video) for index, video in videos.items()}])
+    if not is_main_process:
+        return []
+    everything = {index: video for part in gathered for index, video in part.items()}
+    return [everything[index] / 255 for index in sorted(everything)]
 
 
 def save_video(video: torch.Tensor, path: Path, frame_rate: int):

@@ -15,7 +15,7 @@ from .agreement import raise_together
 from .checkpoints import WEIGHT_NAMES, Checkpoints, policy_identity, save_adapter
 from .config import NFTConfig
 from .errors import Interrupted, UserError, as_user_error
-from .evaluation import evaluate, generate_columns, write_columns
+from .evaluation import evaluate, gather_videos, generate_columns, write_columns
 from .hub import create_hub_repo, push_to_hub
 from .interruption import Interruption
 from .model_card import write_card
@@ -337,8 +337,9 @@ class NFTTrainer:
                 self.config.num_eval_videos,
                 self.after_evaluation_batch,
             )
+        videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():
-            self.report.add_evaluation(evaluation, list(videos.values()), self.pipeline.config.frame_rate)
+            self.report.add_evaluation(evaluation, videos, self.pipeline.config.frame_rate)
 
     def after_evaluation_batch(self, done: int, total: int):
         self.report.activity(f"evaluated {done}/{total}")

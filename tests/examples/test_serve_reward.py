@@ -15,7 +15,6 @@ import requests
 from tests.training.helpers import tiny_arguments
 
 
-pytest.importorskip("fastapi")
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples"))
 import serve_reward  # noqa: E402

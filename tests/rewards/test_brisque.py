@@ -128,7 +128,7 @@ def test_a_video_is_the_mean_of_its_frames(brisque):
 def test_scores_are_those_of_the_package(brisque):
     """Against its own code, with SciPy, OpenCV and libsvm, where they are installed."""
     for module in ("cv2", "skimage", "libsvm"):
-        pytest.importorskip(module)
+        pytest.importorskip(module, reason="needs what the package brisque needs: pip install brisque")
     import scipy.ndimage
 
     # It is written for an older SciPy and NumPy.

@@ -24,7 +24,9 @@ def test_without_open_clip_one_line_says_what_to_install(monkeypatch):
 
 @pytest.fixture(scope="module")
 def open_clip(tmp_path_factory):
-    open_clip = pytest.importorskip("open_clip", exc_type=(ImportError, RuntimeError))
+    open_clip = pytest.importorskip(
+        "open_clip", reason="needs the extra `rewards`", exc_type=(ImportError, RuntimeError)
+    )
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 56, "layers": 2, "width": 32, "head_width": 8, "patch_size": 14},

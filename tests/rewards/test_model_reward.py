@@ -40,7 +40,11 @@ def test_pillow(before, after):
 
 @pytest.mark.parametrize("before, after", SIZES)
 def test_torchvision(before, after):
-    functional = pytest.importorskip("torchvision.transforms.functional", exc_type=(ImportError, RuntimeError))
+    functional = pytest.importorskip(
+        "torchvision.transforms.functional",
+        reason="needs a torchvision that fits torch",
+        exc_type=(ImportError, RuntimeError),
+    )
     from torchvision.transforms import InterpolationMode
 
     frames = pictures(before)

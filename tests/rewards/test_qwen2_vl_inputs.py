@@ -54,7 +54,9 @@ def test_a_picture_through_resizing_and_patches():
 
 
 def test_patches_of_videos_are_those_of_transformers():
-    pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+    pytest.importorskip(
+        "torchvision", reason="needs a torchvision that fits torch", exc_type=(ImportError, RuntimeError)
+    )
     from transformers import Qwen2VLVideoProcessor
 
     videos = torch.randint(0, 256, (2, 5, 3, 84, 140), dtype=torch.uint8)

@@ -10,15 +10,10 @@ import torch
 from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet
 from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
 from astrolabe_diffusers.rewards.local_rewards import LocalRewards
+from astrolabe_diffusers.rewards.server import Batcher, check_binding, create_app
 from astrolabe_diffusers.rewards.wire import Job, pack_job
 from tests.rewards.http_server import serving
 from tests.rewards.placed_rewards import assert_own_scores, make_batch
-
-
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-
-from astrolabe_diffusers.rewards.server import Batcher, check_binding, create_app  # noqa: E402
 
 
 PATH = "tests.rewards.placed_rewards"
