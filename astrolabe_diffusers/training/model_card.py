@@ -19,6 +19,7 @@ from .report import change_text, duration, markdown_table
 TAGS = ["text-to-video", "diffusers", "lora", "reinforcement-learning", "astrolabe"]
 # What says nothing about the adapter, or is no one else's business.
 LEFT_OUT = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_token")
+LEFT_OUT += ("reward_placement", "reward_timeout")  # addresses of servers among them
 
 
 def write_card(config: NFTConfig, results: dict[str, Any], prompts: Sequence[str], repo_id: str | None = None) -> Path:
@@ -112,6 +113,8 @@ def shareable_settings(config: NFTConfig) -> dict[str, Any]:
     defaults = asdict(NFTConfig())
 
     def shareable(value):
+        if isinstance(value, dict):
+            return {key: shareable(item) for key, item in value.items()}
         local = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
         return Path(value).name if local else value
 

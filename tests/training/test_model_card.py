@@ -132,6 +132,21 @@ def test_card_of_a_model_in_a_folder_names_no_path(model_folder, tmp_path):
     assert card.data.base_model == "someone/base" and "model `someone/base`" in card.text
 
 
+def test_card_names_no_place_of_a_reward(tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    cfg = config(
+        rewards={MATCH: 1.0},
+        output_dir=tmp_path / "my-lora",
+        reward_options={MATCH: {"checkpoint": str(weights), "frames": "stride:4"}},
+        reward_placement={MATCH: "http://rewards.internal:8000"},
+    )
+    (tmp_path / "my-lora").mkdir()
+    card = card_of(cfg, results())
+    assert str(tmp_path) not in str(card) and "internal" not in str(card)
+    assert shareable_settings(cfg)["reward_options"] == {MATCH: {"checkpoint": "weights", "frames": "stride:4"}}
+
+
 def test_card_without_videos(tmp_path):
     cfg = config(pretrained_model_name_or_path=TINY_SHAPES, rewards={MATCH: 1.0}, output_dir=tmp_path)
     card = card_of(cfg, results(), prompts=())
