@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..text_files import read_lines
 from .errors import UserError, as_user_error
 from .seeds import seeded_generator
 
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # Of the files in a prompt folder, after the split's name.
@@ -41,7 +45,8 @@ class Sample:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a `.txt` file, one a line, or a `.jsonl` file, objects with a `prompt`. Empty lines do not count."""
     path = Path(path)
-    lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1)]
+    with as_user_error("prompts"):
+        lines = [(number, line.strip()) for number, line in enumerate(read_lines(path), 1)]
     lines = [(number, line) for number, line in lines if line]
     if path.suffix != ".jsonl":
         prompts = [Prompt(line) for _, line in lines]
@@ -51,7 +56,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             try:
                 metadata = json.loads(line)
                 prompts.append(Prompt(metadata.pop("prompt"), metadata))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, RecursionError) as error:
                 raise UserError(f'{path}, line {number}: not a JSON object with a "prompt".') from error
     if not prompts:
         raise UserError(f"the prompt file {path} is empty.")
@@ -113,19 +118,35 @@ def train_and_eval_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts, the latter evenly spaced.
 
-    A source without a second split, a single file for example, gives its held-out prompts from the first.
+    A source without a second split, a single file for example, gives its held-out prompts from the first. No text is
+    in both: what is held out is left out of the training prompts, wherever it stands there.
     """
     prompts = source.read(train_split)
-    if not Path(source.name).is_file() and eval_split != train_split:
-        return prompts, spread(source.read(eval_split), num_eval_prompts)
-    if len(prompts) <= num_eval_prompts:
-        raise UserError(
-            f"{source.name} has {len(prompts)} prompts, but num_eval_prompts={num_eval_prompts} of them are to be "
-            "held out from training; lower it, or use a folder with train.txt and test.txt."
-        )
-    held_out = set(spread(range(len(prompts)), num_eval_prompts))
-    train = [prompt for i, prompt in enumerate(prompts) if i not in held_out]
-    return train, [prompts[i] for i in sorted(held_out)]
+    own_split = not Path(source.name).is_file() and eval_split != train_split
+    if own_split:
+        held_out = spread(source.read(eval_split), num_eval_prompts)
+    else:
+        distinct: dict[str, Prompt] = {}
+        for prompt in prompts:
+            distinct.setdefault(_text_key(prompt), prompt)
+        if len(distinct) <= num_eval_prompts:
+            raise UserError(
+                f"{source.name} has {len(distinct)} different prompts, but num_eval_prompts={num_eval_prompts} of "
+                "them are to be held out from training; lower it, or use a folder with train.txt and test.txt."
+            )
+        held_out = spread(list(distinct.values()), num_eval_prompts)
+    texts = {_text_key(prompt) for prompt in held_out}
+    train = [prompt for prompt in prompts if _text_key(prompt) not in texts]
+    if not train:
+        raise UserError(f"{source.name}: all training prompts are held out too, so that none is left to train on.")
+    if own_split and len(train) < len(prompts):
+        logger.warning("%d training prompts are left out: they are held out.", len(prompts) - len(train))
+    return train, held_out
+
+
+def _text_key(prompt: Prompt) -> str:
+    """Equal for texts that differ in white space and capitals alone."""
+    return " ".join(prompt.text.split()).casefold()
 
 
 def spread(items: Sequence[T], number: int) -> list[T]:

@@ -116,9 +116,42 @@ def test_bad_folders(dataset_cache, tmp_path, content, words):
         train_and_eval_prompts(PromptSource(str(tmp_path / "prompts")), 2)
 
 
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_lines_are_those_of_the_file_whatever_wrote_it(tmp_path, ending):
+    wanted = ["a red circle\u2028moves left", "a blue\x85square"]
+    lines = wanted if ending == "txt" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in wanted]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / f"prompts.{ending}").write_bytes("\r\n".join(lines).encode(encoding))
+        assert texts(read_prompts(tmp_path / f"prompts.{ending}")) == wanted
+
+
+def test_file_in_another_encoding(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a cafe\na café".encode("latin-1"))
+    with pytest.raises(UserError, match="p.txt is no text in UTF-8: line 2 has the byte 0xe9") as error:
+        read_prompts(tmp_path / "p.txt")
+    assert "\n" not in str(error.value)
+
+
+def test_no_held_out_text_is_trained_on(tmp_path, caplog):
+    path = tmp_path / "p.txt"
+    path.write_text("a red circle\n" * 6 + "A  blue square\na blue square\n" * 3 + "a green cross\n")
+    train, held_out = train_and_eval_prompts(PromptSource(str(path)), 2)
+    assert texts(held_out) == ["a red circle", "A  blue square"] and texts(train) == ["a green cross"]
+
+    (tmp_path / "train.txt").write_text("a red circle\nb\nc\n")
+    (tmp_path / "test.txt").write_text("A red circle\nd\n")
+    assert not caplog.records
+    train, held_out = train_and_eval_prompts(PromptSource(str(tmp_path)), 2)
+    assert texts(train) == ["b", "c"] and texts(held_out) == ["A red circle", "d"]
+    assert caplog.messages == ["1 training prompts are left out: they are held out."]
+    (tmp_path / "train.txt").write_text("d\n")
+    with pytest.raises(UserError, match="all training prompts are held out"):
+        train_and_eval_prompts(PromptSource(str(tmp_path)), 2)
+
+
 def test_single_file_too_short_or_of_unknown_kind(tmp_path):
-    (tmp_path / "p.txt").write_text("a\nb")
-    with pytest.raises(UserError, match="has 2 prompts, but num_eval_prompts=2"):
+    (tmp_path / "p.txt").write_text("a\nb\nb")
+    with pytest.raises(UserError, match="has 2 different prompts, but num_eval_prompts=2"):
         train_and_eval_prompts(PromptSource(str(tmp_path / "p.txt")), 2)
     (tmp_path / "p.csv").write_text("a\nb")
     with pytest.raises(UserError, match="must be a .txt or a .jsonl"):
