@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
+import math
+import operator
 import os
 import types
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -15,13 +16,26 @@ import yaml
 
 from .. import TINY_SHAPES
 from ..rewards.reward_set import PLACES
+from ..text_files import read_text
+from .arguments import Once, close_matches, parse_known
 from .errors import UserError, as_user_error, one_line
 from .published_runs import SIZES, find_published_run, list_published_runs
 from .trackers import TRACKERS
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, minimum: float | None = None):
-    metadata = {"help": help, "choices": choices, "minimum": minimum}
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+):
+    """A field of a [`Config`] with its help; `above` and `below` are bounds that it may not reach."""
+    bounds = {"at least": minimum, "at most": maximum, "more than": above, "less than": below}
+    metadata = {"help": help, "choices": choices, "bounds": {k: v for k, v in bounds.items() if v is not None}}
     if isinstance(default, (dict, list)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -34,12 +48,17 @@ def import_modules(names: list[str]):
             importlib.import_module(name)
 
 
+# The published runs have 1152 at most. What is far beyond is a slip, and would fill the memory with their list.
+MAX_EPOCH_SAMPLES = 1_000_000
+_WITHIN = {"at least": operator.ge, "at most": operator.le, "more than": operator.gt, "less than": operator.lt}
+
+
 @dataclass
 class Config:
     """Base of dataclasses whose fields are [`option`]s: values get the declared type and are checked when made.
 
     Raises:
-        UserError: a value is not of its field's type, none of its choices or too small.
+        UserError: a value is not of its field's type, none of its choices or out of its bounds.
     """
 
     import_modules: list[str] = option(
@@ -51,11 +70,14 @@ class Config:
         for f in fields(self):
             value = _coerce(f.name, getattr(self, f.name), hints[f.name])
             setattr(self, f.name, value)
-            choices, minimum = f.metadata["choices"], f.metadata["minimum"]
-            if choices is not None and value is not None and value not in choices:
+            if value is None:
+                continue
+            choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+            if choices is not None and value not in choices:
                 raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
-            if minimum is not None and value is not None and value < minimum:
-                raise UserError(f"{f.name} must be at least {minimum}, not {value}.")
+            if not all(_WITHIN[words](value, bound) for words, bound in bounds.items()):
+                listed = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
+                raise UserError(f"{f.name} must be {listed}, not {value}.")
         import_modules(self.import_modules)
 
 
@@ -100,7 +122,9 @@ class NFTConfig(RewardConfig):
     train_split: str = option("train", "split of a dataset")
     eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
     output_dir: str = option("nft-lora", "everything the run writes")
-    seed: int = option(42, "seed of LoRA initialisation, prompts, samples and training noise")
+    seed: int = option(
+        42, "seed of LoRA initialisation, prompts, samples and training noise", minimum=0, maximum=2**32 - 1
+    )
 
     # Videos: the pipeline's own size if not given
     height: int | None = option(None, "height of the videos in pixels", minimum=1)
@@ -128,7 +152,9 @@ class NFTConfig(RewardConfig):
     # Rollout
     train_batch_size: int = option(3, "videos in a batch on each device, in sampling and in training", minimum=1)
     batches_per_epoch: int = option(16, "batches an epoch on each device", minimum=1)
-    samples_per_prompt: int = option(24, "videos of a group, all from one prompt", minimum=1)
+    samples_per_prompt: int = option(
+        24, "videos of a group, all from one prompt; a group of one has nothing to compare", minimum=2
+    )
 
     # Rewards
     rewards: dict[str, float] = option(
@@ -140,7 +166,7 @@ class NFTConfig(RewardConfig):
     )
 
     # Algorithm
-    beta: float = option(1.0, "how far the implicit policies lie from the old one")
+    beta: float = option(1.0, "how far the implicit policies lie from the old one", above=0)
     kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
     loss_weighting: str = option(
         "none",
@@ -157,7 +183,7 @@ class NFTConfig(RewardConfig):
         "whose K and V a clean context has: the old policy's for all, in one pass, or each policy's own",
         choices=("old", "own"),
     )
-    adv_clip_max: float = option(5.0, "advantages are clipped to +-this")
+    adv_clip_max: float = option(5.0, "advantages are clipped to +-this", above=0)
     advantage_reward: str = option(
         "composite",
         "what advantages are of: the weighted sum of the rewards, or the primary one",
@@ -177,10 +203,15 @@ class NFTConfig(RewardConfig):
     selective_kl: bool = option(
         False, "KL only for samples that the primary reward ranks far above the other rewards (Astrolabe 3.4)"
     )
-    risk_ratio: float = option(0.1, "selective_kl: fraction of the doubtful samples that are held back, at the start")
-    risk_ratio_rate: float = option(0.1, "by how much of itself it grows or shrinks", minimum=0)
-    risk_ratio_min: float = option(0.02, "its lower limit", minimum=0)
-    risk_ratio_max: float = option(0.2, "its upper limit", minimum=0)
+    risk_ratio: float = option(
+        0.1,
+        "selective_kl: fraction of the doubtful samples that are held back, at the start",
+        minimum=0,
+        maximum=1,
+    )
+    risk_ratio_rate: float = option(0.1, "by how much of itself it grows or shrinks", minimum=0, maximum=1)
+    risk_ratio_min: float = option(0.02, "its lower limit", minimum=0, maximum=1)
+    risk_ratio_max: float = option(0.2, "its upper limit", minimum=0, maximum=1)
     risk_buffer_size: int = option(20, "epochs whose mean disagreement it is compared with", minimum=1)
     reference_reset_kl: float | None = option(
         None, "the reference becomes the current policy when the KL passes this (0.15 in the release)", minimum=0
@@ -189,15 +220,20 @@ class NFTConfig(RewardConfig):
         None, "... or when it is this many epochs old (15 in the release)", minimum=1
     )
     ema_decay: float | None = option(
-        None, "an average of the policy over the steps, ema = d ema + (1 - d) current, is what is judged and saved"
+        None,
+        "an average of the policy over the steps, ema = d ema + (1 - d) current, is what is judged and saved",
+        minimum=0,
+        below=1,
     )
     train_timesteps: str = option(
         "warped",
         "noise levels that are trained: the sampler's own, or those before its shift (1000 750 500 250)",
         choices=("warped", "raw"),
     )
-    old_policy_decay_rate: float = option(0.001, "after step n, old = d old + (1 - d) current, d = min(rate n, max)")
-    old_policy_decay_max: float = option(0.5, "upper limit of that d")
+    old_policy_decay_rate: float = option(
+        0.001, "after step n, old = d old + (1 - d) current, d = min(rate n, max)", minimum=0
+    )
+    old_policy_decay_max: float = option(0.5, "upper limit of that d", minimum=0, maximum=1)
     collapse_factor: float = option(
         2.0, "stop if the norm of predicted clean videos grows or shrinks by this factor; 0: never", minimum=0
     )
@@ -212,8 +248,8 @@ class NFTConfig(RewardConfig):
         None, "LoRA to start from, folder or Hub id: its rank, alpha and modules go before those below"
     )
     rank: int = option(256, "LoRA rank", minimum=1)
-    lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank")
-    lora_dropout: float = option(0.0, "LoRA dropout", minimum=0)
+    lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank", minimum=1)
+    lora_dropout: float = option(0.0, "LoRA dropout", minimum=0, below=1)
     lora_target_modules: list[str] = option([], "suffixes of module names; every Linear of the blocks if not given")
 
     # Optimisation
@@ -222,14 +258,14 @@ class NFTConfig(RewardConfig):
     gradient_accumulation_steps: int | None = option(
         None, "batches in an optimizer step; batches_per_epoch if not given", minimum=1
     )
-    learning_rate: float = option(1e-5, "peak learning rate")
+    learning_rate: float = option(1e-5, "peak learning rate", above=0)
     lr_scheduler: str = option("constant", "schedule of diffusers.optimization.get_scheduler")
     lr_warmup_steps: int = option(0, "optimizer steps of warm-up, for `constant` too", minimum=0)
-    adam_beta1: float = option(0.9, "beta1 of AdamW")
-    adam_beta2: float = option(0.999, "beta2 of AdamW")
-    adam_weight_decay: float = option(1e-4, "weight decay of AdamW")
-    adam_epsilon: float = option(1e-8, "epsilon of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    adam_beta1: float = option(0.9, "beta1 of AdamW", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "beta2 of AdamW", minimum=0, below=1)
+    adam_weight_decay: float = option(1e-4, "weight decay of AdamW", minimum=0)
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=("no", "bf16"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")
@@ -256,6 +292,13 @@ class NFTConfig(RewardConfig):
         super().__post_init__()
         if not self.rewards:
             raise UserError("rewards is empty: name at least one reward to train on.")
+        if not any(self.rewards.values()):
+            raise UserError("all rewards have weight 0: give one another weight, or nothing is learnt.")
+        for name in self.eval_rewards:
+            if name in self.rewards:
+                raise UserError(f"eval_rewards: {name} is trained on, and reported with the others already.")
+        if 0 < self.collapse_factor <= 1:
+            raise UserError(f"collapse_factor must be more than 1, or 0 for never, not {self.collapse_factor}.")
         if self.primary_reward is not None and self.primary_reward not in self.rewards:
             raise UserError(f"primary_reward {self.primary_reward!r} is none of {', '.join(self.rewards)}.")
         if self.selective_kl and len(self.rewards) < 2:
@@ -316,6 +359,11 @@ class NFTConfig(RewardConfig):
                 f"= {samples} samples an epoch are no whole number of groups of samples_per_prompt="
                 f"{self.samples_per_prompt}; samples_per_prompt can be {_listing(_divisors(samples)[1:])}."
             )
+        if samples > MAX_EPOCH_SAMPLES:
+            raise UserError(
+                f"{samples} samples an epoch are more than {MAX_EPOCH_SAMPLES}: lower train_batch_size or "
+                "batches_per_epoch."
+            )
         return samples // self.samples_per_prompt
 
     def save(self, path: str | Path):
@@ -346,7 +394,7 @@ def parse_settings(
     `--config` stands for, with sizes for this number of processes."""
     names = ", ".join(_config_names(config_dir))
     help = f"a YAML file, {names}, the name of a published run, or `list`, which prints these names"
-    parser.add_argument("--config", help=help)
+    parser.add_argument("--config", action=Once, help=help)
     arguments = parse_fields(parser, NFTConfig, argv)
     return arguments | {"config": _named_settings(arguments["config"], arguments, config_dir)}
 
@@ -378,30 +426,33 @@ def parse_fields(
     A list is comma-separated, or its flag is given several times.
     """
     hints = get_type_hints(config_class)
-    defaults = config_class()
     kinds = {
-        bool: {"nargs": "?", "const": "true"},
+        bool: {"nargs": "?", "const": "true", "action": Once},
         list[str]: {"action": "append"},
         list[int]: {"action": "append"},
         list[float]: {"action": "append"},
     }
     for f in fields(config_class):
+        # As declared: what a made object has may follow from other fields.
+        default = f.default if f.default_factory is MISSING else f.default_factory()
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        text = f"{f.metadata['help']}{choices} [{getattr(defaults, f.name)}]".replace("%", "%%")
-        kind = kinds.get(hints[f.name], {})
+        shown = "" if default is None else f" [{default}]"
+        text = f"{f.metadata['help']}{choices}{shown}".replace("%", "%%")
+        kind = kinds.get(hints[f.name], {"action": Once})
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
-    parser.error = _raise_user_error
-
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = next((a for a in unknown if a.startswith("--")), unknown[0]).split("=")[0]
-        names = [f.name for f in fields(config_class)]
-        raise UserError(f"unknown argument {flag}{_close_matches(flag.lstrip('-'), names, '--')}.")
+    arguments = parse_known(parser, argv)
     return {name: ",".join(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
 
 
-def _raise_user_error(message: str):
-    raise UserError(one_line(message))
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which PyYAML silently takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if key != "<<" and keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _config_names(config_dir: str | Path | None) -> list[str]:
@@ -417,22 +468,19 @@ def _read_yaml(config: str | None, config_dir: str | Path | None, names: list[st
     if not path.is_file():
         known = ", ".join(_config_names(config_dir)) or "none"
         raise UserError(f"--config {config}: no such file and no such name; the names are: {known}.")
+    with as_user_error("--config"):
+        text = read_text(path)
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=UniqueKeyLoader) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `field: value` lines.")
     unknown = [name for name in values if name not in names]
     if unknown:
-        known = "; ".join(f"{name}{_close_matches(str(name), names)}" for name in unknown)
+        known = "; ".join(f"{name}{close_matches(str(name), names)}" for name in unknown)
         raise UserError(f"{path}: unknown field{'s' if len(unknown) > 1 else ''} {known}.")
     return values
-
-
-def _close_matches(name: str, names: list[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, names, n=3)
-    return f" (did you mean {' or '.join(prefix + match for match in matches)}?)" if matches else ""
 
 
 _TYPE_NAMES = {
@@ -467,17 +515,24 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(float(value))
         if hint is float:
             # YAML reads 1e-4 as a string: it wants 1.0e-4.
-            return float(value)
+            return _finite(value)
         if get_origin(hint) is list:
             value = [v for v in value.strip("[] ").split(",") if v.strip()] if isinstance(value, str) else value
             items = [str(v).strip().strip("'\"") for v in value]
-            return [get_args(hint)[0](item) for item in items]
+            kind = get_args(hint)[0]
+            return [_finite(item) if kind is float else kind(item) for item in items]
         if isinstance(value, str):
             value = _parse_weights(value)
-        return {str(key): float(weight) for key, weight in value.items()}
+        return {str(key): _finite(weight) for key, weight in value.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated")
         raise UserError(f"{name} must be {expected}, not {value!r}.") from error
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
 
 
 def _to_places(name: str, value: Any) -> dict[str, str]:

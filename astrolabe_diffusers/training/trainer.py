@@ -377,6 +377,10 @@ class NFTTrainer:
             self.report.print(line)
         if config.resume_from_checkpoint:
             self.report.print(f"resuming from {path}" if path else "no checkpoint to resume from: starting anew")
+        if config.lr_warmup_steps > config.max_train_steps:
+            self.report.print(
+                f"lr_warmup_steps={config.lr_warmup_steps} is longer than the run: learning_rate will not be reached"
+            )
         trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
         processes = self.accelerator.num_processes
         self.report.print(

@@ -72,6 +72,15 @@ def test_values_get_the_type_of_their_field(arguments, field, value):
             ["--batches_per_epoch", "4", "--gradient_accumulation_steps", "2", "--max_train_steps", "7"],
             ["max_train_steps=7", "6 or 8"],
         ),
+        (["--rank", "4", "--rank", "8"], ["--rank is given twice"]),
+        (["--rewards", "sharpness", "--rewards", "flicker"], ["--rewards is given twice"]),
+        (["--gradient_checkpointing", "--gradient_checkpointing", "false"], ["given twice"]),
+        (["--config", "small", "--config", "small"], ["--config is given twice"]),
+        (["--samples_per_prompt", "1"], ["samples_per_prompt", "at least 2"]),
+        (["--rewards", "sharpness=0"], ["weight 0"]),
+        (["--rewards", "sharpness=nan"], ["rewards", "name=weight"]),
+        (["--rewards", "sharpness", "--eval_rewards", "sharpness"], ["eval_rewards", "sharpness"]),
+        (["--collapse_factor", "0.5"], ["collapse_factor", "more than 1"]),
     ],
 )
 def test_mistakes_end_in_one_line_that_names_the_choices(arguments, words, configs):
@@ -80,6 +89,68 @@ def test_mistakes_end_in_one_line_that_names_the_choices(arguments, words, confi
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+# Of each of these numbers, the values at which a run cannot work, and one just inside the bound.
+@pytest.mark.parametrize(
+    ("field", "outside", "inside"),
+    [
+        ("learning_rate", ["0", "-1", "nan", "inf"], "1e-9"),
+        ("beta", ["0", "-0.1"], "0.01"),
+        ("adv_clip_max", ["0", "-1"], "0.1"),
+        ("adam_beta1", ["1", "1.5", "-0.1"], "0"),
+        ("adam_beta2", ["1"], "0.5"),
+        ("adam_epsilon", ["0", "-1"], "1e-12"),
+        ("adam_weight_decay", ["-1"], "0"),
+        ("max_grad_norm", ["0", "-1"], "0.1"),
+        ("lora_alpha", ["0", "-4"], "1"),
+        ("lora_dropout", ["1", "-0.1"], "0.5"),
+        ("ema_decay", ["1", "-1"], "0"),
+        ("old_policy_decay_rate", ["-1"], "0"),
+        ("old_policy_decay_max", ["5", "-0.1"], "1"),
+        ("risk_ratio", ["7", "-0.1"], "1"),
+        ("seed", ["-1", str(2**70)], str(2**32 - 1)),
+    ],
+)
+def test_numbers_out_of_bounds(field, outside, inside):
+    for value in outside:
+        with pytest.raises(UserError, match=f"^{field} must be [^\n]*$"):
+            parse_args([f"--{field}", value])
+    assert getattr(parse_args([f"--{field}", inside]), field) == float(inside)
+
+
+def test_a_list_may_be_given_in_pieces(configs):
+    assert parse_args(["--eval_rewards", "flicker", "--eval_rewards", "sharpness"]).eval_rewards[1] == "sharpness"
+
+
+def test_a_key_that_stands_twice_in_a_file(configs):
+    (configs / "twice.yaml").write_text("rank: 4\nrewards: {sharpness: 1}\nrank: 8\n")
+    with pytest.raises(UserError, match="twice.yaml .*rank is given twice.*line 1"):
+        parse_args(["--config", "twice"], configs)
+    (configs / "twice.yaml").write_text("rewards: {sharpness: 1, flicker: 1, sharpness: 2}\n")
+    with pytest.raises(UserError, match="sharpness is given twice"):
+        parse_args(["--config", "twice"], configs)
+
+
+def test_file_that_is_no_text(configs):
+    (configs / "binary.yaml").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="binary.yaml is no text") as error:
+        parse_args(["--config", "binary"], configs)
+    assert "\n" not in str(error.value)
+
+
+def test_help_shows_what_is_declared_and_not_what_follows_from_it(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--help"])
+    lines = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "goes before num_train_epochs --gradient_accumulation_steps" in lines  # and no [100]
+    assert "length of the run in epochs [100]" in lines
+
+
+def test_an_epoch_has_a_size_that_a_machine_can_hold():
+    with pytest.raises(UserError, match="samples an epoch are more than 1000000"):
+        NFTConfig(train_batch_size=10**12, samples_per_prompt=2).groups_per_epoch(1)
 
 
 def test_unknown_key_of_a_file_suggests_the_right_one(configs):
