@@ -1,20 +1,23 @@
 """Measures speed and memory of a pipeline on this machine, with random weights at full size or a folder's."""
 
 import argparse
+import sys
 
 import torch
-from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.benchmark import Measurement, StreamMeasurement, measure, measure_streams, random_pipeline
 from astrolabe_diffusers.generation.config import OFFLOADS
-from astrolabe_diffusers.generation.loading import place_pipeline
+from astrolabe_diffusers.generation.loading import load_pipeline, place_pipeline
 from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.training import exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
+from astrolabe_diffusers.training.errors import as_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", choices=PUBLISHED_MODELS, help="a published model, random weights at full size")
     source.add_argument("--pipeline", help="folder or Hub id of a pipeline")
@@ -41,17 +44,18 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
             args.model, AutoTokenizer.from_pretrained(TINY_SHAPES, subfolder="tokenizer"), args.device, dtype
         )
     else:
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
+        pipe = load_pipeline(args.pipeline, dtype)
     place_pipeline(pipe, args.device, args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
     arguments = {"prompt": args.prompt, "num_videos_per_prompt": args.batch_size, **sizes}
-    if args.num_streams:
-        result = measure_streams(pipe, args.num_streams, **arguments)
-    else:
-        result = measure(pipe, args.repetitions, **arguments)
+    with as_user_error("cannot measure that"):
+        if args.num_streams:
+            result = measure_streams(pipe, args.num_streams, **arguments)
+        else:
+            result = measure(pipe, args.repetitions, **arguments)
     print(result)
     return result
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -8,6 +8,7 @@ masked, the head on every token; and for VideoAlign a model of its own for each 
 import argparse
 import copy
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from astrolabe_diffusers.rewards.frame_selection import top_fraction_mean
 from astrolabe_diffusers.rewards.hpsv3 import HPSv3
 from astrolabe_diffusers.rewards.model_reward import CLIP_MEAN, CLIP_STD
 from astrolabe_diffusers.rewards.videoalign import VideoAlignMQ, VideoAlignTA, VideoAlignVQ
+from astrolabe_diffusers.training import exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 # Qwen2-VL's three sizes of interest: language model, then vision.
@@ -301,7 +304,7 @@ def benchmark_videoalign(folder: Path, args: argparse.Namespace, videos: torch.T
 
 
 def main(argv: list[str] | None = None) -> list[str]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="+", choices=("hpsv3", "videoalign"), default=["hpsv3", "videoalign"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clips", type=int, default=8, help="clips in a batch")
@@ -333,4 +336,4 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -12,7 +12,6 @@ The last lines say what each process used and whether all have the same LoRA.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.benchmark import random_pipeline
 from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer, exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
 from astrolabe_diffusers.training.config import parse_settings
 from astrolabe_diffusers.training.policies import policy_parameters
 from astrolabe_diffusers.training.report import peak_memory_gb
@@ -57,7 +57,7 @@ def checksum(parameters: list[torch.Tensor]) -> str:
 
 
 def benchmark(argv: list[str] | None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
     arguments = parse_settings(parser, argv, Path(__file__).parent / "configs")
     model, settings = arguments.pop("model"), arguments.pop("config")

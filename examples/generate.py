@@ -14,22 +14,17 @@ import sys
 
 from astrolabe_diffusers.generation import GenerationConfig, generate_videos, name_and_weight
 from astrolabe_diffusers.generation.config import DTYPES, OFFLOADS
-from astrolabe_diffusers.training import UserError, exit_code
-
-
-def raise_user_error(message: str):
-    raise UserError(f"{message} (--help lists the options)")
+from astrolabe_diffusers.training import exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 def parse_args(argv: list[str] | None) -> GenerationConfig:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # What is not given has the default of GenerationConfig.
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    parser.error = raise_user_error
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one prompt")
     prompts.add_argument("--prompts", help="a .txt file, a .jsonl file (objects with a `prompt`), or a dataset")
@@ -40,12 +35,16 @@ def parse_args(argv: list[str] | None) -> GenerationConfig:
     parser.add_argument("--output_dir", help="folder of the videos and manifest.jsonl [videos]")
     parser.add_argument("--model", help="folder or Hub id of a CausalWanPipeline [the embedded one]")
     parser.add_argument(
-        "--import_modules", nargs="+", help="modules with classes of your own that the model's folder names"
+        "--import_modules",
+        action="extend",
+        nargs="+",
+        help="modules with classes of your own that the model's folder names",
     )
     parser.add_argument("--revision", help="revision of the model on the Hub")
     parser.add_argument("--variant", help="variant of the weight files, such as bf16")
     parser.add_argument(
         "--lora",
+        action="extend",
         nargs="+",
         type=name_and_weight,
         metavar="NAME[=WEIGHT]",

@@ -7,16 +7,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from astrolabe_diffusers.generation import ScoreConfig, score_videos
 from astrolabe_diffusers.training import exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
 from astrolabe_diffusers.training.config import parse_fields
 
 
 def run(argv: list[str] | None):
-    parser = argparse.ArgumentParser(description="Scores videos by any rewards.", allow_abbrev=False)
+    parser = ArgumentParser(description="Scores videos by any rewards.")
     parser.add_argument("videos", metavar="VIDEO_OR_FOLDER", help="a file, or a folder with .mp4 files")
     arguments = parse_fields(parser, ScoreConfig, argv)
     score_videos(arguments.pop("videos"), ScoreConfig(**arguments))

@@ -9,7 +9,6 @@ this machine reaches it; otherwise set ASTROLABE_REWARD_TOKEN here and for the r
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
 from astrolabe_diffusers.training import UserError, exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
 from astrolabe_diffusers.training.config import Config, option, parse_fields
 from astrolabe_diffusers.training.errors import as_user_error
 
@@ -37,7 +37,7 @@ class ServerConfig(Config):
 
 
 def run(argv: list[str] | None):
-    parser = argparse.ArgumentParser(description="Serves rewards over HTTP.", allow_abbrev=False)
+    parser = ArgumentParser(description="Serves rewards over HTTP.")
     config = ServerConfig(**parse_fields(parser, ServerConfig, argv))
     if not config.reward:
         raise UserError("reward is empty: name at least one to serve.")

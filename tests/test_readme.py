@@ -3,16 +3,19 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from peft import LoraConfig
 from safetensors.torch import load_file
 
-from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
 from astrolabe_diffusers.loaders.registration import register_with_diffusers
+from astrolabe_diffusers.training.checkpoints import save_adapter
 from tests.loaders.original_layout import original_weights
 from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import TEXT_DIM, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
@@ -28,6 +31,7 @@ SHORT = {
     "batches_per_epoch": 1,
     "samples_per_prompt": 4,
     "max_train_steps": 1,
+    "lr_warmup_steps": 0,
     "num_eval_prompts": 2,
     "eval_seeds": 1,
     "num_eval_videos": 1,
@@ -73,12 +77,16 @@ def save_files(text, folder):
 
 
 def train(command, **values):
-    """Runs `accelerate launch ... examples/train_nft.py ...` in this process, with `SHORT` and `values` added."""
+    """Runs `accelerate launch ... examples/train_nft.py ...` in this process, with `SHORT` and `values`."""
     from train_nft import main
 
-    arguments = command[command.index("examples/train_nft.py") + 1 :]
-    added = [part for name, value in (SHORT | values).items() for part in (f"--{name}", str(value))]
-    assert main(arguments + added) == 0
+    assert main(replaced(command[command.index("examples/train_nft.py") + 1 :], SHORT | values)) == 0
+
+
+def replaced(arguments, values):
+    """The arguments of a command, `--name value` each, with these values in place of its own or added to them."""
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True)) | {f"--{name}": v for name, v in values.items()}
+    return [str(part) for pair in given.items() for part in pair]
 
 
 @pytest.mark.parametrize("heading", ["A checkpoint", "A transformer", "A pipeline with its own block loop"])
@@ -102,7 +110,7 @@ def test_checkpoint(workplace):
     weights = {f"model.{name}": tensor for name, tensor in original_weights(pipe.transformer).items()}
     torch.save({"generator_ema": weights}, "self_forcing_dmd.pt")
     (convert,) = (c for c in commands(section("## Use a published model")) if "examples/convert_checkpoint.py" in c)
-    convert_checkpoint.main([*convert[2:], "--base", "base"])
+    convert_checkpoint.main(replaced(convert[2:], {"base": "base"}))
 
     text = section("### A checkpoint")
     save_files(text, workplace)
@@ -160,6 +168,22 @@ def test_pipeline(workplace, monkeypatch):
     others = [base(**call, generator=torch.Generator().manual_seed(seed)).frames for seed in (1, 2)]
     assert torch.equal(first, second) and not torch.allclose(*others)
     assert not any(torch.allclose(first, other) for other in others)
+
+
+def test_generate_many(workplace):
+    """Both commands as they stand, with the embedded model and a LoRA of the name that the training command gives."""
+    from generate import main
+
+    pipe = DiffusionPipeline.from_pretrained(TINY_SHAPES)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    save_adapter(pipe.transformer, "nft-tiny-shapes")
+    write, generate = commands(section("## Generate many videos"))
+    subprocess.run(shlex.join(write).replace("'>'", ">"), shell=True, check=True)
+    prompts = Path("prompts.txt").read_text().splitlines()
+    assert len(prompts) == 2 and "|" in prompts[1]
+    assert main(replaced(generate[2:], {"num_videos_per_prompt": 1})) == 0
+    made = [json.loads(line) for line in Path("videos/manifest.jsonl").read_text().splitlines()]
+    assert [entry["prompt"] for entry in made] == prompts and all(Path("videos", e["file"]).is_file() for e in made)
 
 
 def test_reward(workplace):

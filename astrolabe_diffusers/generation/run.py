@@ -22,7 +22,7 @@ from ..rewards import RewardSet
 from ..training.errors import UserError, as_user_error, one_line
 from ..training.prompts import Prompt, PromptSource
 from ..training.rollout import RewardWorker
-from ..training.setup import frame_rate
+from ..training.setup import accelerate_settings, frame_rate
 from .config import GenerationConfig
 from .jobs import Job, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
@@ -86,8 +86,9 @@ def generate_videos(config: GenerationConfig):
 
 def make_accelerator() -> Accelerator:
     # A process that has finished waits for the slowest one.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    with accelerate_settings():
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise UserError(
             f"{started} processes were started, but accelerate sees {accelerator.num_processes}: on a CPU set "

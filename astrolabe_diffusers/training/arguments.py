@@ -5,40 +5,49 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .errors import UserError, one_line
 
 
-class Once(argparse.Action):
-    """Stores the value of a flag that may be given once. argparse would silently take the last of several."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        given = namespace.__dict__.setdefault("_given", set())
-        if self.dest in given:
-            raise UserError(f"{option_string} is given twice.")
-        given.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
-def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+class ArgumentParser(argparse.ArgumentParser):
     """
-    What `parser.parse_args(argv)` returns.
-
-    Raises:
-        UserError: where argparse would print its usage and end the program.
+    argparse's, with [`UserError`]s where that prints its usage and ends the program, the nearest flags beside a wrong
+    one, no abbreviations, and no flag that silently goes before the same one given earlier: a flag with several values
+    says so by its action, `"append"` or `"extend"`.
     """
 
-    def fail(message: str):
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.register("action", None, _StoreOnce)
+        self._given: set[str] = set()
+
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{one_line(message)} (--help lists the options)")
 
-    parser.error = fail
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
-        raise UserError(f"unknown argument {flag}{close_matches(flag, flags)}.")
-    vars(arguments).pop("_given", None)
-    return arguments
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        self._given.clear()
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            raise UserError(f"unknown argument {flag}{close_matches(flag, flags)}.")
+        return arguments
+
+
+    def _check_value(self, action: argparse.Action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = close_matches(str(value), choices)
+            raise argparse.ArgumentError(action, f"there is no {value!r}{near}; it can be {', '.join(choices)}")
+
+
+class _StoreOnce(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.dest in parser._given:
+            raise UserError(f"{option_string} is given twice.")
+        parser._given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def close_matches(name: str, names: Sequence[str]) -> str:

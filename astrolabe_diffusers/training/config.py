@@ -17,7 +17,7 @@ import yaml
 from .. import TINY_SHAPES
 from ..rewards.reward_set import PLACES
 from ..text_files import read_text
-from .arguments import Once, close_matches, parse_known
+from .arguments import ArgumentParser, close_matches
 from .errors import UserError, as_user_error, one_line
 from .published_runs import SIZES, find_published_run, list_published_runs
 from .trackers import TRACKERS
@@ -48,6 +48,7 @@ def import_modules(names: list[str]):
             importlib.import_module(name)
 
 
+PRECISIONS = ("no", "bf16")
 # The published runs have 1152 at most. What is far beyond is a slip, and would fill the memory with their list.
 MAX_EPOCH_SAMPLES = 1_000_000
 _WITHIN = {"at least": operator.ge, "at most": operator.le, "more than": operator.gt, "less than": operator.lt}
@@ -266,7 +267,7 @@ class NFTConfig(RewardConfig):
     adam_weight_decay: float = option(1e-4, "weight decay of AdamW", minimum=0)
     adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
-    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=("no", "bf16"))
+    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")
 
@@ -379,22 +380,21 @@ def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = No
         argv: the arguments; those of the process if `None`.
         config_dir: folder in which `--config NAME` finds `NAME.yaml`.
     """
-    parser = argparse.ArgumentParser(
-        description="Trains a LoRA of a causal video model with NFT (online reinforcement learning).",
-        allow_abbrev=False,
+    parser = ArgumentParser(
+        description="Trains a LoRA of a causal video model with NFT (online reinforcement learning)."
     )
     arguments = parse_settings(parser, argv, config_dir)
     return NFTConfig(**{**arguments.pop("config"), **arguments})
 
 
 def parse_settings(
-    parser: argparse.ArgumentParser, argv: list[str] | None, config_dir: str | Path | None
+    parser: ArgumentParser, argv: list[str] | None, config_dir: str | Path | None
 ) -> dict[str, Any]:
     """What the command line says for [`NFTConfig`] and the parser's own arguments; `config` holds the settings that
     `--config` stands for, with sizes for this number of processes."""
     names = ", ".join(_config_names(config_dir))
     help = f"a YAML file, {names}, the name of a published run, or `list`, which prints these names"
-    parser.add_argument("--config", action=Once, help=help)
+    parser.add_argument("--config", help=help)
     arguments = parse_fields(parser, NFTConfig, argv)
     return arguments | {"config": _named_settings(arguments["config"], arguments, config_dir)}
 
@@ -411,7 +411,9 @@ def _named_settings(config: str | None, arguments: dict[str, Any], config_dir: s
         given = {name: arguments[name] for name in SIZES if name in arguments}
         checked = NFTConfig(**given)  # numbers, and none of them zero
         given = {name: getattr(checked, name) for name in given}
-        values, sizes = run.settings_for(int(os.environ.get("WORLD_SIZE", 1)), given)
+        with as_user_error("the environment variable WORLD_SIZE"):
+            num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        values, sizes = run.settings_for(num_processes, given)
         if is_main:
             print(sizes)
         return values
@@ -419,7 +421,7 @@ def _named_settings(config: str | None, arguments: dict[str, Any], config_dir: s
 
 
 def parse_fields(
-    parser: argparse.ArgumentParser, config_class: type[Config], argv: list[str] | None
+    parser: ArgumentParser, config_class: type[Config], argv: list[str] | None
 ) -> dict[str, Any]:
     """What the command line says, with `--field value` for every field of `config_class` beside the parser's own.
 
@@ -427,7 +429,7 @@ def parse_fields(
     """
     hints = get_type_hints(config_class)
     kinds = {
-        bool: {"nargs": "?", "const": "true", "action": Once},
+        bool: {"nargs": "?", "const": "true"},
         list[str]: {"action": "append"},
         list[int]: {"action": "append"},
         list[float]: {"action": "append"},
@@ -438,9 +440,9 @@ def parse_fields(
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         shown = "" if default is None else f" [{default}]"
         text = f"{f.metadata['help']}{choices}{shown}".replace("%", "%%")
-        kind = kinds.get(hints[f.name], {"action": Once})
+        kind = kinds.get(hints[f.name], {})
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
-    arguments = parse_known(parser, argv)
+    arguments = parser.parse_args(argv)
     return {name: ",".join(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
 
 

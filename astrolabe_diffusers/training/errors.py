@@ -43,10 +43,23 @@ def exit_code(run: Callable[[], object]) -> int:
     except Interrupted as interruption:
         return 128 + interruption.number
     except (UserError, ProcessError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes would only say the same
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+        message, code = error, 2 if isinstance(error, UserError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        # A size in the settings, nearly always; the whole traceback goes to the debug log.
+        message, code = f"out of memory, make videos, batches or the LoRA smaller: {summarize_exception(error)}", 2
+    else:
+        return 0
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes would only say the same
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it, a `RuntimeError`, on a CPU it has not."""
+    words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -17,14 +16,15 @@ from tqdm.auto import tqdm
 
 from .. import TINY_SHAPES
 from ..rewards import RewardSet
-from .config import RewardConfig, option, parse_fields
+from .arguments import ArgumentParser
+from .config import PRECISIONS, RewardConfig, option, parse_fields
 from .errors import UserError, as_user_error
 from .evaluation import Evaluation, evaluate, generate_columns, write_columns
 from .plots import draw_means
 from .prompts import PromptSource, eval_samples, process_batches, spread
 from .report import change_text, comparison_rows, markdown_table, versions
 from .rollout import PromptEncoder, RewardWorker
-from .setup import frame_rate, load_pipeline, prompt_path, video_size
+from .setup import accelerate_settings, check_precision, frame_rate, load_pipeline, prompt_path, video_size
 
 
 BASE = "base"
@@ -58,7 +58,7 @@ class LoraEvaluationConfig(RewardConfig):
     num_frames: int | None = option(None, "frames of a video; the pipeline's own if not given", minimum=1)
     batch_size: int = option(8, "videos in a batch on each device", minimum=1)
     num_videos: int = option(8, "videos that are kept of each column and shown side by side", minimum=0)
-    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=("no", "bf16"))
+    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
     output_dir: str = option("eval", "everything the evaluation writes")
 
     def __post_init__(self):
@@ -82,9 +82,8 @@ class LoraEvaluationConfig(RewardConfig):
 
 def parse_evaluation_args(argv: list[str] | None = None) -> LoraEvaluationConfig:
     """Settings from `--any_field value`; `argv` are the arguments, those of the process if `None`."""
-    parser = argparse.ArgumentParser(
-        description="Scores the videos of a causal video model with and without LoRAs, from the same seeds.",
-        allow_abbrev=False,
+    parser = ArgumentParser(
+        description="Scores the videos of a causal video model with and without LoRAs, from the same seeds."
     )
     return LoraEvaluationConfig(**parse_fields(parser, LoraEvaluationConfig, argv))
 
@@ -127,7 +126,9 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the settings, or a reward that cannot score a video.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    with accelerate_settings():
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    check_precision(accelerator)
     source = PromptSource(prompt_path(config.model, config.prompts), config.prompts_data_dir, config.prompt_column)
     prompts = spread(source.read(config.eval_split), config.num_prompts)
     samples = eval_samples(prompts, config.seeds)

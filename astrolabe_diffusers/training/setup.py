@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
@@ -15,7 +17,7 @@ from diffusers.optimization import get_scheduler
 
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..rewards import RewardSet
-from .config import NFTConfig
+from .config import PRECISIONS, NFTConfig
 from .errors import UserError, as_user_error
 from .prompts import Prompt, PromptSource, train_and_eval_prompts
 from .trackers import tracker_names
@@ -23,13 +25,46 @@ from .trackers import tracker_names
 
 def make_accelerator(config: NFTConfig) -> Accelerator:
     logging_dir = Path(config.output_dir) / config.logging_dir
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=tracker_names(config.report_to) or None,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(logging_dir)),
-        # The schedule counts optimizer steps, whatever the number of processes.
-        step_scheduler_with_optimizer=False,
-    )
+    with accelerate_settings():
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=tracker_names(config.report_to) or None,
+            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(logging_dir)),
+            # The schedule counts optimizer steps, whatever the number of processes.
+            step_scheduler_with_optimizer=False,
+        )
+    check_precision(accelerator)
+    return accelerator
+
+
+def accelerate_settings() -> AbstractContextManager:
+    """What accelerate finds wrong inside with its own settings, which come from its launcher, is told in one line."""
+    return as_user_error("accelerate's settings, in its configuration file or the environment")
+
+
+def check_precision(accelerator: Accelerator):
+    """accelerate takes a word that it does not know for "no", and its fp16 would need a gradient scaler."""
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise UserError(
+            f"mixed_precision must be one of {', '.join(PRECISIONS)}, not {accelerator.mixed_precision}, as "
+            "accelerate's configuration file or ACCELERATE_MIXED_PRECISION has it."
+        )
+
+
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Loading takes its time in silence: the bars would stand before an error's one line, and in every log file. Those
+    of downloads stay."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    enabled = [library.is_progress_bar_enabled() for library in loggers]
+    for library in loggers:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, was_enabled in zip(loggers, enabled):
+            if was_enabled:
+                library.enable_progress_bar()
 
 
 def frame_rate(model: str, revision: str | None = None) -> float:
@@ -82,7 +117,7 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The frozen pipeline of a folder or the Hub on its device; in bf16 runs all of it is bf16 but the autoencoder."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    with as_user_error(f"cannot load {model}"):
+    with no_loading_bars(), as_user_error(f"cannot load {model}"):
         pipeline = DiffusionPipeline.from_pretrained(
             model, revision=revision, variant=variant, dtype={"default": dtype, "vae": torch.float32}
         )

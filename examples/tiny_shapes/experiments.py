@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 
 from astrolabe_diffusers.rewards.video_quality import luminance, relative_detail
+from astrolabe_diffusers.training import exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 TRAIN = Path(__file__).parents[1] / "train_nft.py"
@@ -103,7 +105,7 @@ def cell(scores: list[dict], reward: str) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("experiments"))
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -125,4 +127,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from transformers import UMT5EncoderModel
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.rewards import get_reward
+from astrolabe_diffusers.training import exit_code
+from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder", help="a pipeline folder whose autoencoder is used instead of training one")
@@ -120,4 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

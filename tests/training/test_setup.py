@@ -1,8 +1,10 @@
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 
 from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.setup import set_recipe
+from astrolabe_diffusers.training.setup import accelerate_settings, check_precision, load_pipeline, set_recipe
 from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import config
 
@@ -49,3 +51,37 @@ def test_a_server_s_recipe_is_trained_in_the_plain_loop():
 def test_a_window_needs_room():
     with pytest.raises(UserError, match="local_attn_size=3 has no room for the sink of 3 and a block of 3"):
         set_recipe(tiny_pipeline(), config(local_attn_size=3, sink_size=3))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes an Accelerator as under a launcher that sets this variable."""
+
+    def make(name, value):
+        monkeypatch.setenv(name, value)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with accelerate_settings():
+            check_precision(Accelerator())
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not PartialState._shared_state
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "rubbish", "must be one of no, bf16, not rubbish"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "must be one of no, bf16, not fp16"),
+        ("ACCELERATE_USE_CPU", "maybe", "invalid truth value maybe"),
+    ],
+)
+def test_what_a_launcher_got_wrong(launched, name, value, words):
+    with pytest.raises(UserError, match=words) as error:
+        launched(name, value)
+    assert "\n" not in str(error.value)
+
+
+def test_loading_is_silent(model_folder, capfd):
+    pipe = load_pipeline(str(model_folder), Accelerator(cpu=True))
+    assert pipe.transformer.config.num_layers == 2 and capfd.readouterr() == ("", "")
