@@ -9,8 +9,13 @@ from itertools import groupby
 
 import torch
 
+from ..training.errors import UserError
 from ..training.prompts import Prompt
 from ..training.seeds import seeded_generator
+
+
+# What is far beyond is a slip, and would fill the memory with its list.
+MAX_JOBS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,16 @@ class Job:
 
 
 def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[Job]:
-    """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos."""
+    """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos.
+
+    Raises:
+        UserError: they are more than `MAX_JOBS`.
+    """
+    if len(prompts) * num_videos_per_prompt > MAX_JOBS:
+        raise UserError(
+            f"{len(prompts)} prompts x num_videos_per_prompt={num_videos_per_prompt} are more than {MAX_JOBS} videos: "
+            "split the prompts over several folders."
+        )
     return [
         Job(prompt, index, number, length)
         for index, (prompt, length) in enumerate(zip(prompts, num_frames))

@@ -406,6 +406,11 @@ class NFTTrainer:
         metrics |= {name: values.nanmean().item() for name, values in scores.items()}
         metrics["group_std"] = advantages.group_std.mean().item()
         metrics["zero_spread_groups"] = advantages.zero_spread
+        if not advantages.trained.any():
+            self.report.print(
+                f"step {self.step}: nothing was learnt, for the rewards of every group are equal: raise "
+                "samples_per_prompt, or take rewards that tell the videos apart"
+            )
         metrics["skipped_samples"] = int((~advantages.trained).sum())
         metrics["kl_samples"] = kl_mask.float().mean().item()
         if self.config.selective_kl:

@@ -269,7 +269,9 @@ def test_bfloat16(model_folder, tmp_path):
         ({}, ["--prompt", "--prompts", "required"]),
         ({"prompt": "a", "prompts": "b"}, ["--prompts", "not allowed with argument --prompt"]),
         ({"prompts": "nowhere.txt"}, ["nowhere.txt is no prompt file", "dataset"]),
-        ({"prompt": "a", "num_frame": 21}, ["--num_frame", "--help"]),
+        ({"prompt": "a", "num_frame": 21}, ["--num_frame", "did you mean --num_frames"]),
+        ({"prompt": "a", "seed": "1 | --seed | 2"}, ["--seed is given twice"]),
+        ({"prompt": "a", "num_videos_per_prompt": 10**9}, ["more than 1000000 videos"]),
         ({"prompt": "a", "num_frames": 20}, ["num_frames=20", "9 and 21"]),
         ({"prompt": "a", "num_frames": 0}, ["num_frames must be at least 1, not 0"]),
         ({"prompt": "a", "num_frames": "many"}, ["--num_frames", "'many'"]),
@@ -301,9 +303,9 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, val
         assert main(arguments(model_folder, tmp_path / "out", **values)) == 2
     finally:
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert all(word in lines[0] for word in words), lines[0]
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(word in error for word in words), error
     assert not list(tmp_path.glob("out/*.partial"))
 
 

@@ -204,6 +204,8 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
         ({"pretrained_model_name_or_path": "/no/model"}, ["cannot load /no/model"]),
         ({"pretrained_model_name_or_path": "/no/model", "prompts": "none"}, ["no folder /no/model/prompts"]),
         ({"samples_per_prompt": 5}, ["8 samples", "2, 4 or 8"]),
+        ({"samples_per_prompt": 1}, ["samples_per_prompt must be at least 2"]),
+        ({"rank": 10**9}, ["out of memory"]),
         ({"resume_from_checkpoint": "checkpoint-7"}, ["no checkpoint checkpoint-7"]),
         ({"lora_target_modules": "nothing_like_it"}, ["cannot add the LoRA", "nothing_like_it"]),
         ({"lr_scheduler": "wave"}, ["lr_scheduler", "wave"]),
@@ -219,6 +221,14 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, val
     assert all(word in lines[0] for word in words), lines[0]
 
 
+def test_a_run_that_learns_nothing_says_so(model_folder, tmp_path, capsys):
+    values = {"rewards": "tests.training.rewards:frame_count", "max_train_steps": 1, "lr_warmup_steps": 5}
+    assert main(tiny_arguments(model_folder, tmp_path, **values)) == 0
+    output = capsys.readouterr().out
+    assert "step 1: nothing was learnt, for the rewards of every group are equal" in output
+    assert "lr_warmup_steps=5 is longer than the run" in output
+
+
 def test_empty_prompt_file(model_folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n")
     assert main(tiny_arguments(model_folder, tmp_path / "out", prompts=tmp_path / "prompts.txt")) == 2
@@ -227,8 +237,8 @@ def test_empty_prompt_file(model_folder, tmp_path, capsys):
 
 def test_checkpoint_of_another_rank(finished, model_folder, capsys):
     folder, _ = finished
-    arguments = tiny_arguments(model_folder, folder, **FOUR_STEPS, resume_from_checkpoint="latest")
-    assert main([*arguments, "--rank", "8"]) == 2
+    values = FOUR_STEPS | {"resume_from_checkpoint": "latest", "rank": 8}
+    assert main(tiny_arguments(model_folder, folder, **values)) == 2
     assert "of another run: rank is 4 there and 8 here" in capsys.readouterr().err
 
 

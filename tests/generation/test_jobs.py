@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.generation.jobs import Job, batches, make_jobs
+from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.prompts import Prompt
 
 
@@ -31,3 +32,8 @@ def test_batches_hold_jobs_of_equal_length():
     jobs = [Job(Prompt("a"), i, 0, frames) for i, frames in enumerate((21, 9, 21, 21, 9, 33, 21))]
     assert [[job.prompt_index for job in batch] for batch in batches(jobs, 3)] == [[1, 4], [0, 2, 3], [6], [5]]
     assert list(batches([], 3)) == []
+
+
+def test_more_jobs_than_a_folder_can_hold():
+    with pytest.raises(UserError, match="1 prompts x num_videos_per_prompt=1000000000 are more than 1000000 videos"):
+        make_jobs([Prompt("a")], [9], 10**9)
