@@ -22,6 +22,23 @@ def warped_sigmas(sigmas, shift: float) -> np.ndarray:
     return np.float32(shift) * sigmas / (1 + np.float32(shift - 1) * sigmas)
 
 
+def published_noise(generator: torch.Generator, shape, block_frames: int, steps: list[int]):
+    """`noise` and `renoise` of `sample`, for a video of `shape` [B, C, F, h, w], as the published samplers draw it.
+
+    [B, F, C, h, w] at once, then for each block [B * f, C, h, w] after all of its `steps[block]` steps but the last.
+    """
+    batch_size, channels, num_frames, height, width = shape
+    noise = torch.randn(batch_size, num_frames, channels, height, width, generator=generator)
+    renoise = []
+    for count in steps:
+        draws = [
+            torch.randn(batch_size * block_frames, channels, height, width, generator=generator)
+            for _ in range(count - 1)
+        ]
+        renoise.append([draw.unflatten(0, (batch_size, block_frames)).transpose(1, 2) for draw in draws])
+    return noise.transpose(1, 2), renoise
+
+
 def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     """[N] -> [N, dim] float64: cosines of t * 10000^(-i / (dim / 2)), then the sines."""
     half = dim // 2
@@ -338,6 +355,7 @@ class ReferenceCausalWan:
         encode_context=None,
         recache_at=None,
         global_sink=True,
+        given=None,
     ):
         """The few-step sampler.
 
@@ -346,12 +364,13 @@ class ReferenceCausalWan:
         noise levels. With `original` a block starts from that, with noise (video to video). `encode_context` makes the
         clean frames before a block from all those generated; they are then run anew, in place of the kept ones.
         `text` may be a list with one for each block; before block `recache_at` the window is encoded with its text.
+        `given` clean latents begin the video; `noise` and all that counts blocks is of those that are generated.
         Returns clean latents.
         """
         texts = text if isinstance(text, list) else [text] * noise.shape[2]
         table = warped_sigmas(1 - np.arange(1000) / 1000, shift)
-        context = KeptContext(self.num_layers)
-        video = noise[:, :, :0].to(self.dtype)
+        video = noise[:, :, :0].to(self.dtype) if given is None else given.to(self.dtype)
+        context = self.context_of(video, texts[0])
         for index, x in enumerate(noise.to(self.dtype).split(self.frames_per_block, dim=2)):
             timesteps = np.float32(1000) * warped_sigmas(sigmas if index else first_sigmas or sigmas, shift)
             # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98.
@@ -359,8 +378,8 @@ class ReferenceCausalWan:
             if original is not None:
                 x = (1 - levels[0]) * original[:, :, video.shape[2] :][:, :, : x.shape[2]] + levels[0] * x
             text = texts[index]
-            if encode_context is not None and index:
-                context = self.context_of(encode_context(video), texts[index - 1])
+            if encode_context is not None and video.shape[2]:
+                context = self.context_of(encode_context(video), texts[max(index - 1, 0)])
             if index == recache_at:
                 context = self.recache(video, text, context, global_sink)
             for step, level in enumerate(levels):

@@ -198,10 +198,10 @@ class CausalWanKVCache:
             self.capacity = max(longest - self.block_frames, 0)
         elif shape != self._shape:
             raise ValueError(f"`kv_cache` serves batch, height and width {self._shape}, but this block has {shape}.")
-        elif num_frames != self.block_frames and not self._rewound:
+        elif num_frames > self.block_frames and not self._rewound:
             raise ValueError(
                 f"a block of {num_frames} latent frames cannot follow cached ones: the model's blocks have "
-                f"{self.block_frames}."
+                f"{self.block_frames} at most."
             )
         if not self._ring and frame_offset + num_frames > self.max_frames:
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from ..models.kv_cache import CausalWanKVCache
 from ..models.kv_cache_fork import ForkedKVCache
 from ..models.vae_streaming import StreamingVAEDecoder
+from .noise import draw_noise
 from .reencoded_context import ReencodedContext
 
 
@@ -19,8 +20,9 @@ from .reencoded_context import ReencodedContext
 class Sampling:
     """What is the same for all blocks of a call.
 
-    `sigmas` and `first_block_sigmas` are noise levels before the shift; `max_frames` is the longest video in latent
-    frames, `None` if it has no end; `decode`: whether pixels are wanted.
+    `sigmas` and `first_block_sigmas` are noise levels before the shift, the latter of the first block that is
+    generated, and of the first after a cut; `max_frames` is the longest video in latent frames, `None` if it has no
+    end; `decode`: whether pixels are wanted.
     """
 
     sigmas: list[float]
@@ -69,6 +71,7 @@ class BlockGenerator:
         # The last block, which enters the cache only when another follows, and the prompt it was made with.
         self.last: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None
         self.history: torch.Tensor | None = None  # clean latents of the window, for `recache`
+        self.num_given = self.num_generated = 0  # blocks
 
     def select(self, rows: list[int]) -> BlockGenerator:
         """A generator of its own for some of these videos, by their places here."""
@@ -112,7 +115,10 @@ class BlockGenerator:
         )[0]
 
     def remember(self):
-        """Bring the cache up to the last block."""
+        """Bring the cache up to the last block.
+
+        A context that is encoded anew enters it in blocks of the model's size, each of which sees those before it.
+        """
         if self.last is None:
             return
         latents, frames, prompt_embeds = self.last
@@ -120,8 +126,9 @@ class BlockGenerator:
         if self.context:
             self.context.append(latents, self.decoder.decode(latents) if frames is None else frames)
             self.kv_cache.clear()
-            latents = self.context()
-        self.predict(latents, latents.new_zeros(1), prompt_embeds, "write")
+            latents = self.context(keep_first=max(self.num_given, self.num_generated) <= 1)
+        for block in latents.split(self.pipe.transformer.config.num_frames_per_block, dim=2):
+            self.predict(block, block.new_zeros(1), prompt_embeds, "write")
 
     def recache(self, global_sink: bool):
         """Compute the cache anew, as if the frames in the window had been made with the current prompt (LongLive).
@@ -156,12 +163,11 @@ class BlockGenerator:
         """
         pipe, scheduler, sampling = self.pipe, self.scheduler, self.sampling
         self.remember()
-        levels = sampling.first_block_sigmas if self.history is None else sampling.sigmas
+        levels = sampling.sigmas if self.num_generated else sampling.first_block_sigmas
         pipe._num_timesteps = len(levels)
         # The published samplers look noise levels up in a table that ends at 1 / 1000: t = 0 has that one.
         floor = 1 / scheduler.config.num_train_timesteps
         scheduler.set_timesteps(sigmas=[max(level, floor) for level in levels], device=noise.device)
-        scheduler.set_begin_index(0)
         latents = noise if original is None else torch.lerp(original, noise, scheduler.sigmas[0])
         for i, level in enumerate(levels):
             if pipe.interrupt:
@@ -169,12 +175,12 @@ class BlockGenerator:
             t = scheduler.timesteps[i] * (level > 0)
             pipe._current_timestep = t
             flow = self.predict(latents, t, self.prompt_embeds, "read").float()
+            # What `scheduler.step` computes; but it draws noise of another layout, and after the last step too: what
+            # the published samplers generate from a seed would not come out.
+            latents = latents - scheduler.sigmas[i] * flow
             if i + 1 < len(levels):
-                latents = scheduler.step(flow, t, latents, generator=generator, return_dict=False)[0]
-            else:
-                # `step` would draw noise here too, to multiply it by zero: what the published samplers generate from
-                # a seed would not come out.
-                latents = latents - scheduler.sigmas[i] * flow
+                fresh = draw_noise(latents.shape, generator, latents.device, pipe.transformer.dtype)
+                latents = torch.lerp(latents, fresh, scheduler.sigmas[i + 1])
             if sampling.callback_on_step_end is not None:
                 values = {"latents": latents, "prompt_embeds": self.prompt_embeds}
                 callback_kwargs = {k: values[k] for k in sampling.callback_on_step_end_tensor_inputs}
@@ -184,9 +190,11 @@ class BlockGenerator:
         pipe._current_timestep = None
         return latents
 
-    def finish(self, latents: torch.Tensor) -> torch.Tensor:
+    def finish(self, latents: torch.Tensor, given: bool = False) -> torch.Tensor:
         """Take up a clean block, generated or given. Returns frames `(B, 3, F, H, W)` in [-1, 1], or the latents."""
         self.remember()
+        self.num_given += given
+        self.num_generated += not given
         frames = self.decoder.decode(latents) if self.sampling.decode else None
         self.last = (latents, frames, self.prompt_embeds)
         window = self.pipe.transformer.config.local_attn_size

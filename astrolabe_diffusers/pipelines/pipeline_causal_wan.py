@@ -12,7 +12,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -21,6 +20,7 @@ from ..loaders.registration import register_with_diffusers
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_streaming import encode_video
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
+from .noise import draw_noise
 from .pipeline_output import CausalWanPipelineOutput
 from .scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
 from .stream import CausalWanStream, PromptInbox, PromptSwitch
@@ -51,10 +51,13 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sigmas (`list[float]`, defaults to `(1.0, 0.75, 0.5, 0.25)`):
             Noise levels of the steps before the shift; (1, .75, .5, .25) at shift 5 are t = 1000, 937.5, 833.3, 625.
         first_block_sigmas (`list[float]`, *optional*):
-            Noise levels of the first block, where they are others: models of one or two steps make it in four.
+            Noise levels of the first generated block, also after given frames and after a hard cut, where they are
+            others: models of one or two steps make it in four.
         num_context_frames (`int`, *optional*):
             Every block sees this many latent frames before it, encoded anew for it, in place of a cache that grows
-            (Krea's server). Positions never pass the block's, so the video may go on for ever.
+            (Krea's server). Positions never pass the block's, so the video may go on for ever. The context
+            begins with the video's first latent frame after one block and after one given and one generated; then
+            with a decoded frame that is encoded by itself.
         past_weight (`float`, defaults to 1.0):
             Factor of the attention that a block pays to the frames before it, the first one excepted; see
             [`CausalWanKVCache`].
@@ -306,7 +309,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for {batch_size} videos: pass one, or one a video.")
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            return draw_noise(shape, generator, device, self.transformer.dtype)
         if latents.shape != shape:
             raise ValueError(f"`latents` must have the shape {shape} but have {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=torch.float32)
@@ -346,6 +349,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_videos_per_prompt (`int`): videos for each prompt.
             generator (`torch.Generator` or a list with one for each video, *optional*):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
+                First the noise of all generated blocks is drawn, `(B, F, C, h, w)`, then block by block that of the
+                steps but the last, `(B, n, C, h, w)`; float32, rounded once to the transformer's dtype. That is the
+                originals' order: a seed of theirs gives their video, if it is one video a call, the first of their
+                run, in bfloat16 with a generator on a GPU of the same kind.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all generated blocks.
             prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
             output_type (`str`): `"np"`, `"pt"`, `"pil"` or `"latent"`, see [`CausalWanPipelineOutput`].
@@ -421,7 +428,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         r"""
         Generate block by block: an iterator over the frames of each block, in the format of `output_type`, as soon as
         they exist. Arguments as for `__call__`; the pieces joined in time are what `__call__` returns.
-        `num_frames=math.inf` goes on for ever, with models that have a window and relative positions.
+        `num_frames=math.inf` goes on for ever, with models that have a window and relative positions; then every block
+        draws its own noise and that of its steps, so a seed gives another video than with an end.
         [`CausalWanStream.set_prompt`] changes the prompt while it goes on.
         """
         height, width = height or self.config.height, width or self.config.width
@@ -583,7 +591,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                             None if original is None else piece(original, start, group),
                             [generator[i] for i in group.videos] if isinstance(generator, list) else generator,
                         )
-                    frames = group.finish(latents)
+                    frames = group.finish(latents, given=start < num_given)
                     missing = n * self.vae.config.scale_factor_temporal - frames.shape[2]
                     if sampling.decode and block and missing:
                         # After a cut the first latent frame is one picture: it is held as long as four.
@@ -606,12 +614,12 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         old = {video: embeds for group in groups for video, embeds in zip(group.videos, group.prompt_embeds)}
         for video, scenes in enumerate(schedule):
             first = scenes.pop(0)
-            steps = [(i + 1) / switch.num_blocks for i in range(switch.num_blocks)]
+            weights = torch.linspace(0, 1, switch.num_blocks).tolist() if switch.num_blocks > 1 else [1.0]
             scenes[:0] = [
                 EncodedScene(
                     torch.lerp(old[video], first.prompt_embeds, weight), block + i, switch.transition == "cut"
                 )
-                for i, weight in enumerate(steps)
+                for i, weight in enumerate(weights)
             ]
         return schedule
 

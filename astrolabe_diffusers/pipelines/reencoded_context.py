@@ -12,8 +12,8 @@ class ReencodedContext:
     """
     The last latent frames of a video, as the beginning of one.
 
-    Wan's first latent frame stands for a single frame, every other for four. So once earlier latents are left out, the
-    frame just before those that are kept is encoded by itself and takes their place.
+    Wan's first latent frame stands for a single frame, every other for four. So the frame just before the latents that
+    are kept is encoded by itself and stands before them; or, to begin with, the video's own first latent frame.
 
     Args:
         vae ([`AutoencoderKLWan`]): encodes that frame.
@@ -23,7 +23,7 @@ class ReencodedContext:
     def __init__(self, vae: AutoencoderKLWan, num_frames: int):
         self.vae = vae
         self.num_frames = num_frames
-        self._total = 0
+        self._first: torch.Tensor | None = None
         self._latents: torch.Tensor | None = None
         self._frames: torch.Tensor | None = None
 
@@ -31,20 +31,25 @@ class ReencodedContext:
         """A context of its own for some videos of the batch."""
         other = copy.copy(self)
         if self._latents is not None:
-            other._latents, other._frames = self._latents[videos], self._frames[videos]
+            for name in ("_first", "_latents", "_frames"):
+                setattr(other, name, getattr(self, name)[videos])
         return other
 
     def append(self, latents: torch.Tensor, frames: torch.Tensor) -> None:
         """Add a block: latents `(B, C, n, h, w)` and what they decode to, `(B, 3, F, H, W)` in [-1, 1]."""
-        if self._latents is not None:
+        if self._latents is None:
+            self._first = latents[:, :, :1]
+        else:
             latents = torch.cat([self._latents, latents], dim=2)
             frames = torch.cat([self._frames, frames], dim=2)
-        self._total += latents.shape[2] - (0 if self._latents is None else self._latents.shape[2])
         self._latents = latents[:, :, -self.num_frames :]
         self._frames = frames[:, :, -(1 + self.vae.config.scale_factor_temporal * (self.num_frames - 1)) :]
 
-    def __call__(self) -> torch.Tensor:
-        """The context, `(B, C, f, h, w)`: `num_frames` latent frames, fewer at the video's beginning."""
-        if self._total <= self.num_frames:
-            return self._latents
-        return torch.cat([encode_video(self.vae, self._frames[:, :, :1]), self._latents[:, :, 1:]], dim=2)
+    def __call__(self, keep_first: bool) -> torch.Tensor:
+        """The context, `(B, C, f, h, w)`: `num_frames` latent frames, fewer at the video's beginning.
+
+        Args:
+            keep_first: begin with the video's first latent frame, whatever was left out since.
+        """
+        first = self._first if keep_first else encode_video(self.vae, self._frames[:, :, :1])
+        return torch.cat([first, self._latents[:, :, 1:]], dim=2)

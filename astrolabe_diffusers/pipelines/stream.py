@@ -81,7 +81,8 @@ class CausalWanStream(Iterator):
                 `"roll"`: only the text changes, the frames in memory stay as they are. `"recache"`: they are encoded
                 anew with the new prompt, so that it takes effect faster (LongLive). `"cut"`: they are forgotten.
             num_blocks (`int`):
-                With `"roll"`, the blocks over which the text embeddings go from the old prompt to the new (Krea).
+                With `"roll"`, the blocks over which the text embeddings go from the old prompt to the new, both
+                included: of two or more the first still has the old one, as in Krea's server. One changes at once.
             global_sink (`bool`):
                 With `"recache"`, whether the sink keeps the first frames of the video, as made with their prompt.
         """

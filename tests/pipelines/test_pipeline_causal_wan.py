@@ -6,7 +6,7 @@ import torch
 from diffusers import WanPipeline
 
 from astrolabe_diffusers import CausalWanPipelineOutput
-from tests.reference_causal_wan import ReferenceCausalWan
+from tests.reference_causal_wan import ReferenceCausalWan, published_noise
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -83,11 +83,8 @@ def test_equals_reference_sampler(variant, sigmas):
     config = pipe.transformer.config
     out = pipe(PROMPTS, generator=seeded(3), sigmas=sigmas, output_type="latent").frames
 
-    generator = seeded(3)
-    noise = torch.randn(out.shape, generator=generator)
-    n, draws = config.num_frames_per_block, len(sigmas or range(STEPS)) - 1
-    block_shape = (*out.shape[:2], n, *out.shape[3:])
-    renoise = [[torch.randn(block_shape, generator=generator) for _ in range(draws)] for _ in range(out.shape[2] // n)]
+    n, steps = config.num_frames_per_block, len(sigmas or range(STEPS))
+    noise, renoise = published_noise(seeded(3), out.shape, n, [steps] * (out.shape[2] // n))
     text = encode(pipe, PROMPTS)
     reference = ReferenceCausalWan(pipe.transformer.state_dict(), dict(config))
     with torch.no_grad():
@@ -101,7 +98,7 @@ def test_given_latents_are_the_initial_noise(pipe):
     """Passing the noise that the generator would have drawn leaves the generator at the re-noising."""
     drawn = pipe(PROMPTS, generator=seeded(5), output_type="latent").frames
     generator = seeded(5)
-    noise = torch.randn(drawn.shape, generator=generator)
+    noise, _ = published_noise(generator, drawn.shape, 3, [])
     assert torch.equal(pipe(PROMPTS, generator=generator, latents=noise, output_type="latent").frames, drawn)
 
 
@@ -306,7 +303,7 @@ def test_bfloat16():
     expected = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
     pipe.to(torch.bfloat16)
     latents = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
-    # Noise and sampler stay in fp32, so the same seed gives the same video up to rounding in the models.
+    # The sampler stays in fp32, so the same seed gives the same video up to rounding of the noise and in the models.
     assert latents.dtype == torch.float32
     assert (latents - expected).abs().mean() < 0.1 * expected.abs().mean()
     frames = pipe(PROMPTS, generator=seeded(0)).frames

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
-from astrolabe_diffusers.models.vae_streaming import decode_latents, encode_video
-from tests.reference_causal_wan import ReferenceCausalWan
+from astrolabe_diffusers.models.vae_streaming import encode_video
+from tests.pipelines.test_reencoded_context import server_context
+from tests.reference_causal_wan import ReferenceCausalWan, published_noise
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -39,26 +40,11 @@ def build(model, **changes):
     return tiny_pipeline(**{**config, "num_frames": 21})
 
 
-def krea_context(vae):
-    """At most three latent frames: the last two, after the frame before them by itself."""
-
-    def encode(video):
-        if video.shape[2] <= 3:
-            return video
-        frames = decode_latents(vae, video.float())
-        return torch.cat([encode_video(vae, frames[:, :, -9:-8]).double(), video[:, :, -2:]], dim=2)
-
-    return encode
-
-
 @torch.no_grad()
 def expected(pipe, blocks, first, others, context=None, seed=0, **kwargs):
     n = pipe.transformer.config.num_frames_per_block
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, 4, n * blocks, 4, 6, generator=generator)
-    renoise = [
-        [torch.randn(1, 4, n, 4, 6, generator=generator) for _ in (others if b else first)[1:]] for b in range(blocks)
-    ]
+    steps = [len(others if block else first) for block in range(blocks)]
+    noise, renoise = published_noise(torch.Generator().manual_seed(seed), (1, 4, n * blocks, 4, 6), n, steps)
     reference = ReferenceCausalWan(pipe.transformer.state_dict(), dict(pipe.transformer.config))
     reference.past_weight = pipe.config.past_weight
     text = pipe.encode_prompt(PROMPT)
@@ -78,13 +64,15 @@ def test_equals_the_reference(variant):
     model, changes = VARIANTS.get(variant, (variant, {}))
     pipe = build(model, **changes)
     blocks, first, others = RECIPES[model]
-    context = krea_context(pipe.vae) if model == "krea-14b" else None
+    context = server_context(pipe.vae) if model == "krea-14b" else None
     if variant == "krea-14b, plain":
         first, others, context = FOUR, FOUR, None
     wanted = expected(pipe, blocks, first, others, context)
     result = generate(pipe, num_frames=4 * wanted.shape[2] - 3)
     assert wanted.std() > 0.3
-    assert (result - wanted).abs().max() <= 1e-5
+    error = (result - wanted).abs().max().item()
+    print(f"{variant}: {error:.1e}")
+    assert error <= 1e-5
 
 
 @pytest.mark.parametrize("model", ["longlive", "krea-14b"])
@@ -94,15 +82,46 @@ def test_past_weight_matters(model):
     assert difference[:3].max() == 0 and difference[3:].min() > 1e-4
 
 
-@pytest.mark.parametrize("model,strength", [("krea-14b", 0.7), ("self-forcing", 0.85), ("krea-14b", 1.0)])
+@pytest.mark.parametrize("variant", [name for name in RECIPES if name.endswith("step")])
+def test_few_steps_after_an_image(variant):
+    """The first block that is generated takes the four steps, not the given one before it."""
+    pipe, (_, first, others) = build(variant), RECIPES[variant]
+    image = np.random.default_rng(0).random((1, 32, 48, 3)).astype("float32")
+    given = encode_video(pipe.vae, torch.from_numpy(image).permute(3, 0, 1, 2)[None] * 2 - 1)
+    wanted = expected(pipe, 3, first, others, given=given)
+    assert (generate(pipe, image=image, num_frames=13) - wanted).abs().max() <= 1e-5
+
+
+def test_noise_is_rounded_once_to_the_dtype_of_the_model():
+    """As drawn in it on CUDA. Up to full noise again, a step leaves nothing but its own draw."""
+    pipe = build("self-forcing").to(torch.bfloat16)
+    seen = []
+    generate(
+        pipe,
+        num_frames=9,
+        sigmas=[1.0, 1.0],
+        callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
+    )
+    noise, renoise = published_noise(torch.Generator().manual_seed(0), (1, 4, 3, 4, 6), 3, [2])
+    assert torch.equal(seen[0], renoise[0][0].bfloat16().float()) and not torch.equal(seen[0], renoise[0][0])
+    drawn = pipe.prepare_latents(1, 32, 48, 9, "cpu", torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, noise.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "model,strength",
+    [("krea-14b", 0.7), ("self-forcing", 0.85), ("krea-14b", 1.0), ("causal-forcing-framewise-2step", 0.7)],
+)
 def test_video_to_video(model, strength):
     pipe = build(model)
+    _, *levels = RECIPES[model]
     video = np.random.default_rng(0).random((33, 32, 48, 3)).astype("float32")
     result = generate(pipe, video=video, strength=strength)
-    levels = [int(round(1000 * strength * s, 6)) / 1000 for s in pipe.config.sigmas]
-    context = krea_context(pipe.vae) if pipe.config.num_context_frames else None
+    first, others = ([int(round(1000 * strength * s, 6)) / 1000 for s in sigmas] for sigmas in levels)
+    context = server_context(pipe.vae) if model == "krea-14b" else None
     original = encode_video(pipe.vae, torch.from_numpy(video).permute(3, 0, 1, 2)[None] * 2 - 1)
-    wanted = expected(pipe, 3, levels, levels, context, original=original)
+    blocks = 9 // pipe.transformer.config.num_frames_per_block
+    wanted = expected(pipe, blocks, first, others, context, original=original)
     assert result.shape[2] == 9 and (result - wanted).abs().max() <= 1e-5
     # Latents of the video serve as well; with full noise nothing of it is left.
     assert torch.equal(generate(pipe, video=original, strength=strength), result)

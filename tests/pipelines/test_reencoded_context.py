@@ -1,10 +1,12 @@
 """Krea's server: every block sees a context that is encoded anew, in place of a cache that grows."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from astrolabe_diffusers.models.vae_streaming import decode_latents, encode_video
+from tests.reference_causal_wan import ReferenceCausalWan, published_noise
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -12,35 +14,32 @@ PROMPT = "a red circle moves up on a white background"
 FIVE_STEPS = [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
+def server_context(vae, num_frames=3, num_given=0):
+    """What a block sees of the latents before it, by baselines.md 2: recomputed from all of them."""
+
+    def context(video):
+        block = (video.shape[2] - num_given) // 3
+        last = video[:, :, 1:][:, :, -(num_frames - 1) :] if num_frames > 1 else video[:, :, :0]
+        if block == 0 and num_given == num_frames:
+            return video  # the start image
+        if block == 1:
+            return torch.cat([video[:, :, :1], last], dim=2)
+        seen = decode_latents(vae, video.float())[:, :, -(1 + 4 * (num_frames - 1)) :]
+        return torch.cat([encode_video(vae, seen[:, :, :1]).double(), last], dim=2)
+
+    return context
+
+
 @torch.no_grad()
-def server(pipe, num_blocks, seed=0):
-    """baselines.md 2 and 3 in plain loops, without a cache, the whole video decoded again for every block."""
-    generator, text, n = torch.Generator().manual_seed(seed), pipe.encode_prompt(PROMPT), 3
-    noise = torch.randn(1, 4, n * num_blocks, 4, 6, generator=generator)
-    raw = torch.tensor([s if s else 0.001 for s in FIVE_STEPS], dtype=torch.float64)
-    sigmas = 5 * raw / (1 + 4 * raw)
-    timesteps = [1000.0, 937.5, 2500 / 3, 625.0, 0.0]
-    assert sigmas[-1].item() == pytest.approx(0.00498, abs=1e-6)
-    video = noise[:, :, :0]
-    for b in range(num_blocks):
-        x = noise[:, :, n * b : n * b + n]
-        if b == 0:
-            context = video
-        elif b == 1:
-            context = torch.cat([video[:, :, :1], video[:, :, 1:][:, :, -2:]], dim=2)
-        else:
-            frames = decode_latents(pipe.vae, video)
-            context = torch.cat([encode_video(pipe.vae, frames[:, :, -9:][:, :, :1]), video[:, :, -2:]], dim=2)
-        for i, t in enumerate(timesteps):
-            noisy = torch.cat([context, x], dim=2)
-            clean = torch.cat([context, torch.zeros_like(x)], dim=2)
-            flow = pipe.transformer(noisy, torch.full((1, noisy.shape[2]), t), text, clean_hidden_states=clean).sample
-            x = (x.double() - sigmas[i] * flow[:, :, -n:].double()).float()
-            if i + 1 < len(timesteps):
-                fresh = torch.randn(x.shape, generator=generator)
-                x = ((1 - sigmas[i + 1]) * x + sigmas[i + 1] * fresh).float()
-        video = torch.cat([video, x], dim=2)
-    return video
+def server(pipe, num_blocks, num_frames=3, given=None, prompts=None, seed=0):
+    reference = ReferenceCausalWan(pipe.transformer.state_dict(), dict(pipe.transformer.config))
+    sigmas, n = pipe.config.sigmas, 3
+    noise, renoise = published_noise(
+        torch.Generator().manual_seed(seed), (1, 4, n * num_blocks, 4, 6), n, [len(sigmas)] * num_blocks
+    )
+    texts = [pipe.encode_prompt(prompt) for prompt in prompts or [PROMPT] * num_blocks]
+    context = server_context(pipe.vae, num_frames, 0 if given is None else given.shape[2])
+    return reference.sample(noise, renoise, texts, sigmas, encode_context=context, given=given)
 
 
 def generate(pipe, output_type="latent", num_frames=45, **kwargs):
@@ -53,8 +52,36 @@ def pipe():
     return tiny_pipeline(num_context_frames=3, sigmas=FIVE_STEPS)
 
 
-def test_equals_the_plain_loop(pipe):
-    assert (generate(pipe) - server(pipe, 4)).abs().max() < 1e-4
+def test_equals_the_server(pipe):
+    assert (generate(pipe) - server(pipe, 4)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 4, 6, 8])
+def test_other_numbers_of_frames(num_frames):
+    """Encoded in blocks of three that see those before them; the second block sees the very first latent frame."""
+    pipe = tiny_pipeline(num_context_frames=num_frames, sigmas=[1.0, 0.0])
+    wanted = server(pipe, 5, num_frames)
+    assert (generate(pipe, num_frames=57) - wanted).abs().max() <= 1e-5
+    # Only the first block sees nothing of the others.
+    assert (wanted - server(pipe, 5, 3)).abs().amax(dim=(0, 1, 3, 4))[-3:].min() > 1e-3
+
+
+def test_a_start_image(pipe):
+    """Repeated nine times it is three latent frames, of which the first is seen for two blocks."""
+    image = np.random.default_rng(0).random((32, 48, 3)).astype("float32")
+    video = np.stack([image] * 9)
+    given = encode_video(pipe.vae, torch.from_numpy(video).permute(3, 0, 1, 2)[None] * 2 - 1)
+    wanted = server(pipe, 3, given=given)
+    assert (generate(pipe, video=video) - wanted).abs().max() <= 1e-5
+
+
+def test_a_longer_given_video_goes_on_from_its_end(pipe):
+    """Its first frame is long gone: what is seen is encoded anew, as of frames that were generated."""
+    latents = torch.randn(1, 4, 9, 4, 6, generator=torch.Generator().manual_seed(1))
+    other = latents.clone()
+    other[:, :, :1] += 1.0
+    results = [generate(pipe, video=video, num_frames=57)[:, :, 9:] for video in (latents, other)]
+    assert (results[0] - results[1]).abs().max() < 1e-2
 
 
 def test_is_not_the_cache_that_grows(pipe):

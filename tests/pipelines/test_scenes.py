@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.models.vae_streaming import decode_latents
-from tests.reference_causal_wan import ReferenceCausalWan
+from tests.reference_causal_wan import ReferenceCausalWan, published_noise
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -30,9 +30,7 @@ def generate(pipe, prompt, output_type="latent", generator=None, **kwargs):
 @torch.no_grad()
 def reference(pipe, texts, seed=0, **kwargs):
     """Latents with one prompt a block."""
-    generator = seeded(seed)
-    noise = torch.randn(1, 4, N * len(texts), 4, 6, generator=generator)
-    renoise = [[torch.randn(1, 4, N, 4, 6, generator=generator) for _ in range(3)] for _ in texts]
+    noise, renoise = published_noise(seeded(seed), (1, 4, N * len(texts), 4, 6), N, [4] * len(texts))
     embeds = [pipe.encode_prompt(text) if isinstance(text, str) else text for text in texts]
     slow = ReferenceCausalWan(pipe.transformer.state_dict(), dict(pipe.transformer.config))
     return slow.sample(noise, renoise, embeds, **kwargs)
@@ -53,11 +51,33 @@ def test_nothing_passes_a_hard_cut(pipe):
     assert (first - second)[:, :, : N * 3].abs().max() > 0.01
     # A video of its own would begin with another noise: with the same it is the same.
     generator = seeded()
-    noise = torch.randn(1, 4, N * 5, 4, 6, generator=generator)
-    for _ in range(3 * 3):
-        torch.randn(1, 4, N, 4, 6, generator=generator)
+    noise, _ = published_noise(generator, (1, 4, N * 5, 4, 6), N, [4] * 3)
     alone = generate(pipe, B, generator=generator, latents=noise[:, :, N * 3 :], num_frames=21)
     assert torch.equal(first[:, :, N * 3 :], alone)
+
+
+@pytest.mark.parametrize(
+    "prompt,video,steps",
+    [
+        (f"{A}[1.5s] | {B}[1.5s]", None, [4, 2, 2, 2]),
+        (f"{A}[1.5s#] | {B}[1.5s]", None, [4, 2, 4, 2]),
+        (f"{A}[1.5s#] | {B}[1.5s]", 6, [4, 2]),
+        (f"{A}[.75s#] | {B}[2.25s]", 6, [4, 2]),
+        (f"{A}[2.25s#] | {B}[.75s]", 3, [4, 2, 4]),
+    ],
+)
+def test_what_begins_takes_the_steps_of_the_first_block(prompt, video, steps):
+    """At the beginning, after given frames and after a cut; a model of two steps makes it in four."""
+    pipe, seen = tiny_pipeline(sigmas=[1.0, 0.5], first_block_sigmas=[1.0, 0.75, 0.5, 0.25]), []
+
+    def count(pipe, step, timestep, values):
+        seen[pipe.current_block :] = [pipe.num_timesteps]
+        return {}
+
+    video = video and torch.randn(1, 4, video, 4, 6, generator=seeded())
+    seen.extend([0] * (0 if video is None else video.shape[2] // N))
+    generate(pipe, prompt, video=video, callback_on_step_end=count)
+    assert [number for number in seen if number] == steps
 
 
 def test_the_decoder_starts_anew_at_a_cut(pipe):

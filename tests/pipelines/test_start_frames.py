@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from astrolabe_diffusers.models.vae_streaming import encode_video
+from tests.reference_causal_wan import published_noise
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -24,21 +25,19 @@ def generate(pipe, prompt=PROMPTS[0], seed=0, output_type="latent", **kwargs):
 @torch.no_grad()
 def continued(pipe, given, num_frames, seed=0):
     """Without a cache: at every step the whole sequence, each block given the clean ones before it."""
-    n = pipe.transformer.config.num_frames_per_block
-    generator, text = torch.Generator().manual_seed(seed), pipe.encode_prompt(PROMPTS[0])
+    n, text = pipe.transformer.config.num_frames_per_block, pipe.encode_prompt(PROMPTS[0])
     shape = list(given.shape)
     shape[2] = num_frames - given.shape[2]
-    noise = torch.randn(shape, generator=generator)
+    noise, renoise = published_noise(torch.Generator().manual_seed(seed), shape, n, [4] * (shape[2] // n))
     video, sigmas = given, [5 * s / (1 + 4 * s) for s in (1.0, 0.75, 0.5, 0.25)]
-    for block in noise.split(n, dim=2):
+    for block, draws in zip(noise.split(n, dim=2), renoise):
         for i, sigma in enumerate(sigmas):
             clean, noisy = torch.cat([video, torch.zeros_like(block)], 2), torch.cat([video, block], 2)
             timestep = torch.full((1, noisy.shape[2]), 1000 * sigma)
             flow = pipe.transformer(noisy, timestep, text, clean_hidden_states=clean).sample[:, :, -n:]
             block = block - sigma * flow
             if i < 3:
-                fresh = torch.randn(block.shape, generator=generator)
-                block = (1 - sigmas[i + 1]) * block + sigmas[i + 1] * fresh
+                block = (1 - sigmas[i + 1]) * block + sigmas[i + 1] * draws[i]
         video = torch.cat([video, block], dim=2)
     return video
 
@@ -59,7 +58,7 @@ def test_a_video_goes_on(config, num_given):
 
 
 def test_an_image_starts_a_video():
-    pipe, image = tiny_pipeline(num_frames_per_block=1, first_block_sigmas=[1.0]), frames(1)
+    pipe, image = tiny_pipeline(num_frames_per_block=1), frames(1)
     given = encode_video(pipe.vae, torch.from_numpy(image).permute(3, 0, 1, 2)[None] * 2 - 1)
     expected = continued(pipe, given, 4)
     assert (generate(pipe, image=image, num_frames=13) - expected).abs().max() < 1e-4

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from tests.pipelines.test_reencoded_context import server_context
 from tests.pipelines.test_scenes import A, B, C, N, generate, reference, seeded
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -58,10 +59,19 @@ def test_recache_of_a_model_that_remembers_all():
     assert (result - reference(pipe, [A, A, B, B], recache_at=2)).abs().max() <= 1e-5
 
 
-def test_text_may_change_over_several_blocks(pipe):
+# Share of the new prompt in each block from the change on, as in Krea's server: linspace(0, 1, k).
+SHARES = {1: [1, 1, 1, 1], 2: [0, 1, 1, 1], 3: [0, 1 / 2, 1, 1], 4: [0, 1 / 3, 2 / 3, 1]}
+
+
+@pytest.mark.parametrize("config", [WINDOW, {"num_context_frames": 3}])
+@pytest.mark.parametrize("num_blocks", SHARES)
+def test_text_may_change_over_several_blocks(num_blocks, config):
+    pipe = tiny_pipeline(**config)
     old, new = pipe.encode_prompt(A), pipe.encode_prompt(B)
-    texts = [old, old, *(torch.lerp(old, new, weight) for weight in (1 / 3, 2 / 3)), new, new]
-    assert (switched(pipe, 2, B, num_blocks=3) - reference(pipe, texts)).abs().max() <= 1e-5
+    texts = [old, old, *((1 - share) * old + share * new for share in SHARES[num_blocks])]
+    context = {"encode_context": server_context(pipe.vae)} if "num_context_frames" in config else {}
+    error = (switched(pipe, 2, B, num_blocks=num_blocks) - reference(pipe, texts, **context)).abs().max()
+    assert error <= 1e-5
 
 
 def test_a_context_that_is_encoded_anew_has_the_prompt_of_its_block():
