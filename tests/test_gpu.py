@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import astrolabe_diffusers
 from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
 from astrolabe_diffusers.models.attention_causal_wan import attend, attend_with_shared_past
+from astrolabe_diffusers.pipelines.noise import draw_noise
 
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +38,15 @@ def test_the_same_video_as_on_the_cpu():
     expected = load()(PROMPT, generator=generator(), output_type="pt").frames
     video = load().to("cuda")(PROMPT, generator=generator(), output_type="pt").frames.cpu()
     assert (video - expected).abs().max() < 1e-2
+
+
+def test_noise_of_a_published_seed():
+    """The originals draw bfloat16, frames before channels: a whole video, then steps of three frames."""
+    ours, theirs = (torch.Generator("cuda").manual_seed(7) for _ in range(2))
+    for frames in (21, 3, 3):
+        drawn = torch.randn(1, frames, 16, 60, 104, generator=theirs, device="cuda", dtype=torch.bfloat16)
+        noise = draw_noise((1, 16, frames, 60, 104), ours, torch.device("cuda"), torch.bfloat16)
+        assert torch.equal(noise.transpose(1, 2), drawn.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
