@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from ..pipelines.noise import NOISE_LAYOUT
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rewards import RewardSet
@@ -101,6 +102,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
     """All that determines a video beside its job, as JSON values."""
     return {
         "seed": config.seed,
+        "noise_layout": NOISE_LAYOUT,
         "height": config.height or pipe.config.height,
         "width": config.width or pipe.config.width,
         "fps": config.fps or pipe.config.frame_rate,

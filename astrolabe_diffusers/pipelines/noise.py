@@ -4,6 +4,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 
+# A seed means another video in another layout.
+NOISE_LAYOUT = "BFCHW"
+
+
 def draw_noise(
     shape: tuple[int, int, int, int, int],
     generator: torch.Generator | list[torch.Generator] | None,

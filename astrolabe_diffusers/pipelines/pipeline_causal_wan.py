@@ -351,8 +351,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
                 First the noise of all generated blocks is drawn, `(B, F, C, h, w)`, then block by block that of the
                 steps but the last, `(B, n, C, h, w)`; float32, rounded once to the transformer's dtype. That is the
-                originals' order: a seed of theirs gives their video, if it is one video a call, the first of their
-                run, in bfloat16 with a generator on a GPU of the same kind.
+                originals' order: a seed of theirs gives their video up to rounding, if it is one video a call, the
+                first of their run, in bfloat16 with a generator on a GPU of the same kind.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all generated blocks.
             prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
             output_type (`str`): `"np"`, `"pt"`, `"pil"` or `"latent"`, see [`CausalWanPipelineOutput`].

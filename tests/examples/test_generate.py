@@ -111,6 +111,18 @@ def test_file_is_the_video_of_the_pipeline(model_folder, pipe, tmp_path, capsys)
     assert "videos made: 2, skipped: 0" in capsys.readouterr().out
 
 
+def test_a_video_of_other_noise_is_made_anew(model_folder, tmp_path, capsys):
+    """Before, noise was drawn channels before frames, and the manifest did not say."""
+    command = arguments(model_folder, tmp_path, prompt=PROMPT, num_frames=9)
+    for made in (1, 0, 1):
+        assert main(command) == 0
+        assert f"videos made: {made}" in capsys.readouterr().out
+        if not made:
+            (entry,) = read_manifest(tmp_path)
+            del entry["noise_layout"]
+            (tmp_path / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
+
+
 def test_scenes(model_folder, pipe, tmp_path):
     """Without --num_frames a video is as long as its scenes; with --plain_prompts there are none."""
     texts = [f"{PROMPT} [1.5s#] | a green cross [.75s]", PROMPT, f"a green cross [2.25s] | {PROMPT}[.75s]"]

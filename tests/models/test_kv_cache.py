@@ -191,6 +191,10 @@ def test_one_cache_serves_one_shape():
     with pytest.raises(ValueError) as error:
         read(model, noisy[:1, :, :3], 0.0, text[:1], cache)
     assert_one_line(error)
+    with pytest.raises(ValueError) as error:
+        read(model, noisy[:, :, :4], 0.0, text, cache)
+    assert_one_line(error, 4, "3 at most")
+    assert read(model, noisy[:, :, :2], 0.0, text, cache).shape[2] == 2
 
 
 def test_clean_frames_and_cache_exclude_each_other():
