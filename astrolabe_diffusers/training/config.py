@@ -177,8 +177,8 @@ class NFTConfig(RewardConfig):
     )
     context: str = option(
         "clean",
-        "what a block sees of those before it in training: as in inference; or, as in the release, noised with it, and "
-        "in its window only, without the sink",
+        "what a block sees of those before it in training: as in inference; or, as in the release, noised with it, "
+        "and in its window only, without the sink",
         choices=("clean", "noisy"),
     )
     context_policy: str = option(

@@ -85,10 +85,10 @@ class ReferenceSchedule:
     """Says when the current policy becomes the reference: the KL passes `max_kl`, or the reference is older than
     `max_epochs`.
 
-    Either may be `None`, which is never. `max_kl` itself may move at a reset, by `step`: down, to `minimum` at most, where
-    the reference became older than `max_epochs`; and up, to `maximum` at most, where it was less than `early_epochs`
-    old. In the code released with Astrolabe that maximum, 0.05, lies below the start, 0.15: there an early reset
-    *lowers* the threshold, at once to 0.05.
+    Either may be `None`, which is never. `max_kl` itself may move at a reset, by `step`: down, to `minimum` at most,
+    where the reference became older than `max_epochs`; and up, to `maximum` at most, where it was less than
+    `early_epochs` old. In the code released with Astrolabe that maximum, 0.05, lies below the start, 0.15: there an
+    early reset *lowers* the threshold, at once to 0.05.
     """
 
     def __init__(
