@@ -251,28 +251,23 @@ def row_of_the_page(name):
     """What docs/published_runs.md says of a run, from its YAML."""
     run = find_published_run(name, PUBLISHED)
     settings, processes = run.settings, run.processes
-    batch, group, batches = (
-        settings[size] for size in ("train_batch_size", "samples_per_prompt", "batches_per_epoch")
-    )
-    together = processes * batch
-    # The rows of the page's first table in which it was not what was released: those of all, of a window in the noisy
-    # context, of streaming and of selective KL.
-    before = "1, 3-6" if settings["context"] == "clean" else "1-6"
-    before += ", 7" * (settings["context"] == "noisy" and settings["local_attn_size"] != -1)
-    before += ", 8-9" * bool(settings["window_choices"]) + ", 10-13" * settings["selective_kl"]
-    rewards = " + ".join(
-        reward if weight == 1 else f"{weight:g} {reward}" for reward, weight in settings["rewards"].items()
-    )
+    batch, group, batches = (settings[n] for n in ("train_batch_size", "samples_per_prompt", "batches_per_epoch"))
+    together, windowed = processes * batch, bool(settings["window_choices"])
+    # The rows of the page's first table in which a name did not give what was released.
+    before = [1] * (not settings["init_lora"]) + [2] * (settings["context"] == "noisy") + [3, 4, 5, 6]
+    before += [7] * (settings["local_attn_size"] != -1 and not windowed) + [8, 9] * windowed
+    before += [10, 11, 12, 13] * settings["selective_kl"]
+    rewards = [reward if weight == 1 else f"{weight:g} {reward}" for reward, weight in settings["rewards"].items()]
     cells = [
         name + "*" * (name in README_ONLY),
         settings["pretrained_model_name_or_path"] + " + LoRA" * bool(settings["init_lora"]),
-        rewards,
+        " + ".join(rewards),
         f"{processes} x {batch} x {batches}",
         str(settings["num_frames"]),
         f"{settings['learning_rate']:g}, {settings['kl_weight']:g}, {settings['beta']:g}",
         str(settings["eval_steps"]),
         f"{together // group} x {group * batches}",
-        before,
+        " ".join(map(str, before)),
         f"14: {together * batches // group} x {group}",
     ]
     return f"| {' | '.join(cells)} |"
