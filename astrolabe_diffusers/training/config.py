@@ -241,7 +241,7 @@ class NFTConfig(RewardConfig):
     )
     reference_reset_kl_min: float = option(0.0, "it falls to this at most (0.1 in the release)", minimum=0)
     reference_reset_kl_max: float | None = option(
-        None, "it rises to this at most (0.05 in the release, which lowers 0.15 to it); no limit if not given", minimum=0
+        None, "it rises to this at most, if given (0.05 in the release, which lowers 0.15 to it)", minimum=0
     )
     reference_reset_early_epochs: int = option(5, "a reference that did not get this old was reset early", minimum=0)
     ema_decay: float | None = option(

@@ -16,7 +16,7 @@ from train_nft import main  # noqa: E402
 
 
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
-TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5"}
+TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
 
 
 def run(model_folder, folder, **values):
@@ -66,6 +66,17 @@ def test_selective_kl_holds_some_samples(model_folder, tmp_path):
     metrics = run(model_folder, tmp_path, **TWO_REWARDS, selective_kl=True, kl_weight=10.0, max_train_steps=4)
     assert all(0 < record["kl_samples"] < 1 for record in metrics)
     assert metrics[-1]["kl"] > 0 and 0.02 <= metrics[-1]["risk_ratio"] <= 0.2
+
+
+def test_the_kl_is_a_mean_over_the_step_or_over_batches(model_folder, tmp_path):
+    """One of eight samples is held: over the step its KL counts in full, over two batches, one without, half."""
+    values = {**TWO_REWARDS, "selective_kl": True, "risk_ratio": 0.02, "risk_ratio_max": 0.02}
+    over_step = run(model_folder, tmp_path / "selected", **values)
+    over_batches = run(model_folder, tmp_path / "batch", **values, kl_average="batch")
+    # At first the KL is zero, and so is its gradient: in the second step the policies are still the same.
+    assert [record["kl_samples"] for record in over_step] == [record["kl_samples"] for record in over_batches]
+    assert over_step[1]["kl_samples"] == 1 / 8 and over_step[1]["kl"] > 1e-9
+    assert over_batches[1]["kl"] == pytest.approx(over_step[1]["kl"] / 2, rel=1e-4)
 
 
 def test_the_reference_moves(model_folder, tmp_path):
