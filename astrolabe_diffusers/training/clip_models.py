@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +131,8 @@ class BlockwiseModel:
 
 class NoisyClipModel:
     """As the [`BlockwiseModel`] of a whole clip, but every block sees noisy ones: one pass with one graph, through the
-    context too. The code released with Astrolabe does this."""
+    context too. The code released with Astrolabe does this, with the same noise level in all blocks and, of a model
+    with a window, the window alone: `local_attn_size` frames that end with the block, and no sink."""
 
     def __init__(self, transformer, batch: NoisedBatch, take_turns: bool = False):
         self.transformer = transformer
@@ -138,9 +141,10 @@ class NoisyClipModel:
 
     def predict(self, frames: slice, forward=None) -> torch.Tensor:
         batch = self.batch
-        velocity = (forward or self.transformer)(
-            batch.noisy.to(self.transformer.dtype), batch.timestep, batch.prompt_embeds, return_dict=False
-        )[0]
+        with _without_sink(self.transformer):
+            velocity = (forward or self.transformer)(
+                batch.noisy.to(self.transformer.dtype), batch.timestep, batch.prompt_embeds, return_dict=False
+            )[0]
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
     def advance(self, frames: slice):
@@ -148,6 +152,17 @@ class NoisyClipModel:
 
     def predict_window(self) -> dict[int, torch.Tensor]:
         return {0: self.predict(self.blocks[0])}
+
+
+@contextmanager
+def _without_sink(transformer) -> Iterator[None]:
+    """The model's forward passes inside see the window only, whatever sink its config names."""
+    sink_size = transformer.config.sink_size
+    transformer.register_to_config(sink_size=0)
+    try:
+        yield
+    finally:
+        transformer.register_to_config(sink_size=sink_size)
 
 
 CLIP_MODELS = {"clean": BlockwiseModel, "noisy": NoisyClipModel}

@@ -171,12 +171,14 @@ class NFTConfig(RewardConfig):
     kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
     loss_weighting: str = option(
         "none",
-        "`adaptive`: divide by the mean distance to the sample (DiffusionNFT); blows up after 50 steps in Astrolabe",
+        "`adaptive`: DiffusionNFT's loss, divided by the mean distance to the sample and times adv_clip_max / beta; "
+        "blows up after 50 steps in Astrolabe",
         choices=("none", "adaptive"),
     )
     context: str = option(
         "clean",
-        "what a block sees of those before it in training: as in inference, or noised with it as in the release",
+        "what a block sees of those before it in training: as in inference; or, as in the release, noised with it, "
+        "and in its window only, without the sink",
         choices=("clean", "noisy"),
     )
     context_policy: str = option(
@@ -214,15 +216,38 @@ class NFTConfig(RewardConfig):
     risk_ratio_min: float = option(0.02, "its lower limit", minimum=0, maximum=1)
     risk_ratio_max: float = option(0.2, "its upper limit", minimum=0, maximum=1)
     risk_buffer_size: int = option(20, "epochs whose mean disagreement it is compared with", minimum=1)
+    risk_rule: str = option(
+        "hacked",
+        "which samples those are: that the primary reward ranks above the others; or, as in the release, below them",
+        choices=("hacked", "released"),
+    )
+    kl_average: str = option(
+        "selected",
+        "selective_kl is a mean over all samples of a step that are held; or, as in the release, over those of a "
+        "batch, and then over the batches, one without any counting as zero",
+        choices=("selected", "batch"),
+    )
     reference_reset_kl: float | None = option(
         None, "the reference becomes the current policy when the KL passes this (0.15 in the release)", minimum=0
     )
     reference_reset_epochs: int | None = option(
-        None, "... or when it is this many epochs old (15 in the release)", minimum=1
+        None, "... or when it is older than this many epochs (15 in the release)", minimum=1
     )
+    reference_reset_kl_step: float = option(
+        0.0,
+        "by how much reference_reset_kl falls when the reference became too old, and rises when it became less than "
+        "reference_reset_early_epochs old (0.01 in the release)",
+        minimum=0,
+    )
+    reference_reset_kl_min: float = option(0.0, "it falls to this at most (0.1 in the release)", minimum=0)
+    reference_reset_kl_max: float | None = option(
+        None, "it rises to this at most, if given (0.05 in the release, which lowers 0.15 to it)", minimum=0
+    )
+    reference_reset_early_epochs: int = option(5, "a reference that did not get this old was reset early", minimum=0)
     ema_decay: float | None = option(
         None,
-        "an average of the policy over the steps, ema = d ema + (1 - d) current, is what is judged and saved",
+        "an average of the policy over the steps is what is judged and saved: after step s, counted from 0, "
+        "ema = d ema + (1 - d) current, d = min((1 + s) / (10 + s), this)",
         minimum=0,
         below=1,
     )
@@ -395,11 +420,16 @@ def parse_settings(
     names = ", ".join(_config_names(config_dir))
     help = f"a YAML file, {names}, the name of a published run, or `list`, which prints these names"
     parser.add_argument("--config", help=help)
+    help = "of a published run not what was released, but what we would change of it (docs/published_runs.md)"
+    parser.add_argument("--recommended", nargs="?", const="true", default="false", metavar="", help=help)
     arguments = parse_fields(parser, NFTConfig, argv)
-    return arguments | {"config": _named_settings(arguments["config"], arguments, config_dir)}
+    recommended = _coerce("recommended", arguments.pop("recommended"), bool)
+    return arguments | {"config": _named_settings(arguments["config"], recommended, arguments, config_dir)}
 
 
-def _named_settings(config: str | None, arguments: dict[str, Any], config_dir: str | Path | None) -> dict[str, Any]:
+def _named_settings(
+    config: str | None, recommended: bool, arguments: dict[str, Any], config_dir: str | Path | None
+) -> dict[str, Any]:
     published = Path(config_dir or "") / "published"
     is_main = os.environ.get("RANK", "0") == "0"
     if config == "list":
@@ -414,9 +444,12 @@ def _named_settings(config: str | None, arguments: dict[str, Any], config_dir: s
         with as_user_error("the environment variable WORLD_SIZE"):
             num_processes = int(os.environ.get("WORLD_SIZE", 1))
         values, sizes = run.settings_for(num_processes, given)
+        changed, kind = run.choose(recommended, [name for name in arguments if name not in SIZES])
         if is_main:
-            print(sizes)
-        return values
+            print(f"{sizes}\n{kind}")
+        return values | changed
+    if recommended:
+        raise UserError("--recommended goes with the name of a published run; --config list prints them.")
     return _read_yaml(config, config_dir, [f.name for f in fields(NFTConfig)])
 
 

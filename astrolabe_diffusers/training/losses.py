@@ -31,7 +31,7 @@ def nft_loss(
     clean: torch.Tensor,
     optimality: torch.Tensor,
     beta: float,
-    adaptive: bool = False,
+    adaptive: float | None = None,
 ) -> torch.Tensor:
     """Policy loss of each sample, `(B,)`; Astrolabe eq. 1-2 and algorithm 1.
 
@@ -43,17 +43,20 @@ def nft_loss(
         clean: `(B, ...)` the sample itself.
         optimality: `(B,)` r in [0, 1].
         beta: distance of the implicit policies from the old one.
-        adaptive: divide each square by the mean distance `|x+ - x_0|` (or `|x- - x_0|`), as DiffusionNFT does.
+        adaptive:
+            A_max of `optimality`, for DiffusionNFT's loss: each square is divided by the mean distance `|x+ - x_0|`
+            (or `|x- - x_0|`), and the sum multiplied by `A_max / beta`.
     """
     positive = (1 - beta) * old + beta * current
     negative = (1 + beta) * old - beta * current
     losses = []
     for prediction in (positive, negative):
         loss = squared_distance(prediction, clean)
-        if adaptive:
+        if adaptive is not None:
             loss = loss / (prediction - clean).detach().abs().flatten(1).mean(1).clamp(min=MIN_DISTANCE)
         losses.append(loss)
-    return optimality * losses[0] + (1 - optimality) * losses[1]
+    loss = optimality * losses[0] + (1 - optimality) * losses[1]
+    return loss if adaptive is None else adaptive / beta * loss
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,8 @@ def add_policies(
 ):
     """Freeze the transformer and add the adapters `default` (current policy, trainable) and `old`, equal at first.
 
-    LoRA weights are float32 whatever the base is. B starts at zero, so that all policies coincide.
+    LoRA weights are float32 whatever the base is. They start as peft has it: A uniform in `+-1 / sqrt(in_features)`, B
+    zero, so that all policies coincide.
 
     Args:
         others: further adapters, `"ema"` (equal at first) and `"reference"` (the transformer alone at first).
@@ -47,7 +48,6 @@ def add_policies(
         r=rank,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        init_lora_weights="gaussian",
         target_modules=list(target_modules) or block_linear_names(transformer),
     )
     transformer.add_adapter(config, adapter_name=CURRENT)
@@ -131,3 +131,9 @@ def follow_current(transformer: nn.Module, adapter: str, decay: float):
 def old_policy_decay(step: int, rate: float, maximum: float) -> float:
     """`min(rate * step, maximum)`: the old policy follows closely at first (DiffusionNFT's schedule)."""
     return min(rate * step, maximum)
+
+
+def ema_decay(step: int, maximum: float) -> float:
+    """`min((1 + step) / (10 + step), maximum)` after `step` earlier updates: the average is of the last policies from
+    the start, as in the code released with DiffusionNFT and Astrolabe, and not of the untrained one."""
+    return min((1 + step) / (10 + step), maximum)

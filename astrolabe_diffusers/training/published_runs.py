@@ -1,7 +1,8 @@
 """The runs published with Astrolabe, by name.
 
 A name is `<base>_video_<variant>[_<N>gpu]`; without a number it is the run on 8 processes. What each is, is data: a
-YAML file a base in `examples/configs/published/`, and `common.yaml` for what all share.
+YAML file a base in `examples/configs/published/`, `common.yaml` for what all share, and `recommended.yaml` for what we
+would change. Together they state everything that decides what is trained: defaults of ours do not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .errors import UserError
 
 
 DEFAULT_PROCESSES = 8
+# Files beside those of the bases.
+SHARED = ("common", "recommended")
 SIZES = ("train_batch_size", "samples_per_prompt", "batches_per_epoch")
 _NAME = re.compile(r"(?P<base>\w+?)_video_(?P<variant>\w+?)(?:_(?P<processes>\d+)gpu)?")
 # Spellings that the published files and their README do not agree on.
@@ -27,10 +30,11 @@ _SPELLINGS = (("casual_forcing", "causal_forcing"), ("multireward", "multi_rewar
 
 @dataclass
 class PublishedRun:
-    """A published run: the settings it states, and how many processes they are for."""
+    """A published run: its settings as released, what we would change of them, and how many processes they are for."""
 
     name: str
     settings: dict[str, Any]
+    recommended: dict[str, Any]
     processes: int
     sizes: dict[int, dict[str, Any]]  # of its base, by number of processes
 
@@ -64,12 +68,27 @@ class PublishedRun:
             f"groups of {group}, {samples} samples an epoch, {origin}"
         )
 
+    def choose(self, recommended: bool, given: list[str]) -> tuple[dict[str, Any], str]:
+        """What is to be changed of the settings, and a line that says whose they are.
+
+        Args:
+            recommended: change what we would of the settings that this run states, or nothing.
+            given: fields that the user sets, which go before either.
+        """
+        changed = {k: v for k, v in self.recommended.items() if v != self.settings.get(k, v) and k not in given}
+        if recommended:
+            line = f"with what we recommend: {', '.join(f'{name}={value}' for name, value in changed.items())}"
+        else:
+            line = "as released; --recommended is what we would change (docs/published_runs.md)"
+        own = [name for name in given if name in self.settings]
+        return changed if recommended else {}, line + (f"; but for your {', '.join(own)}" if own else "")
+
 
 def published_names(folder: Path) -> list[str]:
     """Every name, in the files' spelling."""
     names = []
     for path in sorted(folder.glob("*.yaml")):
-        if path.stem != "common":
+        if path.stem not in SHARED:
             data = yaml.safe_load(path.read_text())
             for variant, settings in data["variants"].items():
                 for number in settings.get("published_on", data["processes"]):
@@ -103,7 +122,8 @@ def find_published_run(name: str, folder: Path) -> PublishedRun | None:
     settings |= data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
     settings |= data.get("runs", {}).get(run, {})
     settings.pop("published_on", None)
-    return PublishedRun(name, settings, processes, data["processes"])
+    recommended = yaml.safe_load((folder / "recommended.yaml").read_text())
+    return PublishedRun(name, settings, recommended, processes, data["processes"])
 
 
 def list_published_runs(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +20,20 @@ def ranks(values: torch.Tensor) -> torch.Tensor:
 def rank_disagreement(primary: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
     """`D_i = rank of i by the primary reward - mean of its ranks by the others`, `(N,)`, in (-N, N).
 
-    High where the primary reward alone likes a sample: there it may be hacked. Rewards are `(N,)` without NaN. The
-    ranks in the released code run the other way round.
+    High where the primary reward alone likes a sample: there it may be hacked. Rewards are `(N,)` without NaN.
     """
     return ranks(primary) - torch.stack([ranks(other) for other in others]).mean(0)
+
+
+def kl_weights(mask: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """Weights `(N,)` with which the mean over all `N` samples is a mean over the selected ones of each of `num_parts`
+    parts of equal size, and then over the parts. A part without one counts as zero.
+
+    Args:
+        mask: `(N,)` bool, the selected samples, part after part.
+    """
+    parts = mask.float().unflatten(0, (num_parts, -1))
+    return (parts / parts.mean(1, keepdim=True).clamp(min=1 / parts.shape[1])).flatten()
 
 
 class RiskController:
@@ -31,24 +42,36 @@ class RiskController:
     Of the non-negative disagreements those from their `100 (1 - rho)` percentile on, zeros excepted. The risk ratio
     `rho` grows by `rate` of itself when disagreement passes all of the last `buffer_size` epochs, and shrinks when it
     falls below them. What is compared is the mean of the non-negative disagreements: that of all is zero.
+
+    Args:
+        released:
+            As in the code released with Astrolabe, where the best sample has rank 1: all signs are turned round, so
+            that samples are held that the primary reward likes *less* than the others do; and only those above the
+            percentile, not at it.
     """
 
-    def __init__(self, ratio: float, rate: float, minimum: float, maximum: float, buffer_size: int):
+    def __init__(
+        self, ratio: float, rate: float, minimum: float, maximum: float, buffer_size: int, released: bool = False
+    ):
         self.ratio = ratio
         self.rate = rate
         self.minimum = minimum
         self.maximum = maximum
+        self.released = released
         self.buffer: deque[float] = deque(maxlen=buffer_size)
 
     def __call__(self, disagreement: torch.Tensor) -> torch.Tensor:
-        """The mask `(N,)` of an epoch, bool."""
+        """The mask `(N,)` of an epoch, bool; `disagreement` is that of [`rank_disagreement`]."""
+        if self.released:
+            disagreement = -disagreement
         doubtful = disagreement[disagreement >= 0]
         mean = doubtful.mean().item()
         if self.buffer:
             factor = 1 + self.rate * ((mean > max(self.buffer)) - (mean < min(self.buffer)))
             self.ratio = min(max(self.ratio * factor, self.minimum), self.maximum)
         self.buffer.append(mean)
-        return (disagreement >= torch.quantile(doubtful, 1 - self.ratio)) & (disagreement > 0)
+        threshold = torch.quantile(doubtful, 1 - self.ratio)
+        return disagreement > threshold if self.released else (disagreement >= threshold) & (disagreement > 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"ratio": self.ratio, "buffer": list(self.buffer)}
@@ -59,28 +82,51 @@ class RiskController:
 
 
 class ReferenceSchedule:
-    """Says when the current policy becomes the reference: the KL passes `max_kl`, or `max_epochs` have gone by.
+    """Says when the current policy becomes the reference: the KL passes `max_kl`, or the reference is older than
+    `max_epochs`.
 
-    Either may be `None`, which is never.
+    Either may be `None`, which is never. `max_kl` itself may move at a reset, by `step`: down, to `minimum` at most,
+    where the reference became older than `max_epochs`; and up, to `maximum` at most, where it was less than
+    `early_epochs` old. In the code released with Astrolabe that maximum, 0.05, lies below the start, 0.15: there an
+    early reset *lowers* the threshold, at once to 0.05.
     """
 
-    def __init__(self, max_kl: float | None, max_epochs: int | None):
+    def __init__(
+        self,
+        max_kl: float | None,
+        max_epochs: int | None,
+        step: float = 0.0,
+        minimum: float = 0.0,
+        maximum: float | None = None,
+        early_epochs: int = 5,
+    ):
+        self.start_kl = max_kl
         self.max_kl = max_kl
         self.max_epochs = max_epochs
+        self.kl_step = step
+        self.minimum = minimum
+        self.maximum = math.inf if maximum is None else maximum
+        self.early_epochs = early_epochs
         self.age = 0  # epochs since the last reset
 
     def step(self, kl: float) -> bool:
         """After an epoch with this mean KL: whether it is time."""
         self.age += 1
-        due = (self.max_kl is not None and kl > self.max_kl) or (
-            self.max_epochs is not None and self.age >= self.max_epochs
-        )
+        old = self.max_epochs is not None and self.age > self.max_epochs
+        due = old or (self.max_kl is not None and kl > self.max_kl)
         if due:
+            if self.max_kl is not None and old:
+                self.max_kl = max(self.max_kl - self.kl_step, self.minimum)
+            if self.max_kl is not None and self.age < self.early_epochs:
+                self.max_kl = min(self.max_kl + self.kl_step, self.maximum)
             self.age = 0
         return due
 
     def state_dict(self) -> dict[str, Any]:
-        return {"age": self.age}
+        return {"age": self.age, "start_kl": self.start_kl, "max_kl": self.max_kl}
 
     def load_state_dict(self, state: dict[str, Any]):
         self.age = state["age"]
+        # Another setting goes before the threshold that came of the old one; old checkpoints have neither.
+        if state.get("start_kl") == self.start_kl:
+            self.max_kl = state.get("max_kl", self.max_kl)

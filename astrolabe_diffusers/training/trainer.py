@@ -27,6 +27,7 @@ from .policies import (
     REFERENCE,
     activate_current,
     add_policies,
+    ema_decay,
     follow_current,
     load_policies,
     old_policy_decay,
@@ -34,7 +35,7 @@ from .policies import (
     use_policy,
 )
 from .prompts import Sample, epoch_samples, eval_samples, process_batches
-from .reference import ReferenceSchedule, RiskController, rank_disagreement
+from .reference import ReferenceSchedule, RiskController, kl_weights, rank_disagreement
 from .report import RunReport, device_name, peak_memory_gb, versions
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
 from .seeds import stable_seed
@@ -152,8 +153,16 @@ class NFTTrainer:
             config.risk_ratio_min,
             config.risk_ratio_max,
             config.risk_buffer_size,
+            released=config.risk_rule == "released",
         )
-        self.reference = ReferenceSchedule(config.reference_reset_kl, config.reference_reset_epochs)
+        self.reference = ReferenceSchedule(
+            config.reference_reset_kl,
+            config.reference_reset_epochs,
+            config.reference_reset_kl_step,
+            config.reference_reset_kl_min,
+            config.reference_reset_kl_max,
+            config.reference_reset_early_epochs,
+        )
         # What a checkpoint holds beside tensors, by name: objects with state_dict and load_state_dict, JSON values.
         self.stateful = {"guard": self.guard, "risk": self.risk, "reference": self.reference}
         self.interruption = Interruption()
@@ -274,12 +283,12 @@ class NFTTrainer:
     ) -> list[dict[str, float]]:
         """The optimizer steps of an epoch; returns their statistics."""
         accumulation = self.config.gradient_accumulation_steps
-        # The KL is a mean over the samples of a step that are held to the reference.
-        steps = kl_mask.float().unflatten(0, (self.config.steps_per_epoch, -1))
-        kl_weights = (steps / steps.mean(1, keepdim=True).clamp(min=1 / steps.shape[1])).flatten()
+        # Samples are in the order of global batches, each of them one batch of every process after the other.
+        parts = {"selected": self.config.steps_per_epoch, "batch": len(kl_mask) // self.config.train_batch_size}
+        kl_weight = kl_weights(kl_mask, parts[self.config.kl_average])
         # Processes must agree on the passes that they make.
         use_reference = kl_mask.unflatten(0, (len(batches), -1)).any(1).tolist()
-        values, weights, kl_weights = map(self.split, (advantages.values, advantages.trained.float(), kl_weights))
+        values, weights, kl_weight = map(self.split, (advantages.values, advantages.trained.float(), kl_weight))
         statistics = []
         for first in range(0, len(batches), accumulation):
             self.report.activity("training")
@@ -291,7 +300,7 @@ class NFTTrainer:
                     self.sigmas,
                     values[i],
                     weights[i],
-                    kl_weights[i],
+                    kl_weight[i],
                     use_reference[i],
                     self.config.adv_clip_max,
                 )
@@ -312,7 +321,7 @@ class NFTTrainer:
             )
             self.step += 1
             if self.config.ema_decay is not None:
-                follow_current(self.transformer, EMA, self.config.ema_decay)
+                follow_current(self.transformer, EMA, ema_decay(self.step - 1, self.config.ema_decay))
             if statistics[-1]["skipped_steps"]:
                 self.report.print(f"step {self.step} is skipped: loss or gradient is no finite number (nan_loss=skip)")
             self.report.progress.update()
@@ -416,6 +425,8 @@ class NFTTrainer:
         if self.config.selective_kl:
             metrics["risk_ratio"] = self.risk.ratio
         metrics["reference_age"] = self.reference.age
+        if self.reference.max_kl is not None:
+            metrics["reference_reset_kl"] = self.reference.max_kl
         metrics |= {key: sum(s[key] for s in statistics) / len(statistics) for key in statistics[0]}
         metrics["skipped_steps"] = int(sum(s["skipped_steps"] for s in statistics))
         metrics["old_policy_decay"] = self.old_policy_decay

@@ -127,7 +127,7 @@ def accumulate_gradients(
                 batch.clean[:, :, frames],
                 batch.optimality,
                 config.beta,
-                adaptive=config.loss_weighting == "adaptive",
+                adaptive=config.adv_clip_max if config.loss_weighting == "adaptive" else None,
             )
             kl = torch.zeros_like(policy_loss)
             if "reference" in frozen:

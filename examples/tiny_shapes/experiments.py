@@ -37,7 +37,8 @@ LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
 EXPERIMENTS: dict[str, dict] = {
     "NFT": {},
     "NFT, beta 0.1": {"beta": 0.1},
-    "adaptive loss weights": {"loss_weighting": "adaptive"},
+    # The loss is then adv_clip_max / beta = 5 times as large: the KL keeps its share with 5 times its weight.
+    "adaptive loss weights": {"loss_weighting": "adaptive", "kl_weight": 0.15},
     "no KL": {"kl_weight": 0},
     "two blocks, clean context, the old policy's": TWO_BLOCKS,
     "two blocks, clean context, each policy's own": {**TWO_BLOCKS, "context_policy": "own"},

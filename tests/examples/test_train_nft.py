@@ -101,7 +101,7 @@ def test_reloaded_adapter_reproduces_the_evaluation(finished, model_folder):
     first, *_, last = read_jsonl(folder / "eval.jsonl")
     assert evaluation.scores["reward"] == pytest.approx(last["scores"]["reward"], abs=1e-6)
     differences = [abs(a - b) for a, b in zip(first["scores"]["reward"], last["scores"]["reward"])]
-    assert min(differences) > 1e-5
+    assert max(differences) > 1e-4
 
 
 def test_resumed_run_has_the_numbers_of_the_uninterrupted_one(finished, model_folder, tmp_path):

@@ -16,7 +16,7 @@ from train_nft import main  # noqa: E402
 
 
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
-TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5"}
+TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
 
 
 def run(model_folder, folder, **values):
@@ -50,6 +50,7 @@ def plain(model_folder, tmp_path_factory):
         {**TWO_REWARDS, "reward_normalization": "group"},
         {**TWO_REWARDS, "advantage_reward": "primary", "primary_reward": CONTRAST},
         {**TWO_REWARDS, "selective_kl": True},
+        {**TWO_REWARDS, "selective_kl": True, "risk_rule": "released", "kl_average": "batch"},
     ],
     ids=lambda values: " ".join(f"{k}={str(v).split(':')[-1]}" for k, v in values.items()),
 )
@@ -67,17 +68,41 @@ def test_selective_kl_holds_some_samples(model_folder, tmp_path):
     assert metrics[-1]["kl"] > 0 and 0.02 <= metrics[-1]["risk_ratio"] <= 0.2
 
 
+def test_the_kl_is_a_mean_over_the_step_or_over_batches(model_folder, tmp_path):
+    """One of eight samples is held: over the step its KL counts in full, over two batches, one without, half."""
+    values = {**TWO_REWARDS, "selective_kl": True, "risk_ratio": 0.02, "risk_ratio_max": 0.02}
+    over_step = run(model_folder, tmp_path / "selected", **values)
+    over_batches = run(model_folder, tmp_path / "batch", **values, kl_average="batch")
+    # At first the KL is zero, and so is its gradient: in the second step the policies are still the same.
+    assert [record["kl_samples"] for record in over_step] == [record["kl_samples"] for record in over_batches]
+    assert over_step[1]["kl_samples"] == 1 / 8 and over_step[1]["kl"] > 1e-9
+    assert over_batches[1]["kl"] == pytest.approx(over_step[1]["kl"] / 2, rel=1e-4)
+
+
 def test_the_reference_moves(model_folder, tmp_path):
-    """Every second epoch it becomes the current policy: right after, the KL is that of one step."""
+    """Older than one epoch it becomes the current policy: right after, the KL is that of one step."""
     values = {"max_train_steps": 4, "checkpointing_steps": 4, "learning_rate": 1e-2}
     fixed = run(model_folder, tmp_path / "fixed", **values)
-    moving = run(model_folder, tmp_path / "moving", **values, reference_reset_epochs=2)
+    moving = run(model_folder, tmp_path / "moving", **values, reference_reset_epochs=1)
     assert [record["reference_age"] for record in moving] == [1, 0, 1, 0]
     assert moving[1]["kl"] == pytest.approx(fixed[1]["kl"], rel=1e-4)
     assert moving[2]["kl"] == pytest.approx(0, abs=1e-9) and fixed[2]["kl"] > 1e-6
     assert moving[3]["kl"] > 1e-9
     reset = run(model_folder, tmp_path / "kl", **values, reference_reset_kl=fixed[1]["kl"] / 2)
     assert reset[1]["reference_age"] == 0 and reset[2]["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_moving_threshold_is_that_of_the_run_that_is_resumed(model_folder, tmp_path):
+    values = {
+        "reference_reset_kl": 1e-7,
+        "reference_reset_kl_step": 1.0,
+        "max_train_steps": 3,
+        "checkpointing_steps": 2,
+    }
+    records = run(model_folder, tmp_path, **values, learning_rate=1e-2)
+    assert [record["reference_reset_kl"] for record in records] == [1e-7, 1 + 1e-7, 1 + 1e-7]
+    resumed = run(model_folder, tmp_path, **values, learning_rate=1e-2, resume_from_checkpoint="checkpoint-2")
+    assert resumed[-1]["reference_reset_kl"] == records[-1]["reference_reset_kl"]
 
 
 def test_the_average_is_judged_and_saved(model_folder, tmp_path):
@@ -88,7 +113,10 @@ def test_the_average_is_judged_and_saved(model_folder, tmp_path):
     assert saved.keys() == steps[0].keys()
     for name, value in saved.items():
         if "lora_B" in name:  # starts at zero
-            expected = 0.25 * (0.75**2 * steps[0][name] + 0.75 * steps[1][name] + steps[2][name])
+            # Weights 1/10, 2/11 and 1/4 of what was there before.
+            expected = 0.9 * steps[0][name]
+            for decay, step in zip((2 / 11, 3 / 12), steps[1:]):
+                expected = decay * expected + (1 - decay) * step[name]
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-7)
 
 

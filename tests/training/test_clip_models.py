@@ -8,6 +8,7 @@ from astrolabe_diffusers.training.clip_models import BlockwiseModel, NoisyClipMo
 from astrolabe_diffusers.training.losses import nft_loss, squared_distance
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
 from astrolabe_diffusers.training.update import accumulate_gradients
+from tests.models.test_reference_causal_wan import BASE, stock_masked_forward, stock_wan
 from tests.training.helpers import config, noised_batch, policy_pipeline
 
 
@@ -132,6 +133,33 @@ def test_noisy_context_is_one_pass_over_the_noisy_video(accelerator):
         clean = BlockwiseModel(transformer, batch).predict_window()[3]
         noisy = NoisyClipModel(transformer, batch).predict_window()[0][:, :, 3:]
     assert (clean - noisy).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+def test_noisy_context_is_the_release_s_mask(model):
+    """Diffusers' own model with the released mask: a window of 9 frames that ends with the block, and no sink."""
+    pipe = policy_pipeline(**model)
+    transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
+    with use_policy(transformer, "base"):
+        result = NoisyClipModel(transformer, batch).predict_window()[0]
+    assert transformer.config.sink_size == model.get("sink_size", 0)  # for the next video
+
+    weights = {n.replace(".base_layer", ""): p for n, p in transformer.state_dict().items() if ".lora_" not in n}
+    config = {name: transformer.config[name] for name in BASE}
+    frame = torch.arange(18).repeat_interleave(4)  # of each token
+    end = (frame // 3 + 1) * 3
+    mask = frame[None, :] < end[:, None]
+    if model:
+        mask &= frame[None, :] >= end[:, None] - 9
+    timestep = batch.timestep[:, None].expand(-1, 18)
+    flow = stock_masked_forward(stock_wan(config, weights), batch.noisy, timestep, batch.prompt_embeds, mask)
+    expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
+    assert (result - expected).abs().max() < 1e-5
+    if model:
+        with use_policy(transformer, "base"):
+            with_sink = transformer(batch.noisy, batch.timestep, batch.prompt_embeds).sample
+        assert (with_sink - flow)[:, :, :9].abs().max() < 1e-5  # the window has not moved on yet
+        assert (with_sink - flow)[:, :, 9:].abs().max() > 1e-2
 
 
 def test_kl_of_some_samples(accelerator):

@@ -22,23 +22,24 @@ def test_nft_loss_is_the_formula(beta):
         np.testing.assert_allclose(losses[i].item(), r[i].item() * plus + (1 - r[i].item()) * minus, rtol=1e-12)
 
 
-def test_adaptive_weights_are_the_formula():
-    """Each square is divided by the mean absolute error, which has no gradient (DiffusionNFT)."""
+def test_adaptive_loss_is_diffusionnft_s():
+    """`A_max (r / b |x+ - x0|^2 / w+ + (1 - r) / b |x- - x0|^2 / w-)`, `w` the mean absolute error, a constant."""
     current, old, clean = clips(3)
     clean[2] = old[2] + 1e-9  # distance below the floor of 1e-5
-    r, beta = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64), 0.5
+    r, beta, adv_max = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64), 0.1, 5.0
     current[2] = old[2]
     current.requires_grad_()
-    losses = nft_loss(current, old, clean, r, beta, adaptive=True)
+    losses = nft_loss(current, old, clean, r, beta, adaptive=adv_max)
     losses.sum().backward()
     for i in range(3):
         c, o, x = (t[i].detach().numpy() for t in (current, old, clean))
         plus, minus = (1 - beta) * o + beta * c - x, (1 + beta) * o - beta * c - x
         weights = [max(np.abs(error).mean(), 1e-5) for error in (plus, minus)]
-        parts = [np.mean(error**2) / weight for error, weight in zip((plus, minus), weights)]
+        parts = [np.mean(error**2 / weight) for error, weight in zip((plus, minus), weights)]
         ri = r[i].item()
-        np.testing.assert_allclose(losses[i].item(), ri * parts[0] + (1 - ri) * parts[1], rtol=1e-10)
-        gradient = 2 * beta / c.size * (ri * plus / weights[0] - (1 - ri) * minus / weights[1])
+        expected = adv_max * (ri / beta * parts[0] + (1 - ri) / beta * parts[1])
+        np.testing.assert_allclose(losses[i].item(), expected, rtol=1e-10)
+        gradient = adv_max * 2 / c.size * (ri * plus / weights[0] - (1 - ri) * minus / weights[1])
         np.testing.assert_allclose(current.grad[i].numpy(), gradient, rtol=1e-9, atol=1e-15)
 
 

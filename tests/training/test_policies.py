@@ -10,6 +10,7 @@ from astrolabe_diffusers.training.policies import (
     activate_current,
     add_policies,
     block_linear_names,
+    ema_decay,
     follow_current,
     load_policies,
     old_policy_decay,
@@ -102,6 +103,22 @@ def test_all_policies_coincide_at_first(transformer):
     assert all(torch.equal(current, old) for current, old in pairs)
 
 
+def test_a_lora_starts_as_peft_s_own_does():
+    """A is uniform in +-1 / sqrt(in), so its standard deviation is 1 / sqrt(3 in), whatever the rank; B is zero."""
+    model = tiny_transformer(ffn_dim=96)
+    torch.manual_seed(0)
+    add_policies(model, rank=256, lora_alpha=256)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            bound = parameter.shape[1] ** -0.5
+            assert 0.99 * bound < parameter.abs().max() <= bound, name
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.03), name
+            assert abs(parameter.mean().item()) < 0.03 * bound, name
+        elif ".lora_B." in name:
+            assert not parameter.any(), name
+    assert {p.shape[1] for n, p in model.named_parameters() if ".lora_A." in n} == {24, 96}
+
+
 def test_policies_differ_once_their_weights_do(transformer):
     randomize_adapters(transformer)
     outputs = []
@@ -174,6 +191,13 @@ def test_old_policy_is_blended_pairwise(transformer):
 
 def test_decay_schedule():
     assert [old_policy_decay(step, 0.001, 0.5) for step in (0, 100, 500, 9000)] == [0.0, 0.1, 0.5, 0.5]
+
+
+def test_the_average_warms_up():
+    # 1/10, 2/11, 11/20, 81/90; from then on the given one.
+    expected = [0.1, 2 / 11, 0.55, 0.9, 0.9]
+    assert [ema_decay(step, 0.9) for step in (0, 1, 10, 80, 500)] == pytest.approx(expected)
+    assert ema_decay(10**6, 0.5) == 0.5 and ema_decay(3, 0.5) == pytest.approx(4 / 13)
 
 
 def test_lora_is_float32_on_a_bfloat16_base():

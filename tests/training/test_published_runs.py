@@ -1,8 +1,11 @@
-"""Every published name and its settings, against a table written by hand."""
+"""Every published name and its settings, against a table written by hand, and the page that tells of them."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from astrolabe_diffusers.training.config import NFTConfig, parse_args
 from astrolabe_diffusers.training.errors import UserError
@@ -11,13 +14,19 @@ from astrolabe_diffusers.training.published_runs import find_published_run, publ
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 PUBLISHED = CONFIGS / "published"
+PAGE = (CONFIGS.parents[1] / "docs" / "published_runs.md").read_text()
 HPSV3, MQ, TA = "video_hpsv3_local", "videoalign_mq_score", "videoalign_ta_score"
 VQ, BOTH = {HPSV3: 1.0}, {HPSV3: 1.0, MQ: 1.0}
 SIZES = {8: (3, 24, 16), 16: (2, 16, 8), 24: (4, 24, 12), 48: (4, 24, 6)}
 KREA_SIZES = {8: (1, 8, 8), 16: (1, 16, 16), 24: (1, 24, 24), 48: (1, 16, 16)}
 LORA = {"init_lora": "longlive-lora"}
-GARDO = {"selective_kl": True, "primary_reward": HPSV3}
+RISK = {"risk_ratio": 0.1, "risk_ratio_rate": 0.1, "risk_ratio_min": 0.02, "risk_ratio_max": 0.2}
+RISK |= {"risk_buffer_size": 20, "risk_rule": "released", "kl_average": "batch"}
+RESET = {"reference_reset_kl": 0.15, "reference_reset_epochs": 15, "reference_reset_kl_step": 0.01}
+RESET |= {"reference_reset_kl_min": 0.1, "reference_reset_kl_max": 0.05, "reference_reset_early_epochs": 5}
+GARDO = {"selective_kl": True, "primary_reward": HPSV3, **RISK, **RESET}
 STREAM = {**LORA, "num_frames": 957, "eval_num_frames": 237, "window_size": 21, "sample_frames": 240}
+STREAM |= {"window_selection": "choices", "window_choices": [21], "context": "clean"}
 
 # name: processes, rewards, epochs between evaluations, and what else differs from lr 1e-5, KL 1e-4, 81 frames.
 RUNS = {
@@ -91,12 +100,59 @@ def test_settings(name, monkeypatch, capsys):
     expected |= {"lora_target_modules": [], "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4}
     expected |= {"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "mixed_precision": "bf16", "adv_clip_max": 5.0}
     expected |= {"old_policy_decay_rate": 0.001, "old_policy_decay_max": 0.5, "ema_decay": 0.9}
-    expected |= {"advantage_std": "global", "train_timesteps": "warped"}
+    expected |= {"advantage_std": "global", "train_timesteps": "raw", "context": "noisy", "context_policy": "own"}
+    expected |= {"allow_tf32": True, "gradient_checkpointing": True, "loss_weighting": "none", "collapse_factor": 0.0}
+    expected |= {"reference_reset_kl": None, "reference_reset_epochs": None, "advantage_reward": "composite"}
+    expected |= {"sigmas": [1.0, 0.75, 0.5, 0.25], "lr_scheduler": "constant", "lr_warmup_steps": 0}
     expected |= {"init_lora": None, "selective_kl": False, "window_size": None, "eval_num_frames": None} | others
     assert {field: getattr(config, field) for field in expected} == expected
     assert config.steps_per_epoch == 1
-    assert "as published" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "as published" in printed and "\nas released; --recommended" in printed and "but for" not in printed
     assert config.pretrained_model_name_or_path == FOLDERS[base]
+
+
+# What does not decide what is trained: where things come from and go to, how much is looked at, with what.
+FREE = {"import_modules", "reward_options", "reward_placement", "reward_timeout", "revision", "variant"}
+FREE |= {"prompt_column", "output_dir", "eval_rewards", "num_eval_prompts", "eval_seeds", "num_eval_videos"}
+FREE |= {"checkpoints_total_limit", "resume_from_checkpoint", "report_to", "logging_dir", "push_to_hub"}
+FREE |= {"hub_model_id", "hub_base_model", "hub_license", "hub_token"}
+# These say nothing in a run whose KL is for all samples and whose reference stays.
+SELECTIVE = RISK.keys() | RESET.keys() - {"reference_reset_kl", "reference_reset_epochs"}
+
+
+@pytest.mark.parametrize("name", published_names(PUBLISHED))
+def test_nothing_that_decides_is_left_to_our_defaults(name):
+    """A new field goes into common.yaml, with what the release does, or into FREE."""
+    settings = find_published_run(name, PUBLISHED).settings
+    fields = {field.name for field in dataclasses.fields(NFTConfig)}
+    assert settings.keys() <= fields
+    assert fields - FREE - settings.keys() == (set() if settings["selective_kl"] else SELECTIVE)
+
+
+@pytest.mark.parametrize("name", ["self_forcing_video_hpsv3", "longlive_video_hpsv3_gardo"])
+def test_what_we_recommend_is_a_flag(name, capsys):
+    released = parse_args(["--config", name], CONFIGS)
+    capsys.readouterr()
+    config = parse_args(["--config", name, "--recommended", "--beta", "0.3", "--output_dir", "mine"], CONFIGS)
+    changes = {"context": "clean", "context_policy": "old", "train_timesteps": "warped", "collapse_factor": 2.0}
+    if "gardo" in name:
+        changes |= {"risk_rule": "hacked", "kl_average": "selected", "reference_reset_kl_step": 0.0}
+        changes |= {"reference_reset_kl_min": 0.0, "reference_reset_kl_max": None}
+    given = {"beta": 0.3, "output_dir": "mine"}
+    assert dataclasses.asdict(config) == dataclasses.asdict(released) | changes | given
+    printed = capsys.readouterr().out.splitlines()[1]
+    assert printed.startswith("with what we recommend: context=clean, context_policy=old, train_timesteps=warped, ")
+    assert printed.endswith("; but for your beta") and ("risk_rule=hacked" in printed) == ("gardo" in name)
+    config = parse_args(["--config", name, "--recommended", "false", "--context", "clean"], CONFIGS)
+    assert dataclasses.asdict(config) == dataclasses.asdict(released) | {"context": "clean"}
+    assert capsys.readouterr().out.splitlines()[1].endswith("; but for your context")
+
+
+@pytest.mark.parametrize("config", [[], ["--config", "tiny_shapes"]])
+def test_recommended_goes_with_a_published_name(config):
+    with pytest.raises(UserError, match="--recommended goes with the name of a published run"):
+        parse_args([*config, "--recommended"], CONFIGS)
 
 
 def test_krea_is_trained_in_the_plain_loop():
@@ -185,3 +241,59 @@ def test_unknown_names(name, words):
 
 def test_the_default_number_may_be_spelled_out():
     assert find_published_run("longlive_video_long_8gpu", PUBLISHED).settings["num_frames"] == 237
+
+
+README_ONLY = {"krea14b_video_multi_reward_16gpu", "krea14b_video_multi_reward_48gpu"}
+README_ONLY |= {"longlive_video_hpsv3_with_lora_init_16gpu", "longlive_video_multi_reward_24gpu"}
+
+
+def row_of_the_page(name):
+    """What docs/published_runs.md says of a run, from its YAML."""
+    run = find_published_run(name, PUBLISHED)
+    settings, processes = run.settings, run.processes
+    batch, group, batches = (settings[n] for n in ("train_batch_size", "samples_per_prompt", "batches_per_epoch"))
+    together, windowed = processes * batch, bool(settings["window_choices"])
+    # The rows of the page's first table in which a name did not give what was released.
+    before = [1] * (not settings["init_lora"]) + [2] * (settings["context"] == "noisy") + [3, 4, 5, 6]
+    before += [7] * (settings["local_attn_size"] != -1 and not windowed) + [8, 9] * windowed
+    before += [10, 11, 12, 13] * settings["selective_kl"]
+    rewards = [reward if weight == 1 else f"{weight:g} {reward}" for reward, weight in settings["rewards"].items()]
+    cells = [
+        name + "*" * (name in README_ONLY),
+        settings["pretrained_model_name_or_path"] + " + LoRA" * bool(settings["init_lora"]),
+        " + ".join(rewards),
+        f"{processes} x {batch} x {batches}",
+        str(settings["num_frames"]),
+        f"{settings['learning_rate']:g}, {settings['kl_weight']:g}, {settings['beta']:g}",
+        str(settings["eval_steps"]),
+        f"{together // group} x {group * batches}",
+        " ".join(map(str, before)),
+        f"14: {together * batches // group} x {group}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_page_has_a_row_for_every_run():
+    expected = [row_of_the_page(name) for name in published_names(PUBLISHED)]
+    rows = [line for line in PAGE.splitlines() if re.match(r"\| \w+_video_", line)]
+    assert rows == expected, "the rows should be:\n" + "\n".join(expected)
+
+
+def settings_on_the_page(heading):
+    """The `field: value` of a section's tables."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [yaml.safe_load(text) for row in rows for text in re.findall(r"`(\w+: [^`]+)`", row)]
+
+
+def test_the_page_states_what_the_files_do():
+    gardo, streaming = (
+        find_published_run(f"longlive_video_{name}", PUBLISHED).settings
+        for name in ("hpsv3_gardo", "hpsv3_streaming_with_lora_init")
+    )
+    stated = settings_on_the_page("Released, before, now")
+    assert len(stated) > 15
+    for setting in stated:
+        assert setting.items() <= gardo.items() or setting.items() <= streaming.items(), setting
+    recommended = yaml.safe_load((PUBLISHED / "recommended.yaml").read_text())
+    assert {k: v for setting in settings_on_the_page("What we recommend") for k, v in setting.items()} == recommended

@@ -1,9 +1,17 @@
 """Selective KL and the moving reference, against cases computed by hand."""
 
+import numpy as np
 import pytest
 import torch
 
-from astrolabe_diffusers.training.reference import ReferenceSchedule, RiskController, rank_disagreement, ranks
+from astrolabe_diffusers.training.prompts import process_batches
+from astrolabe_diffusers.training.reference import (
+    ReferenceSchedule,
+    RiskController,
+    kl_weights,
+    rank_disagreement,
+    ranks,
+)
 
 
 def test_ranks():
@@ -50,11 +58,86 @@ def test_risk_ratio_follows_disagreement():
     assert (other.ratio, list(other.buffer), other.buffer.maxlen) == (0.085, pytest.approx([0.2, 0.1]), 2)
 
 
+def test_the_released_rule_holds_what_the_primary_reward_likes_least():
+    """The mask from ranks that begin with the best and numpy's percentile, written down plainly."""
+    generator = torch.Generator().manual_seed(0)
+    primary, *others = torch.randn(3, 60, generator=generator)
+
+    def from_the_best(values):
+        return torch.tensor([1.0 + sum(other > value for other in values.tolist()) for value in values.tolist()])
+
+    difference = (from_the_best(primary) - (from_the_best(others[0]) + from_the_best(others[1])) / 2).numpy()
+    threshold = np.percentile(difference[difference >= 0], 100 - 100 * 0.1)
+    disagreement = rank_disagreement(primary, others)
+    mask = RiskController(0.1, 0.1, 0.02, 0.2, 20, released=True)(disagreement)
+    assert mask.tolist() == (difference > threshold).tolist() and 0 < mask.sum() < 6
+    assert (disagreement[mask] < 0).all()
+    ours = RiskController(0.1, 0.1, 0.02, 0.2, 20)(disagreement)
+    assert (disagreement[ours] > 0).all() and not (ours & mask).any()
+    # Those at the percentile are not above it.
+    equal = torch.tensor([1.0, 1.0, -2.0, -2.0])
+    assert not RiskController(0.1, 0.1, 0.02, 0.2, 20, released=True)(equal).any()
+
+
+def test_kl_weights():
+    mask = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0]).bool()
+    kl = torch.arange(12.0)
+    # All twelve: the mean of samples 0, 2 and 10. Batches of four: means 1, none and 10.
+    assert (kl_weights(mask, 1) * kl).mean().item() == pytest.approx((0 + 2 + 10) / 3)
+    assert (kl_weights(mask, 3) * kl).mean().item() == pytest.approx((1 + 0 + 10) / 3)
+    # The parts are the batches of the processes: two processes with two batches of three each.
+    for batches in (process_batches(kl_weights(mask, 4), 3, index, 2) for index in (0, 1)):
+        assert all(batch.sum() in (0, 3) for batch in batches) and len(batches) == 2
+    assert kl_weights(torch.ones(4).bool(), 2).tolist() == [1.0] * 4
+    assert not kl_weights(torch.zeros(4).bool(), 1).any()
+
+
 def test_reference_schedule():
     schedule = ReferenceSchedule(max_kl=0.15, max_epochs=3)
-    assert [schedule.step(kl) for kl in (0.1, 0.2, 0.1, 0.1, 0.1, 0.1)] == [False, True, False, False, True, False]
+    due = [schedule.step(kl) for kl in (0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)]
+    # Above the KL after the second epoch; more than three epochs old after the sixth.
+    assert due == [False, True, False, False, False, True, False]
+    assert schedule.max_kl == 0.15
     schedule = ReferenceSchedule(None, None)
-    assert not any(schedule.step(100.0) for _ in range(50)) and schedule.state_dict() == {"age": 50}
-    other = ReferenceSchedule(None, 51)
+    assert not any(schedule.step(100.0) for _ in range(50)) and schedule.age == 50
+    other = ReferenceSchedule(None, 50)
     other.load_state_dict(schedule.state_dict())
     assert other.step(0.0)
+
+
+def released_schedule():
+    return ReferenceSchedule(0.15, 15, step=0.01, minimum=0.1, maximum=0.05, early_epochs=5)
+
+
+def test_the_released_threshold_moves():
+    schedule = released_schedule()
+    # Resets of age alone: after 16 epochs, by 0.01 each, to 0.1.
+    thresholds = []
+    for _ in range(7):
+        assert [schedule.step(0.1) for _ in range(16)] == [False] * 15 + [True]
+        thresholds.append(schedule.max_kl)
+    assert thresholds == pytest.approx([0.14, 0.13, 0.12, 0.11, 0.1, 0.1, 0.1])
+    # A reset after 5 to 15 epochs leaves it; an earlier one sets it to 0.05, and age to 0.1 again.
+    assert [schedule.step(kl) for kl in (0, 0, 0, 0, 0.11)] == [False] * 4 + [True] and schedule.max_kl == 0.1
+    assert [schedule.step(kl) for kl in (0, 0, 0, 0.11)] == [False] * 3 + [True] and schedule.max_kl == 0.05
+    assert [schedule.step(0.04) for _ in range(16)][-1] and schedule.max_kl == 0.1
+    assert not schedule.step(0.1) and schedule.step(0.11)
+
+
+def test_the_threshold_survives_a_resume():
+    schedule = released_schedule()
+    assert schedule.step(0.2) and schedule.max_kl == 0.05
+    schedule.step(0.0)
+    again = released_schedule()
+    again.load_state_dict(schedule.state_dict())
+    assert (again.max_kl, again.age) == (0.05, 1)
+    changed = ReferenceSchedule(0.3, 15, step=0.01, minimum=0.1, maximum=0.05)
+    changed.load_state_dict(schedule.state_dict())
+    assert (changed.max_kl, changed.age) == (0.3, 1)
+    again.load_state_dict({"age": 7})  # of a checkpoint from before it moved
+    assert again.age == 7
+
+
+def test_a_threshold_of_one_s_own_rises_after_an_early_reset():
+    schedule = ReferenceSchedule(0.15, None, step=0.01)
+    assert schedule.step(0.2) and schedule.max_kl == pytest.approx(0.16)
