@@ -13,7 +13,6 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.lora import check_lora_fits
@@ -24,6 +23,7 @@ from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scen
 from .pipeline_output import CausalWanPipelineOutput
 from .scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
 from .stream import CausalWanStream, PromptInbox, PromptSwitch
+from .video_processor import BilinearVideoProcessor
 
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
@@ -106,7 +106,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             frame_rate=frame_rate,
         )
         self._interrupt = False
-        self.video_processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
+        self.video_processor = BilinearVideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
