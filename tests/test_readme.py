@@ -110,7 +110,7 @@ def test_checkpoint(workplace):
     weights = {f"model.{name}": tensor for name, tensor in original_weights(pipe.transformer).items()}
     torch.save({"generator_ema": weights}, "self_forcing_dmd.pt")
     (convert,) = (c for c in commands(section("## Use a published model")) if "examples/convert_checkpoint.py" in c)
-    convert_checkpoint.main(replaced(convert[2:], {"base": "base"}))
+    assert convert_checkpoint.main(replaced(convert[2:], {"base": "base"})) == 0
 
     text = section("### A checkpoint")
     save_files(text, workplace)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
-import math
-import mmap
-import pickle
 import re
-import struct
-import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .published_models import PublishedModel
+from .tensor_files import load_tensors
+
 
 # Wrappers (FSDP, activation checkpointing, torch.compile) leave these anywhere in a name, modules at its beginning.
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
-_LEADING = re.compile(r"^(?:(?:module|model|diffusion_model)\.)+")
+_LEADING = re.compile(r"^(?:(?:module|model|diffusion_model|transformer|pipe|dit|net)\.)+")
+
+# Entries of a training checkpoint that may be the generator.
+_ENTRIES = ("generator_ema", "generator", "model", "state_dict", "module")
+
+# Beside an 8-bit weight, in the files of ComfyUI, Kijai and lightx2v: what it is multiplied by; scales of activations,
+# which are not quantised here; which kind of numbers it is, as JSON.
+_WEIGHT_SCALES = (".scale_weight", ".weight_scale")
+_INPUT_SCALES = (".scale_input", ".input_scale")
+_FORMAT = ".comfy_quant"
+_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+_SCALED_FILE = "scaled_fp8"
 
 # Original Wan2.1 names to those of diffusers. No tensor changes. Wan's norm3 is diffusers' norm2; Wan's norm1 and
 # norm2 have no parameters.
@@ -44,8 +55,6 @@ _RENAMES = [
     )
 ]
 
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 # (width, layers) of the models that checkpoints are published for.
 _KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B"}
 
@@ -60,64 +69,123 @@ def diffusers_name(name: str) -> str:
     return name
 
 
-def load_tensors(path: str | Path) -> dict[str, Any]:
+@dataclass
+class OriginalWeights:
     """
-    What a `.safetensors`, `.pt`, `.pth` or `.bin` file holds, memory-mapped: tensors are read when they are used.
+    The generator of a checkpoint, under the names of [`CausalWanTransformer3DModel`].
+
+    Args:
+        tensors: as they are stored.
+        scales: by name, what an 8-bit tensor is to be multiplied by: one number, or one for each row.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor]
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and values, one after the other. Of a file with 8-bit weights all are float32, and exact."""
+        is_8_bit = any(tensor.dtype.itemsize == 1 for tensor in self.tensors.values())
+        for name, tensor in self.tensors.items():
+            if is_8_bit or name in self.scales:
+                tensor = tensor.float()
+            if name in self.scales:
+                tensor = tensor * self.scales[name].float()
+            yield name, tensor
+
+
+def load_original_weights(
+    checkpoint: str | Path | dict[str, Any],
+    weights: str | tuple[str, ...] = (),
+    recipe: PublishedModel | None = None,
+    map_files: bool = True,
+) -> OriginalWeights:
+    """
+    Args:
+        checkpoint: a file or folder, as [`load_tensors`] takes it, or what it holds.
+        weights: see [`select_generator`].
+        recipe: the published model that it is.
+        map_files: see [`load_tensors`].
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or one whose loading would run code.
+        ValueError: it is no checkpoint, has several generators, or tensors that are no weights.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return _map_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors: loading it would run code from the file, which is refused."
-        ) from None
-    except (ValueError, KeyError, RuntimeError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
-
-
-def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file on a read-only map. That of `safetensors` is writable, and for such a map Linux wants as
-    much memory as the file is long: one of 28 GB would not load on a machine of 24."""
-    with open(path, "rb") as file:
-        (header_size,) = struct.unpack("<Q", file.read(8))
-        if header_size > path.stat().st_size:
-            raise ValueError("it has no safetensors header")
-        header = json.loads(file.read(header_size))
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header.pop("__metadata__", None)
-    tensors = {}
-    with warnings.catch_warnings():
-        # Nobody writes to them.
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        for name, info in header.items():
-            begin = 8 + header_size + info["data_offsets"][0]
-            dtype, count = _SAFETENSORS_DTYPES[info["dtype"]], math.prod(info["shape"])
-            tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(info["shape"])
-    return tensors
+    if not isinstance(checkpoint, dict):
+        checkpoint = load_tensors(checkpoint, map_files)
+    tensors = to_diffusers(select_generator(checkpoint, weights, recipe.weights if recipe else ()))
+    if not tensors:
+        raise ValueError("this checkpoint holds no tensors.")
+    return OriginalWeights(*_split_scales(tensors))
 
 
 def select_weights(checkpoint: dict[str, Any], keys: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
     """
-    The generator's tensors out of a training checkpoint.
+    The tensors out of a training checkpoint. What lies beside them and is none is left out.
 
     Args:
         checkpoint: a flat dict of tensors, or dicts by name (`generator`, `generator_ema`, `critic`, ...).
         keys: names in the order of preference; the first that is there is taken.
     """
-    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        return checkpoint
-    for key in keys:
-        if isinstance(checkpoint.get(key), dict):
-            return checkpoint[key]
-    raise ValueError(f"this checkpoint holds {', '.join(checkpoint)}, and none of {', '.join(keys)}.")
+    found = [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)]
+    tensors = {
+        name: value for name, value in (found[0] if found else checkpoint).items() if isinstance(value, torch.Tensor)
+    }
+    if checkpoint and not found and not tensors:
+        raise ValueError(f"this checkpoint holds {', '.join(checkpoint)}, and none of {', '.join(keys)}.")
+    return tensors
+
+
+def select_generator(
+    checkpoint: dict[str, Any], weights: str | tuple[str, ...] = (), preferred: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """
+    The generator's tensors out of a training checkpoint.
+
+    Args:
+        checkpoint: a flat dict of tensors, or dicts by name.
+        weights: the entry to take, or several of which the first that is there is taken.
+        preferred: entries of a published model; where none of them is there, as if not given.
+
+    Raises:
+        ValueError: `weights` are not there, or neither is given and several entries may be meant.
+    """
+    weights = (weights,) if isinstance(weights, str) else tuple(weights)
+    entries = [name for name, value in checkpoint.items() if isinstance(value, dict)]
+    if weights and not set(weights) & set(entries):
+        there = f"there are {', '.join(entries)}" if entries else "its tensors have no entries: leave `weights` out"
+        raise ValueError(f"this checkpoint has no entry {' or '.join(weights)}; {there}.")
+    possible = [name for name in _ENTRIES if name in entries]
+    if not weights and not set(preferred) & set(entries) and len(possible) > 1:
+        raise ValueError(
+            f"this checkpoint holds {' and '.join(possible)}: say which is meant with `weights`, or with `recipe` "
+            "which published model it is."
+        )
+    return select_weights(checkpoint, weights or (*preferred, *_ENTRIES))
+
+
+def _split_scales(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and the scales of those in 8 bits; what else such files hold, and counters of a training, are left."""
+    weights, scales = {}, {}
+    for name, tensor in tensors.items():
+        module, dot, last = name.rpartition(".")
+        weight, what = f"{module}.weight", dot + last
+        if what == _FORMAT:
+            kind = json.loads(bytes(tensor.tolist()))["format"]
+            if kind not in _FORMATS:
+                raise ValueError(f"{weight} is quantised as {kind}; what is supported is {', '.join(_FORMATS)}.")
+        elif what in _WEIGHT_SCALES and weight in tensors:
+            count, rows = tensor.numel(), tensors[weight].shape[:1].numel()
+            if count not in (1, rows):
+                raise ValueError(f"{weight} has {count} scales: one is supported, or one for each of {rows} rows.")
+            scales[weight] = tensor.reshape(-1, *[1] * (tensors[weight].ndim - 1))
+        elif what in _INPUT_SCALES and weight in tensors or name == _SCALED_FILE:
+            continue
+        elif tensor.is_floating_point() or tensor.numel() != 1:
+            weights[name] = tensor
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and name not in scales:
+            raise ValueError(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}, which is no weight.")
+    return weights, scales
 
 
 def to_diffusers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,8 +210,13 @@ def describe(weights: dict[str, torch.Tensor]) -> str:
 
 def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128) -> dict[str, Any]:
     """The sizes of the transformer that tensors in Diffusers layout belong to; those of the heads, no shape tells."""
-    width, layers = _width(weights), _num_layers(weights)
     try:
+        width, layers = weights["patch_embedding.weight"].shape[0], _num_layers(weights)
+        if width % attention_head_dim:
+            raise ValueError(
+                f"a width of {width} is no whole number of heads of {attention_head_dim}: give "
+                "`attention_head_dim` or `config`."
+            )
         return {
             "num_attention_heads": width // attention_head_dim,
             "attention_head_dim": attention_head_dim,
@@ -157,6 +230,8 @@ def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128
         }
     except KeyError as error:
         raise ValueError(f"this is no Wan transformer: it has no {error.args[0]}.") from None
+    except IndexError:
+        raise ValueError("this is no Wan transformer: its tensors have other shapes.") from None
 
 
 def misfits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> str:
@@ -195,4 +270,5 @@ def _width(weights: dict[str, torch.Tensor]) -> int:
 
 
 def _num_layers(weights: dict[str, torch.Tensor]) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
+    numbers = (re.match(r"blocks\.(\d+)\.", name) for name in weights)
+    return 1 + max((int(number[1]) for number in numbers if number), default=-1)

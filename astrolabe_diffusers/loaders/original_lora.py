@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from .original_checkpoints import describe, diffusers_name, load_tensors, select_weights
+from .original_checkpoints import describe, diffusers_name, select_weights
+from .tensor_files import load_tensors
 
 
 _MATRIX = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight$")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..spelling import close_matches
+
 
 _FOUR_STEPS = [1.0, 0.75, 0.5, 0.25]
 
@@ -68,3 +70,17 @@ PUBLISHED_MODELS = {
         pipeline={"sigmas": [*_FOUR_STEPS, 0.0], "num_context_frames": 3, "num_frames": 105},
     ),
 }
+
+
+def find_published_model(name: str) -> PublishedModel:
+    """The model of [`PUBLISHED_MODELS`] by that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in PUBLISHED_MODELS:
+        raise ValueError(
+            f"there is no published model {name!r}{close_matches(name, PUBLISHED_MODELS)}; there are "
+            f"{', '.join(PUBLISHED_MODELS)}."
+        )
+    return PUBLISHED_MODELS[name]

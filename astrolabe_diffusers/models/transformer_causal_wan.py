@@ -1,21 +1,23 @@
 """Block-wise causal Wan transformer with a KV cache."""
 
+from inspect import signature
 from os import PathLike
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from diffusers.utils.peft_utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
-from huggingface_hub import hf_hub_download
 from torch import nn
 
-from ..loaders.original_checkpoints import check_fits, infer_config, load_tensors, select_weights, to_diffusers
+from ..loaders.original_checkpoints import check_fits, infer_config, load_original_weights
+from ..loaders.published_models import find_published_model
 from ..loaders.registration import register_with_diffusers
+from ..loaders.tensor_files import fetch_link
+from ..spelling import close_matches
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .rotary import CausalWanRotaryPosEmbed, Rotary
@@ -185,44 +187,91 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         cls,
         pretrained_model_link_or_path_or_dict: str | PathLike | dict[str, Any],
         *,
-        weights: tuple[str, ...] = ("generator_ema", "generator", "model"),
+        recipe: str | None = None,
+        weights: str | tuple[str, ...] = (),
         config: str | PathLike | None = None,
         subfolder: str = "transformer",
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        low_cpu_mem_usage: bool = True,
+        disable_mmap: bool = False,
+        force_download: bool = False,
+        cache_dir: str | PathLike | None = None,
+        proxies: dict[str, str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        config_revision: str | None = None,
         **kwargs,
     ) -> "CausalWanTransformer3DModel":
         r"""
-        Load a published checkpoint in its original layout.
+        Load a checkpoint in its original layout, or in that of Diffusers, ComfyUI or DiffSynth.
 
         Args:
             pretrained_model_link_or_path_or_dict:
-                Path or Hub link of a `.pt` or `.safetensors` file, or what such a file holds.
-            weights (`tuple[str]`): entries of a training checkpoint that hold the model; the first found is taken.
+                Path or Hub link of a safetensors or torch file, path of a folder of shards or of their index, or what
+                such a file holds. 8-bit weights are multiplied by their scales; their files become float32.
+            recipe (`str`, *optional*):
+                Name of the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is
+                taken, and the config gets its block, window and sink. Sigmas are the pipeline's.
+            weights (`str` or `tuple[str]`, *optional*):
+                The entry of a training checkpoint that holds the model, or several of which the first found is taken.
+                A file with several that may be meant needs this or `recipe`.
             config (`str`, *optional*):
-                Pipeline folder or Hub id whose transformer's sizes are taken; read off the tensors by default.
+                Pipeline folder or Hub id whose transformer's config is taken; sizes are read off the tensors by
+                default.
             subfolder (`str`): of `config`.
             dtype (`torch.dtype`, *optional*): of the parameters, those that diffusers keeps in float32 excepted.
-            kwargs: config values, such as `num_frames_per_block=1`.
+            torch_dtype (`torch.dtype`, *optional*): older name of `dtype`.
+            device (`str` or `torch.device`, *optional*): where the model is put.
+            low_cpu_mem_usage (`bool`): has no effect: weights are never initialised.
+            disable_mmap (`bool`): read files whole instead of through a memory map.
+            force_download, cache_dir, proxies, local_files_only, token, revision: of downloads from the Hub.
+            config_revision (`str`, *optional*): revision of `config`.
+            kwargs: config values, such as `num_frames_per_block=1`; they go before those of `config` and `recipe`.
 
         Raises:
-            ValueError: tensors are missing, unexpected or of another shape; the message names them.
+            ValueError:
+                An argument is not known; the file is no checkpoint or holds several models; tensors are missing,
+                unexpected or of another shape. The message names them.
         """
+        known = cls._get_init_keys(cls) - {"self"}
+        for name in kwargs.keys() - known:
+            arguments = known | set(signature(cls.from_single_file).parameters)
+            raise ValueError(
+                f"{cls.__name__}.from_single_file takes no `{name}`{close_matches(name, arguments)}; it takes its own "
+                "arguments and the values of the model's config."
+            )
+        dtype = torch_dtype if dtype is None else dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}.")
+        published = None if recipe is None else find_published_model(recipe)
+        hub = dict(
+            force_download=force_download,
+            cache_dir=cache_dir,
+            proxies=proxies,
+            local_files_only=local_files_only,
+            token=token,
+        )
         checkpoint = pretrained_model_link_or_path_or_dict
         if not isinstance(checkpoint, dict):
-            if str(checkpoint).startswith("https://"):
-                checkpoint = hf_hub_download(*_extract_repo_id_and_weights_name(checkpoint))
-            checkpoint = load_tensors(checkpoint)
-        tensors = to_diffusers(select_weights(checkpoint, weights))
-        sizes = cls.load_config(config, subfolder=subfolder) if config else infer_config(tensors)
+            checkpoint = fetch_link(checkpoint, revision=revision, **hub)
+        original = load_original_weights(checkpoint, weights, published, map_files=not disable_mmap)
+        if config:
+            sizes = cls.load_config(config, subfolder=subfolder, revision=config_revision, **hub)
+        else:
+            sizes = infer_config(original.tensors, kwargs.get("attention_head_dim", 128))
         with init_empty_weights():
-            model = cls.from_config(sizes, **kwargs)
-        check_fits(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        for name, tensor in tensors.items():
+            model = cls.from_config(sizes, **((published.transformer if published else {}) | kwargs))
+        check_fits(original.tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
+        tensors = {}
+        for name, tensor in original.items():
             keep = dtype is not None and not set(name.split(".")).isdisjoint(cls._keep_in_fp32_modules)
             # A copy: the file may be replaced while its memory map is in use.
-            tensors[name] = tensor.to(torch.float32 if keep else dtype, copy=True)
+            tensors[name] = tensor.to(device=device, dtype=torch.float32 if keep else dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
-        return model.eval()
+        return model.to(device).eval() if device is not None else model.eval()
 
     @apply_lora_scale("attention_kwargs")
     def forward(

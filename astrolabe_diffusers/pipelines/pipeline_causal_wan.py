@@ -12,7 +12,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.lora import check_lora_fits
@@ -24,6 +23,7 @@ from .noise import draw_noise
 from .pipeline_output import CausalWanPipelineOutput
 from .scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
 from .stream import CausalWanStream, PromptInbox, PromptSwitch
+from .video_processor import BilinearVideoProcessor
 
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
@@ -109,7 +109,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             frame_rate=frame_rate,
         )
         self._interrupt = False
-        self.video_processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
+        self.video_processor = BilinearVideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

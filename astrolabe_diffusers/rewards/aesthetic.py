@@ -7,8 +7,9 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..loaders.original_checkpoints import misfits
+from ..loaders.tensor_files import find_weights
 from .model_reward import FrameReward, normalize, place
-from .published_files import fetch, find_weights, read_weights
+from .published_files import fetch, read_weights
 from .reward import register_reward
 
 

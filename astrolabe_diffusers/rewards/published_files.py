@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 
-from ..loaders.original_checkpoints import load_tensors, select_weights
+from ..loaders.original_checkpoints import select_weights
+from ..loaders.tensor_files import load_tensors
 
 
 def fetch(source: str, patterns: list[str]) -> Path:
@@ -24,22 +24,6 @@ def fetch(source: str, patterns: list[str]) -> Path:
     except Exception as error:  # the client has a class for each way to fail
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} is no file or folder here, and the Hub did not give it: {reason}") from None
-
-
-def find_weights(path: Path, names: tuple[str, ...]) -> list[Path]:
-    """The weight files: `path` if it is one, or in that folder the shards of an index, or the first of `names`."""
-    if path.is_file():
-        return [path]
-    for index in sorted(path.glob("*.index.json")):
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [shard for shard in shards if not (path / shard).is_file()]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}, which its {index.name} names.")
-        return [path / shard for shard in shards]
-    for name in names:
-        if (path / name).is_file():
-            return [path / name]
-    raise ValueError(f"{path} holds no weights: there is no {', no '.join(names)}.")
 
 
 def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:

@@ -11,10 +11,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ..loaders.tensor_files import find_weights
 from .frame_request import FrameRequest
 from .frame_selection import FrameSelection
 from .model_reward import ModelReward, place
-from .published_files import fetch, find_weights, read_constants, read_weights
+from .published_files import fetch, read_constants, read_weights
 from .qwen2_vl_inputs import RewardPrompt, resized_size
 from .reward import RewardOutput, register_reward
 

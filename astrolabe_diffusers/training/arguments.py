@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..spelling import close_matches
 from .errors import UserError, one_line
 
 
@@ -48,9 +48,3 @@ class _StoreOnce(argparse._StoreAction):
             raise UserError(f"{option_string} is given twice.")
         parser._given.add(self.dest)
         super().__call__(parser, namespace, values, option_string)
-
-
-def close_matches(name: str, names: Sequence[str]) -> str:
-    """The names that `name` may be a slip of, as a remark to put behind it; empty if there is none."""
-    matches = difflib.get_close_matches(name, names, n=3)
-    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
