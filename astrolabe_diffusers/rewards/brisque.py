@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import pickle
 from pathlib import Path
@@ -62,6 +63,24 @@ def _gray(frame: torch.Tensor) -> torch.Tensor:
     return (weights @ frame.double().flatten(1)).view(1, *frame.shape[1:])
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts, lists and dicts. What names a class or a function, and might run it, is refused."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"it names {module}.{name}, which would be run")
+
+
+def _read_ranges(path: Path) -> tuple[list[float], list[float]]:
+    """`min_` and `max_` of the pickle with the ranges of the features."""
+    try:
+        ranges = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        low, high = ([float(x) for x in ranges[name]] for name in ("min_", "max_"))
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no pickle of min_ and max_, two lists of numbers: {reason}") from None
+    return low, high
+
+
 class SupportVectorRegression:
     """
     An RBF regression: f(x) = sum_i a_i exp(-g |x' - s_i|^2) - rho, with the features x scaled to x' in [-1, 1].
@@ -79,21 +98,21 @@ class SupportVectorRegression:
 
     @classmethod
     def from_libsvm(cls, model: Path, ranges: Path) -> SupportVectorRegression:
-        """From the text file of libsvm, and a pickle of {"min_": ..., "max_": ...} by the package that it is from."""
+        """From the text file of libsvm, and a pickle of {"min_": [...], "max_": [...]}; no code in it is run."""
         head, _, body = model.read_text().partition("SV\n")
         settings = dict(line.split(maxsplit=1) for line in head.splitlines())
         rows = [line.split() for line in body.splitlines()]
         # Indices count from 1; those that are not there are 0.
         entries = [{int(k): float(v) for k, v in (item.split(":") for item in row[1:])} for row in rows]
-        scale = pickle.loads(ranges.read_bytes())
-        vectors = [[entry.get(i + 1, 0.0) for i in range(len(scale["min_"]))] for entry in entries]
+        low, high = _read_ranges(ranges)
+        vectors = [[entry.get(i + 1, 0.0) for i in range(len(low))] for entry in entries]
         return cls(
             vectors,
             [float(row[0]) for row in rows],
             float(settings["gamma"]),
             float(settings["rho"]),
-            scale["min_"],
-            scale["max_"],
+            low,
+            high,
         )
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:

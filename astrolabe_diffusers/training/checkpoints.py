@@ -19,10 +19,19 @@ from peft import get_peft_model_state_dict
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .agreement import raise_together
 from .config import NFTConfig
-from .errors import UserError, as_user_error, summarize_exception
+from .errors import UserError, as_user_error, one_line
 from .integrity import find_damage, seal, to_disk
 from .policies import CURRENT, OLD
 from .sharding import full_tensor, is_sharded, shard_like
+from .states import (
+    check_form,
+    check_optimizer_tensors,
+    load_optimizer,
+    optimizer_tensors,
+    random_states,
+    set_random_states,
+    trained_parameters,
+)
 
 
 # The current policy's file has the name that `load_lora_weights(folder)` looks for.
@@ -31,6 +40,9 @@ WEIGHT_NAMES = {
     **{name: f"pytorch_lora_weights_{name}.safetensors" for name in (OLD, "reference", "ema")},
 }
 STATE_NAME = "trainer_state.json"
+OPTIMIZER_NAME = "optimizer.safetensors"
+# Of the states of a checkpoint. Those of 0.1.0 had none, and were pickles.
+FORMAT = 2
 PREFIX = "transformer."
 
 
@@ -118,37 +130,32 @@ def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
 class Checkpoints:
     """Checkpoints of a run, each a folder `<output_dir>/checkpoints/checkpoint-N`.
 
-    It holds every adapter, the optimizer, the schedule, random states, `config.yaml` and `trainer_state.json`, and can
-    be given to `pipe.load_lora_weights`. A checkpoint is written under another name and renamed when it is complete
-    and on the disk; `files.json` tells whether it still is.
+    It holds every adapter, the optimizer, random states, `config.yaml` and `trainer_state.json`, all of it tensors,
+    JSON and YAML, and can be given to `pipe.load_lora_weights`. A checkpoint is written under another name and renamed
+    when it is complete and on the disk; `files.json` tells whether it still is.
 
     Args:
-        accelerator: with model, optimizer and schedule prepared.
+        accelerator: of the run.
         transformer: the unwrapped transformer.
+        optimizer: AdamW over the current policy's parameters, prepared or not.
         config: `output_dir`, `checkpoints_total_limit` (the oldest go), and all that is saved as `config.yaml`.
         identity: from [`policy_identity`], before the model was prepared.
     """
 
     def __init__(
-        self, accelerator: Accelerator, transformer: torch.nn.Module, config: NFTConfig, identity: dict[str, Any]
+        self,
+        accelerator: Accelerator,
+        transformer: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: NFTConfig,
+        identity: dict[str, Any],
     ):
         self.accelerator = accelerator
         self.transformer = transformer
+        self.optimizer = optimizer
         self.config = config
         self.identity = identity
         self.folder = Path(config.output_dir) / "checkpoints"
-        accelerator.register_save_state_pre_hook(self._save_adapters)
-        accelerator.register_load_state_pre_hook(self._load_adapters)
-
-    def _save_adapters(self, models: list, weights: list, folder: str):
-        weights.clear()  # the frozen base is not part of a checkpoint
-        for adapter in self.transformer.peft_config:
-            save_adapter(self.transformer, folder, adapter, write=self.accelerator.is_main_process)
-
-    def _load_adapters(self, models: list, folder: str):
-        models.clear()
-        for adapter in self.transformer.peft_config:
-            load_adapter(self.transformer, folder, adapter)
 
     def list(self) -> list[Path]:
         """Checkpoints, oldest first."""
@@ -171,14 +178,12 @@ class Checkpoints:
                 partial.mkdir(parents=True)
         # While a sharded state is written, processes wait for each other: there an error must end its process at once.
         with contextlib.nullcontext() if is_sharded() else raise_together(), as_user_error(f"cannot write {partial}"):
-            try:
-                self.accelerator.save_state(str(partial))
-            except RuntimeError as error:  # what torch.save makes of an OSError
-                raise OSError(f"is the disk full? {summarize_exception(error)}") from error
+            self._write_states(partial)
         with raise_together(), as_user_error(f"cannot write {final}"):
             if self.accelerator.is_main_process:
                 self.config.save(partial / "config.yaml")
-                (partial / STATE_NAME).write_text(json.dumps({"identity": self.identity, **state}))
+                state = {"format": FORMAT, "identity": self.identity, **self._scaler_state(), **state}
+                (partial / STATE_NAME).write_text(json.dumps(state))
                 seal(partial)
                 partial.rename(final)
                 to_disk(self.folder)
@@ -187,6 +192,22 @@ class Checkpoints:
                         # First the name: a kill in the middle must not leave half a checkpoint.
                         shutil.rmtree(path.rename(path.with_name(f"{path.name}.partial")))
         return final
+
+    def _write_states(self, folder: Path):
+        write = self.accelerator.is_main_process
+        for adapter in self.transformer.peft_config:
+            save_adapter(self.transformer, folder, adapter, write=write)
+        moments = optimizer_tensors(trained_parameters(self.transformer), self.optimizer, write)
+        if write:
+            safetensors.torch.save_file(moments, folder / OPTIMIZER_NAME)
+        self._random_states_path(folder).write_text(json.dumps(random_states()))
+
+    def _random_states_path(self, folder: Path) -> Path:
+        return folder / f"random_states_{self.accelerator.process_index}.json"
+
+    def _scaler_state(self) -> dict[str, Any]:
+        """Of fp16, which an accelerate config may ask for."""
+        return {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
 
     def find(self, name: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
@@ -227,9 +248,7 @@ class Checkpoints:
             if damage := find_damage(path):
                 raise UserError(f"{path} is damaged: {damage}; take another one, or `latest`.")
         if path is not None:
-            state = json.loads((path / STATE_NAME).read_text())
-            self._check_identity(path, state["identity"])
-            step = state["step"]
+            step = self._read_state(path)["step"]
         later = [checkpoint for checkpoint in self.list() if _step(checkpoint) > step]
         for checkpoint in later:
             aside = checkpoint.with_name(f"{checkpoint.name}.set_aside")
@@ -239,19 +258,68 @@ class Checkpoints:
             lines.append(f"set aside, as .set_aside: {', '.join(checkpoint.name for checkpoint in later)}")
         return path, lines
 
-    def _check_identity(self, path: Path, saved: dict[str, Any]):
+    def _read_state(self, path: Path) -> dict[str, Any]:
+        """The trainer's state; a `UserError` if it is none, of an older version, or of another model or LoRA."""
+        state = _read_json(path / STATE_NAME)
+        if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+            raise UserError(f"{path / STATE_NAME} is no state of a run.")
+        written = state.pop("format", None)
+        if written != FORMAT:
+            by = "version 0.1.0" if written is None else f"another version (format {one_line(written)})"
+            raise UserError(
+                f"{path} was written by {by}, whose states are not read here: a new run from its LoRA is "
+                f"--init_lora {path}, with another output_dir."
+            )
+        saved = state.pop("identity", None)
+        if not isinstance(saved, dict):
+            raise UserError(f"{path / STATE_NAME} is no state of a run.")
         for name, value in self.identity.items():
-            if saved[name] != value:
+            there = saved.get(name)
+            if there != value:
                 raise UserError(
-                    f"{path} is of another run: {name} is {_listing(saved[name])} there and {_listing(value)} here. "
+                    f"{path} is of another run: {name} is {_listing(there)} there and {_listing(value)} here. "
                     "A new run from its LoRA is --init_lora."
                 )
+        return state
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Restores adapters, optimizer, schedule and random states, and returns the trainer's `state`."""
-        with as_user_error(f"cannot resume from {path}"):
-            self.accelerator.load_state(str(path))
-            return json.loads((path / STATE_NAME).read_text())
+    def load(self, path: Path, like: dict[str, Any]) -> dict[str, Any]:
+        """Restores adapters, optimizer and random states, and returns the trainer's `state`; every process calls it.
+
+        Args:
+            like: a state of the form that it must have.
+
+        Raises:
+            UserError: in every process, if something is not what [`~Checkpoints.save`] wrote.
+        """
+        parameters = trained_parameters(self.transformer)
+        with raise_together(), as_user_error(f"cannot resume from {path}"):
+            state = self._read_state(path)
+            scaler = self._scaler_state()
+            with as_user_error(f"{path / STATE_NAME} is no state of this run"):
+                check_form(state, like | scaler)
+            moments = safetensors.torch.load_file(path / OPTIMIZER_NAME)
+            with as_user_error(f"{path / OPTIMIZER_NAME} does not fit this run"):
+                check_optimizer_tensors(moments, parameters)
+            # Of a run on fewer processes the others have none; every epoch seeds all generators anew.
+            random_states_path = self._random_states_path(path)
+            if random_states_path.is_file():
+                with as_user_error(f"cannot use {random_states_path}"):
+                    set_random_states(_read_json(random_states_path))
+            if scaler:
+                self.accelerator.scaler.load_state_dict(state.pop("scaler"))
+        # As in `save`: shards are handed out together.
+        with contextlib.nullcontext() if is_sharded() else raise_together(), as_user_error(f"cannot use {path}"):
+            for adapter in self.transformer.peft_config:
+                load_adapter(self.transformer, path, adapter)
+            load_optimizer(moments, parameters, self.optimizer)
+        return state
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _step(path: Path) -> int:
@@ -259,4 +327,4 @@ def _step(path: Path) -> int:
 
 
 def _listing(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

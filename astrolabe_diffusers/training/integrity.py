@@ -28,8 +28,11 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that [`seal`] closed, in words; `None` if every file is what it was."""
     try:
         files = json.loads((folder / SEAL_NAME).read_text())
-    except (OSError, ValueError):
+        files = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
+    except (OSError, ValueError, RecursionError):
         return f"{SEAL_NAME} is missing or unreadable"
+    except (AttributeError, TypeError, KeyError):
+        return f"{SEAL_NAME} is no list of files with their sizes and digests"
     for name, file in files.items():
         path = folder / name
         if not path.is_file():

@@ -182,21 +182,16 @@ def make_optimizer(config: NFTConfig, parameters: list[torch.nn.Parameter]):
     return optimizer, schedule
 
 
-@contextmanager
-def keep_settings(optimizer, lr_scheduler) -> Iterator[None]:
-    """State that is loaded inside brings moments and the place in the schedule, and no settings.
-
-    Otherwise the learning rate of a checkpoint would silently go before the one that the run was started with.
+def set_schedule(optimizer, lr_scheduler, steps: int):
+    """Brings the learning rate to where it is after `steps` optimizer steps, by the settings of this run.
 
     Args:
-        optimizer, lr_scheduler: prepared by accelerate or not; the schedule is a `LambdaLR`, as all of
-            `get_scheduler` are.
+        optimizer, lr_scheduler: from [`make_optimizer`], prepared by accelerate or not; the schedule is a `LambdaLR`,
+            as all of `get_scheduler` are.
     """
-    settings = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
-    base_lrs = [group["initial_lr"] for group in settings]
-    yield
     schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
-    rates = [base * factor(schedule.last_epoch) for base, factor in zip(base_lrs, schedule.lr_lambdas)]
-    for group, values, rate in zip(optimizer.param_groups, settings, rates):
-        group.update(values | {"lr": rate})
-    schedule.load_state_dict(schedule.state_dict() | {"base_lrs": base_lrs, "_last_lr": rates})
+    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    place = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
+    schedule.load_state_dict(schedule.state_dict() | place)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import str_to_bool
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -55,19 +49,3 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-class ShardedOptimizer:
-    """State of an optimizer over shards as whole tensors, for `Accelerator.register_for_checkpointing`."""
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-    def __init__(self, transformer: nn.Module, optimizer: torch.optim.Optimizer):
-        self.transformer = transformer
-        self.optimizer = optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.transformer, self.optimizer, options=self.options)
-
-    def load_state_dict(self, state: dict[str, Any]):
-        set_optimizer_state_dict(self.transformer, self.optimizer, state, options=self.options)

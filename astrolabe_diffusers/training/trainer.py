@@ -42,16 +42,16 @@ from .seeds import stable_seed
 from .setup import (
     frame_rate,
     freeze_pipeline,
-    keep_settings,
     load_pipeline,
     load_prompts,
     make_accelerator,
     make_optimizer,
     make_rewards,
     set_recipe,
+    set_schedule,
     video_size,
 )
-from .sharding import ShardedOptimizer, is_sharded, shard
+from .sharding import is_sharded, shard
 from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
 from .windows import make_windows
 
@@ -133,14 +133,11 @@ class NFTTrainer:
         if is_sharded():
             self.model = shard(self.transformer, self.accelerator)
             self.optimizer, self.lr_scheduler = make_optimizer(config, policy_parameters(self.transformer))
-            self.accelerator.register_for_checkpointing(
-                ShardedOptimizer(self.transformer, self.optimizer), self.lr_scheduler
-            )
         else:
             self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
                 self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
             )
-        self.checkpoints = Checkpoints(self.accelerator, self.transformer, config, self.identity)
+        self.checkpoints = Checkpoints(self.accelerator, self.transformer, self.optimizer, config, self.identity)
         self.report = RunReport(config, self.accelerator)
 
         self.epoch = 0
@@ -376,8 +373,7 @@ class NFTTrainer:
             self.repo_id = create_hub_repo(config) if config.push_to_hub and self.accelerator.is_main_process else None
         path, lines = self.checkpoints.find(config.resume_from_checkpoint)
         if path is not None:
-            with keep_settings(self.optimizer, self.lr_scheduler):
-                self.load_state(self.checkpoints.load(path))
+            self.load_state(self.checkpoints.load(path, like=self.state()))
         self.completed = self.state()
         self.saved = path and path.resolve()
         self.report.start(None if path is None else self.step)
@@ -450,6 +446,8 @@ class NFTTrainer:
         self.step, self.epoch, self.train_seconds = state["step"], state["epoch"], state["train_seconds"]
         for name, item in self.stateful.items():
             item.load_state_dict(state[name])
+        # It has stepped with the optimizer, also where that was skipped.
+        set_schedule(self.optimizer, self.lr_scheduler, self.step)
 
     def save_checkpoint(self) -> Path:
         """The state after the last complete epoch, unless it is saved already; returns its folder.

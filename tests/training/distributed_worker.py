@@ -66,7 +66,9 @@ def main(folder: Path):
     accelerator = Accelerator(mixed_precision="no")
     transformer, scores, gradients = rollout_and_gradients(accelerator, batch_size=2)
     settings = config(output_dir=folder, checkpoints_total_limit=1)
-    checkpoint = Checkpoints(accelerator, transformer, settings, policy_identity(transformer)).save(1, {"step": 1})
+    optimizer = torch.optim.AdamW(policy_parameters(transformer))
+    checkpoints = Checkpoints(accelerator, transformer, optimizer, settings, policy_identity(transformer))
+    checkpoint = checkpoints.save(1, {"step": 1})
 
     # A reward that fails on the second process only.
     try:

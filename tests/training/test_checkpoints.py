@@ -29,9 +29,9 @@ def pipe():
 
 def make_checkpoints(transformer, folder, **identity):
     accelerator = Accelerator(mixed_precision="no")
-    accelerator.prepare(transformer)
+    optimizer = torch.optim.AdamW(policy_parameters(transformer))
     settings = config(output_dir=folder, checkpoints_total_limit=2)
-    return Checkpoints(accelerator, transformer, settings, policy_identity(transformer) | identity)
+    return Checkpoints(accelerator, transformer, optimizer, settings, policy_identity(transformer) | identity)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_every_adapter_is_saved_and_restored(tmp_path):
     folder = checkpoints.save(1, {"step": 1})
     for parameter in policy_parameters(pipe.transformer, "ema"):
         parameter.data.zero_()
-    checkpoints.load(folder)
+    checkpoints.load(folder, {"step": 0})
     assert len(expected) and all(map(torch.equal, policy_parameters(pipe.transformer, "ema"), expected))
 
 
@@ -203,7 +203,7 @@ def test_load_restores_both_adapters(checkpoints, pipe):
     for adapter in pipe.transformer.peft_config:
         for parameter in policy_parameters(pipe.transformer, adapter):
             parameter.data.add_(1.0)
-    assert checkpoints.load(folder)["step"] == 1
+    assert checkpoints.load(folder, {"step": 0})["step"] == 1
     for adapter, parameters in expected.items():
         assert all(map(torch.equal, policy_parameters(pipe.transformer, adapter), parameters))
 
@@ -214,7 +214,7 @@ def test_checkpoint_with_a_foreign_adapter_is_one_line(checkpoints, pipe):
     weights = load_file(path)
     save_file({name: value[:1] for name, value in weights.items()}, path)
     with pytest.raises(UserError, match="wrong size") as error:
-        checkpoints.load(folder)
+        checkpoints.load(folder, {"step": 0})
     assert "\n" not in str(error.value)
 
 

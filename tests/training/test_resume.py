@@ -116,11 +116,11 @@ def test_signal_between_the_batches_of_a_step(model_folder, tmp_path, trouble):
 def test_damaged_newest_checkpoint(model_folder, tmp_path, uninterrupted, trouble, capsys):
     trouble.setenv("TROUBLE_CALL", "0")
     assert run(model_folder, tmp_path)[0] == 0
-    newest = tmp_path / "checkpoints" / "checkpoint-8" / "optimizer.bin"
+    newest = tmp_path / "checkpoints" / "checkpoint-8" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     assert run(model_folder, tmp_path, resume_from_checkpoint="latest")[0] == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-8 is damaged" in line]
-    assert len(lines) == 1 and "optimizer.bin has 1000 bytes" in lines[0]
+    assert len(lines) == 1 and "optimizer.safetensors has 1000 bytes" in lines[0]
     assert numbers_of_run(tmp_path) == uninterrupted
 
 
