@@ -297,8 +297,8 @@ class Checkpoints:
             scaler = self._scaler_state()
             with as_user_error(f"{path / STATE_NAME} is no state of this run"):
                 check_form(state, like | scaler)
-            moments = safetensors.torch.load_file(path / OPTIMIZER_NAME)
             with as_user_error(f"{path / OPTIMIZER_NAME} does not fit this run"):
+                moments = safetensors.torch.load_file(path / OPTIMIZER_NAME)
                 check_optimizer_tensors(moments, parameters)
             # Of a run on fewer processes the others have none; every epoch seeds all generators anew.
             random_states_path = self._random_states_path(path)

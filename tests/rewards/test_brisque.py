@@ -82,6 +82,33 @@ def test_regression_reads_the_files_of_libsvm(tmp_path):
     assert model(torch.tensor([[2.0, 15.0]])).item() == pytest.approx(expected)
 
 
+class Evil:
+    def __reduce__(self):
+        return exec, ("open('mark', 'w').close()",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Evil()),
+        pickle.dumps({"min_": [0.0], "max_": Evil()}, protocol=0),
+        pickle.dumps({"min_": [0.0]}),
+        pickle.dumps({"min_": 3, "max_": [1.0]}),
+        pickle.dumps({"min_": [0.0], "max_": ["high"]}),
+        pickle.dumps([1, 2]),
+        b"no pickle",
+        b"",
+    ],
+)
+def test_no_code_of_the_package_s_data_is_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "svm.txt").write_text("gamma 0.5\nrho -10\nSV\n3 1:0.5\n")
+    (tmp_path / "ranges.pickle").write_bytes(content)
+    with pytest.raises(ValueError, match="ranges.pickle is no pickle of min_ and max_") as error:
+        SupportVectorRegression.from_libsvm(tmp_path / "svm.txt", tmp_path / "ranges.pickle")
+    assert "\n" not in str(error.value) and not (tmp_path / "mark").exists()
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps brisque"):

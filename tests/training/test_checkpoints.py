@@ -1,4 +1,7 @@
+import io
 import json
+import os
+import pickle
 import random
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from astrolabe_diffusers.training.checkpoints import (
     save_adapter,
 )
 from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.training.integrity import seal
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
 from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import SIZE, config, policy_pipeline
@@ -206,6 +210,123 @@ def test_load_restores_both_adapters(checkpoints, pipe):
     assert checkpoints.load(folder, {"step": 0})["step"] == 1
     for adapter, parameters in expected.items():
         assert all(map(torch.equal, policy_parameters(pipe.transformer, adapter), parameters))
+
+
+def seal_anew(folder):
+    (folder / "files.json").unlink()
+    seal(folder)
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mknod, (str(self.mark),)
+
+
+def plant(path, mark, with_torch):
+    """A pickle that runs code, plain or in a file of torch, and that it does."""
+    torch.save(Evil(mark), path) if with_torch else path.write_bytes(pickle.dumps({"state": Evil(mark)}))
+    content = path.read_bytes()
+    torch.load(io.BytesIO(content), weights_only=False) if with_torch else pickle.loads(content)
+    mark.unlink()
+
+
+# What accelerate reads of a folder, as pickles, and what diffusers falls back to.
+FOREIGN = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "scaler.pt", "custom_checkpoint_0.pkl"]
+FOREIGN += ["custom_checkpoint_1.pkl", "sampler.bin", "pytorch_model.bin", "pytorch_lora_weights.bin"]
+
+
+@pytest.mark.parametrize("with_torch", [False, True])
+def test_nothing_of_a_checkpoint_is_run(checkpoints, tmp_path, with_torch):
+    """Pickles in the place of each of its files, and beside them, under a seal that fits."""
+    mark = tmp_path / "mark"
+    folder = checkpoints.save(1, {"step": 1})
+    for name in FOREIGN:
+        plant(folder / name, mark, with_torch)
+    seal_anew(folder)
+    checkpoints.load(checkpoints.find("latest")[0], {"step": 0})
+    names = {path.name for path in folder.iterdir()} - {*FOREIGN, "files.json", "config.yaml"}
+    assert len(names) == 5
+    for name in names:
+        content = (folder / name).read_bytes()
+        plant(folder / name, mark, with_torch)
+        seal_anew(folder)
+        with pytest.raises(UserError, match=name) as error:
+            checkpoints.load(checkpoints.find("latest")[0], {"step": 0})
+        assert "\n" not in str(error.value) and not mark.exists()
+        (folder / name).write_bytes(content)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("trainer_state.json", "[1, 2]", "trainer_state.json is no state of a run"),
+        ("trainer_state.json", "{", "cannot read .*trainer_state.json"),
+        ("trainer_state.json", "[" * 100_000, "cannot read .*trainer_state.json"),
+        ("trainer_state.json", {"step": "two"}, "trainer_state.json is no state of a run"),
+        ("trainer_state.json", {"step": -2}, "trainer_state.json is no state of a run"),
+        ("trainer_state.json", {"identity": [1]}, "trainer_state.json is no state of a run"),
+        ("trainer_state.json", {"identity": {"rank": [1, {}]}}, "another run: rank is 1, {} there"),
+        ("trainer_state.json", {"guard": 7}, "trainer_state.json is no state of this run: it must have step, not"),
+        ("trainer_state.json", {"format": 99}, r"written by another version \(format 99\)"),
+        ("random_states_0.json", "{}", "random_states_0.json: no states of random generators"),
+        ("random_states_0.json", "[]", "random_states_0.json: no states of random generators"),
+        ("optimizer.safetensors", "{}", "optimizer.safetensors does not fit this run"),
+    ],
+)
+def test_other_content_under_a_seal_that_fits(checkpoints, name, text, message):
+    folder = checkpoints.save(1, {"step": 1})
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((folder / name).read_text()) | text)
+    (folder / name).write_text(text)
+    seal_anew(folder)
+    with pytest.raises(UserError, match=message) as error:
+        checkpoints.load(checkpoints.find("latest")[0], {"step": 0})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"config.yaml": 3}', '{"config.yaml": {"bytes": 1}}', "7", "null"])
+def test_a_list_of_files_that_is_none(checkpoints, text):
+    folder = checkpoints.save(1, {"step": 1})
+    (folder / "files.json").write_text(text)
+    with pytest.raises(UserError, match="damaged: files.json is no list of files"):
+        checkpoints.find(folder.name)
+    assert "files.json is no list of files" in checkpoints.find("latest")[1][0]
+
+
+def test_a_checkpoint_of_an_older_version_says_how_to_go_on(checkpoints, pipe):
+    folder = checkpoints.save(1, {"step": 1})
+    state = json.loads((folder / "trainer_state.json").read_text())
+    del state["format"]
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    seal_anew(folder)
+    with pytest.raises(UserError, match="written by version 0.1.0.*--init_lora .*checkpoint-1, with another") as error:
+        checkpoints.find("latest")
+    assert "\n" not in str(error.value)
+    tiny_pipeline().load_lora_weights(folder)  # what --init_lora does with it
+
+
+def test_moments_come_back_and_files_may_be_read_only(tmp_path):
+    transformer = policy_pipeline().transformer
+    checkpoints = make_checkpoints(transformer, tmp_path)
+    for parameter in policy_parameters(transformer):
+        parameter.grad = torch.ones_like(parameter)
+    checkpoints.optimizer.step()
+    state = checkpoints.optimizer.state_dict()["state"]
+    expected = {i: {name: value.clone() for name, value in part.items()} for i, part in state.items()}
+    folder = checkpoints.save(1, {"step": 1})
+    for path in folder.iterdir():
+        path.chmod(0o400)
+    again = make_checkpoints(transformer, tmp_path)
+    again.load(again.find("latest")[0], {"step": 0})
+    state = again.optimizer.state_dict()["state"]
+    assert len(state) == len(expected) > 0
+    assert all(torch.equal(state[i][name], value) for i, part in expected.items() for name, value in part.items())
 
 
 def test_checkpoint_with_a_foreign_adapter_is_one_line(checkpoints, pipe):

@@ -1,14 +1,17 @@
 """Runs that a signal stops, resumed: they have the numbers of the run that nothing stopped."""
 
 import json
+import pickle
 import signal
 
 import pytest
 import torch
 
 from astrolabe_diffusers.training import NFTTrainer, exit_code, parse_args
+from astrolabe_diffusers.training.integrity import seal
 from tests.training import rewards
 from tests.training.helpers import numbers_of_run, tiny_arguments
+from tests.training.test_checkpoints import Evil
 
 
 # Two optimizer steps an epoch, four epochs; 2 batches of an epoch and 1 of an evaluation are scored by a call each.
@@ -135,3 +138,17 @@ def test_new_settings_take_effect_when_resuming(model_folder, tmp_path, trouble)
     assert [record["learning_rate"] for record in records] == [1e-2, 1e-3]
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {4.0}
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "random_states_0.json", "trainer_state.json"])
+def test_a_planted_checkpoint_is_one_line_and_runs_nothing(model_folder, tmp_path, trouble, capfd, name):
+    trouble.setenv("TROUBLE_CALL", "1")
+    assert run(model_folder, tmp_path / "out")[0] == 143
+    (folder,) = (tmp_path / "out" / "checkpoints").iterdir()
+    (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    (folder / "files.json").unlink()
+    seal(folder)
+    capfd.readouterr()
+    assert run(model_folder, tmp_path / "out", resume_from_checkpoint="latest")[0] == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
+    assert line.startswith("error: ") and name in line and not (tmp_path / "ran").exists()
