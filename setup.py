@@ -48,7 +48,7 @@ EXTRAS_REQUIRE = {
     "flash": ["flash-attn>=2.6.3"],
     "wandb": ["wandb>=0.31"],
     # A minor version of ruff may change its rules.
-    "test": ["pytest>=8", "ruff>=0.17,<0.18", "wandb>=0.31"],
+    "test": ["pytest>=8", "ruff>=0.17,<0.18", "wandb>=0.31", "markdown-it-py>=3"],
 }
 EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"]
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]

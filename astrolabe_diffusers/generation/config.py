@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from .. import TINY_SHAPES
-from ..training.config import import_modules
+from ..training.config import import_modules, refuse_secrets
 from ..training.errors import UserError
 
 
@@ -73,6 +73,7 @@ class GenerationConfig:
     reward: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
+        refuse_secrets(asdict(self))
         import_modules(self.import_modules)
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either prompt, a text, or prompts, a file or a dataset.")

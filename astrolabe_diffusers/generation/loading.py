@@ -48,11 +48,12 @@ def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
     pipe.set_adapters(names, list(loras.values()))
 
 
-def weights_digest(transformer: torch.nn.Module) -> str:
-    """Changes when the weights do, those of loaded LoRAs included: a folder's name says nothing of what is in it."""
+def weights_digest(*modules: torch.nn.Module) -> str:
+    """Changes when the weights do, those of loaded LoRAs included."""
     digest = hashlib.sha256()
-    for name, parameter in transformer.named_parameters():
-        digest.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            digest.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from ..training.errors import UserError, as_user_error, one_line
 from ..training.prompts import Prompt, PromptSource
 from ..training.rollout import RewardWorker
 from ..training.setup import accelerate_settings, frame_rate
+from ..training.shareable import shareable_value
 from .config import GenerationConfig
 from .jobs import Job, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
@@ -106,12 +107,13 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "height": config.height or pipe.config.height,
         "width": config.width or pipe.config.width,
         "fps": config.fps or pipe.config.frame_rate,
-        "model": config.model,
+        "model": shareable_value(config.model),
         "revision": config.revision,
         "variant": config.variant,
-        "lora": config.lora,
+        "lora": shareable_value(config.lora),
         "lora_scale": config.lora_scale,
-        "weights": weights_digest(pipe.transformer),
+        # A folder's name says nothing of what is in it.
+        "weights": weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder),
         "sigmas": config.sigmas,
         "max_sequence_length": config.max_sequence_length,
         "dtype": dtype,

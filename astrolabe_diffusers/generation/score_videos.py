@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..rewards import RewardError, RewardPlaceError, RewardSet
 from ..training.config import RewardConfig, option
 from ..training.errors import UserError, as_user_error, one_line
 from ..training.report import markdown_table
+from ..training.shareable import shareable
 from .manifest import Manifest
 
 
@@ -45,7 +46,7 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
     """
     source = Path(path)
     videos = find_videos(source, config.prompt)
-    results = {"settings": asdict(config), "videos": []}
+    results = {"settings": shareable(config), "videos": []}
     rewards = last_fps = None
     try:
         for file, prompt in videos:

@@ -10,7 +10,7 @@ import os
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -20,6 +20,7 @@ from ..text_files import read_text
 from .arguments import ArgumentParser, close_matches
 from .errors import UserError, as_user_error, one_line
 from .published_runs import SIZES, find_published_run, list_published_runs
+from .shareable import find_secret
 from .trackers import TRACKERS
 
 
@@ -54,6 +55,16 @@ MAX_EPOCH_SAMPLES = 1_000_000
 _WITHIN = {"at least": operator.ge, "at most": operator.le, "more than": operator.gt, "less than": operator.lt}
 
 
+def refuse_secrets(settings: dict[str, Any]):
+    """A [`UserError`] if a setting holds a secret: settings are written down and shown."""
+    if found := find_secret(settings):
+        name, problem = found
+        raise UserError(
+            f"{name} is {problem}, and settings are stored and shown: a secret comes from an environment variable (of "
+            "a server of rewards ASTROLABE_REWARD_TOKEN; of an option its name, as in api_key_variable=MY_KEY)."
+        )
+
+
 @dataclass
 class Config:
     """Base of dataclasses whose fields are [`option`]s: values get the declared type and are checked when made.
@@ -61,6 +72,9 @@ class Config:
     Raises:
         UserError: a value is not of its field's type, none of its choices or out of its bounds.
     """
+
+    # Fields that there were, and what has come in their place.
+    removed: ClassVar[dict[str, str]] = {}
 
     import_modules: list[str] = option(
         [], "modules with classes of your own that the model's folder names; their folder has to be on PYTHONPATH"
@@ -79,6 +93,7 @@ class Config:
             if not all(_WITHIN[words](value, bound) for words, bound in bounds.items()):
                 listed = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
                 raise UserError(f"{f.name} must be {listed}, not {value}.")
+        refuse_secrets(asdict(self))
         import_modules(self.import_modules)
 
 
@@ -102,6 +117,8 @@ class NFTConfig(RewardConfig):
     Names are those of diffusers' example trainers where these have them. The defaults are the published settings for
     8 devices; `examples/configs/` holds what suits a given model. Values are checked when the object is made.
     """
+
+    removed = {"hub_token": "the token comes from HF_TOKEN or `hf auth login`, and is stored nowhere else"}
 
     # Model and data
     pretrained_model_name_or_path: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
@@ -312,7 +329,6 @@ class NFTConfig(RewardConfig):
     hub_model_id: str | None = option(None, "repository to push to; the name of output_dir if not given")
     hub_base_model: str | None = option(None, "Hub id of the base model for the card, if the model is a local folder")
     hub_license: str | None = option(None, "licence for the card, such as apache-2.0")
-    hub_token: str | None = option(None, "token to push with; the stored one if not given")
 
     def __post_init__(self):
         super().__post_init__()
@@ -393,9 +409,8 @@ class NFTConfig(RewardConfig):
         return samples // self.samples_per_prompt
 
     def save(self, path: str | Path):
-        """Writes every setting as YAML; a run with `--config path` repeats this one. The token stays out."""
-        values = {name: value for name, value in asdict(self).items() if name != "hub_token"}
-        Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+        """Writes every setting as YAML; a run with `--config path` repeats this one."""
+        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
 
 
 def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = None) -> NFTConfig:
@@ -475,8 +490,15 @@ def parse_fields(
         text = f"{f.metadata['help']}{choices}{shown}".replace("%", "%%")
         kind = kinds.get(hints[f.name], {})
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
+    for name, advice in config_class.removed.items():
+        parser.add_argument(f"--{name}", action=_Removed, nargs="?", const=advice, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     return {name: ",".join(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
+
+
+class _Removed(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise UserError(f"there is no {option_string} any more: {self.const}.")
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -513,7 +535,8 @@ def _read_yaml(config: str | None, config_dir: str | Path | None, names: list[st
         raise UserError(f"{path} must hold `field: value` lines.")
     unknown = [name for name in values if name not in names]
     if unknown:
-        known = "; ".join(f"{name}{close_matches(str(name), names)}" for name in unknown)
+        removed = {name: f" ({advice})" for name, advice in NFTConfig.removed.items()}
+        known = "; ".join(f"{name}{removed.get(name) or close_matches(str(name), names)}" for name in unknown)
         raise UserError(f"{path}: unknown field{'s' if len(unknown) > 1 else ''} {known}.")
     return values
 

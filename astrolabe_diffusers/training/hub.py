@@ -1,4 +1,4 @@
-"""The adapter on the Hub."""
+"""The adapter on the Hub. The token is that of HF_TOKEN or `hf auth login`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def create_hub_repo(config: NFTConfig) -> str:
     """Makes sure that the repository exists and may be written to; returns its full name."""
     name = config.hub_model_id or Path(config.output_dir).resolve().name
     try:
-        return HfApi(token=config.hub_token).create_repo(name, exist_ok=True).repo_id
+        return HfApi().create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # of the Hub, or of the way to it
         raise UserError(f"push_to_hub: cannot create {name}: {one_line(error)}") from error
 
@@ -44,7 +44,7 @@ def push_to_hub(config: NFTConfig, repo_id: str, results: dict[str, Any]) -> str
     """
     patterns = [*FILES, f"{video_folder(results)}/*"]
     try:
-        commit = HfApi(token=config.hub_token).upload_folder(
+        commit = HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=config.output_dir,
             allow_patterns=patterns,

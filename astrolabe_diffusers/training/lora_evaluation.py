@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .prompts import PromptSource, eval_samples, process_batches, spread
 from .report import change_text, comparison_rows, markdown_table, versions
 from .rollout import PromptEncoder, RewardWorker
 from .setup import accelerate_settings, check_precision, frame_rate, load_pipeline, prompt_path, video_size
+from .shareable import shareable, shareable_value
 
 
 BASE = "base"
@@ -200,11 +201,11 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     worker.shutdown()
 
     results = {
-        "settings": {**asdict(config), **size, "mixed_precision": accelerator.mixed_precision},
+        "settings": {**shareable(config), **size, "mixed_precision": accelerator.mixed_precision},
         "versions": versions(),
         "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in samples],
         "columns": {
-            name: {"lora": config.columns[name], **column(evaluations[BASE], evaluation)}
+            name: {"lora": shareable_value(config.columns[name]), **column(evaluations[BASE], evaluation)}
             for name, evaluation in evaluations.items()
         },
     }

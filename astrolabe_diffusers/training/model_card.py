@@ -13,13 +13,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import TINY_SHAPES
 from .config import NFTConfig
+from .markdown import code, code_block, escape, escape_line, plain_line, python_text
 from .report import change_text, duration, markdown_table
+from .shareable import shareable, shareable_name
 
 
 TAGS = ["text-to-video", "diffusers", "lora", "reinforcement-learning", "astrolabe"]
 # What says nothing about the adapter, or is no one else's business.
-LEFT_OUT = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_token")
-LEFT_OUT += ("reward_placement", "reward_timeout")  # addresses of servers among them
+LEFT_OUT = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
 
 
 def write_card(config: NFTConfig, results: dict[str, Any], prompts: Sequence[str], repo_id: str | None = None) -> Path:
@@ -38,7 +39,7 @@ def write_card(config: NFTConfig, results: dict[str, Any], prompts: Sequence[str
         pipeline_tag="text-to-video",
         tags=TAGS,
         widget=[
-            {"text": prompt, "output": {"url": f"{video_folder(results)}/{i:03d}.mp4"}}
+            {"text": plain_line(prompt), "output": {"url": f"{video_folder(results)}/{i:03d}.mp4"}}
             for i, prompt in enumerate(prompts)
         ],
         model_name=name.split("/")[-1],
@@ -85,7 +86,7 @@ def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> 
 
     def changes(names: list[str]) -> str:
         return ", ".join(
-            f"{name} {change_text(scores[name]['change'], scores[name]['half_width_95'])}" for name in names
+            f"{escape(name)} {change_text(scores[name]['change'], scores[name]['half_width_95'])}" for name in names
         )
 
     total = {
@@ -111,37 +112,32 @@ def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> 
 def shareable_settings(config: NFTConfig) -> dict[str, Any]:
     """The settings that are not the defaults, with the names of local files and folders in place of their paths."""
     defaults = asdict(NFTConfig())
-
-    def shareable(value):
-        if isinstance(value, dict):
-            return {key: shareable(item) for key, item in value.items()}
-        local = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
-        return Path(value).name if local else value
-
     return {
-        name: shareable(value)
-        for name, value in asdict(config).items()
-        if value != defaults[name] and name not in LEFT_OUT
+        name: value
+        for name, value in shareable(config).items()
+        if getattr(config, name) != defaults[name] and name not in LEFT_OUT
     }
 
 
 def _body(config: NFTConfig, results: dict[str, Any], prompts: Sequence[str], name: str) -> str:
     base = config.pretrained_model_name_or_path
-    base_name = config.hub_base_model or (Path(base).name if Path(base).exists() else base)
-    base_code = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else f'"{_local_name(base)}"'
-    revision = f', revision="{config.revision}"' if config.revision else ""
+    base_name = config.hub_base_model or shareable_name(base)
+    base_code = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else python_text(shareable_name(base))
+    revision = f", revision={python_text(config.revision)}" if config.revision else ""
     imports = "".join(f", {module}" for module in config.import_modules)
     size = ", ".join(f"{key}={value}" for key, value in results["size"].items())
-    start = f"the LoRA {_local_name(config.init_lora)} it started from" if config.init_lora else "the base model"
+    start = "the base model"
+    if config.init_lora:
+        start = f"the LoRA {code(shareable_name(config.init_lora))} it started from"
     rows = [["", "weight", "before", "after", "change (95 % interval)"]]
     for reward, score in results["scores"].items():
         weight = f"{config.rewards[reward]:g}" if reward in config.rewards else ""
         change = change_text(score["change"], score["half_width_95"])
         rows.append([reward, weight, f"{score['before']:.4f}", f"{score['after']:.4f}", change])
-    rewards = ", ".join(f"`{reward}` (weight {weight:g})" for reward, weight in config.rewards.items())
+    rewards = ", ".join(f"{code(reward)} (weight {weight:g})" for reward, weight in config.rewards.items())
     shown = ""
     if prompts:
-        listing = "\n".join(f"{i + 1}. {prompt}" for i, prompt in enumerate(prompts))
+        listing = "\n".join(f"{i + 1}. {escape_line(prompt)}" for i, prompt in enumerate(prompts))
         shown = f"""## Videos
 
 <Gallery />
@@ -156,26 +152,26 @@ full size in [before_after.mp4](before_after.mp4).
 ![Frames of these videos](before_after.png)
 
 """
-    license_text = config.hub_license or "None was stated"
+    license_text = escape_line(config.hub_license or "None was stated")
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
     settings = yaml.safe_dump(shareable_settings(config), sort_keys=False, allow_unicode=True)
-    processes = results["num_processes"]
-    return f"""# {name.split("/")[-1]}
-
-A LoRA for the causal video model `{base_name}`, trained by reinforcement learning (NFT, as in
-[Astrolabe](https://arxiv.org/abs/2603.17051)) on {rewards}, with
-astrolabe_diffusers.
-
-```python
-import astrolabe_diffusers{imports}
+    call = f"{python_text(prompts[0] if prompts else 'a prompt')}, {size}"
+    example = f"""import astrolabe_diffusers{imports}
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
 
 pipe = DiffusionPipeline.from_pretrained({base_code}{revision})
-pipe.load_lora_weights("{name}")
-video = pipe({(prompts[0] if prompts else "a prompt")!r}, {size}).frames[0]
-export_to_video(video, "video.mp4", fps=pipe.config.frame_rate)
-```
+pipe.load_lora_weights({python_text(name)})
+video = pipe({call}).frames[0]
+export_to_video(video, "video.mp4", fps=pipe.config.frame_rate)"""
+    processes = results["num_processes"]
+    return f"""# {escape(name.split("/")[-1])}
+
+A LoRA for the causal video model {code(base_name)}, trained by reinforcement learning (NFT, as in
+[Astrolabe](https://arxiv.org/abs/2603.17051)) on {rewards}, with
+astrolabe_diffusers.
+
+{code_block(example, "python")}
 
 ## What it changes
 
@@ -199,15 +195,9 @@ was only watched. The intervals are those of the paired differences; they say no
 
 Settings that are not the defaults:
 
-```yaml
-{settings}```
+{code_block(settings, "yaml")}
 
 ## Licence
 
 {license_text}. The licence of the base model applies to it too.
 """
-
-
-def _local_name(model: str) -> str:
-    """A Hub id as it is, and the name of a folder."""
-    return Path(model).name if Path(model).exists() else model

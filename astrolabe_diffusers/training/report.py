@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 from .. import __version__
 from .config import NFTConfig
 from .evaluation import Evaluation, paired_difference
+from .markdown import escape
 from .plots import draw_curves, side_by_side
+from .shareable import shareable
 from .trackers import log_distributions, log_video, start_trackers
 
 
@@ -54,7 +56,7 @@ class RunReport:
             holder = [self.evaluations]
             torch.distributed.broadcast_object_list(holder, src=0)
             self.evaluations = holder[0]
-        settings = {name: str(value) for name, value in vars(self.config).items() if name != "hub_token"}
+        settings = {name: str(value) for name, value in shareable(self.config).items()}
         start_trackers(
             self.accelerator,
             self.config.report_to,
@@ -148,7 +150,7 @@ class RunReport:
             f"{after.step} steps\n{table}"
         )
         (self.output_dir / "results.json").write_text(json.dumps(results, indent=2))
-        files = "\n".join(f"{name + ':':<20}{path}" for name, path in results["files"].items())
+        files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
         self.print(
             f"\n{table}\n\ntraining took {duration(results['train_seconds'])} without evaluations, "
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
@@ -264,8 +266,9 @@ def change_text(change: float, half: float) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown, padded to be read as text too; the first row has the headings."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """A table of any texts in GitHub's Markdown, padded to be read as text too; the first row has the headings."""
+    rows = [[escape(cell) for cell in row] for row in rows]
+    widths = [max(2, *map(len, column)) for column in zip(*rows)]
     lines = [
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows
     ]

@@ -18,6 +18,9 @@ from .plots import gif_bytes
 
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
 WANDB_ID = "wandb_id"
+# What leaves for wandb is what a run logs: not the command line, the paths and the repository it is started from, nor
+# what is printed, which names folders and servers.
+WANDB_SETTINGS = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -44,7 +47,8 @@ def start_trackers(
         id_file = folder / WANDB_ID
         if not (resume and id_file.is_file()):
             id_file.write_text(uuid.uuid4().hex[:8])
-        init_kwargs["wandb"] = {"dir": folder, "name": run_name, "id": id_file.read_text(), "resume": "allow"}
+        run = {"dir": folder, "name": run_name, "id": id_file.read_text(), "resume": "allow"}
+        init_kwargs["wandb"] = run | {"settings": WANDB_SETTINGS}
     try:
         accelerator.init_trackers("nft", config=settings, init_kwargs=init_kwargs)
     except Exception as error:  # each tracker has its own: no key, no network, ...

@@ -490,14 +490,16 @@ class NFTTrainer:
                 self.pipeline, policies, self.encoder, shown, self.eval_size, self.config.train_batch_size
             )
         if is_main:
-            files = {"adapter": str(output_dir / WEIGHT_NAMES[CURRENT]), "curve": str(output_dir / "rewards.png")}
+            # results.json names no folder of this machine.
+            files = {"adapter": WEIGHT_NAMES[CURRENT], "curve": "rewards.png"}
             prompts = [sample.prompt.text for sample in shown]
             if shown:
                 comparison = write_columns(
                     columns, prompts, output_dir / "before_after", self.pipeline.config.frame_rate
                 )
-                files |= zip(("before/after video", "before/after sheet", "before/after GIF"), comparison)
-            files["model card"] = str(output_dir / "README.md")
+                names = (Path(path).name for path in comparison)
+                files |= zip(("before/after video", "before/after sheet", "before/after GIF"), names)
+            files["model card"] = "README.md"
             num_samples = self.epoch * self.num_groups * self.config.samples_per_prompt
             results = {
                 "num_videos": len(self.eval_samples),

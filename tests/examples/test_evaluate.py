@@ -156,13 +156,13 @@ def test_base_alone(model_folder, tmp_path):
 def test_results_say_what_was_measured(finished, model_folder, run):
     results = read_results(finished)
     settings = results["settings"]
-    assert (settings["model"], settings["num_frames"], settings["seeds"]) == (str(model_folder), 21, 2)
+    assert (settings["model"], settings["num_frames"], settings["seeds"]) == (model_folder.name, 21, 2)
     assert results["versions"]["torch"] == torch.__version__
     assert {"diffusers", "astrolabe_diffusers"} <= results["versions"].keys()
     prompts = (model_folder / "prompts" / "test.txt").read_text().splitlines()[::2]
     expected = [{"prompt": prompt, "seed": seed} for seed in (0, 1) for prompt in prompts]
     assert results["videos"] == expected
-    assert results["columns"]["bright"]["lora"] == str(run) and results["columns"]["base"]["lora"] is None
+    assert results["columns"]["bright"]["lora"] == run.name and results["columns"]["base"]["lora"] is None
 
 
 def test_table_follows_from_the_scores(finished):

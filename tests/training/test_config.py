@@ -4,6 +4,8 @@ import pytest
 import yaml
 
 from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.generation import ScoreConfig
+from astrolabe_diffusers.training import LoraEvaluationConfig
 from astrolabe_diffusers.training.config import NFTConfig, parse_args
 from astrolabe_diffusers.training.errors import UserError
 
@@ -173,12 +175,53 @@ def test_groups_must_be_whole():
         config.groups_per_epoch(1)
 
 
-def test_saved_config_repeats_the_run_without_the_token(tmp_path):
-    config = NFTConfig(rank=3, rewards={"sharpness": 1.0}, eval_rewards=["flicker"], hub_token="secret")
+def test_saved_config_repeats_the_run(tmp_path):
+    config = NFTConfig(rank=3, rewards={"sharpness": 1.0}, eval_rewards=["flicker"])
     config.save(tmp_path / "config.yaml")
-    assert "secret" not in (tmp_path / "config.yaml").read_text()
-    again = parse_args(["--config", str(tmp_path / "config.yaml")])
-    assert dataclasses.asdict(again) == {**dataclasses.asdict(config), "hub_token": None}
+    assert parse_args(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_a_token_is_no_setting(configs):
+    """Of the command line or of a file of 0.1.0."""
+    (configs / "old.yaml").write_text("hub_token: hf_planted\n")
+    for arguments in (["--hub_token", "hf_planted"], ["--hub_token=hf_planted"], ["--config", "old"]):
+        with pytest.raises(UserError, match="HF_TOKEN or `hf auth login`") as error:
+            parse_args(arguments, configs)
+        assert "hf_planted" not in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(TypeError):
+        NFTConfig(hub_token="hf_planted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--reward_placement", "sharpness=http://me:planted@host:80"], "reward_placement.sharpness is an address"),
+        (["--reward_placement", "sharpness=process|https://planted@host"], "reward_placement.sharpness is an address"),
+        (["--reward_options", "r.base_url=http://me:planted@host/v1"], "reward_options.r.base_url is an address"),
+        (["--reward_options", "r.base_url=http://host/v1?x=1&api_key=planted"], "reward_options.r.base_url is an"),
+        (["--reward_options", "r.api_key=planted"], "reward_options.r.api_key is named like a secret"),
+        (["--reward_options", "r.hf_token=planted"], "reward_options.r.hf_token is named like a secret"),
+        (["--reward_options", "r.password=planted"], "reward_options.r.password is named like a secret"),
+        (["--reward_options", "r.client={secret: planted}"], "reward_options.r.client.secret is named like a secret"),
+        (["--prompts", "https://me:planted@host/prompts"], "prompts is an address"),
+        (["--init_lora", "s3://key:planted@bucket"], "init_lora is an address"),
+    ],
+)
+def test_settings_hold_no_secrets(arguments, name):
+    with pytest.raises(UserError, match=name) as error:
+        parse_args(arguments)
+    assert "planted" not in str(error.value) and "\n" not in str(error.value)
+    for config_class in (LoraEvaluationConfig, ScoreConfig):
+        if arguments[0] in ("--reward_placement", "--reward_options"):
+            with pytest.raises(UserError, match=name):
+                config_class(**{arguments[0][2:]: arguments[1]})
+
+
+@pytest.mark.parametrize(
+    "options", ["r.api_key_variable=MY_KEY", "r.max_tokens=7", "r.prompt_key=caption", "r.base_url=http://host:80/v1"]
+)
+def test_what_only_looks_like_a_secret(options):
+    assert parse_args(["--reward_options", options]).reward_options["r"]
 
 
 def test_every_field_has_help():

@@ -23,6 +23,7 @@ RESULTS = {"steps": 2}
 @pytest.fixture
 def hub(monkeypatch):
     """The stand-in, which this process takes for the Hub."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with serve_hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -103,7 +104,7 @@ def test_a_run_that_is_pushed_loads_as_its_card_says(model_folder, tmp_path):
 
 def test_upload(hub, tmp_path):
     expected = finished_run(tmp_path / "mine")
-    cfg = config(output_dir=tmp_path / "mine", hub_token=TOKEN)
+    cfg = config(output_dir=tmp_path / "mine")
     repo_id = create_hub_repo(cfg)
     assert repo_id == create_hub_repo(cfg) == "someone/mine"
     assert push_to_hub(cfg, repo_id, RESULTS) == f"pushed to {hub.url}/someone/mine"
@@ -112,7 +113,7 @@ def test_upload(hub, tmp_path):
 
 def test_a_hub_that_fails_at_the_end_costs_a_command(hub, tmp_path):
     expected = finished_run(tmp_path / "my run")
-    cfg = config(output_dir=tmp_path / "my run", hub_model_id="mine", hub_token=TOKEN)
+    cfg = config(output_dir=tmp_path / "my run", hub_model_id="mine")
     repo_id = create_hub_repo(cfg)
     hub.broken = True
     line = push_to_hub(cfg, repo_id, RESULTS)
@@ -130,7 +131,7 @@ def test_a_hub_that_fails_at_the_end_costs_a_command(hub, tmp_path):
 def test_a_card_that_the_hub_refuses(hub, tmp_path):
     finished_run(tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
-    cfg = config(output_dir=tmp_path / "mine", hub_token=TOKEN)
+    cfg = config(output_dir=tmp_path / "mine")
     line = push_to_hub(cfg, create_hub_repo(cfg), RESULTS)
     assert "not pushed" in line and '"base_model" must be a valid model id' in line
 
@@ -138,8 +139,9 @@ def test_a_card_that_the_hub_refuses(hub, tmp_path):
 @pytest.mark.parametrize("reason", ["Invalid username or password", "refused|connect"])
 def test_repository_that_cannot_be_made_is_one_line(hub, tmp_path, monkeypatch, reason):
     """Before training: with a wrong token, or without a connection."""
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     if "refused" in reason:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="(?i)push_to_hub: cannot create mine: .*" + f"({reason})") as error:
-        create_hub_repo(config(hub_model_id="mine", hub_token="hf_wrong"))
+        create_hub_repo(config(hub_model_id="mine"))
     assert "\n" not in str(error.value)

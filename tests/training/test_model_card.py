@@ -1,9 +1,11 @@
+import ast
 import math
 import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.training.config import NFTConfig
@@ -81,7 +83,6 @@ def test_card_of_a_model_on_the_hub(tmp_path):
         rewards={MATCH: 2.0},
         output_dir=tmp_path / "my-lora",
         hub_license="cc-by-nc-4.0",
-        hub_token="hf_secret",
         seed=7,
     )
     values = results(**{FLICKER: score(-0.2), "empty": score(math.nan, math.nan)})
@@ -97,7 +98,7 @@ def test_card_of_a_model_on_the_hub(tmp_path):
     for text in (
         'from_pretrained("someone/self-forcing", revision="v1")',
         'load_lora_weights("me/my-lora")',
-        "pipe('a cat', height=32, width=48, num_frames=21)",
+        'pipe("a cat", height=32, width=48, num_frames=21)',
         "`match` (weight 2)",
         "**Fell while only watched**: flicker",
         "before_after.gif",
@@ -109,7 +110,7 @@ def test_card_of_a_model_on_the_hub(tmp_path):
     table = [re.split(r" *\| *", line.strip("| ")) for line in card.text.splitlines() if line.startswith("|")]
     assert [row[0] for row in table[2:]] == ["reward", MATCH, FLICKER, "empty"]
     assert table[3] == [MATCH, "2", "0.5000", "0.7500", "+0.2500  [+0.1500, +0.3500]"]
-    assert "hf_secret" not in str(card) and str(tmp_path) not in str(card)
+    assert str(tmp_path) not in str(card)
     (settings,) = re.findall(r"```yaml\n(.*?)```", card.text, re.S)
     # A run with these settings is this run.
     assert shareable_settings(NFTConfig(**yaml.safe_load(settings))) == yaml.safe_load(settings)
@@ -124,7 +125,7 @@ def test_card_of_a_model_in_a_folder_names_no_path(model_folder, tmp_path):
     card = card_of(cfg, results())
     assert card.data.base_model is None and not metadata_problems(str(card))
     assert f'from_pretrained("{model_folder.name}")' in card.text and 'load_lora_weights("my-lora")' in card.text
-    assert "the LoRA first it started from" in card.text
+    assert "the LoRA `first` it started from" in card.text
     assert str(tmp_path) not in str(card) and str(model_folder.parent) not in str(card)
     assert shareable_settings(cfg)["prompts"] == "prompts"
     cfg.hub_base_model = "someone/base"
@@ -145,6 +146,46 @@ def test_card_names_no_place_of_a_reward(tmp_path):
     card = card_of(cfg, results())
     assert str(tmp_path) not in str(card) and "internal" not in str(card)
     assert shareable_settings(cfg)["reward_options"] == {MATCH: {"checkpoint": "weights", "frames": "stride:4"}}
+
+
+def test_whatever_is_in_prompts_and_names_shows_as_it_is(tmp_path):
+    """Read by other parsers: of YAML by huggingface_hub, of Markdown by markdown-it, of the code by Python."""
+    prompts = ["```\n# a heading\n---\nlicense: mit", "- a [link](javascript:alert(1)) | <img src=x>", '"); exit() #']
+    name = "`rm` |</code>\n```"
+    cfg = config(
+        pretrained_model_name_or_path="someone/a`b",
+        revision='"), exit("',
+        rewards={MATCH: 1.0},
+        output_dir=tmp_path,
+        hub_model_id='me/a"b<i>`',
+        hub_license="mit\n---\n# <b>owned</b>",
+        prompt_column=name,
+    )
+    card = card_of(cfg, results(), prompts)
+    lines = [re.sub(r"\s+", " ", prompt) for prompt in prompts]
+    assert [widget["text"] for widget in card.data.widget] == [prompt.replace("\n", " ") for prompt in prompts]
+    assert card.data.license == cfg.hub_license and card.data.base_model == "someone/a`b"
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text)
+    titles = [tokens[i + 1] for i, token in enumerate(tokens) if token.type == "heading_open"]
+    own = ["What it changes", "Videos", "Training", "Licence"]
+    assert [shown(title) for title in titles] == ['a"b<i>`', *own]
+    items = [tokens[i + 2] for i, token in enumerate(tokens) if token.type == "list_item_open"]
+    assert [shown(item) for item in items if shown(item) in lines] == lines
+    inside = [token for inline in tokens for token in inline.children or ()]
+    assert [token.content.strip() for token in tokens + inside if "html" in token.type] == ["<Gallery />"]
+    assert all("javascript" not in token.attrs.get("href", "") for token in inside if token.type == "link_open")
+    code, settings = [token.content for token in tokens if token.type == "fence"]
+    nodes = list(ast.walk(ast.parse(code)))
+    calls = {node.func.attr: node for node in nodes if isinstance(node, ast.Call) and hasattr(node.func, "attr")}
+    assert ast.literal_eval(calls["load_lora_weights"].args[0]) == cfg.hub_model_id
+    assert ast.literal_eval(calls["from_pretrained"].keywords[0].value) == cfg.revision
+    assert prompts[0] in [node.value for node in nodes if isinstance(node, ast.Constant)]
+    assert yaml.safe_load(settings)["prompt_column"] == name
+
+
+def shown(inline):
+    """The text of a line without what Markdown makes of it."""
+    return "".join(token.content for token in inline.children)
 
 
 def test_card_without_videos(tmp_path):
