@@ -1,11 +1,14 @@
+import json
+
 import pytest
 import torch
 
 from astrolabe_diffusers.generation.loading import find_lora, load_loras, load_pipeline, weights_digest
 from astrolabe_diffusers.training.checkpoints import save_adapter
 from astrolabe_diffusers.training.errors import UserError
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import policy_pipeline
+from tests.training.test_checkpoints import plant
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +60,36 @@ def test_another_pipeline_is_refused(tmp_path):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a DDPMPipeline, not a CausalWanPipeline"):
         load_pipeline(str(tmp_path), torch.float32)
+
+
+CODE = "import os\n\nos.mknod({mark!r})\nfrom diffusers import DiffusionPipeline as Own, ModelMixin as OwnModel\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        ({"_class_name": ["own", "Own"]}, "own.py"),
+        ({"transformer": ["own", "OwnModel"]}, "transformer/own.py"),
+        ({"transformer": ["own_module", "OwnModel"]}, "own_module.py"),
+    ],
+)
+def test_code_in_a_folder_is_not_run(tmp_path, monkeypatch, change, file):
+    folder = save_tiny_pipeline(tmp_path / "tiny")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | change))
+    mark = tmp_path / "mark"
+    (folder / file).write_text(CODE.format(mark=str(mark)))
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="cannot load") as error:
+        load_pipeline(str(folder), torch.float32)
+    assert "\n" not in str(error.value) and not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "lora.pt"])
+def test_code_in_a_lora_is_not_run(tmp_path, name):
+    mark = tmp_path / "mark"
+    plant(tmp_path / name, mark, with_torch=True)
+    pipe = tiny_pipeline()
+    with pytest.raises(UserError, match="cannot load the LoRA"):
+        load_loras(pipe, {str(tmp_path / name): 1.0})
+    assert not mark.exists()
