@@ -491,7 +491,8 @@ def parse_fields(
         kind = kinds.get(hints[f.name], {})
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
     for name, advice in config_class.removed.items():
-        parser.add_argument(f"--{name}", action=_Removed, nargs="?", const=advice, help=argparse.SUPPRESS)
+        silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(f"--{name}", action=_Removed, nargs="?", const=advice, **silent)
     arguments = parser.parse_args(argv)
     return {name: ",".join(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
 
