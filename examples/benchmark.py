@@ -13,7 +13,7 @@ from astrolabe_diffusers.generation.loading import load_pipeline, place_pipeline
 from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.training import exit_code
 from astrolabe_diffusers.training.arguments import ArgumentParser
-from astrolabe_diffusers.training.errors import as_user_error
+from astrolabe_diffusers.training.errors import CHECKED, as_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
     place_pipeline(pipe, args.device, args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
     arguments = {"prompt": args.prompt, "num_videos_per_prompt": args.batch_size, **sizes}
-    with as_user_error("cannot measure that"):
+    with as_user_error("cannot measure that", (*CHECKED, FloatingPointError)):
         if args.num_streams:
             result = measure_streams(pipe, args.num_streams, **arguments)
         else:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from .. import TINY_SHAPES
+from ..pipelines.prompt_tokens import check_sequence_length
+from ..pipelines.sigmas import check_sigmas
 from ..training.config import import_modules, refuse_secrets
-from ..training.errors import UserError
+from ..training.errors import UserError, as_user_error
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -95,10 +97,11 @@ class GenerationConfig:
                 raise UserError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value}.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
-        if self.sigmas is not None:
-            falling = all(high > low for high, low in zip(self.sigmas, self.sigmas[1:]))
-            if not falling or not 0 < self.sigmas[0] <= 1 or self.sigmas[-1] < 0:
-                raise UserError(f"sigmas must fall from at most 1 to at least 0, as 1 0.75 0.5 do, not {self.sigmas}.")
+        with as_user_error("settings"):
+            if self.sigmas is not None:
+                check_sigmas(self.sigmas)
+            if self.max_sequence_length is not None:
+                check_sequence_length(self.max_sequence_length)
 
 
 def name_and_weight(text: str) -> tuple[str, float]:

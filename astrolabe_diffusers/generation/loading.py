@@ -6,23 +6,19 @@ import hashlib
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..models.attention_causal_wan import attend
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..training.checkpoints import CURRENT, WEIGHT_NAMES, list_checkpoints
 from ..training.errors import UserError, as_user_error, one_line
-from ..training.setup import no_loading_bars
+from ..training.setup import load_from
 
 
 def load_pipeline(
     model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
 ) -> CausalWanPipeline:
     """A [`CausalWanPipeline`] on the CPU, without progress bars of its own."""
-    with no_loading_bars(), as_user_error(f"cannot load {model}"):
-        pipe = DiffusionPipeline.from_pretrained(model, revision=revision, variant=variant, dtype=dtype)
-    if not isinstance(pipe, CausalWanPipeline):
-        raise UserError(f"{model} is a {type(pipe).__name__}, not a CausalWanPipeline.")
+    pipe = load_from(model, revision, variant=variant, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

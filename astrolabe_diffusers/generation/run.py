@@ -129,7 +129,7 @@ def video_length(
     """Frames of a prompt's videos. What the pipeline would refuse is refused before the first video is made."""
     with as_user_error(f"prompt {index}"):
         text = pipeline_prompt(prompt, settings)
-        num_frames = num_frames or pipe.default_num_frames(text)
+        num_frames = pipe.round_num_frames(num_frames or pipe.default_num_frames(text))
         pipe.check_inputs(
             prompt=text,
             prompt_embeds=None,
@@ -239,13 +239,15 @@ def stream_to_files(
     )
     try:
         with ExitStack() as stack:
-            writers = [
-                stack.enter_context(
-                    VideoWriter(folder / job.file, settings["height"], settings["width"], settings["fps"])
-                )
-                for job in batch
-            ]
+            writers = []
             for frames in stream:
+                # Not before there are frames: an encoder that gets none complains.
+                writers = writers or [
+                    stack.enter_context(
+                        VideoWriter(folder / job.file, settings["height"], settings["width"], settings["fps"])
+                    )
+                    for job in batch
+                ]
                 frames = frames.float()
                 pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
                 for writer, video in zip(writers, pixels):
@@ -253,6 +255,8 @@ def stream_to_files(
                 on_block(frames)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
+    except FloatingPointError as error:
+        raise UserError(f"{batch[0].file}: {error}") from error
 
 
 def report(manifest: Manifest, jobs: list[Job], pending: list[Job], reward: dict[str, float], seconds: float):

@@ -150,6 +150,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None:
             raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
+        smallest = {
+            "num_attention_heads": (num_attention_heads, 1),
+            "attention_head_dim": (attention_head_dim, 1),
+            "num_layers": (num_layers, 1),
+            "rope_max_seq_len": (rope_max_seq_len, 1),
+            "num_frames_per_block": (num_frames_per_block, 1),
+            "sink_size": (sink_size, 0),
+            "local_attn_size": (local_attn_size, -1),
+        }
+        for name, (value, least) in smallest.items():
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
         if rope_mode not in ROPE_MODES:
             raise ValueError(f"`rope_mode` must be one of {ROPE_MODES} but is {rope_mode!r}.")
         if local_attn_size != -1 and local_attn_size < sink_size + num_frames_per_block:

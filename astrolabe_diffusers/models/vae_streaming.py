@@ -1,5 +1,7 @@
 """Wan's video autoencoder on normalised latents, and decoding block by block."""
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
@@ -9,6 +11,8 @@ from torch import nn
 
 # Latent frames before a frame that it depends on, by all the convolutions of Wan's decoder in time, rounded up.
 DECODER_MEMORY = 40
+# `AutoencoderKLWan` keeps what its encoder remembers in itself, where two threads would mix their videos.
+_ENCODING = threading.Lock()
 
 
 def _latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,7 +27,8 @@ def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
 
     The mean of the posterior, as the published models take it.
     """
-    latents = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
+    with _ENCODING:
+        latents = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
     mean, std = _latent_stats(vae, latents)
     return (latents - mean) / std
 

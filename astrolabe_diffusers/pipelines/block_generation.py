@@ -12,6 +12,7 @@ import torch
 from ..models.kv_cache import CausalWanKVCache
 from ..models.kv_cache_fork import ForkedKVCache
 from ..models.vae_streaming import StreamingVAEDecoder
+from .call import Call
 from .noise import draw_noise
 from .reencoded_context import ReencodedContext
 
@@ -22,7 +23,7 @@ class Sampling:
 
     `sigmas` and `first_block_sigmas` are noise levels before the shift, the latter of the first block that is
     generated, and of the first after a cut; `max_frames` is the longest video in latent frames, `None` if it has no
-    end; `decode`: whether pixels are wanted.
+    end; `decode`: whether pixels are wanted; `call`: where it is.
     """
 
     sigmas: list[float]
@@ -32,6 +33,7 @@ class Sampling:
     attention_kwargs: dict[str, Any] | None = None
     callback_on_step_end: Callable | None = None
     callback_on_step_end_tensor_inputs: list[str] = field(default_factory=lambda: ["latents"])
+    call: Call = field(default_factory=Call)
 
 
 @dataclass
@@ -41,6 +43,14 @@ class EncodedScene:
     prompt_embeds: torch.Tensor
     start: int
     cut: bool
+
+
+def check_finite(block: torch.Tensor, what: str):
+    if not block.isfinite().all():
+        raise FloatingPointError(
+            f"the {what} of a block have NaN or infinite values: so have weights, a LoRA or the prompt embeddings; "
+            "or they pass the dtype's range (float16 where the model needs bfloat16)."
+        )
 
 
 class BlockGenerator:
@@ -160,34 +170,39 @@ class BlockGenerator:
         Args:
             noise: `(B, C, n, h, w)` float32.
             original: clean latents that the block starts from, with noise, instead of from noise alone.
+
+        Raises:
+            FloatingPointError: the block has NaN or infinite values.
         """
         pipe, scheduler, sampling = self.pipe, self.scheduler, self.sampling
         self.remember()
         levels = sampling.sigmas if self.num_generated else sampling.first_block_sigmas
-        pipe._num_timesteps = len(levels)
+        sampling.call.num_timesteps = len(levels)
         # The published samplers look noise levels up in a table that ends at 1 / 1000: t = 0 has that one.
         floor = 1 / scheduler.config.num_train_timesteps
         scheduler.set_timesteps(sigmas=[max(level, floor) for level in levels], device=noise.device)
         latents = noise if original is None else torch.lerp(original, noise, scheduler.sigmas[0])
         for i, level in enumerate(levels):
-            if pipe.interrupt:
-                break
             t = scheduler.timesteps[i] * (level > 0)
-            pipe._current_timestep = t
+            sampling.call.timestep = t
             flow = self.predict(latents, t, self.prompt_embeds, "read").float()
             # What `scheduler.step` computes; but it draws noise of another layout, and after the last step too: what
             # the published samplers generate from a seed would not come out.
-            latents = latents - scheduler.sigmas[i] * flow
+            latents = clean = latents - scheduler.sigmas[i] * flow
             if i + 1 < len(levels):
                 fresh = draw_noise(latents.shape, generator, latents.device, pipe.transformer.dtype)
-                latents = torch.lerp(latents, fresh, scheduler.sigmas[i + 1])
+                latents = torch.lerp(clean, fresh, scheduler.sigmas[i + 1])
             if sampling.callback_on_step_end is not None:
                 values = {"latents": latents, "prompt_embeds": self.prompt_embeds}
                 callback_kwargs = {k: values[k] for k in sampling.callback_on_step_end_tensor_inputs}
                 outputs = sampling.callback_on_step_end(pipe, i, t, callback_kwargs) or {}
                 latents = outputs.pop("latents", latents)
                 self.prompt_embeds = outputs.pop("prompt_embeds", self.prompt_embeds)
-        pipe._current_timestep = None
+            if sampling.call.interrupt and i + 1 < len(levels):
+                latents = clean  # the noise is for the next step, which is not made
+                break
+        sampling.call.timestep = None
+        check_finite(latents, "latents")
         return latents
 
     def finish(self, latents: torch.Tensor, given: bool = False) -> torch.Tensor:
@@ -196,6 +211,8 @@ class BlockGenerator:
         self.num_given += given
         self.num_generated += not given
         frames = self.decoder.decode(latents) if self.sampling.decode else None
+        if frames is not None:
+            check_finite(frames, "frames")
         self.last = (latents, frames, self.prompt_embeds)
         window = self.pipe.transformer.config.local_attn_size
         history = latents if self.history is None else torch.cat([self.history, latents], dim=2)

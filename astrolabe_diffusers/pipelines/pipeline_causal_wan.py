@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
+from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,6 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchLCMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import WanLoraLoaderMixin
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.lora import check_lora_fits
@@ -19,11 +21,16 @@ from ..loaders.registration import register_with_diffusers
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_streaming import encode_video
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
+from .call import Calls
+from .given_frames import unit_range
 from .noise import draw_noise
 from .pipeline_output import CausalWanPipelineOutput
+from .prompt_tokens import check_sequence_length, check_text, tokenize
 from .scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
+from .sigmas import check_sigmas
 from .stream import CausalWanStream, PromptInbox, PromptSwitch
 from .video_processor import BilinearVideoProcessor
+from .warn_once import warn_once
 
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
@@ -34,7 +41,16 @@ def _parse(prompt: str | list[str] | None) -> list[list[Scene]]:
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}.")
     texts = prompt if isinstance(prompt, list) else [prompt or ""]
+    if not texts:
+        raise ValueError("`prompt` is an empty list.")
+    for text in texts:
+        check_text(text)
     return [parse_scenes(text) for text in texts]
+
+
+def _check_count(name: str, value: int):
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, not {value!r}.")
 
 
 class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -66,7 +82,12 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
         frame_rate (`int`, defaults to 16): frames per second the model was trained at.
 
-    What follows `transformer` is stored in `model_index.json` and serves as the defaults of `__call__`.
+    What follows `transformer` is stored in `model_index.json` and serves as the defaults of `__call__`. Without
+    transformer and autoencoder (`None`) the pipeline encodes prompts; without tokenizer and text encoder it takes
+    `prompt_embeds`.
+
+    Raises:
+        ValueError: a setting out of its range, or transformer or scheduler of a model that is not causal.
     """
 
     # Makes the blocks, one after the other; a subclass may have its own.
@@ -75,14 +96,15 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     # Decodes after every block: it would chase the transformer off the device and back, for a quarter of a gigabyte.
     _exclude_from_cpu_offload = ["vae"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer"]
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderKLWan,
-        scheduler: FlowMatchLCMScheduler,
-        transformer: CausalWanTransformer3DModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: UMT5EncoderModel | None,
+        vae: AutoencoderKLWan | None,
+        scheduler: FlowMatchLCMScheduler | None,
+        transformer: CausalWanTransformer3DModel | None,
         sigmas: list[float] = (1.0, 0.75, 0.5, 0.25),
         first_block_sigmas: list[float] | None = None,
         num_context_frames: int | None = None,
@@ -98,8 +120,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
         self.register_to_config(
-            sigmas=list(sigmas),
-            first_block_sigmas=first_block_sigmas and list(first_block_sigmas),
+            sigmas=check_sigmas(sigmas),
+            first_block_sigmas=None
+            if first_block_sigmas is None
+            else check_sigmas(first_block_sigmas, "first_block_sigmas"),
             num_context_frames=num_context_frames,
             past_weight=past_weight,
             max_sequence_length=max_sequence_length,
@@ -108,8 +132,19 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_frames=num_frames,
             frame_rate=frame_rate,
         )
-        self._interrupt = False
-        self.video_processor = BilinearVideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
+        self._check_kinds()
+        check_sequence_length(max_sequence_length)
+        for name in ("height", "width", "num_frames"):
+            _check_count(name, self.config[name])
+        if num_context_frames is not None:
+            _check_count("num_context_frames", num_context_frames)
+        for name in ("past_weight", "frame_rate"):
+            value = self.config[name]
+            if not isinstance(value, Real) or not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a number above 0, not {value!r}.")
+        self._calls = Calls()
+        scale = vae.config.scale_factor_spatial if vae is not None else 8
+        self.video_processor = BilinearVideoProcessor(vae_scale_factor=scale)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -130,24 +165,99 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         # The new layers are in training mode, where the dropout that a LoRA was trained with works.
         transformer.train(transformer.training)
 
-    @property
-    def num_timesteps(self) -> int:
-        """Denoising steps of a block."""
-        return self._num_timesteps
+    # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
+    # or else to the one that made the latest block.
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As the parent's, which leaves out a transformer of another class and then asks for it by a `TypeError`."""
+        components = {name: getattr(pipeline, name, None) for name in ("transformer", "scheduler")}
+        return super().from_pipe(pipeline, **(components | kwargs))
 
     @property
-    def current_block(self) -> int:
+    def num_timesteps(self) -> int | None:
+        """Denoising steps of a block."""
+        return self._calls.current.num_timesteps
+
+    @property
+    def current_block(self) -> int | None:
         """Index of the block being generated."""
-        return self._current_block
+        return self._calls.current.block
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        return self._current_timestep
+        return self._calls.current.timestep
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to end the video with the current block, as it is."""
-        return self._interrupt
+        """
+        Whether the video ends with the current block. Set `_interrupt` in a callback to end this callback's call after
+        the step; the block is then what the model has predicted of it, without the noise for the next step. Set
+        outside of a call, `_interrupt` ends all calls of the pipeline that are under way, streams that wait included.
+        """
+        return self._calls.current.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool):
+        self._calls.set_interrupt(value)
+
+    def _check_kinds(self):
+        """What only fails in the middle of a block, or gives noise: a model that is not causal, another sampler."""
+        if self.transformer is not None and "num_frames_per_block" not in self.transformer.config:
+            raise ValueError(
+                f"the transformer is a {type(self.transformer).__name__}, which does not generate block by block: "
+                "convert a published causal model with examples/convert_checkpoint.py, or load causal weights with "
+                "CausalWanTransformer3DModel.from_pretrained or from_single_file and pass them as `transformer`."
+            )
+        if self.scheduler is not None and not isinstance(self.scheduler, FlowMatchLCMScheduler):
+            raise ValueError(
+                f"the scheduler is a {type(self.scheduler).__name__}, but few-step models are sampled with a "
+                "FlowMatchLCMScheduler: pass `scheduler=FlowMatchLCMScheduler(shift=5.0)`, as all published ones have."
+            )
+
+    def _require(self, *names: str):
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            instead = ", or give `prompt_embeds`" if "text_encoder" in missing else ""
+            raise ValueError(f"this pipeline was loaded without {' and '.join(missing)}: load it with them{instead}.")
+
+    def check_components(self):
+        """
+        Raises:
+            ValueError: the pipeline cannot generate: it lacks a component, or has one of another kind.
+        """
+        self._require("vae", "scheduler", "transformer")
+        self._check_kinds()
+
+    def round_num_frames(self, num_frames: float) -> float:
+        """The frames of the most whole blocks that `num_frames` has room for, with a warning if that is fewer, as
+        diffusers' `WanPipeline` rounds to what its autoencoder can make. `math.inf` stays.
+
+        Raises:
+            ValueError: it is no whole number, or less than a block.
+        """
+        if num_frames == math.inf:
+            return num_frames
+        shortest = self._frames_of_blocks(1)
+        try:
+            blocks = self._num_blocks(operator.index(num_frames))
+        except TypeError:
+            blocks = 0
+        if blocks < 1:
+            raise ValueError(f"`num_frames` must be a whole number of at least {shortest}, not {num_frames!r}.")
+        rounded = self._frames_of_blocks(blocks)
+        if rounded != num_frames:
+            n = self.transformer.config.num_frames_per_block
+            step = self._frames_of_blocks(2) - shortest
+            warn_once(
+                f"`num_frames={num_frames}` is rounded down to {rounded}: a video is whole blocks of {n} latent "
+                f"frames, {shortest} frames for the first and {step} for every other."
+            )
+        return rounded
 
     def default_num_frames(self, prompt: str | list[str] | None) -> int:
         """Frames of a video for which `num_frames` is not given: those of its scenes, of the longest video in a list,
@@ -167,24 +277,38 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Text embeddings `(B * num_videos_per_prompt, max_sequence_length, dim)`, zero beyond each prompt's end."""
+        """Text embeddings `(B * num_videos_per_prompt, max_sequence_length, dim)`, zero beyond each prompt's end.
+
+        Needs tokenizer and text encoder alone. Warns of a prompt that is longer than `max_sequence_length` tokens.
+
+        Raises:
+            ValueError: `max_sequence_length` is not in 1 to 512, or a prompt is no text.
+        """
         device = device or self._execution_device
         if prompt_embeds is None:
+            self._require("tokenizer", "text_encoder")
+            if prompt is None:
+                raise ValueError("Provide either `prompt` or `prompt_embeds`.")
             prompt = [prompt] if isinstance(prompt, str) else prompt
-            text_inputs = self.tokenizer(
-                [prompt_clean(p) for p in prompt],
-                padding="max_length",
-                max_length=max_sequence_length or self.config.max_sequence_length,
-                truncation=True,
-                add_special_tokens=True,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
+            for text in prompt:
+                check_text(text)
+            length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
+            check_sequence_length(length)
+            text_inputs = tokenize(self.tokenizer, prompt, length)
             mask = text_inputs.attention_mask.to(device)
             prompt_embeds = self.text_encoder(text_inputs.input_ids.to(device), mask).last_hidden_state
             prompt_embeds = prompt_embeds * mask.unsqueeze(-1)
-        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype or self.transformer.dtype)
-        return prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+        dtype = dtype or (self.text_encoder if self.transformer is None else self.transformer).dtype
+        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype)
+        prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+        return prompt_embeds
+
+    def check_size(self, height: int, width: int):
+        _, p_h, p_w = self.transformer.config.patch_size
+        scale = self.vae.config.scale_factor_spatial
+        for name, value, unit in (("height", height, scale * p_h), ("width", width, scale * p_w)):
+            if not isinstance(value, Integral) or value <= 0 or value % unit:
+                raise ValueError(f"`{name}` must be a multiple of {unit}, at least {unit}, not {value!r}.")
 
     def check_inputs(
         self,
@@ -199,14 +323,16 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
         videos = _parse(prompt)
-        _, p_h, p_w = self.transformer.config.patch_size
-        scale = self.vae.config.scale_factor_spatial
-        if height % (scale * p_h) or width % (scale * p_w) or height <= 0 or width <= 0:
-            raise ValueError(
-                f"`height` and `width` have to be multiples of {scale * p_h} and {scale * p_w} but are {height} and "
-                f"{width}."
-            )
-        # The first latent frame is one frame, every other `scale` frames; a block is a whole number of latent frames.
+        if prompt_embeds is not None:
+            # Another transformer may call it otherwise.
+            shape = tuple(prompt_embeds.shape)
+            dim = self.transformer.config.get("text_dim", shape[-1])
+            if len(shape) != 3 or shape[-1] != dim or 0 in shape:
+                raise ValueError(f"`prompt_embeds` must have the shape (batch, tokens, {dim}) but have {shape}.")
+            if not prompt_embeds.isfinite().all():
+                raise ValueError("`prompt_embeds` have NaN or infinite values.")
+        self.check_size(height, width)
+        num_frames = self.round_num_frames(num_frames)
         scale, n = self.vae.config.scale_factor_temporal, self.transformer.config.num_frames_per_block
         bounded = self.transformer.config.rope_mode == "absolute" and self.config.num_context_frames is None
         endless = num_frames == math.inf
@@ -217,15 +343,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 "`num_frames=inf` needs a model whose memory is bounded and positions are not: local_attn_size and "
                 "rope_mode='relative', or num_context_frames."
             )
-        blocks = 1 if endless else ((num_frames - 1) / scale + 1) / n
-        if blocks < 1 or blocks != int(blocks):
-            valid = sorted({1 + scale * (max(b, 1) * n - 1) for b in (int(blocks), int(blocks) + 1)})
-            raise ValueError(
-                f"`num_frames={num_frames}` is no whole number of blocks of {n} latent frames; the nearest valid "
-                f"numbers are {' and '.join(map(str, valid))}."
-            )
         table = self.transformer.config.rope_max_seq_len
-        if bounded and self._longest_take(videos, int(blocks)) * n > table:
+        if bounded and self._longest_take(videos, self._num_blocks(num_frames)) * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
                 f"{1 + scale * (table // n * n - 1)} frames without a cut, or a model with rope_mode='relative'."
@@ -259,14 +378,20 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of "
                     f"{1 + scale * (n - 1)} frames, or use a model with blocks of one."
                 )
-            return self.video_processor.preprocess(image, height, width)[:, :, None], 1
+            return self._preprocess_frames(image, "image", height, width), 1
         if video is None:
             return None, 0
         # Latents have more channels than a picture, and no whole number of blocks has that many frames.
         if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == self.vae.config.z_dim:
             start, given = video.float(), 1 + scale * (video.shape[2] - 1)
+            size = tuple(length // self.vae.config.scale_factor_spatial for length in (height, width))
+            if start.shape[3:] != size or not start.isfinite().all():
+                raise ValueError(
+                    f"latents of `video` must be finite and {size[0]} x {size[1]} for {height} x {width} pixels, but "
+                    f"have the shape {tuple(start.shape)}."
+                )
         else:
-            start = self.video_processor.preprocess_video(video, height, width)
+            start = self._preprocess_frames(video, "video", height, width)
             given = start.shape[2]
         if (given - 1) % scale or ((given - 1) // scale + 1) % n:
             first = 1 + scale * (n - 1)
@@ -275,6 +400,19 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"{first + 2 * scale * n}, ..."
             )
         return start, given
+
+    def _preprocess_frames(self, frames: Any, name: str, height: int, width: int) -> torch.Tensor:
+        """`(N, 3, F, H, W)` in [-1, 1], resized, of frames as diffusers' `VideoProcessor` takes them or eight bits."""
+        frames = unit_range(frames, name)
+        if name == "image":
+            start = self.video_processor.preprocess(frames, height, width)[:, :, None]
+        else:
+            start = self.video_processor.preprocess_video(frames, height, width)
+        if start.shape[1] != 3:
+            raise ValueError(
+                f"`{name}` has {start.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
+            )
+        return start
 
     def encode_start(self, start: torch.Tensor, batch_size: int, num_videos_per_prompt: int) -> torch.Tensor:
         """Normalised latents `(batch_size, C, f, h, w)`, float32, of what `preprocess_start` returns."""
@@ -312,6 +450,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return draw_noise(shape, generator, device, self.transformer.dtype)
         if latents.shape != shape:
             raise ValueError(f"`latents` must have the shape {shape} but have {tuple(latents.shape)}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` have NaN or infinite values.")
         return latents.to(device=device, dtype=torch.float32)
 
     @torch.no_grad()
@@ -344,8 +484,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             height, width (`int`, *optional*): in pixels, multiples of the latent patch (16 for Wan).
             num_frames (`int`, *optional*):
                 Frames of the video, a whole number of blocks: 1 + 4 * (3 * blocks - 1) for blocks of 3 latent frames.
+                Others are rounded down, with a warning.
             sigmas (`list[float]`, *optional*):
-                Noise levels of the denoising steps, before the scheduler's shift; given here, of every block.
+                Noise levels of the denoising steps, falling, in [0, 1], before the scheduler's shift; given here, of
+                every block.
             num_videos_per_prompt (`int`): videos for each prompt.
             generator (`torch.Generator` or a list with one for each video, *optional*):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
@@ -363,15 +505,21 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 `step` restarts in every block, `pipe.current_block` tells which. `latents` are the block's. It may
                 return a dict with replacements.
             callback_on_step_end_tensor_inputs (`list[str]`): what `callback_kwargs` holds.
-            max_sequence_length (`int`, *optional*): text tokens.
+            max_sequence_length (`int`, *optional*): text tokens, at most 512; what is longer is cut, with a warning.
             image (`PIL.Image.Image`, array, tensor or list, *optional*):
-                The first frame, one for all videos or one a prompt. For models with blocks of one latent frame.
+                The first frame, one for all videos or one a prompt. For models with blocks of one latent frame. Arrays
+                and tensors are floats in [0, 1] or uint8.
             video (list of images, array, tensor, or a list of them, *optional*):
                 The first frames, a whole number of blocks, one video for all or one a prompt. They are resized, count
                 in `num_frames`, and come back as the autoencoder reproduces them. Or their latents `(B, C, f, h, w)`.
+                Arrays `(F, H, W, 3)` and tensors `(F, 3, H, W)` are floats in [0, 1] or uint8.
             strength (`float`, *optional*):
                 Video to video: every block starts from `video` with this much noise, in (0, 1], instead of from noise
                 alone, and all noise levels are scaled with it. `num_frames` is then the video's.
+
+        Raises:
+            ValueError: an argument is out of its range, or the pipeline lacks a component.
+            FloatingPointError: a block is not finite; generation stops there.
         """
         if num_frames == math.inf:
             raise ValueError("a video without an end is never whole: use `stream` for `num_frames=inf`.")
@@ -432,13 +580,21 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         draws its own noise and that of its steps, so a seed gives another video than with an end.
         [`CausalWanStream.set_prompt`] changes the prompt while it goes on.
         """
-        height, width = height or self.config.height, width or self.config.width
+        self.check_components()
+        height = self.config.height if height is None else height
+        width = self.config.width if width is None else width
+        self.check_size(height, width)
+        _check_count("num_videos_per_prompt", num_videos_per_prompt)
+        levels = check_sigmas(self.config.sigmas if sigmas is None else sigmas)
+        first_levels = levels
+        if sigmas is None and self.config.first_block_sigmas is not None:
+            first_levels = check_sigmas(self.config.first_block_sigmas, "first_block_sigmas")
         start, num_start = self.preprocess_start(image, video, strength, height, width)
         if strength is not None:
             if num_frames not in (None, num_start):
                 raise ValueError(f"with `strength` the video keeps its {num_start} frames: leave out `num_frames`.")
             num_frames = num_start
-        num_frames = num_frames or self.default_num_frames(prompt)
+        num_frames = self.round_num_frames(self.default_num_frames(prompt) if num_frames is None else num_frames)
         if strength is None and num_start >= num_frames:
             raise ValueError(
                 f"`num_frames={num_frames}` leaves nothing to generate after the {num_start} given frames."
@@ -450,6 +606,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         num_blocks = self._num_blocks(num_frames)
         device = self._execution_device
+        call = self._calls.begin()
         if prompt is not None:
             plans = [plan_scenes(scenes, self._seconds_per_block, num_blocks)[0] for scenes in _parse(prompt)]
             schedule = self._encode_scenes(plans, num_videos_per_prompt, max_sequence_length)
@@ -467,15 +624,15 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         noise = None
         if num_blocks is not None:
             noise = self.prepare_latents(batch_size, height, width, num_frames, device, generator, latents, num_given)
-        first_block_sigmas = sigmas or self.config.first_block_sigmas or self.config.sigmas
         sampling = Sampling(
-            self._scaled_sigmas(sigmas or self.config.sigmas, strength),
-            self._scaled_sigmas(first_block_sigmas, strength),
+            self._scaled_sigmas(levels, strength),
+            self._scaled_sigmas(first_levels, strength),
             num_blocks and num_blocks * self.transformer.config.num_frames_per_block,
             output_type != "latent",
             attention_kwargs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            call,
         )
         inbox = PromptInbox()
         blocks = self._generate_blocks(
@@ -490,7 +647,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             generator,
             num_blocks,
         )
-        return CausalWanStream(self._postprocess_blocks(blocks, output_type), inbox, batch_size)
+        running = partial(self._calls.run, call)
+        return CausalWanStream(self._postprocess_blocks(blocks, output_type), inbox, batch_size, running)
 
     def _longest_take(self, videos: list[list[Scene]], num_blocks: int) -> int:
         """The most blocks of a video without a cut between them."""
@@ -560,7 +718,6 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         groups = [self.block_generator_class(self, sampling, list(range(batch_size)))]
         groups[0].prompt_embeds = torch.stack([scenes[0].prompt_embeds for scenes in schedule])
         schedule = [scenes[1:] for scenes in schedule]
-        self._interrupt = False
 
         def piece(latents: torch.Tensor, start: int, group: BlockGenerator) -> torch.Tensor:
             block = latents[:, :, start : start + n]
@@ -569,7 +726,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         blocks = itertools.count() if num_blocks is None else range(num_blocks)
         with self.progress_bar(blocks) as progress_bar:
             for block in blocks:
-                self._current_block, start = block, block * n
+                sampling.call.block, start = block, block * n
                 switch = inbox.take()
                 if switch is not None:
                     schedule = self._switch_prompt(switch, groups, block, max_sequence_length)
@@ -600,7 +757,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 order = [video for group in groups for video in group.videos]
                 progress_bar.update()
                 yield pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
-                if self.interrupt:
+                if sampling.call.interrupt:
                     return
 
     def _switch_prompt(

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 # 14 blocks of 3 latent frames at 16 frames a second.
 DEFAULT_SECONDS = 10.5
+# A day; what has no end is a stream with `num_frames=math.inf`.
+MAX_SECONDS = 86400
 
-_PIECE = re.compile(r"\\([\\|\[\]])|(\||\[)|(.)", re.DOTALL)
+_PIECE = re.compile(r"\\([\\|\[\]])|(\||\[)|([^\\|\[]+|.)", re.DOTALL)
 _DURATION = re.compile(r"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#?)\s*\]\s*(?=\||$)")
 
 
@@ -47,6 +49,8 @@ def parse_scenes(prompt: str) -> list[Scene]:
             duration = _DURATION.match(prompt, position)
             if duration is None or not (duration[1] or duration[2]) or (duration[1] and not float(duration[1])):
                 raise _error(prompt, position, r"a duration is [8s], [8s#] or [#] at a scene's end; \[ is a bracket")
+            if duration[1] and float(duration[1]) > MAX_SECONDS:
+                raise _error(prompt, position, f"a scene lasts at most {MAX_SECONDS} seconds")
             seconds, next_cut = duration[1] and float(duration[1]), bool(duration[2])
             position = duration.end()
         elif special == "|":
@@ -56,7 +60,7 @@ def parse_scenes(prompt: str) -> list[Scene]:
             start = position
         else:
             text += escaped or plain
-            position += 2 if escaped else 1
+            position += 2 if escaped else len(plain)
     finish()
     return scenes
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
 
+from .prompt_tokens import check_text
 from .scene_prompt import parse_scenes
 
 
@@ -47,17 +50,26 @@ class CausalWanStream(Iterator):
     What `CausalWanPipeline.stream` returns: an iterator over the frames of each block.
 
     Nothing is computed until the next block is asked for: to pause, ask later. `close()` ends the stream and frees its
-    memory at once, as leaving a `with` block does.
+    memory at once, as leaving a `with` block does. Several threads may ask: each block goes to one of them.
     """
 
-    def __init__(self, blocks: Iterator[torch.Tensor | np.ndarray | list], inbox: PromptInbox, batch_size: int):
+    def __init__(
+        self,
+        blocks: Iterator[torch.Tensor | np.ndarray | list],
+        inbox: PromptInbox,
+        batch_size: int,
+        running: Callable[[], AbstractContextManager],
+    ):
         # What runs does not know the stream: a cycle would keep the cache until the garbage collector comes by.
         self._blocks = blocks
         self._inbox = inbox
         self._batch_size = batch_size
+        self._running = running
+        self._lock = threading.RLock()
 
     def __next__(self) -> torch.Tensor | np.ndarray | list:
-        return next(self._blocks)
+        with self._lock, self._running():
+            return next(self._blocks)
 
     def __enter__(self) -> CausalWanStream:
         return self
@@ -66,7 +78,8 @@ class CausalWanStream(Iterator):
         self.close()
 
     def close(self):
-        self._blocks.close()
+        with self._lock:
+            self._blocks.close()
 
     def set_prompt(
         self, prompt: str | list[str], transition: str = "roll", num_blocks: int = 1, global_sink: bool = True
@@ -85,13 +98,23 @@ class CausalWanStream(Iterator):
                 included: of two or more the first still has the old one, as in Krea's server. One changes at once.
             global_sink (`bool`):
                 With `"recache"`, whether the sink keeps the first frames of the video, as made with their prompt.
+
+        Raises:
+            ValueError: an argument that is none of these, or that this transition does not use.
         """
         if transition not in TRANSITIONS:
             raise ValueError(f"`transition` must be one of {TRANSITIONS} but is {transition!r}.")
-        if num_blocks < 1 or (num_blocks > 1 and transition != "roll"):
-            raise ValueError(f"`num_blocks={num_blocks}`: at least 1, and more than 1 only with transition='roll'.")
+        if not isinstance(num_blocks, Integral) or num_blocks < 1 or (num_blocks > 1 and transition != "roll"):
+            raise ValueError(
+                f"`num_blocks={num_blocks}`: a whole number of at least 1, and more than 1 only with "
+                "transition='roll'."
+            )
+        if not global_sink and transition != "recache":
+            raise ValueError("`global_sink=False` only with transition='recache'.")
+        texts = prompt if isinstance(prompt, list) else [prompt]
         if isinstance(prompt, list) and len(prompt) != self._batch_size:
             raise ValueError(f"{len(prompt)} prompts for {self._batch_size} videos: pass one, or one a video.")
-        for text in [prompt] if isinstance(prompt, str) else prompt:
+        for text in texts:
+            check_text(text)
             parse_scenes(text)
         self._inbox.put(PromptSwitch(prompt, transition, num_blocks, global_sink))

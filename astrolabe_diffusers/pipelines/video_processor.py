@@ -13,7 +13,7 @@ class BilinearVideoProcessor(VideoProcessor):
     """
 
     def __init__(self, vae_scale_factor: int):
-        super().__init__(vae_scale_factor=vae_scale_factor, resample="bilinear")
+        super().__init__(vae_scale_factor=vae_scale_factor, resample="bilinear", do_convert_rgb=True)
 
     def resize(
         self,

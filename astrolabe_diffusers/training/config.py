@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from .. import TINY_SHAPES
+from ..pipelines.sigmas import check_sigmas
 from ..rewards.reward_set import PLACES
 from ..text_files import read_text
 from .arguments import ArgumentParser, close_matches
@@ -332,6 +333,9 @@ class NFTConfig(RewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sigmas:
+            with as_user_error("settings"):
+                check_sigmas(self.sigmas)
         if not self.rewards:
             raise UserError("rewards is empty: name at least one reward to train on.")
         if not any(self.rewards.values()):

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 
@@ -62,14 +63,21 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
+# What code that checks its arguments raises.
+CHECKED = (ValueError, KeyError, OSError, ImportError, SafetensorError)
+# Loading files of the user's: a value in a config that no code expects fails wherever it is used first.
+LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
+
+
 @contextmanager
-def as_user_error(what: str) -> Iterator[None]:
-    """Errors raised inside, by code that checks what the user gave, become [`UserError`]s that begin with `what`."""
+def as_user_error(what: str, kinds: tuple[type[Exception], ...] = CHECKED) -> Iterator[None]:
+    """Errors of these `kinds` raised inside, by code that checks what the user gave, become [`UserError`]s that begin
+    with `what`."""
     try:
         yield
     except UserError:
         raise
-    except (ValueError, KeyError, OSError, ImportError, SafetensorError) as error:
+    except kinds as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise UserError(f"{what}: {one_line(message)}") from error
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..pipelines.prompt_tokens import check_text
 from ..text_files import read_lines
 from .errors import UserError, as_user_error
 from .seeds import seeded_generator
@@ -95,8 +96,8 @@ class PromptSource:
         else:
             raise UserError(f"the prompt file {file} must be a .txt or a .jsonl file.")
         for index, prompt in enumerate(prompts):
-            if not isinstance(prompt.text, str):
-                raise UserError(f"prompt {index} of {self.name} is {prompt.text!r} and no text.")
+            with as_user_error(f"prompt {index} of {self.name}"):
+                check_text(prompt.text)
         return prompts
 
     def _read_dataset(self, split: str) -> list[Prompt]:

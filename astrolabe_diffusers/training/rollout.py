@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
 from ..rewards import RewardError, RewardPlaceError, RewardSet
 from .agreement import raise_together
-from .errors import UserError, one_line, summarize_exception
+from .errors import UserError, as_user_error, one_line, summarize_exception
 from .group_sampling import GroupSampler
 from .prompts import Sample
 from .reward_thread import RewardThread
@@ -217,7 +217,8 @@ def generate(
 ) -> Iterator[VideoBatch]:
     """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
 
-    An error of the rewards is raised one batch later, or by [`gather_scores`].
+    An error of the rewards is raised one batch later, or by [`gather_scores`]; videos that are not finite are a
+    [`UserError`] at once.
 
     Args:
         watched, keep: as in [`RewardWorker.submit`].
@@ -229,10 +230,11 @@ def generate(
     group_sampler = GroupSampler(pipeline, size, window_start) if shared_past else None
     for samples in batches:
         prompt_embeds = encoder(sample.prompt.text for sample in samples)
-        if shared_past:
-            latents = group_sampler(prompt_embeds, samples)
-        else:
-            latents = sample_latents(pipeline, prompt_embeds, samples, size)
+        with as_user_error("sampling", (FloatingPointError,)):
+            if shared_past:
+                latents = group_sampler(prompt_embeds, samples)
+            else:
+                latents = sample_latents(pipeline, prompt_embeds, samples, size)
         if scores is not None:
             scores.result()  # if rewards are slower than the model, videos must not pile up
         scores = worker.submit(latents, samples, watched, keep, window_start, shared_past)

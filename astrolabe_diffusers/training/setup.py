@@ -18,7 +18,7 @@ from diffusers.optimization import get_scheduler
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..rewards import RewardSet
 from .config import PRECISIONS, NFTConfig
-from .errors import UserError, as_user_error
+from .errors import LOADING, UserError, as_user_error
 from .prompts import Prompt, PromptSource, train_and_eval_prompts
 from .trackers import tracker_names
 
@@ -49,6 +49,24 @@ def check_precision(accelerator: Accelerator):
             f"mixed_precision must be one of {', '.join(PRECISIONS)}, not {accelerator.mixed_precision}, as "
             "accelerate's configuration file or ACCELERATE_MIXED_PRECISION has it."
         )
+
+
+def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
+    """The pipeline of a folder or Hub repository; `kwargs` of `from_pretrained`.
+
+    Raises:
+        UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded.
+    """
+    with no_loading_bars(), as_user_error(f"cannot load {model}", LOADING):
+        name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
+        if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
+            raise UserError(
+                f"{model} is a {name}, not a CausalWanPipeline: examples/convert_checkpoint.py makes one of the "
+                "weights of a published model."
+            )
+        pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)
+        pipeline.check_components()
+    return pipeline
 
 
 @contextmanager
@@ -117,10 +135,7 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The frozen pipeline of a folder or the Hub on its device; in bf16 runs all of it is bf16 but the autoencoder."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    with no_loading_bars(), as_user_error(f"cannot load {model}"):
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, revision=revision, variant=variant, dtype={"default": dtype, "vae": torch.float32}
-        )
+    pipeline = load_from(model, revision, variant=variant, dtype={"default": dtype, "vae": torch.float32})
     return freeze_pipeline(pipeline, accelerator)
 
 
@@ -134,10 +149,12 @@ def freeze_pipeline(pipeline: DiffusionPipeline, accelerator: Accelerator) -> Di
 def video_size(
     pipeline: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
 ) -> dict[str, int]:
-    """`height`, `width` and `num_frames`, checked by the pipeline; its own where not given."""
+    """`height`, `width` and `num_frames`, checked by the pipeline and rounded to whole blocks; its own where not
+    given."""
     given = {"height": height, "width": width, "num_frames": num_frames}
     size = {name: value or pipeline.config[name] for name, value in given.items()}
     with as_user_error("video size"):
+        size["num_frames"] = pipeline.round_num_frames(size["num_frames"])
         pipeline.check_inputs(
             prompt="", prompt_embeds=None, output_type="latent", callback_on_step_end_tensor_inputs=[], **size
         )

@@ -123,6 +123,29 @@ def test_a_video_of_other_noise_is_made_anew(model_folder, tmp_path, capsys):
             (tmp_path / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
 
 
+def test_frames_are_rounded_to_whole_blocks(model_folder, tmp_path, caplog):
+    options = dict(height=16, width=16, num_videos_per_prompt=2)
+    assert main(arguments(model_folder, tmp_path, prompt=PROMPT, num_frames=44, **options)) == 0
+    assert "`num_frames=44` is rounded down to 33" in caplog.text
+    assert [entry["num_frames"] for entry in read_manifest(tmp_path)] == [33, 33]
+    assert imageio.v3.imread(videos(tmp_path)[0]).shape == (33, 16, 16, 3)
+    made = modified(tmp_path)
+    assert main(arguments(model_folder, tmp_path, prompt=PROMPT, num_frames=33, **options)) == 0
+    assert modified(tmp_path) == made
+
+
+def test_a_model_that_is_not_finite(model_folder, tmp_path, capsys):
+    """A line, and no video that is whole."""
+    pipe = DiffusionPipeline.from_pretrained(model_folder)
+    pipe.transformer.proj_out.bias.data[0] = float("nan")
+    pipe.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert main(arguments(tmp_path / "model", tmp_path / "out", prompt=PROMPT)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: 00000-0-a-red-circle-moves-left-on-a-black-backg.mp4: the latents of a block have")
+    assert list((tmp_path / "out").glob("*.mp4*")) == [] and read_manifest(tmp_path / "out") == []
+
+
 def test_scenes(model_folder, pipe, tmp_path):
     """Without --num_frames a video is as long as its scenes; with --plain_prompts there are none."""
     texts = [f"{PROMPT} [1.5s#] | a green cross [.75s]", PROMPT, f"a green cross [2.25s] | {PROMPT}[.75s]"]
@@ -284,15 +307,19 @@ def test_bfloat16(model_folder, tmp_path):
         ({"prompt": "a", "num_frame": 21}, ["--num_frame", "did you mean --num_frames"]),
         ({"prompt": "a", "seed": "1 | --seed | 2"}, ["--seed is given twice"]),
         ({"prompt": "a", "num_videos_per_prompt": 10**9}, ["more than 1000000 videos"]),
-        ({"prompt": "a", "num_frames": 20}, ["num_frames=20", "9 and 21"]),
+        ({"prompt": "a", "num_frames": 8}, ["prompt 0", "num_frames` must be a whole number of at least 9, not 8"]),
         ({"prompt": "a", "num_frames": 0}, ["num_frames must be at least 1, not 0"]),
         ({"prompt": "a", "num_frames": "many"}, ["--num_frames", "'many'"]),
         ({"prompt": "a [red] car"}, ["prompt 0: prompt, character 3", "[8s]"]),
-        ({"prompt": "a", "height": 30}, ["height", "multiples of 16"]),
+        ({"prompt": "a", "height": 30}, ["height", "multiple of 16"]),
         ({"prompt": "a", "fps": -1}, ["fps must be at least 1"]),
         ({"prompt": "a", "batch_size": 0}, ["batch_size must be at least 1"]),
-        ({"prompt": "a", "sigmas": "0.5 | 1"}, ["sigmas must fall"]),
-        ({"prompt": "a", "sigmas": "1000 | 500"}, ["sigmas must fall from at most 1"]),
+        ({"prompt": "a", "sigmas": "0.5 | 1"}, ["sigmas` must fall"]),
+        ({"prompt": "a", "sigmas": "1000 | 500"}, ["sigmas` must fall from at most 1", "divide them by 1000"]),
+        ({"prompt": "a", "max_sequence_length": 10**9}, ["from 1 to 512 tokens, not 1000000000"]),
+        ({"prompt": "x" * 100_001}, ["prompt 0: a prompt of 100001 characters: at most 100000"]),
+        ({"prompt": "a caf\udce9"}, ["prompt 0: prompt, character 6", "surrogate"]),
+        ({"prompt": f"a [{'9' * 400}s]"}, ["prompt 0: prompt, character 3", "at most 86400 seconds"]),
         ({"prompt": "a", "model": "/no/model"}, ["cannot load /no/model"]),
         ({"prompt": "a", "lora": "/no/lora"}, ["cannot load the LoRA /no/lora", "Hub"]),
         ({"prompt": "a", "lora": "."}, ["neither pytorch_lora_weights.safetensors nor checkpoints/checkpoint-N"]),

@@ -1,5 +1,7 @@
 """Piecewise decoding against AutoencoderKLWan's own whole-clip decoding, bit for bit."""
 
+import threading
+
 import pytest
 import torch
 
@@ -137,3 +139,23 @@ def test_channels_last_changes_nothing():
     assert (decode_latents(vae, latents) - expected).abs().max() < 1e-4
     assert any(isinstance(module, FusedWanRMSNorm) for module in vae.decoder.modules())
     assert all(torch.equal(parameter, parameters[name]) for name, parameter in vae.state_dict().items())
+
+
+def test_threads_do_not_share_what_the_encoder_remembers():
+    """Another thread asks while the first is in the midst of its video: it waits."""
+    vae, videos = tiny_vae(), [torch.rand(1, 3, 9, 16, 16) * 2 - 1 for _ in range(2)]
+    expected, results, threads = [encode_video(vae, video) for video in videos], {}, []
+
+    def other(*_):
+        if not threads:
+            threads.append(threading.Thread(target=lambda: results.update(other=encode_video(vae, videos[1]))))
+            with torch.no_grad():
+                threads[0].start()
+                threads[0].join(timeout=0.5)
+
+    with torch.no_grad():
+        hook = vae.encoder.register_forward_hook(other)
+        results["first"] = encode_video(vae, videos[0])
+        threads[0].join()
+        hook.remove()
+    assert torch.equal(results["first"], expected[0]) and torch.equal(results["other"], expected[1])

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -155,6 +162,69 @@ def test_stock_transformer_in_a_pipeline(folder, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(folder, transformer=transformer)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(generate(loaded), generate(pipe))
+
+
+def test_a_stock_pipeline_is_refused(folder, tmp_path):
+    """It would load with a warning, and make noise. With causal parts it becomes one."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
+    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in ours})
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    stock = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, scheduler, transformer)
+    stock.save_pretrained(tmp_path)
+    for make in (lambda: CausalWanPipeline.from_pretrained(tmp_path), lambda: CausalWanPipeline.from_pipe(stock)):
+        with pytest.raises(ValueError, match="the transformer is a WanTransformer3DModel.*convert_ch") as error:
+            make()
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"a UniPC.*`scheduler=FlowMatchLCMScheduler\(shift=5.0\)`"):
+        CausalWanPipeline.from_pipe(stock, transformer=pipe.transformer)
+    causal = CausalWanPipeline.from_pipe(
+        stock, transformer=pipe.transformer, scheduler=pipe.scheduler, sigmas=[1.0, 0.6, 0.2]
+    )
+    size = dict(height=32, width=48, num_frames=33, max_sequence_length=16)
+    assert torch.equal(generate(causal, **size), generate(pipe))
+    assert torch.equal(generate(CausalWanPipeline.from_pipe(pipe)), generate(pipe))
+
+
+@pytest.mark.parametrize("scheduler", [UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+def test_another_scheduler(scheduler):
+    pipe = tiny_pipeline()
+    pipe.scheduler = scheduler()
+    for method in (pipe, pipe.stream):
+        with pytest.raises(ValueError, match=f"the scheduler is a {scheduler.__name__}"):
+            method(PROMPTS)
+
+
+# Parts of a pipeline: texts are encoded here, videos are made there
+
+
+def test_encode_prompts_alone(folder, pipe, tmp_path):
+    encoder = CausalWanPipeline.from_pretrained(folder, transformer=None, vae=None)
+    embeds = encoder.encode_prompt(PROMPTS)
+    assert torch.equal(embeds, pipe.encode_prompt(PROMPTS))
+    for arguments in ({"prompt": PROMPTS}, {"prompt_embeds": embeds}):
+        with pytest.raises(ValueError, match="loaded without vae and transformer"):
+            encoder(**arguments)
+    encoder.save_pretrained(tmp_path)
+    assert not (tmp_path / "transformer").exists() and not (tmp_path / "vae").exists()
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert again.transformer is None and torch.equal(again.encode_prompt(PROMPTS), embeds)
+    half = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.encode_prompt(PROMPTS).dtype == torch.bfloat16
+
+
+def test_generate_from_embeddings_alone(folder, pipe, tmp_path):
+    def video(pipe, **kwargs):
+        return pipe(generator=torch.Generator().manual_seed(0), output_type="pt", **kwargs).frames
+
+    generator = DiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    generator.save_pretrained(tmp_path)
+    embeds, expected = pipe.encode_prompt(PROMPTS), generate(pipe)
+    for part in (generator, DiffusionPipeline.from_pretrained(tmp_path)):
+        part.set_progress_bar_config(disable=True)
+        assert torch.equal(video(part, prompt_embeds=embeds), expected)
+        with pytest.raises(ValueError, match="loaded without tokenizer and text_encoder.*`prompt_embeds`"):
+            part(PROMPTS)
 
 
 def test_prompt_folder(folder):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from peft import LoraConfig
 
 from astrolabe_diffusers import CausalWanPipelineOutput
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
@@ -313,23 +314,35 @@ def test_bfloat16():
 # Errors, all of them before anything runs
 
 
-@pytest.mark.parametrize(
-    "num_frames, nearest", [(20, (9, 21)), (22, (21, 33)), (3, (9,)), (32, (21, 33)), (10, (9, 21))]
-)
-def test_frame_counts(pipe, num_frames, nearest):
-    for method in (pipe, pipe.stream):
-        with pytest.raises(ValueError) as error:
-            method(PROMPTS, num_frames=num_frames)
-        assert_one_line(error, num_frames, *nearest)
+@pytest.mark.parametrize("num_frames, rounded", [(240, 237), (20, 9), (22, 21), (32, 21), (np.int64(10), 9)])
+def test_frame_counts_are_rounded_down(num_frames, rounded, caplog):
+    """240 and 480 are published; a diffusers pipeline rounds, with a warning."""
+    pipe = tiny_pipeline(height=16, width=16)
+    frames = pipe(PROMPTS[0], num_frames=num_frames, generator=seeded(0), output_type="pt").frames
+    assert torch.equal(frames, pipe(PROMPTS[0], num_frames=rounded, generator=seeded(0), output_type="pt").frames)
+    assert frames.shape[1] == rounded
+    assert [record.getMessage() for record in caplog.records] == [
+        f"`num_frames={num_frames}` is rounded down to {rounded}: a video is whole blocks of 3 latent frames, 9 "
+        "frames for the first and 12 for every other."
+    ]
 
 
 def test_frame_counts_of_other_blocks():
-    with pytest.raises(ValueError) as error:
-        tiny_pipeline(num_frames_per_block=1)(PROMPTS, num_frames=7)
-    assert_one_line(error, 7, 5, 9)
+    assert tiny_pipeline(num_frames_per_block=1).round_num_frames(7) == 5
+    # The pipeline's own number, and the noise of the rounded one.
+    pipe = tiny_pipeline(num_frames=40, height=16, width=16)
+    assert pipe(PROMPTS[0], latents=torch.randn(1, 4, 9, 2, 2), output_type="pt").frames.shape[1] == 33
 
 
-@pytest.mark.parametrize("size", [dict(height=40), dict(width=50), dict(height=8), dict(height=-16)])
+@pytest.mark.parametrize("num_frames", [0, -9, 8, 1, 21.0, "21", float("nan")])
+def test_frame_counts_of_no_video(pipe, num_frames):
+    for method in (pipe, pipe.stream):
+        with pytest.raises(ValueError) as error:
+            method(PROMPTS, num_frames=num_frames)
+        assert_one_line(error, "`num_frames` must be a whole number of at least 9, not", num_frames)
+
+
+@pytest.mark.parametrize("size", [dict(height=40), dict(width=50), dict(height=0), dict(height=-16), dict(width="a")])
 def test_resolutions(pipe, size):
     with pytest.raises(ValueError) as error:
         pipe.stream(PROMPTS, **size)
@@ -340,7 +353,7 @@ def test_resolution_of_patched_vae():
     pipe = tiny_pipeline(vae_patch_size=2, height=64, width=64)
     with pytest.raises(ValueError) as error:
         pipe(PROMPTS, height=48)
-    assert_one_line(error, 32, 48)
+    assert_one_line(error, "height", 32, 48)
 
 
 def test_input_errors(pipe):
@@ -349,6 +362,12 @@ def test_input_errors(pipe):
         (dict(), ("prompt", "prompt_embeds")),
         (dict(prompt=PROMPTS, prompt_embeds=embeds), ("prompt", "prompt_embeds")),
         (dict(prompt=3), ("prompt", "int")),
+        (dict(prompt=[]), ("prompt", "empty list")),
+        (dict(prompt=PROMPTS, num_videos_per_prompt=0), ("num_videos_per_prompt", "at least 1", 0)),
+        (dict(prompt_embeds=embeds[0]), ("prompt_embeds", "(batch, tokens, 32)", "(16, 32)")),
+        (dict(prompt_embeds=embeds[..., :8]), ("prompt_embeds", "(batch, tokens, 32)", "(1, 16, 8)")),
+        (dict(prompt_embeds=embeds / 0), ("prompt_embeds", "NaN")),
+        (dict(prompt=PROMPTS, latents=torch.full((2, 4, 9, 4, 6), float("inf"))), ("latents", "infinite")),
         (dict(prompt=PROMPTS, output_type="mp4"), ("output_type", "np", "pil", "pt", "latent", "mp4")),
         (
             dict(prompt=PROMPTS, callback_on_step_end_tensor_inputs=["latents", "noise"]),
@@ -372,3 +391,39 @@ def test_video_longer_than_the_positions():
     assert_one_line(error, 8, "relative")
     relative = tiny_pipeline(rope_max_seq_len=8, local_attn_size=6, sink_size=1, rope_mode="relative")
     assert relative(PROMPTS, num_frames=57, output_type="latent").frames.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"past_weight": float("nan")}, {"past_weight": 0}, {"frame_rate": "fast"}, {"height": 0}, {"num_frames": -1}]
+    + [{"num_context_frames": 0}],
+)
+def test_settings_of_the_pipeline(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError) as error:
+        tiny_pipeline(**arguments)
+    assert_one_line(error, name, arguments[name])
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_generation_stops_at_the_first_block_that_is_not_finite(part):
+    """One value of the last layer of each model, here set in mid-video."""
+    pipe = tiny_pipeline(num_frames=33)
+    stream = pipe.stream(PROMPTS[0], output_type="pt")
+    next(stream)
+    with torch.no_grad():
+        list(getattr(pipe, part).parameters())[-1].flatten()[0] = float("nan")
+    if part == "text_encoder":
+        stream.set_prompt(PROMPTS[1])
+    with pytest.raises(FloatingPointError) as error:
+        next(stream)
+    assert_one_line(error, "frames" if part == "vae" else "latents", "NaN or infinite", "LoRA")
+    assert next(stream, None) is None
+
+
+def test_nothing_is_finite_in_a_lora():
+    pipe = tiny_pipeline(num_frames=33)
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    pipe.transformer.blocks[0].attn1.to_q.lora_B["default"].weight.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="latents of a block"):
+        pipe(PROMPTS, output_type="latent")

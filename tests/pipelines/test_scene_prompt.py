@@ -37,6 +37,8 @@ def test_parse(prompt, scenes):
         ("a[]", 2, "a duration is [8s]"),
         ("a[8s][2s]", 2, "at a scene's end"),
         ("a | b[8s", 6, "a duration is [8s]"),
+        ("a | b[86401s]", 6, "at most 86400 seconds"),
+        (f"a[{'9' * 400}s]", 2, "at most 86400 seconds"),
     ],
 )
 def test_errors_point_at_the_place(prompt, place, message):

@@ -4,6 +4,7 @@ import gc
 import math
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,6 +106,17 @@ def test_from_another_thread_the_last_call_counts(pipe):
     assert torch.equal(torch.cat([*pieces, *stream], dim=2), generate(pipe, f"{A}[.75s] | {B}[2.25s]"))
 
 
+def test_two_threads_ask_one_stream(pipe):
+    """Each block goes to one of them, and the video is the same."""
+    stream = pipe.stream(A, num_frames=frames_of(6), generator=seeded(), output_type="latent")
+    with ThreadPoolExecutor(2) as pool:
+        blocks = sum(pool.map(list, [stream, stream]), [])
+    expected = generate(pipe, A, num_frames=frames_of(6)).split(N, dim=2)
+    assert len(blocks) == 6 and all(any(torch.equal(block, other) for other in blocks) for block in expected)
+    # At its end an iterator stays there, as every one does in Python.
+    assert list(stream) == []
+
+
 def test_streams_do_not_hear_each_other(pipe):
     streams = [pipe.stream(A, num_frames=frames_of(4), generator=seeded(), output_type="latent") for _ in range(2)]
     pieces = [[next(stream)] for stream in streams]
@@ -157,6 +169,10 @@ def test_a_closed_stream_leaves_nothing(pipe):
         ({"transition": "fade"}, "must be one of .*roll.*recache.*cut"),
         ({"num_blocks": 0}, "at least 1"),
         ({"num_blocks": 3, "transition": "recache"}, "only with transition='roll'"),
+        ({"num_blocks": 1.5}, "a whole number of at least 1"),
+        ({"global_sink": False}, "only with transition='recache'"),
+        ({"global_sink": False, "transition": "cut"}, "only with transition='recache'"),
+        ({"prompt": None}, "None is no text"),
         ({"prompt": [A, B]}, "2 prompts for 1 videos"),
         ({"prompt": "a [red] car"}, "character 3"),
     ],

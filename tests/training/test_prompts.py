@@ -105,7 +105,7 @@ def test_wrong_column_and_split(dataset_cache):
         ({"prompts/train.txt": " \n", "prompts/test.txt": "a"}, "train.txt is empty"),
         ({"prompts/train.jsonl": '{"text": "a"}', "prompts/test.txt": "a"}, "train.jsonl, line 1"),
         ({"prompts/train.jsonl": '{"prompt": "a"}\nnonsense', "prompts/test.txt": "a"}, "train.jsonl, line 2"),
-        ({"prompts/train.jsonl": '{"prompt": "a"}\n{"prompt": 5}'}, "prompt 1 of .* is 5 and no text"),
+        ({"prompts/train.jsonl": '{"prompt": "a"}\n{"prompt": 5}'}, "prompt 1 of .* 5 is no text"),
     ],
 )
 def test_bad_folders(dataset_cache, tmp_path, content, words):

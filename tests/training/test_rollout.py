@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.policies import use_policy
+from astrolabe_diffusers.training.policies import policy_parameters, use_policy
 from astrolabe_diffusers.training.rollout import (
     PromptEncoder,
     decode_videos,
@@ -64,6 +64,17 @@ def test_sampling_uses_the_policy_that_is_active(pipe):
             latents[policy] = collect(pipe, samples, 1)[0][0].latents
     assert (latents["current"] - latents["old"]).abs().max() > 1e-3
     assert (latents["old"] - latents["reference"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shared_past", [False, True])
+def test_a_policy_that_is_not_finite(shared_past):
+    pipe, samples = policy_pipeline(), make_samples(2)
+    policy_parameters(pipe.transformer, "default")[0].data[0, 0] = math.nan
+    worker = reward_worker(pipe)
+    with use_policy(pipe.transformer, "current"), pytest.raises(UserError, match="sampling: the latents of a block"):
+        window_start = 3 if shared_past else 0
+        list(generate(pipe, PromptEncoder(pipe), worker, [samples], SIZE, (), (), window_start, shared_past))
+    worker.shutdown()
 
 
 def test_scores_come_in_the_order_asked_for(pipe):

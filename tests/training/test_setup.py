@@ -1,10 +1,21 @@
+import json
+import shutil
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
 from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.setup import accelerate_settings, check_precision, load_pipeline, set_recipe
+from astrolabe_diffusers.training.setup import (
+    accelerate_settings,
+    check_precision,
+    load_from,
+    load_pipeline,
+    set_recipe,
+    video_size,
+)
 from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import config
 
@@ -80,6 +91,57 @@ def test_what_a_launcher_got_wrong(launched, name, value, words):
     with pytest.raises(UserError, match=words) as error:
         launched(name, value)
     assert "\n" not in str(error.value)
+
+
+def stock_folder(folder):
+    """A Wan pipeline of diffusers' own classes, as on the Hub."""
+    pipe = tiny_pipeline()
+    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
+    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in ours})
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, scheduler, transformer).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("load", [load_from, lambda model: load_pipeline(model, Accelerator(cpu=True))])
+def test_a_stock_wan_folder_is_no_causal_one(load, tmp_path):
+    """Said from its index alone, before anything is loaded or downloaded."""
+    stock_folder(tmp_path)
+    shutil.rmtree(tmp_path / "transformer")
+    with pytest.raises(UserError, match="is a WanPipeline, not a CausalWanPipeline: examples/convert_checkpoint.py"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value", "words"),
+    [
+        ("transformer/config.json", "num_layers", "four", "`num_layers` must be a whole number of at least 1"),
+        ("transformer/config.json", "num_frames_per_block", 0, "`num_frames_per_block` must be a whole number"),
+        ("transformer/config.json", "sink_size", -1, "`sink_size` must be a whole number of at least 0"),
+        ("transformer/config.json", "ffn_dim", "x", "str"),
+        ("transformer/config.json", "patch_size", 3, "int"),
+        ("vae/config.json", "z_dim", None, "NoneType"),
+        ("scheduler/scheduler_config.json", "shift", "x", ""),
+        ("text_encoder/config.json", "d_model", "x", "d_model"),
+        ("model_index.json", "sigmas", [1000, 500], "divide them by 1000"),
+        ("model_index.json", "vae", [None, None], "loaded without vae"),
+        ("model_index.json", "_class_name", 5, ""),
+    ],
+)
+def test_values_in_a_config_that_cannot_be(model_folder, tmp_path, file, name, value, words):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | {name: value}))
+    with pytest.raises(UserError, match=f"cannot load {folder}: .*{words}") as error:
+        load_from(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_video_size_is_whole_blocks():
+    pipe = tiny_pipeline(num_frames=21)
+    assert video_size(pipe, None, 32, 240) == {"height": 32, "width": 32, "num_frames": 237}
+    assert video_size(pipe, None, None, None) == {"height": 32, "width": 48, "num_frames": 21}
+    with pytest.raises(UserError, match="video size: `num_frames` must be a whole number of at least 9, not 5"):
+        video_size(pipe, None, None, 5)
 
 
 def test_loading_is_silent(model_folder, capfd):
