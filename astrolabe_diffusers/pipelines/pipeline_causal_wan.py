@@ -10,12 +10,12 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchLCMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..loaders.lora import check_lora_fits
+from ..loaders.lora import CausalWanLoraLoaderMixin
 from ..loaders.registration import register_with_diffusers
+from ..models.lora_layers import check_no_loose_lora
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_streaming import encode_video
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
@@ -37,7 +37,7 @@ def _parse(prompt: str | list[str] | None) -> list[list[Scene]]:
     return [parse_scenes(text) for text in texts]
 
 
-class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     r"""
     Text-to-video with a causal Wan model: a few denoising steps a block, a KV cache of the blocks before, and decoding
     as the blocks come.
@@ -122,13 +122,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(kwargs.get("transformer"), CausalWanTransformer3DModel):
             self.register_to_config(transformer=("diffusers", type(kwargs["transformer"]).__name__))
 
-    @classmethod
-    def load_lora_into_transformer(cls, state_dict, transformer, **kwargs):
-        """As the parent's, which `load_lora_weights` ends in; a LoRA of another model is refused in one line."""
-        check_lora_fits(state_dict, transformer)
-        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
-        # The new layers are in training mode, where the dropout that a LoRA was trained with works.
-        transformer.train(transformer.training)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the parent's; a LoRA that is loaded and not fused is refused, before anything is written."""
+        check_no_loose_lora(self.transformer)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def num_timesteps(self) -> int:
