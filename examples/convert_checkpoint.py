@@ -44,7 +44,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("nothing to convert: give --checkpoint, --lora or both")
     if args.checkpoint is not None and (args.model is None or args.base is None):
         parser.error("--checkpoint needs --model and --base")
-    needs = {"checkpoint": ("model", "base", "weights", "dtype"), "lora": ("lora_alpha",), "push_to_hub": ("hub_model_id",)}
+    needs = {"checkpoint": ("model", "base", "weights", "dtype")}
+    needs |= {"lora": ("lora_alpha",), "push_to_hub": ("hub_model_id",)}
     for needed, names in needs.items():
         for name in names:
             if getattr(args, name) is not None and not getattr(args, needed):

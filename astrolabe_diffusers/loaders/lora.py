@@ -51,7 +51,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         if isinstance(source, dict):
             lora = parse_lora(source)
         else:
-            lora = parse_lora(*read_lora_file(find_lora_file(source, weight_name, **hub)), where=str(source))
+            lora = parse_lora(*read_lora_file(find_lora_file(source, weight_name, **hub)))
         state_dict = {_PREFIX + name: tensor for name, tensor in lora.state_dict().items()}
         if not return_lora_metadata:
             return state_dict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .original_checkpoints import diffusers_name
+from .original_checkpoints import _WRAPPERS, diffusers_name
 
 
 # Around the name of a module: peft's and trainers' wrappers, diffusers, ComfyUI, DiffSynth.
@@ -48,26 +48,27 @@ _OUTSIDE += ["condition_embedder.time_proj"]
 _DOTTED = {name.replace(".", "_"): name for name in (*_IN_BLOCK, *_OUTSIDE)}
 
 
-def parse_key(key: str) -> tuple[str, str]:
+def parse_key(key: str) -> tuple[str, str, str]:
     """
-    The module that a key of a LoRA file changes, under diffusers' name, and how.
+    The module that a key of a LoRA file changes, and how.
 
     Returns:
-        Module and one of `"A"`, `"B"`, `"B.bias"`, `"alpha"`, `"magnitude"` (DoRA), `"diff"` and `"diff_b"` (what is
-        added to its weight and bias). A modulation table is a module with a weight: `blocks.0.scale_shift_table`.
+        Its name in diffusers, where a modulation table is a module with a weight (`blocks.0.scale_shift_table`); one
+        of `"A"`, `"B"`, `"B.bias"`, `"alpha"`, `"magnitude"` (DoRA), `"diff"` and `"diff_b"`, which are added to its
+        weight and bias; its name in the file.
 
     Raises:
         ValueError: the key is none of a LoRA; in words if it is another adapter's.
     """
     for part, kind in _OTHERS.items():
         if part in key:
-            raise ValueError(f"is a {kind}, not a LoRA: it holds {key}")
+            raise ValueError(f"this is a {kind}, not a LoRA: it holds {key}.")
     for pattern, kind in _ENDS:
         match = pattern.match(key)
         module = match and _module(match[1], kind)
         if module:
-            return module, "diff" if kind == "diff_m" else kind
-    raise ValueError(f"holds {key}, which is nothing of a LoRA of Wan")
+            return module, "diff" if kind == "diff_m" else kind, _WRAPPERS.sub("", match[1])
+    raise ValueError(f"this is no LoRA of Wan, or not only: it holds {key}.")
 
 
 def _module(name: str, kind: str) -> str | None:

@@ -172,14 +172,12 @@ def load_original_lora(path: str | Path, alpha: float | None = None) -> Original
         FileNotFoundError: there is no such file.
         ValueError: it is no LoRA, or one that cannot be applied whole; one line.
     """
-    file = find_lora_file(path)
-    return parse_lora(*read_lora_file(file), where=str(path), alpha=alpha)
+    return parse_lora(*read_lora_file(find_lora_file(path)), alpha)
 
 
 def parse_lora(
     tensors: Mapping[str, Any],
     config: dict[str, Any] | None = None,
-    where: str = "this LoRA",
     alpha: float | None = None,
 ) -> OriginalLora:
     """
@@ -188,7 +186,6 @@ def parse_lora(
     Args:
         tensors: by the names of any trainer, or LongLive's dict with an entry `generator_lora`.
         config: peft's config, where one came with them: alphas, ranks, rsLoRA.
-        where: begins the error messages.
         alpha: of a LoRA that does not say it.
 
     Raises:
@@ -196,32 +193,31 @@ def parse_lora(
             LoRA.
     """
     config = dict(config or {})
-    _check_config(config, where)
+    _check_config(config)
     if not isinstance(tensors, Mapping):
-        raise ValueError(f"{where} is no LoRA: it holds a {type(tensors).__name__}, not tensors by name.")
+        raise ValueError(f"this is no LoRA: it holds a {type(tensors).__name__}, not tensors by name.")
     for name in ("generator_lora", "state_dict"):
         if isinstance(tensors.get(name), Mapping):
             tensors = tensors[name]
     if not tensors:
-        raise ValueError(f"{where} is no LoRA: it is empty.")
+        raise ValueError("this is no LoRA: it is empty.")
     parts: dict[str, dict[str, torch.Tensor]] = {}
+    names = {}  # of the modules, in the file
     for key, tensor in tensors.items():
-        try:
-            module, kind = parse_key(key)
-        except ValueError as error:
-            raise ValueError(f"{where} {error}.") from None
+        module, kind, name = parse_key(key)
+        names[module] = name
         if kind in parts.setdefault(module, {}):
-            raise ValueError(f"{where} has two tensors for {kind} of {module}; the second is {key}.")
-        parts[module][kind] = _usable(tensor, key, where)
+            raise ValueError(f"this LoRA has two tensors for {kind} of {module}; the second is {key}.")
+        parts[module][kind] = _usable(tensor, key)
     modules, diffs, has_alpha = {}, {}, bool(config)
     for name, part in parts.items():
         if {"A", "B"} & part.keys():
             has_alpha |= "alpha" in part
-            modules[name] = module = _make_module(name, part, config, alpha, where)
+            modules[name] = module = _make_module(name, part, _said_by(config, names[name]), alpha)
             if "B.bias" in part:
                 part["diff_b"] = part.get("diff_b", 0) + module.scale * part["B.bias"].float()
         elif lone := {"alpha", "magnitude", "B.bias"} & part.keys():
-            raise ValueError(f"{where} is incomplete: {name} has {', '.join(sorted(lone))} but no A and B.")
+            raise ValueError(f"this LoRA is incomplete: {name} has {', '.join(sorted(lone))} but no A and B.")
         # Distilled models' LoRAs hold many that are zero.
         if "diff" in part and part["diff"].any():
             diffs[name if name.endswith("scale_shift_table") else f"{name}.weight"] = part["diff"]
@@ -229,83 +225,90 @@ def parse_lora(
             diffs[f"{name}.bias"] = part["diff_b"]
     dora = [module.magnitude is not None for module in modules.values()]
     if any(dora) and not (all(dora) and not diffs):
-        raise ValueError(f"{where} mixes DoRA with other changes, which cannot be applied together.")
-    if alpha is not None and has_alpha:
-        raise ValueError(f"{where} says its alpha itself: leave out the one given.")
+        raise ValueError("this LoRA mixes DoRA with other changes, which cannot be applied together.")
+    if config.get("use_dora") and not any(dora):
+        raise ValueError("this LoRA is incomplete: its config says DoRA, and it has no lora_magnitude_vector.")
+    if alpha is not None and (has_alpha or not math.isfinite(alpha)):
+        raise ValueError(f"this LoRA says its alpha itself, or {alpha} is none: leave it out.")
     return OriginalLora(modules, diffs, config, has_alpha)
 
 
-def _usable(tensor: Any, key: str, where: str) -> torch.Tensor:
+def _usable(tensor: Any, key: str) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{where} is no LoRA: {key} is no tensor.")
+        raise ValueError(f"this is no LoRA: {key} is no tensor.")
     if not tensor.is_floating_point() and not key.endswith(".alpha"):
-        raise ValueError(f"{where} holds {key} of {str(tensor.dtype).removeprefix('torch.')}, which is no weight.")
+        raise ValueError(f"this LoRA holds {key} of {str(tensor.dtype).removeprefix('torch.')}, which is no weight.")
     if tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.bfloat16)  # which has all values of 8 bits
     if not tensor.isfinite().all():
-        raise ValueError(f"{where} is damaged: {key} holds NaN or infinite numbers.")
+        raise ValueError(f"this LoRA is damaged: {key} holds NaN or infinite numbers.")
     return tensor
 
 
+def _said_by(config: dict[str, Any], module: str) -> tuple[int, float] | None:
+    """Rank, and alpha for a scale of alpha / rank, of a module in the names of the file's trainer."""
+    if not config:
+        return None
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(ranks, module), config.get("r"))
+    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
 def _make_module(
-    name: str, part: dict[str, torch.Tensor], config: dict[str, Any], alpha: float | None, where: str
+    name: str, part: dict[str, torch.Tensor], said: tuple[int, float] | None, alpha: float | None
 ) -> LoraModule:
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in part:
-            raise ValueError(f"{where} is incomplete: {name} has {have} but no {lack}.")
+            raise ValueError(f"this LoRA is incomplete: {name} has {have} but no {lack}.")
     a, b = part["A"], part["B"]
     if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1 or not a.numel():
-        raise ValueError(f"{where} is damaged: at {name}, A is {tuple(a.shape)} and B {tuple(b.shape)}.")
+        raise ValueError(f"this LoRA is damaged: at {name}, A is {tuple(a.shape)} and B {tuple(b.shape)}.")
     rank = a.shape[0]
     if "alpha" in part:
         if part["alpha"].numel() != 1:
-            raise ValueError(f"{where} is damaged: alpha of {name} is {tuple(part['alpha'].shape)}.")
+            raise ValueError(f"this LoRA is damaged: alpha of {name} is {tuple(part['alpha'].shape)}.")
         alpha = part["alpha"].item()
-    elif config:
-        patterns = {field: config.get(field) or {} for field in ("alpha_pattern", "rank_pattern")}
-        key = get_pattern_key(patterns["rank_pattern"].keys(), name)
-        said = patterns["rank_pattern"].get(key, config.get("r", rank))
-        if said != rank:
-            raise ValueError(f"{where} does not fit its own config: rank {said} there, {rank} at {name}.")
-        key = get_pattern_key(patterns["alpha_pattern"].keys(), name)
-        alpha = patterns["alpha_pattern"].get(key, config["lora_alpha"])
-        if config.get("use_rslora"):
-            alpha *= math.sqrt(rank)
+    elif said:
+        if said[0] != rank:
+            raise ValueError(f"this LoRA does not fit its own config: rank {said[0]} there, {rank} at {name}.")
+        alpha = said[1]
     elif alpha is None:
         alpha = rank
     magnitude = part.get("magnitude")
     if magnitude is not None:
         if magnitude.shape not in ((b.shape[0],), (b.shape[0], 1)):
             raise ValueError(
-                f"{where} is a DoRA whose dora_scale at {name} is {tuple(magnitude.shape)}; only one of "
+                f"this LoRA is a DoRA whose dora_scale at {name} is {tuple(magnitude.shape)}; only one of "
                 f"{b.shape[0]} numbers, one an output, can be applied."
             )
         magnitude = magnitude.flatten()
     return LoraModule(a, b, int(alpha) if alpha == int(alpha) else alpha, magnitude)
 
 
-def _check_config(config: dict[str, Any], where: str) -> None:
+def _check_config(config: dict[str, Any]) -> None:
     if not config:
         return
     if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{where} is a {config['peft_type']} adapter of peft, not a LoRA.")
-    if "lora_alpha" not in config:
-        raise ValueError(f"{where} has a config without lora_alpha, without which its scale is not known.")
-    named = {"lora_alpha": config["lora_alpha"]}
+        raise ValueError(f"this is a {config['peft_type']} adapter of peft, not a LoRA.")
+    missing = [name for name in ("r", "lora_alpha") if name not in config]
+    if missing:
+        raise ValueError(f"this LoRA has a config without {missing[0]}, without which its scale is not known.")
+    named = {name: config[name] for name in ("r", "lora_alpha")}
     for field_name in ("alpha_pattern", "rank_pattern"):
         pattern = config.get(field_name) or {}
         if not isinstance(pattern, dict):
-            raise ValueError(f"{where}: {field_name} of its config has to be a dict but is {pattern!r}.")
+            raise ValueError(f"this LoRA: {field_name} of its config has to be a dict but is {pattern!r}.")
         named |= {f"{field_name} {name}": value for name, value in pattern.items()}
     for name, value in named.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{where}: {name} of its config has to be a number but is {value!r}.")
+            raise ValueError(f"this LoRA: {name} of its config has to be a number but is {value!r}.")
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise ValueError(
-            f"{where} was trained from {start!r}, which changes the base weights too: have peft convert it to a plain "
-            "LoRA (`path_initial_model_for_weight_conversion` of its save_pretrained)."
+            f"this LoRA was trained from {start!r}, which changes the base weights too: have peft convert it to a "
+            "plain LoRA (`path_initial_model_for_weight_conversion` of its save_pretrained)."
         )
     variants = [name for name in _VARIANTS if config.get(name)]
     if variants:
-        raise ValueError(f"{where} is a variant of LoRA that is not read: {', '.join(variants)} in its config.")
+        raise ValueError(f"this LoRA is a variant of LoRA that is not read: {', '.join(variants)} in its config.")
