@@ -94,9 +94,9 @@ class GenerationConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value}.")
-        for name, value in {"lora_scale": self.lora_scale, **{f"lora {x}": w for x, w in self.lora.items()}}.items():
+        for name, value in {"lora_scale": self.lora_scale, **self.lora}.items():
             if not math.isfinite(value):
-                raise UserError(f"{name} must have a finite weight, not {value}.")
+                raise UserError(f"the weight of {name!r} must be a finite number, not {value}.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
         if self.sigmas is not None:
