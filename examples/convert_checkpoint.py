@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="Wan2.1 pipeline in Diffusers format of the same size: folder or Hub id")
     parser.add_argument("--weights", help="entry of the checkpoint to take [the one that the model's authors load]")
     parser.add_argument("--lora", type=Path, help="merged into the checkpoint; without --checkpoint, converted itself")
+    parser.add_argument("--lora_alpha", type=float, help="alpha of a --lora that does not say it [its rank]")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace files of these names in --output_dir")
     parser.add_argument("--dtype", choices=DTYPES, help="of the transformer [as in the file; float32 for 8-bit]")
@@ -43,7 +44,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("nothing to convert: give --checkpoint, --lora or both")
     if args.checkpoint is not None and (args.model is None or args.base is None):
         parser.error("--checkpoint needs --model and --base")
-    needs = {"checkpoint": ("model", "base", "weights", "dtype"), "push_to_hub": ("hub_model_id",)}
+    needs = {"checkpoint": ("model", "base", "weights", "dtype")}
+    needs |= {"lora": ("lora_alpha",), "push_to_hub": ("hub_model_id",)}
     for needed, names in needs.items():
         for name in names:
             if getattr(args, name) is not None and not getattr(args, needed):
@@ -72,7 +74,7 @@ def run(argv: list[str] | None):
             raise UserError(f"push_to_hub: cannot create {repo_id}: {one_line(error)}") from error
     with as_user_error(f"cannot convert {args.checkpoint or args.lora}"):
         if args.checkpoint is None:
-            convert_lora(args.lora, args.output_dir, args.overwrite)
+            convert_lora(args.lora, args.output_dir, args.overwrite, args.lora_alpha)
         else:
             convert_checkpoint(
                 PUBLISHED_MODELS[args.model],
@@ -83,6 +85,7 @@ def run(argv: list[str] | None):
                 dtype=DTYPES.get(args.dtype),
                 weights=args.weights or (),
                 overwrite=args.overwrite,
+                lora_alpha=args.lora_alpha,
             )
     print(f"written: {args.output_dir}")
     if args.push_to_hub:

@@ -66,6 +66,9 @@ def parse_args(argv: list[str] | None) -> GenerationConfig:
     parser.add_argument("--attention_backend", help="of diffusers [the fastest exact kernel of torch]")
     parser.add_argument("--reward", metavar="NAME[=WEIGHT],...", help="score the videos; as --rewards of train_nft.py")
     arguments = vars(parser.parse_args(argv))
+    names = [name for name, _ in arguments.get("lora", [])]
+    if twice := {name for name in names if names.count(name) > 1}:
+        parser.error(f"--lora: {min(twice)} is given twice")
     arguments["lora"] = dict(arguments.get("lora", []))
     arguments["reward"] = dict(name_and_weight(part) for part in arguments.get("reward", "").split(",") if part)
     return GenerationConfig(**arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 
 from .. import TINY_SHAPES
@@ -95,6 +96,9 @@ class GenerationConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value}.")
+        for name, value in {"lora_scale": self.lora_scale, **self.lora}.items():
+            if not math.isfinite(value):
+                raise UserError(f"the weight of {name!r} must be a finite number, not {value}.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
         with as_user_error("settings"):

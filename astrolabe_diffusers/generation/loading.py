@@ -25,13 +25,8 @@ def load_pipeline(
 
 def find_lora(name: str) -> str:
     """What `load_lora_weights` takes for `name`: of a training run that has not finished, its last checkpoint."""
-    folder = Path(name)
-    if not folder.is_dir() or (folder / WEIGHT_NAMES[CURRENT]).is_file():
-        return name
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise UserError(f"the folder {name} has neither {WEIGHT_NAMES[CURRENT]} nor checkpoints/checkpoint-N.")
-    return str(checkpoints[-1])
+    checkpoints = list_checkpoints(name)
+    return name if (Path(name) / WEIGHT_NAMES[CURRENT]).is_file() or not checkpoints else str(checkpoints[-1])
 
 
 def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):

@@ -41,6 +41,7 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     weights: str | tuple[str, ...] = (),
     overwrite: bool = False,
+    lora_alpha: float | None = None,
 ) -> Path:
     """
     Write a complete pipeline folder for `CausalWanPipeline.from_pretrained`.
@@ -58,6 +59,7 @@ def convert_checkpoint(
         dtype: of the new weights; by default each keeps its own, and those of 8-bit files become float32.
         weights: entry of a training checkpoint to take instead of the one that the model's authors load.
         overwrite: replace `PIPELINE_FILES` that are there.
+        lora_alpha: alpha of a LoRA that does not say it.
 
     Raises:
         ValueError: the checkpoint or the LoRA is not one of this model; the message names tensors. Or the folder
@@ -67,7 +69,7 @@ def convert_checkpoint(
     sources = (checkpoint, base) if lora is None else (checkpoint, base, lora)
     with _replacing(Path(output_dir), PIPELINE_FILES, overwrite, sources) as folder:
         original = load_original_weights(checkpoint, weights, model)
-        adapter = None if lora is None else load_original_lora(lora)
+        adapter = None if lora is None else load_original_lora(lora, lora_alpha)
         base, index = _base_folder(base)
         with init_empty_weights():
             sizes = CausalWanTransformer3DModel.load_config(base, subfolder="transformer")
@@ -91,15 +93,18 @@ def convert_checkpoint(
     return Path(output_dir)
 
 
-def convert_lora(lora: str | Path, output_dir: str | Path, overwrite: bool = False) -> Path:
-    """Write a published LoRA as `pytorch_lora_weights.safetensors`, for `load_lora_weights`; rank and alpha
-    are in it."""
+def convert_lora(
+    lora: str | Path, output_dir: str | Path, overwrite: bool = False, lora_alpha: float | None = None
+) -> Path:
+    """Write a published LoRA as `pytorch_lora_weights.safetensors`, for `load_lora_weights`; ranks and alphas
+    are in it. `lora_alpha` is that of a LoRA that does not say it."""
     with _replacing(Path(output_dir), LORA_FILES, overwrite, (lora,)) as folder:
-        adapter = load_original_lora(lora)
+        adapter = load_original_lora(lora, lora_alpha)
+        config = adapter.peft_config()
         CausalWanPipeline.save_lora_weights(
             folder,
             transformer_lora_layers=adapter.state_dict(),
-            transformer_lora_adapter_metadata=adapter.config().to_dict(),
+            transformer_lora_adapter_metadata=config and config.to_dict(),
         )
     return Path(output_dir)
 
@@ -181,8 +186,8 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights.items():
         target = dtype or tensor.dtype
-        if adapter is not None and name.removesuffix(".weight") in adapter.modules:
-            tensor = tensor.float() + adapter.delta(name.removesuffix(".weight"))
+        if adapter is not None and adapter.changes(name):
+            tensor = adapter.merge(name, tensor)
         yield name, tensor.to(target).contiguous()
 
 

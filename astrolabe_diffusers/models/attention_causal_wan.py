@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kv_cache import CausalWanKVLayerCache
@@ -102,6 +104,13 @@ class BlockLayout:
         return math.gcd(self.block_frames, self.sink_size, 0 if self.window == -1 else self.window - self.sink_size)
 
 
+def is_fused(attn: nn.Module) -> bool:
+    """Whether one projection has taken the place of several. LoRAs on those would do nothing: a `ValueError`."""
+    if attn.fused_projections and any(isinstance(x, BaseTunerLayer) for x in (attn.to_q, attn.to_k, attn.to_v)):
+        raise ValueError("a LoRA needs Q, K and V apart, and they are fused: call unfuse_qkv_projections() first.")
+    return attn.fused_projections
+
+
 class CausalWanSelfAttnProcessor:
     """Self-attention of a causal Wan block: dense attention per block over the keys it may see, so every attention
     backend works and no mask is built."""
@@ -120,7 +129,7 @@ class CausalWanSelfAttnProcessor:
         kv_cache: CausalWanKVLayerCache | None = None,
         kv_cache_mode: str | None = None,
     ) -> torch.Tensor:
-        if attn.fused_projections:
+        if is_fused(attn):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
@@ -190,7 +199,7 @@ class CausalWanCrossAttnProcessor:
         if use_cache and kv_cache.text_key is not None:
             key, value = kv_cache.text_key, kv_cache.text_value
         else:
-            if attn.fused_projections:
+            if is_fused(attn):
                 key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
             else:
                 key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)

@@ -9,7 +9,6 @@ from accelerate import init_empty_weights
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
-from diffusers.utils.peft_utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
 
@@ -20,6 +19,14 @@ from ..loaders.tensor_files import fetch_link
 from ..spelling import close_matches
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
+from .lora_layers import (
+    apply_lora_scale,
+    check_lora_weights,
+    check_no_loose_lora,
+    lora_lock,
+    plain_state_dict,
+    tuner_layers,
+)
 from .rotary import CausalWanRotaryPosEmbed, Rotary
 
 
@@ -53,6 +60,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         super().__init__(*args, **kwargs)
         self.attn1.set_processor(CausalWanSelfAttnProcessor())
         self.attn2.set_processor(CausalWanCrossAttnProcessor())
+        # The table goes through it, so that a LoRA can add to it (`LoraDiff`).
+        self.modulation = nn.Identity()
 
     def forward(
         self,
@@ -67,7 +76,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
     ) -> torch.Tensor:
         # (B, frames or 1, 1, dim) each, broadcast over the tokens of a frame
         shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (
-            self.scale_shift_table.unsqueeze(0) + temb.float()
+            self.modulation(self.scale_shift_table).unsqueeze(0) + temb.float()
         ).chunk(6, dim=2)
         frames = (shift_msa.shape[1], -1)
 
@@ -193,6 +202,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
         self.rope = CausalWanRotaryPosEmbed(attention_head_dim, patch_size, rope_max_seq_len)
         self.condition_embedder.timesteps_proj = CausalWanTimesteps(freq_dim)
+        self.modulation = nn.Identity()
 
     @classmethod
     def from_single_file(
@@ -285,7 +295,33 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval() if device is not None else model.eval()
 
-    @apply_lora_scale("attention_kwargs")
+    def set_adapters(self, adapter_names: list[str] | str, weights=None):
+        """As the parent's. Weights that are not finite are refused, and others than 1 of a DoRA."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = weights if isinstance(weights, list) else [weights] * len(names)
+        for name, weight in zip(names, given):
+            values = weight.values() if isinstance(weight, dict) else [1.0 if weight is None else weight]
+            check_lora_weights(self, values, [name])
+        with lora_lock(self):
+            super().set_adapters(adapter_names, weights)
+
+    def fuse_qkv_projections(self):
+        if any(tuner_layers(block) for block in self.blocks):
+            raise ValueError("a LoRA needs Q, K and V apart: call unload_lora_weights() before they are fused.")
+        super().fuse_qkv_projections()
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
+        """As the parent's. A fused LoRA is saved as the weights that it has made; one that is loaded and not fused has
+        no place in a transformer's file, and is refused."""
+        check_no_loose_lora(self)
+        plain = self
+        if tuner_layers(self):
+            with init_empty_weights():
+                plain = type(self).from_config(self.config)
+            plain.load_state_dict(plain_state_dict(self), assign=True)
+        super(CausalWanTransformer3DModel, plain).save_pretrained(save_directory, *args, **kwargs)
+
+    @apply_lora_scale
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -317,6 +353,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             frame_offset (`int`): latent frame index of the first frame; with a cache, the number of frames in it.
             clean_hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`, *optional*):
                 The clean video, for teacher forcing. Gradients flow through it.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` multiplies the weights of the LoRAs, in this call.
 
         Returns:
             [`Transformer2DModelOutput`] or a tuple with the flow, `(B, C, F, H, W)`.
@@ -385,7 +423,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if clean_hidden_states is not None:
             hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
 
-        shift, scale = (self.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
+        table = self.modulation(self.scale_shift_table)
+        shift, scale = (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(hidden_states.float()).unflatten(1, (temb.shape[1], -1)) * (1 + scale) + shift
         hidden_states = self.proj_out(normed.flatten(1, 2).type_as(hidden_states))
         hidden_states = hidden_states.reshape(

@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchLCMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.loaders import WanLoraLoaderMixin
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..loaders.lora import check_lora_fits
+from ..loaders.lora import CausalWanLoraLoaderMixin
 from ..loaders.registration import register_with_diffusers
+from ..models.lora_layers import check_no_loose_lora
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_streaming import encode_video
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
@@ -53,7 +53,7 @@ def _check_count(name: str, value: int):
         raise ValueError(f"`{name}` must be a whole number of at least 1, not {value!r}.")
 
 
-class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     r"""
     Text-to-video with a causal Wan model: a few denoising steps a block, a KV cache of the blocks before, and decoding
     as the blocks come.
@@ -157,22 +157,20 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(kwargs.get("transformer"), CausalWanTransformer3DModel):
             self.register_to_config(transformer=("diffusers", type(kwargs["transformer"]).__name__))
 
-    @classmethod
-    def load_lora_into_transformer(cls, state_dict, transformer, **kwargs):
-        """As the parent's, which `load_lora_weights` ends in; a LoRA of another model is refused in one line."""
-        check_lora_fits(state_dict, transformer)
-        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
-        # The new layers are in training mode, where the dropout that a LoRA was trained with works.
-        transformer.train(transformer.training)
-
-    # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
-    # or else to the one that made the latest block.
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the parent's; a LoRA that is loaded and not fused is refused, before anything is written."""
+        if self.transformer is not None:
+            check_no_loose_lora(self.transformer)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """As the parent's, which leaves out a transformer of another class and then asks for it by a `TypeError`."""
         components = {name: getattr(pipeline, name, None) for name in ("transformer", "scheduler")}
         return super().from_pipe(pipeline, **(components | kwargs))
+
+    # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
+    # or else to the one that made the latest block.
 
     @property
     def num_timesteps(self) -> int | None:

@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from ..models.lora_diff import LoraDiff
+
 
 # The current policy has peft's and diffusers' default name, so that their savers and loaders take it.
 CURRENT, OLD, REFERENCE, EMA = "default", "old", "reference", "ema"
@@ -58,6 +60,13 @@ def load_policies(pipeline, lora: str | Path, others: Sequence[str] = ()):
     """As `add_policies`, with a LoRA that `load_lora_weights` takes as current and old policy: rank, alpha and target
     modules are its own. The reference is the transformer without it."""
     pipeline.load_lora_weights(lora, adapter_name=CURRENT)
+    if pipeline.transformer.peft_config[CURRENT].use_dora:
+        raise ValueError("a DoRA cannot be trained on: only plain LoRAs can.")
+    if any(isinstance(module, LoraDiff) for module in pipeline.transformer.modules()):
+        raise ValueError(
+            "it adds to norms or modulation, which the LoRA that is trained cannot: load it in a pipeline, "
+            "fuse_lora(), save_pretrained(), and train on that model."
+        )
     _complete_policies(pipeline.transformer, others)
 
 

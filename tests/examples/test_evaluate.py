@@ -254,7 +254,7 @@ def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_
         ({"mixed_precision": "fp16"}, ["no, bf16"]),
         ({"reward": "sharpness"}, ["unknown argument --reward", "--rewards"]),
         ({"lora": "nowhere"}, ["no folder nowhere, nor on the Hub"]),
-        ({"lora": EXAMPLES}, ["cannot load", "pytorch_lora_weights"]),
+        ({"lora": EXAMPLES}, ["cannot load", "holds no LoRA"]),
         ({"lora": "runs/a=1"}, ["'runs/a'", "NAME=1"]),
         ({"lora": "base=a"}, ["'base' is there already", "NAME=a"]),
         ({"lora": "a/run,b/run"}, ["'run' is there already", "NAME=b/run"]),
@@ -276,7 +276,7 @@ def test_lora_of_another_model_is_found_before_anything_is_generated(model_folde
     other = policy_pipeline(num_attention_heads=3)
     save_adapter(other.transformer, tmp_path / "other")
     assert main(arguments(model_folder, tmp_path / "out", [run, tmp_path / "other"])) == 2
-    check_one_line(capsys, ["another model's", "36 features", str(tmp_path / "other")])
+    check_one_line(capsys, ["another model's", "36 x 36", str(tmp_path / "other")])
     assert not (tmp_path / "out").exists()
 
 

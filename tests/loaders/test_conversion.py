@@ -204,10 +204,10 @@ def test_lora(layout, convert, pipe, base, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda lora: lora.update({"step": torch.zeros(1)}), "is no LoRA of linear layers: it holds step"),
-        (lambda lora: lora.pop(next(iter(lora))), "blocks.0.ffn.net.0.proj has A or B only"),
-        (lambda lora: lora.clear(), "is no LoRA: empty"),
-        (lambda lora: lora.update({next(iter(lora)): torch.zeros(5, 24)}), "different ranks: 4, 5"),
+        (lambda lora: lora.update({"step": torch.zeros(1)}), "is no LoRA of Wan, or not only: it holds step"),
+        (lambda lora: lora.pop(next(iter(lora))), "blocks.0.ffn.net.0.proj has B but no A"),
+        (lambda lora: lora.clear(), "is no LoRA: it is empty"),
+        (lambda lora: lora.update({next(iter(lora)): torch.zeros(5, 24)}), "A is (5, 24) and B (32, 4)"),
     ],
 )
 def test_lora_files_that_are_none(change, message, convert, pipe, tmp_path, capsys):

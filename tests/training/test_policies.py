@@ -3,8 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from astrolabe_diffusers.training.checkpoints import save_adapter
 from astrolabe_diffusers.training.policies import (
     OLD,
     activate_current,
@@ -17,6 +19,7 @@ from astrolabe_diffusers.training.policies import (
     policy_parameters,
     use_policy,
 )
+from tests.loaders.test_original_lora import additions, difference_key, distilled, merged, output
 from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 from tests.training.helpers import randomize_adapters
 
@@ -92,6 +95,40 @@ def test_a_lora_as_the_start(tmp_path):
     assert all((config.r, config.lora_alpha) == (3, 6) for config in configs.values()) and len(configs) == 2
     # Two layers, each with A and B, in two blocks.
     assert trainable(pipe.transformer) == current_names(pipe.transformer) and len(trainable(pipe.transformer)) == 8
+
+
+def test_a_lora_of_another_trainer_as_the_start(tmp_path):
+    """Ranks and alphas of single modules, a bias and a whole difference of the patch embedding: all policies have
+    them, and what is saved has them too."""
+    path, lora, _ = distilled(tmp_path)
+    whole = {name: tensor for name, tensor in additions().items() if "norm" not in name and "modulation" not in name}
+    norms = {difference_key(name) for name in additions().keys() - whole.keys()}
+    tensors = {name: x for name, x in load_file(path).items() if name.removeprefix("diffusion_model.") not in norms}
+    expected = merged(lora, additions=whole)
+    pipe = tiny_pipeline()
+    base = output(pipe.transformer)
+    save_file(tensors, tmp_path / "start.safetensors")
+    load_policies(pipe, tmp_path / "start.safetensors", ("reference",))
+    outputs = {}
+    for policy in ("current", "old", "reference", "base"):
+        with use_policy(pipe.transformer, policy):
+            outputs[policy] = output(pipe.transformer)
+    assert (outputs["current"] - expected).abs().max() < 1e-5 and torch.equal(outputs["old"], outputs["current"])
+    assert torch.equal(outputs["reference"], base) and torch.equal(outputs["base"], base)
+    save_adapter(pipe.transformer, tmp_path / "saved")
+    again = tiny_pipeline()
+    again.load_lora_weights(tmp_path / "saved")
+    assert (output(again.transformer) - expected).abs().max() < 1e-5
+
+
+def test_loras_that_cannot_be_trained_on(tmp_path):
+    with pytest.raises(ValueError, match="adds to norms or modulation.*fuse_lora"):
+        load_policies(tiny_pipeline(), distilled(tmp_path)[0])
+    pipe = tiny_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"], use_dora=True))
+    pipe.transformer.save_lora_adapter(tmp_path / "dora")
+    with pytest.raises(ValueError, match="DoRA cannot be trained on"):
+        load_policies(tiny_pipeline(), tmp_path / "dora")
 
 
 def test_all_policies_coincide_at_first(transformer):
