@@ -65,6 +65,9 @@ def parse_args(argv: list[str] | None) -> GenerationConfig:
     parser.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory")
     parser.add_argument("--attention_backend", help="of diffusers [the fastest exact kernel of torch]")
     parser.add_argument("--reward", metavar="NAME[=WEIGHT],...", help="score the videos; as --rewards of train_nft.py")
+    parser.add_argument("--reward_options", metavar="NAME.ARGUMENT=VALUE,...", help="arguments of rewards")
+    parser.add_argument("--reward_placement", metavar="NAME=PLACE,...", help="where rewards are scored [trainer]")
+    parser.add_argument("--reward_timeout", help="seconds after which a batch's rewards count as hung [600]")
     arguments = vars(parser.parse_args(argv))
     names = [name for name, _ in arguments.get("lora", [])]
     if twice := {name for name in names if names.count(name) > 1}:

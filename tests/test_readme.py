@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
 from astrolabe_diffusers.loaders.registration import register_with_diffusers
+from astrolabe_diffusers.training import NFTConfig
 from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.run_folder import open_training_folder
 from tests.loaders.original_layout import original_weights
 from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import TEXT_DIM, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
@@ -184,6 +186,23 @@ def test_generate_many(workplace):
     assert main(replaced(generate[2:], {"num_videos_per_prompt": 1})) == 0
     made = [json.loads(line) for line in Path("videos/manifest.jsonl").read_text().splitlines()]
     assert [entry["prompt"] for entry in made] == prompts and all(Path("videos", e["file"]).is_file() for e in made)
+
+
+def test_the_quick_start_a_second_time(workplace, capsys):
+    """After a run that has finished, the line says how to go on."""
+    from train_nft import main
+
+    train, _ = commands(section("## Two commands"))
+    arguments = train[train.index("examples/train_nft.py") + 1 :]
+    run = open_training_folder(NFTConfig(output_dir="nft-tiny-shapes"))
+    run.begin()
+    run.close()
+    Path("nft-tiny-shapes/results.json").write_text("{}")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: nft-tiny-shapes holds a finished run: ") and error.count("\n") == 1
+    for flag in ("--resume_from_checkpoint latest", "--overwrite_output_dir true"):
+        assert flag in error and flag in section("### Long runs")
 
 
 def test_reward(workplace):

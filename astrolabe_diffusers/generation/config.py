@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .. import TINY_SHAPES
 from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.sigmas import check_sigmas
-from ..training.config import import_modules, refuse_secrets
+from ..training.config import RewardConfig, import_modules, refuse_secrets
 from ..training.errors import UserError, as_user_error
 
 
@@ -45,6 +46,7 @@ class GenerationConfig:
         attention_backend: of diffusers; by default the fastest exact kernel of torch.
         reward: rewards that score the videos, and their weights. Whole videos are then kept in memory, a batch at a
             time.
+        reward_options, reward_placement, reward_timeout: as in training.
     """
 
     prompt: str | None = None
@@ -74,10 +76,20 @@ class GenerationConfig:
     vae_tiling: bool = False
     attention_backend: str | None = None
     reward: dict[str, float] = field(default_factory=dict)
+    reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reward_placement: dict[str, str] = field(default_factory=dict)
+    reward_timeout: float = RewardConfig.reward_timeout
 
     def __post_init__(self):
         refuse_secrets(asdict(self))
         import_modules(self.import_modules)
+        checked = RewardConfig(
+            reward_options=self.reward_options,
+            reward_placement=self.reward_placement,
+            reward_timeout=self.reward_timeout,
+        )
+        for name in ("reward_options", "reward_placement", "reward_timeout"):
+            setattr(self, name, getattr(checked, name))
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either prompt, a text, or prompts, a file or a dataset.")
         for name in (
@@ -101,6 +113,8 @@ class GenerationConfig:
                 raise UserError(f"the weight of {name!r} must be a finite number, not {value}.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
+        if (self.reward_options or self.reward_placement) and not self.reward:
+            raise UserError("reward_options and reward_placement need a reward.")
         with as_user_error("settings"):
             if self.sigmas is not None:
                 check_sigmas(self.sigmas)

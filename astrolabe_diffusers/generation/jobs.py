@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import ClassVar
 
 import torch
 
@@ -26,6 +27,8 @@ class Job:
     prompt_index: int
     video_number: int
     num_frames: int
+
+    FILE: ClassVar[str] = r"\d{5,}-\d+-.*\.mp4"  # as a pattern, the names below
 
     @property
     def file(self) -> str:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..training.errors import UserError
+from ..training.run_folder import lock_folder
+from ..training.writing import PARTIAL, replacing, writing
 from .jobs import Job
-from .video_file import PARTIAL
+
+
+# What every entry has. Those of other tools, which only the scoring of videos reads, may have the first two alone.
+TYPES = {"file": str, "prompt": str, "prompt_index": int, "video_number": int, "bytes": int}
 
 
 class Manifest:
@@ -26,19 +34,32 @@ class Manifest:
         self.folder = folder
         self.path = folder / "manifest.jsonl"
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """The entries by file, of files that exist. A torn line does not count; of several of a file the last does."""
+    def read(self, names: Sequence[str] = tuple(TYPES)) -> dict[str, dict[str, Any]]:
+        """The entries by file, of files that exist. A torn line does not count; of several of a file the last does.
+
+        Args:
+            names: of the values that an entry must have.
+
+        Raises:
+            UserError: a line is no entry, or its file lies elsewhere.
+        """
         entries = {}
-        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else ()
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-            except ValueError:  # a run was killed while it wrote the line
+            except (ValueError, RecursionError):  # a run was killed while it wrote the line
                 continue
+            if not _is_entry(entry, names):
+                raise UserError(
+                    f"{self.path}, line {number}, is no entry of a video in this folder ({', '.join(names)}): mend or "
+                    "remove it."
+                )
             entries[entry["file"]] = entry
-        return {file: entry for file, entry in entries.items() if (self.folder / file).is_file()}
+        return {file: entry for file, entry in entries.items() if os.path.isfile(self.folder / file)}
 
     def append(self, entry: dict[str, Any]):
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             # Over NFS not even appending is atomic. Closing the file writes the line and gives back the lock.
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(entry) + "\n")
@@ -46,39 +67,56 @@ class Manifest:
     def replace(self, entries: Iterable[dict[str, Any]]):
         """Makes the manifest anew, in the order of the prompts; no other process may append meanwhile."""
         entries = sorted(entries, key=lambda entry: (entry["prompt_index"], entry["video_number"]))
-        partial = self.path.with_name(self.path.name + PARTIAL)
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        partial.replace(self.path)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+    def lock(self):
+        """Makes the folder; until this object goes, no other run may start in it."""
+        self._lock = lock_folder(self.folder)
 
     def start(self, jobs: Sequence[Job], settings: dict[str, Any], rewards: Iterable[str]) -> list[Job]:
         """The jobs that are still to be done, after their remains and those of a killed run have been removed.
 
         A job is done if its file is whole, was made from the same prompt with the same `settings`, and has scores of
-        all `rewards`. Until this object goes, no other run may start in the folder.
+        all `rewards`. A file of its name that is not the manifest's, or not any more, is set aside: it may be
+        somebody's. The folder has to be locked.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {self.folder}: wait for it, or name another folder.") from None
-        for path in self.folder.glob(f"*.mp4{PARTIAL}"):
-            path.unlink()
         entries = self.read()
-        pending = []
+        for path in self.folder.glob(f"*.mp4{PARTIAL}"):
+            if re.match(Job.FILE, path.name):
+                path.unlink()
+        pending, aside = [], []
         for job in jobs:
             path, entry = self.folder / job.file, entries.get(job.file)
-            if (
-                entry is None
-                or path.stat().st_size != entry["bytes"]
-                or not (describe(job) | settings).items() <= entry.items()
-                or not set(rewards) <= entry.get("scores", {}).keys()
-            ):
-                pending.append(job)
-                entries.pop(job.file, None)
-                path.unlink(missing_ok=True)
+            wanted = describe(job) | settings
+            if entry is None or path.stat().st_size != entry["bytes"]:
+                if os.path.lexists(path):
+                    set_aside(path)
+                    aside.append(path.name)
+            elif wanted.items() <= entry.items() and set(rewards) <= entry.get("scores", {}).keys():
+                continue
+            else:
+                path.unlink()
+            pending.append(job)
+            entries.pop(job.file, None)
+        if aside:
+            print(f"set aside, as .set_aside, because they are not the videos of {self.path.name}: {', '.join(aside)}")
         self.replace(entries.values())
         return pending
+
+
+def _is_entry(entry: Any, names: Sequence[str]) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), TYPES[name]) for name in names):
+        return False
+    scores = entry.get("scores", {})
+    are_scores = isinstance(scores, dict) and all(isinstance(score, (int, float)) for score in scores.values())
+    return are_scores and Path(entry["file"]).name == entry["file"] != ".."
+
+
+def set_aside(path: Path):
+    """Gives a file the first name of `NAME.set_aside`, `NAME.set_aside-2`, ... that is free."""
+    names = itertools.chain([f"{path.name}.set_aside"], (f"{path.name}.set_aside-{n}" for n in itertools.count(2)))
+    path.rename(next(other for name in names if not os.path.lexists(other := path.with_name(name))))
 
 
 def describe(job: Job) -> dict[str, Any]:

@@ -20,16 +20,17 @@ from ..pipelines.noise import NOISE_LAYOUT
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rewards import RewardSet
+from ..training.agreement import raise_together
 from ..training.errors import UserError, as_user_error, one_line
 from ..training.prompts import Prompt, PromptSource
 from ..training.rollout import RewardWorker
 from ..training.setup import accelerate_settings, frame_rate
 from ..training.shareable import shareable_value
+from ..training.video_file import VideoWriter
 from .config import GenerationConfig
 from .jobs import Job, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
 from .manifest import Manifest, describe
-from .video_file import VideoWriter
 
 
 def generate_videos(config: GenerationConfig):
@@ -45,13 +46,31 @@ def generate_videos(config: GenerationConfig):
             then made their videos, and the same call makes the rest.
     """
     accelerator = make_accelerator()
+    with ExitStack() as resources:
+        _generate_videos(config, accelerator, resources)
+
+
+def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resources: ExitStack):
+    """`resources` are let go of afterwards, whatever happens."""
+    manifest = Manifest(Path(config.output_dir))
+    with raise_together():
+        if accelerator.is_main_process:
+            manifest.lock()
     prompts = [Prompt(config.prompt)]
     if config.prompts:
         prompts = PromptSource(config.prompts, config.data_dir, config.column).read(config.split)
     rewards = None
     if config.reward:
         with as_user_error("reward"):
-            rewards = RewardSet(config.reward, fps=config.fps or frame_rate(config.model, config.revision))
+            rewards = RewardSet(
+                config.reward,
+                config.reward_options,
+                config.reward_placement,
+                config.reward_timeout,
+                config.fps or frame_rate(config.model, config.revision),
+                accelerator.process_index,
+            )
+        resources.callback(rewards.close)
     dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
     pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
     if config.lora:
@@ -61,11 +80,16 @@ def generate_videos(config: GenerationConfig):
     jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
     place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
-    manifest = Manifest(Path(config.output_dir))
+    worker = None
+    if rewards:
+        worker = RewardWorker(pipe.vae, rewards, timeout=config.reward_timeout)
+        resources.callback(worker.shutdown)
+
     pending = None
-    if accelerator.is_main_process:
-        with as_user_error(f"output_dir {config.output_dir}"):
+    with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
+        if accelerator.is_main_process:
             pending = manifest.start(jobs, settings, config.reward)
+    if accelerator.is_main_process:
         print(
             f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, {dtype}; "
             f"processes: {accelerator.num_processes} on {accelerator.device.type}; "
@@ -75,7 +99,7 @@ def generate_videos(config: GenerationConfig):
     started = time.perf_counter()
     error = None
     try:
-        run_jobs(pipe, pending, settings, manifest, rewards, config.batch_size, accelerator)
+        run_jobs(pipe, pending, settings, manifest, worker, config.batch_size, accelerator)
     except UserError as failure:
         error = str(failure)
     errors = [error for error in gather_object([error]) if error]
@@ -151,12 +175,11 @@ def run_jobs(
     pending: list[Job],
     settings: dict[str, Any],
     manifest: Manifest,
-    rewards: RewardSet | None,
+    worker: RewardWorker | None,
     batch_size: int,
     accelerator: Accelerator,
 ):
     """This process's part of the jobs."""
-    worker = rewards and RewardWorker(pipe.vae, rewards)
     with (
         accelerator.split_between_processes(pending) as jobs,
         tqdm(

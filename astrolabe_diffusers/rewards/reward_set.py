@@ -84,12 +84,17 @@ class RewardSet:
             names.setdefault(places[process_index % len(places)], []).append(name)
         self.takes_turns = "offload" in names
         defaults = {"fps": fps} if fps else {}
-        self._places = [
-            _make_place(place, group, {n: options[n] for n in group if n in options}, timeout, defaults)
-            for place, group in names.items()
-        ]
+        self._executor, self._places = None, []
+        try:
+            for place, group in names.items():
+                chosen = {name: options[name] for name in group if name in options}
+                self._places.append(_make_place(place, group, chosen, timeout, defaults))
+        except BaseException:
+            self.close()  # the processes that have been started
+            raise
         away = [place for place in self._places if not isinstance(place, LocalRewards)]
-        self._executor = ThreadPoolExecutor(len(away), thread_name_prefix="reward-places") if away else None
+        if away:
+            self._executor = ThreadPoolExecutor(len(away), thread_name_prefix="reward-places")
 
     @property
     def using_prompts(self) -> list[str]:
@@ -147,9 +152,11 @@ class RewardSet:
         return outputs
 
     def close(self):
-        """Ends the processes of rewards."""
+        """Ends the processes and threads of rewards."""
         for place in self._places:
             place.close()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _check_place(place: str):

@@ -58,6 +58,7 @@ class WorkerRewards:
         self._rewards = {"names": self.names, "options": options, "device": device, "defaults": defaults}
         self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
         self._numbers = itertools.count()
+        self._closed = False
         self._start()
 
     def _start(self):
@@ -90,8 +91,10 @@ class WorkerRewards:
         try:
             return self._exchange(question, content, self.timeout)
         except _Died:
+            if self._closed:  # by another thread, which does not wait for this answer
+                raise RewardPlaceError(f"{self} was ended.") from None
             logger.warning("%s ended%s; it is started anew.", self, self._exit_code())
-        self.close()
+        self._end()
         self._start()
         try:
             return self._exchange(question, content, self.timeout)
@@ -106,6 +109,7 @@ class WorkerRewards:
             self._process.kill()  # which also ends the waiting below, to be read and to be answered
 
         timer = threading.Timer(timeout, expire)
+        timer.daemon = True  # Python waits for other threads before it exits
         timer.start()
         try:
             if question != "start":
@@ -131,7 +135,11 @@ class WorkerRewards:
         return f" by {signal.Signals(-code).name}" if code and code < 0 else f" with exit code {code}"
 
     def close(self):
-        """Ends the process."""
+        """Ends the process, also in the midst of an answer that another thread waits for."""
+        self._closed = True
+        self._end()
+
+    def _end(self):
         self._connection.close()
         self._process.join(5)
         self._process.kill()

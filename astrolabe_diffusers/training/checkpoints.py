@@ -32,6 +32,7 @@ from .states import (
     set_random_states,
     trained_parameters,
 )
+from .writing import replacing
 
 
 # The current policy's file has the name that `load_lora_weights(folder)` looks for.
@@ -63,12 +64,13 @@ def save_adapter(
         if write:
             layers[name] = whole.cpu()
     if write:
-        CausalWanPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=layers,
-            weight_name=weight_name or WEIGHT_NAMES[adapter],
-            transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
-        )
+        with replacing(Path(folder) / (weight_name or WEIGHT_NAMES[adapter])) as path:
+            CausalWanPipeline.save_lora_weights(
+                path.parent,
+                transformer_lora_layers=layers,
+                weight_name=path.name,
+                transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+            )
 
 
 def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT):

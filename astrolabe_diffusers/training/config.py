@@ -141,6 +141,7 @@ class NFTConfig(RewardConfig):
     train_split: str = option("train", "split of a dataset")
     eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
     output_dir: str = option("nft-lora", "everything the run writes")
+    overwrite_output_dir: bool = option(False, "begin anew in an output_dir that has a run, or files of others")
     seed: int = option(
         42, "seed of LoRA initialisation, prompts, samples and training noise", minimum=0, maximum=2**32 - 1
     )
@@ -352,6 +353,8 @@ class NFTConfig(RewardConfig):
                 "selective_kl compares the primary reward with the others: name another reward, with weight 0 if it "
                 "is not to be trained on."
             )
+        if Path(self.logging_dir).is_absolute() or ".." in Path(self.logging_dir).parts:
+            raise UserError(f"logging_dir {self.logging_dir!r} must be a folder inside output_dir, such as logs.")
         if self.context == "noisy" and self.window_size is not None:
             raise UserError("context=noisy trains a whole video in one pass: no window_size.")
         if self.shared_prefix and self.window_size is None:
@@ -413,8 +416,10 @@ class NFTConfig(RewardConfig):
         return samples // self.samples_per_prompt
 
     def save(self, path: str | Path):
-        """Writes every setting as YAML; a run with `--config path` repeats this one."""
-        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        """Writes every setting as YAML; a run with `--config path` repeats this one. What may be written over is said
+        anew for each."""
+        values = {name: value for name, value in asdict(self).items() if name != "overwrite_output_dir"}
+        Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = None) -> NFTConfig:

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
-from diffusers.utils import export_to_video
 
 from ..rewards.frame_request import to_uint8
 from .agreement import raise_together
@@ -18,6 +18,8 @@ from .plots import comparison_video, contact_sheet, small_gif_bytes
 from .prompts import Sample, process_batches
 from .rollout import PromptEncoder, RewardWorker, decode_videos, gather_scores, generate, sample_latents
 from .sharding import is_sharded
+from .video_file import VideoWriter
+from .writing import replacing, writing
 
 
 @dataclass
@@ -84,7 +86,6 @@ def evaluate(
     kept = {keep[key]: video for batch in generated for key, video in batch.scores.result().videos.items()}
     with raise_together():
         for index, video in kept.items():
-            video_dir.mkdir(parents=True, exist_ok=True)
             save_video(video, video_dir / f"{index:03d}.mp4", pipeline.config.frame_rate)
     return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
 
@@ -100,7 +101,15 @@ def gather_videos(videos: dict[int, torch.Tensor], is_main_process: bool) -> lis
 
 def save_video(video: torch.Tensor, path: Path, frame_rate: int):
     """Writes a video `(F, 3, H, W)` in [0, 1] as MP4."""
-    export_to_video(list(video.permute(0, 2, 3, 1).numpy()), str(path), fps=frame_rate)
+    write_frames((video.permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8), path, frame_rate)
+
+
+def write_frames(frames: np.ndarray, path: Path, frame_rate: int):
+    """Writes `frames` `(F, H, W, 3)`, uint8, as MP4; a [`UserError`] if they cannot be written."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with VideoWriter(path, *frames.shape[1:3], frame_rate) as writer:
+            writer.write(frames)
 
 
 def generate_columns(
@@ -134,7 +143,9 @@ def write_columns(
     `path.png`, and the video in small as `path.gif`. Returns the paths of these files."""
     files = [f"{path}.mp4", f"{path}.png", f"{path}.gif"]
     images = comparison_video(columns)
-    export_to_video(images, files[0], fps=frame_rate)
-    contact_sheet(columns, prompts).save(files[1])
-    Path(files[2]).write_bytes(small_gif_bytes(images, frame_rate))
+    write_frames(np.stack(images), Path(files[0]), frame_rate)
+    with replacing(Path(files[1])) as partial:
+        contact_sheet(columns, prompts).save(partial, "PNG")
+    with replacing(Path(files[2])) as partial:
+        partial.write_bytes(small_gif_bytes(images, frame_rate))
     return files

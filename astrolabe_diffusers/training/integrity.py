@@ -20,6 +20,8 @@ def seal(folder: Path):
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
     }
     (folder / SEAL_NAME).write_text(json.dumps(described, indent=2))
+    for path in files:  # safetensors makes files that only their owner can read
+        path.chmod((folder / SEAL_NAME).stat().st_mode)
     for path in (*paths, folder / SEAL_NAME, folder):
         to_disk(path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import TINY_SHAPES
 from ..rewards import RewardSet
+from .agreement import raise_together
 from .arguments import ArgumentParser
 from .config import PRECISIONS, RewardConfig, option, parse_fields
 from .errors import UserError, as_user_error
@@ -24,8 +25,10 @@ from .plots import draw_means
 from .prompts import PromptSource, eval_samples, process_batches, spread
 from .report import change_text, comparison_rows, markdown_table, versions
 from .rollout import PromptEncoder, RewardWorker
+from .run_folder import open_evaluation_folder
 from .setup import accelerate_settings, check_precision, frame_rate, load_pipeline, prompt_path, video_size
 from .shareable import shareable, shareable_value
+from .writing import replacing
 
 
 BASE = "base"
@@ -60,7 +63,8 @@ class LoraEvaluationConfig(RewardConfig):
     batch_size: int = option(8, "videos in a batch on each device", minimum=1)
     num_videos: int = option(8, "videos that are kept of each column and shown side by side", minimum=0)
     mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
-    output_dir: str = option("eval", "everything the evaluation writes")
+    output_dir: str = option("eval", "everything the evaluation writes; an earlier evaluation there is written over")
+    overwrite: bool = option(False, "write over files in output_dir that no evaluation has made")
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,6 +134,20 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     check_precision(accelerator)
+    with ExitStack() as resources:
+        results = _evaluate_loras(config, accelerator, resources)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, resources: ExitStack) -> dict[str, Any]:
+    """`resources` are let go of afterwards, whatever happens."""
+    output_dir = Path(config.output_dir)
+    with raise_together():
+        if accelerator.is_main_process:
+            folder = open_evaluation_folder(config.output_dir, list(config.columns), config.overwrite)
+            resources.callback(folder.close)
     source = PromptSource(prompt_path(config.model, config.prompts), config.prompts_data_dir, config.prompt_column)
     prompts = spread(source.read(config.eval_split), config.num_prompts)
     samples = eval_samples(prompts, config.seeds)
@@ -142,6 +160,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
             frame_rate(config.model),
             accelerator.process_index,
         )
+    resources.callback(rewards.close)
     pipeline = load_pipeline(config.model, accelerator)
     # The trainer's precision: in bf16 it generates under autocast.
     accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
@@ -149,11 +168,8 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     for lora in config.columns.values():
         with use_lora(pipeline, lora):  # one that does not fit is found now, not after the base's videos
             pass
-    output_dir = Path(config.output_dir)
-    with as_user_error("output_dir"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-
     if accelerator.is_main_process:
+        folder.begin()
         processes = accelerator.num_processes
         print(
             f"{config.model}: {len(samples)} videos ({len(prompts)} prompts x {config.seeds} seeds) of "
@@ -163,6 +179,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
             flush=True,
         )
     encoder, worker = PromptEncoder(pipeline), RewardWorker(pipeline.vae, rewards, timeout=config.reward_timeout)
+    resources.callback(worker.shutdown)
     batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
     progress = tqdm(
         total=len(config.columns) * len(batches),
@@ -198,7 +215,6 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         if accelerator.is_main_process:
             tqdm.write(f"{name}: " + ", ".join(f"{r} {evaluations[name].mean(r):.4f}" for r in config.rewards))
     progress.close()
-    worker.shutdown()
 
     results = {
         "settings": {**shareable(config), **size, "mixed_precision": accelerator.mixed_precision},
@@ -217,8 +233,6 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
             prompts = [sample.prompt.text for sample in shown]
             files += write_columns(videos, prompts, output_dir / "side_by_side", pipeline.config.frame_rate)
         print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
     return results
 
 
@@ -237,9 +251,12 @@ def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]
 def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
     """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
     files = [output_dir / name for name in ("results.json", "table.md", "scores.png")]
-    files[0].write_text(json.dumps(results, indent=2))
-    files[1].write_text(column_table(results["columns"]) + "\n")
-    draw_columns(results["columns"], files[2])
+    with replacing(files[0]) as partial:
+        partial.write_text(json.dumps(results, indent=2))
+    with replacing(files[1]) as partial:
+        partial.write_text(column_table(results["columns"]) + "\n")
+    with replacing(files[2]) as partial:
+        draw_columns(results["columns"], partial)
     return files
 
 

@@ -16,11 +16,12 @@ from .config import NFTConfig
 from .markdown import code, code_block, escape, escape_line, plain_line, python_text
 from .report import change_text, duration, markdown_table
 from .shareable import shareable, shareable_name
+from .writing import replacing
 
 
 TAGS = ["text-to-video", "diffusers", "lora", "reinforcement-learning", "astrolabe"]
 # What says nothing about the adapter, or is no one else's business.
-LEFT_OUT = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
+LEFT_OUT = ("output_dir", "overwrite_output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
 
 
 def write_card(config: NFTConfig, results: dict[str, Any], prompts: Sequence[str], repo_id: str | None = None) -> Path:
@@ -57,7 +58,8 @@ def write_card(config: NFTConfig, results: dict[str, Any], prompts: Sequence[str
         ],
     )
     path = Path(config.output_dir) / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(config, results, prompts, name)}").save(path)
+    with replacing(path) as partial:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(config, results, prompts, name)}").save(partial)
     return path
 
 

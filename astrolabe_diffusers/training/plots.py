@@ -82,7 +82,7 @@ def draw_curves(
         draw.text((legend, top - 8), name, color, _font(), anchor="lb")
         legend -= 24
         draw.line([(legend, top - 15), (legend + 18, top - 15)], color, width=3)
-    image.save(path)
+    image.save(path, "PNG")
 
 
 def draw_means(
@@ -139,7 +139,7 @@ def draw_means(
                 for end in (mean - half, mean + half):
                     draw.line([(x - 6, place(end)), (x + 6, place(end))], color, width=2)
             draw.ellipse([x - 5, place(mean) - 5, x + 5, place(mean) + 5], color)
-    image.save(path)
+    image.save(path, "PNG")
 
 
 def _with_margin(values: Sequence[float]) -> tuple[float, float]:

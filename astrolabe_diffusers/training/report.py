@@ -22,6 +22,7 @@ from .markdown import escape
 from .plots import draw_curves, side_by_side
 from .shareable import shareable
 from .trackers import log_distributions, log_video, start_trackers
+from .writing import replacing, writing
 
 
 class RunReport:
@@ -44,8 +45,8 @@ class RunReport:
     def start(self, step: int | None):
         """Open the logs: anew, or where a run that is resumed had come to at `step`."""
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.config.save(self.output_dir / "config.yaml")
+            with replacing(self.output_dir / "config.yaml") as partial:
+                self.config.save(partial)
             epochs, evaluations = (
                 cut_jsonl(self.output_dir / name, last_step=-1 if step is None else step)
                 for name in ("metrics.jsonl", "eval.jsonl")
@@ -95,13 +96,18 @@ class RunReport:
         }
         # The mean of a score is one of its statistics.
         numbers = {name: value for name, value in metrics.items() if name not in distributions}
-        self.accelerator.log({tag(name): value for name, value in numbers.items()} | tags("reward", statistics), step)
+        # What a tracker was given it writes in a thread, and only says later that it could not.
+        with writing(self.output_dir / self.config.logging_dir):
+            self.accelerator.log(
+                {tag(name): value for name, value in numbers.items()} | tags("reward", statistics), step
+            )
         if self.accelerator.is_main_process:
             self.curve.append((step, metrics["reward"]))
             append_jsonl(self.output_dir / "metrics.jsonl", metrics | {"statistics": statistics})
-            log_distributions(
-                self.accelerator, {f"reward/{name}": scores for name, scores in distributions.items()}, step
-            )
+            with writing(self.output_dir / self.config.logging_dir):
+                log_distributions(
+                    self.accelerator, {f"reward/{name}": scores for name, scores in distributions.items()}, step
+                )
         latest = self.evaluations[-1]
         self.print(
             f"step {step}/{self.config.max_train_steps}  reward {metrics['reward']:.4f}  "
@@ -114,7 +120,8 @@ class RunReport:
         """Log an evaluation, redraw the curves and show `videos` in the trackers."""
         self.evaluations.append(evaluation)
         statistics = {name: score_statistics(torch.tensor(scores)) for name, scores in evaluation.scores.items()}
-        self.accelerator.log(tags("held-out", statistics), step=evaluation.step)
+        with writing(self.output_dir / self.config.logging_dir):
+            self.accelerator.log(tags("held-out", statistics), step=evaluation.step)
         self.print(f"step {evaluation.step}: held-out reward {evaluation.mean():.4f}")
         if not self.accelerator.is_main_process:
             return
@@ -122,17 +129,19 @@ class RunReport:
         self.draw_curves()
         if videos:
             images = side_by_side(videos, columns=min(4, len(videos)))
-            log_video(self.accelerator, "held-out/videos", images, frame_rate, evaluation.step)
+            with writing(self.output_dir / self.config.logging_dir):
+                log_video(self.accelerator, "held-out/videos", images, frame_rate, evaluation.step)
 
     def draw_curves(self):
         held_out = [(evaluation.step, evaluation.mean()) for evaluation in self.evaluations]
-        draw_curves(
-            {"train": self.curve, "held-out": held_out},
-            self.output_dir / "rewards.png",
-            title=" + ".join(self.config.rewards),
-            x_label="optimizer step",
-            y_label="reward",
-        )
+        with replacing(self.output_dir / "rewards.png") as partial:
+            draw_curves(
+                {"train": self.curve, "held-out": held_out},
+                partial,
+                title=" + ".join(self.config.rewards),
+                x_label="optimizer step",
+                y_label="reward",
+            )
 
     def finish(self, results: dict[str, Any], num_prompts: int):
         """Write results.json, with the changes of all scores, and print the table of before and after."""
@@ -149,7 +158,8 @@ class RunReport:
             f"{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
             f"{after.step} steps\n{table}"
         )
-        (self.output_dir / "results.json").write_text(json.dumps(results, indent=2))
+        with replacing(self.output_dir / "results.json") as partial:
+            partial.write_text(json.dumps(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
         self.print(
             f"\n{table}\n\ntraining took {duration(results['train_seconds'])} without evaluations, "
@@ -189,7 +199,7 @@ def score_statistics(scores: torch.Tensor, group_size: int | None = None) -> dic
 
 
 def append_jsonl(path: Path, record: dict):
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -204,9 +214,8 @@ def cut_jsonl(path: Path, last_step: int) -> list[dict]:
         except ValueError:  # a run was killed while it wrote the line
             break
     records = [record for record in records if record["step"] <= last_step]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    partial.replace(path)  # a kill leaves the old lines or the new ones
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
 
 

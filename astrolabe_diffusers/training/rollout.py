@@ -106,7 +106,8 @@ class RewardWorker:
         self.skip_bad = skip_bad
         self._reward_sets = [reward_set for reward_set in (rewards, watched) if reward_set is not None]
         # The current CUDA device belongs to a thread.
-        initializer = (lambda: torch.cuda.set_device(vae.device)) if vae.device.type == "cuda" else None
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        initializer = None if device is None else (lambda: torch.cuda.set_device(device))
         self._thread = RewardThread(timeout, initializer)
 
     def submit(
@@ -133,13 +134,16 @@ class RewardWorker:
     def _run(self, latents, samples, watched, keep, window_start, shared_past) -> Scores:
         start = time.perf_counter()
         videos = decode_videos(self.vae, latents, window_start, shared_past)
-        values = self.score(videos, samples, watched)
+        values = self._score(videos, samples, watched)
         kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
         return Scores(values, kept, time.perf_counter() - start)
 
-    @torch.no_grad()
     def score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool = False) -> dict[str, torch.Tensor]:
-        """Values as in [`Scores`] of `videos` `(B, F, 3, H, W)` in [0, 1], at once and in this thread."""
+        """Waits for values as in [`Scores`] of `videos` `(B, F, 3, H, W)` in [0, 1]."""
+        return self._thread.submit(self._score, videos, samples, watched).result()
+
+    @torch.no_grad()
+    def _score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool) -> dict[str, torch.Tensor]:
         values = self._call(self.rewards, videos, samples)
         if watched and self.watched is not None:
             values |= {n: v for n, v in self._call(self.watched, videos, samples).items() if n not in values}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import diffusers
@@ -176,8 +176,12 @@ def make_rewards(config: NFTConfig, fps: float, process_index: int = 0) -> tuple
             return RewardSet(weights, options, placement, config.reward_timeout, fps, process_index)
 
     rewards = reward_set("rewards", config.rewards)
-    watched = dict.fromkeys(config.eval_rewards, 1.0)
-    return rewards, reward_set("eval_rewards", watched) if watched else None
+    with ExitStack() as stack:
+        stack.callback(rewards.close)  # unless the others can be made too
+        watched = dict.fromkeys(config.eval_rewards, 1.0)
+        watched = reward_set("eval_rewards", watched) if watched else None
+        stack.pop_all()
+    return rewards, watched
 
 
 def make_optimizer(config: NFTConfig, parameters: list[torch.nn.Parameter]):

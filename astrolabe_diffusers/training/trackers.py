@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +17,10 @@ from PIL import Image
 
 from .errors import UserError, one_line
 from .plots import gif_bytes
+from .writing import writing
+
+
+logger = logging.getLogger(__name__)
 
 
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
@@ -43,16 +50,45 @@ def start_trackers(
     """
     init_kwargs = {}
     if "wandb" in TRACKERS[report_to] and accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / WANDB_ID
-        if not (resume and id_file.is_file()):
-            id_file.write_text(uuid.uuid4().hex[:8])
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (resume and id_file.is_file()):
+                id_file.write_text(uuid.uuid4().hex[:8])
         run = {"dir": folder, "name": run_name, "id": id_file.read_text(), "resume": "allow"}
         init_kwargs["wandb"] = run | {"settings": WANDB_SETTINGS}
     try:
         accelerator.init_trackers("nft", config=settings, init_kwargs=init_kwargs)
     except Exception as error:  # each tracker has its own: no key, no network, ...
         raise UserError(f"report_to={report_to}: {one_line(error)}") from error
+
+
+@contextmanager
+def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
+    """Trackers that are opened inside are closed at the end.
+
+    One that cannot be closed, without network for example, is no reason for the run to fail.
+    """
+    before = threading.excepthook
+
+    def hook(arguments):
+        # What TensorBoard's thread cannot write, its next call raises in the run.
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
+    level = logging.DEBUG  # after an error everything is said
+    try:
+        yield
+        level = logging.WARNING
+    finally:
+        while accelerator.trackers:
+            tracker = accelerator.trackers.pop()
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.log(level, "%s was not closed: %s", tracker.name, one_line(error))
+        threading.excepthook = before
 
 
 def log_distributions(accelerator: Accelerator, values: dict[str, torch.Tensor], step: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from .prompts import Sample, epoch_samples, eval_samples, process_batches
 from .reference import ReferenceSchedule, RiskController, kl_weights, rank_disagreement
 from .report import RunReport, device_name, peak_memory_gb, versions
 from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
+from .run_folder import open_training_folder
 from .seeds import stable_seed
 from .setup import (
     frame_rate,
@@ -52,6 +54,7 @@ from .setup import (
     video_size,
 )
 from .sharding import is_sharded, shard
+from .trackers import closing_trackers
 from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
 from .windows import make_windows
 
@@ -69,9 +72,18 @@ class NFTTrainer:
     def __init__(self, config: NFTConfig, pipeline: CausalWanPipeline | None = None):
         self.config = config
         self.accelerator = make_accelerator(config)
-        with raise_together():
-            self.load(pipeline)
-        self.prepare()
+        # What has to be let go of, whatever happens: threads and processes of rewards, trackers, the folder's lock.
+        self.resources = ExitStack()
+        with ExitStack() as stack:
+            stack.push(self.resources)
+            with raise_together():
+                if self.accelerator.is_main_process:
+                    self.folder = open_training_folder(config)
+                    self.resources.callback(self.folder.close)
+            with raise_together():
+                self.load(pipeline)
+            self.prepare()
+            stack.pop_all()
 
     def load(self, pipeline: CausalWanPipeline | None):
         """Everything that this process makes alone: it exchanges nothing with others."""
@@ -86,6 +98,8 @@ class NFTTrainer:
         model = config.pretrained_model_name_or_path
         fps = pipeline.config.frame_rate if pipeline else frame_rate(model, config.revision)
         rewards, watched = make_rewards(config, fps, self.accelerator.process_index)
+        for reward_set in filter(None, (rewards, watched)):
+            self.resources.callback(reward_set.close)
         if pipeline is None:
             self.pipeline = load_pipeline(model, self.accelerator, config.revision, config.variant)
         else:
@@ -94,6 +108,7 @@ class NFTTrainer:
         self.rewards = RewardWorker(
             self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip", timeout=config.reward_timeout
         )
+        self.resources.callback(self.rewards.shutdown)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.eval_size = video_size(
             self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames
@@ -170,16 +185,18 @@ class NFTTrainer:
         Raises:
             Interrupted: SIGTERM or SIGINT came; there is a checkpoint of the last complete epoch.
         """
-        self.start()
-        try:
-            with self.interruption:
-                self.train_epochs()
-        except Interrupted as interruption:
-            path = self.save_checkpoint()
-            self.report.print(f"{interruption}: --resume_from_checkpoint latest goes on from {path}")
-            self.end()
-            raise
-        return self.finish()
+        with self.resources:
+            self.resources.enter_context(closing_trackers(self.accelerator))
+            self.start()
+            try:
+                with self.interruption:
+                    self.train_epochs()
+            except Interrupted as interruption:
+                path = self.save_checkpoint()
+                self.report.print(f"{interruption}: --resume_from_checkpoint latest goes on from {path}")
+                self.end()
+                raise
+            return self.finish()
 
     def train_epochs(self):
         """The epochs that are left, and the evaluations and checkpoints that are due in between."""
@@ -371,6 +388,11 @@ class NFTTrainer:
         config = self.config
         with raise_together():
             self.repo_id = create_hub_repo(config) if config.push_to_hub and self.accelerator.is_main_process else None
+        with raise_together():
+            if self.accelerator.is_main_process:
+                if config.resume_from_checkpoint is None:
+                    self.folder.remove_files()
+                self.folder.begin()
         path, lines = self.checkpoints.find(config.resume_from_checkpoint)
         if path is not None:
             self.load_state(self.checkpoints.load(path, like=self.state()))
@@ -385,6 +407,11 @@ class NFTTrainer:
         if config.lr_warmup_steps > config.max_train_steps:
             self.report.print(
                 f"lr_warmup_steps={config.lr_warmup_steps} is longer than the run: learning_rate will not be reached"
+            )
+        if self.step >= config.max_train_steps:
+            self.report.print(
+                f"all {config.max_train_steps} steps are done, only what the end writes is written again; a larger "
+                "--max_train_steps goes on."
             )
         trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
         processes = self.accelerator.num_processes
@@ -468,8 +495,8 @@ class NFTTrainer:
         return results
 
     def end(self):
-        """Ends the threads and processes of the rewards, closes the trackers and leaves the process group."""
-        self.rewards.shutdown()
+        """Lets go of all that outlives an error, and leaves the process group."""
+        self.resources.close()
         # DDP has to go first. Were it the last to hold the process group, it would free it without letting go of
         # Python's lock, which the group's own thread may be waiting for: a run would hang at its end now and then.
         self.model = None

@@ -17,7 +17,7 @@ from PIL import Image
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.training.checkpoints import save_adapter
 from tests.tiny_pipeline import save_tiny_pipeline
-from tests.training.helpers import policy_pipeline, tiny_arguments
+from tests.training.helpers import full_disk, policy_pipeline, tiny_arguments
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -277,13 +277,34 @@ def test_lora_of_another_model_is_found_before_anything_is_generated(model_folde
     save_adapter(other.transformer, tmp_path / "other")
     assert main(arguments(model_folder, tmp_path / "out", [run, tmp_path / "other"])) == 2
     check_one_line(capsys, ["another model's", "36 x 36", str(tmp_path / "other")])
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_output_folder_that_is_a_file(model_folder, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert main(arguments(model_folder, tmp_path / "out")) == 2
     check_one_line(capsys, ["output_dir", "exists"])
+
+
+def test_files_of_others_are_not_written_over(model_folder, run, tmp_path, capsys):
+    """Here those of a training run, and then an evaluation's own."""
+    results = (run / "results.json").read_bytes()
+    assert main(arguments(model_folder, run, model="/no/model", prompts=TINY_SHAPES_PROMPTS)) == 2
+    check_one_line(capsys, [str(run), "results.json", "--overwrite true"])
+    assert (run / "results.json").read_bytes() == results
+    short = dict(num_prompts=1, seeds=1, num_videos=1, rewards=BRIGHTNESS)
+    (tmp_path / "table.md").write_text("mine")
+    assert main(arguments(model_folder, tmp_path, overwrite="true", **short)) == 0
+    assert main(arguments(model_folder, tmp_path, **short)) == 0
+    assert "mine" not in (tmp_path / "table.md").read_text()
+
+
+def test_a_full_disk_is_one_line(model_folder, tmp_path, capsys):
+    with full_disk(1000):
+        assert main(arguments(model_folder, tmp_path, num_videos=0)) == 2
+    error = capsys.readouterr().err
+    assert f"error: cannot write {tmp_path / 'results.json'}: " in error and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_folder_without_prompts(tmp_path, capsys):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -17,13 +18,15 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import export_to_video
 
-from astrolabe_diffusers.generation.video_file import VideoWriter
+from astrolabe_diffusers.generation.manifest import Manifest
 from astrolabe_diffusers.pipelines.pipeline_causal_wan import CausalWanPipeline
 from astrolabe_diffusers.rewards import get_reward
+from astrolabe_diffusers.training import reward_thread
 from astrolabe_diffusers.training.checkpoints import WEIGHT_NAMES, save_adapter
 from astrolabe_diffusers.training.seeds import seeded_generator
+from astrolabe_diffusers.training.video_file import VideoWriter
 from tests.tiny_pipeline import tiny_shapes_captions
-from tests.training.helpers import policy_pipeline
+from tests.training.helpers import full_disk, policy_pipeline
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -338,9 +341,15 @@ def test_bfloat16(model_folder, tmp_path):
         ({"prompt": "a", "reward": "tests.training.rewards:broken"}, ["ZeroDivisionError"]),
         ({"prompt": "a", "reward": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),
         ({"prompt": "a", "output_dir": SCRIPT}, ["output_dir", "generate.py"]),
+        ({"prompt": "a", "output_dir": "/proc/nope"}, ["output_dir '/proc/nope'"]),
+        ({"prompt": "a", "reward": "sharpness", "reward_options": "flicker.x=1"}, ["'flicker' is none of"]),
+        ({"prompt": "a", "reward": "sharpness", "reward_placement": "sharpness=gpu7"}, ["no place 'gpu7'"]),
+        ({"prompt": "a", "reward_placement": "sharpness=cpu"}, ["need a reward"]),
+        ({"prompt": "a", "reward": "sharpness", "reward_timeout": "soon"}, ["reward_timeout must be a number"]),
     ],
 )
 def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, values, words):
+    threads = set(threading.enumerate())
     try:
         assert main(arguments(model_folder, tmp_path / "out", **values)) == 2
     finally:
@@ -349,6 +358,42 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, val
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert all(word in error for word in words), error
     assert not list(tmp_path.glob("out/*.partial"))
+    assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"tqdm_monitor"}
+
+
+def test_a_reward_that_hangs_is_one_line(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reward_thread, "PATIENCE", 0.1)
+    values = {"prompt": PROMPT, "reward": "tests.training.rewards:hangs", "reward_timeout": 0.5}
+    assert main(arguments(model_folder, tmp_path, **values)) == 2
+    assert "error: a reward has not answered for 0.5 s" in capsys.readouterr().err
+
+
+def test_options_of_rewards(model_folder, tmp_path):
+    """And where they are scored."""
+    reward, options = "tests.rewards.placed_rewards:Scaled", {}
+    for scale in (1, 3):
+        values = {"reward_options": f"{reward}.scale={scale}", "reward_placement": f"{reward}=cpu"}
+        assert main(arguments(model_folder, tmp_path / str(scale), prompt=PROMPT, reward=reward, **values)) == 0
+        options[scale] = read_manifest(tmp_path / str(scale))[0]["scores"][reward]
+    assert options[3] == pytest.approx(3 * options[1]) and options[1] > 0
+
+
+def test_a_second_run_in_the_folder_ends_before_the_model_is_loaded(model_folder, tmp_path, capsys):
+    first = Manifest(tmp_path)
+    first.lock()
+    assert main(arguments("/no/model", tmp_path, prompt=PROMPT)) == 2
+    assert capsys.readouterr().err == (
+        f"error: another run is writing to {tmp_path}: wait for it, or name another folder.\n"
+    )
+
+
+def test_a_full_disk_is_one_line(model_folder, tmp_path, capsys):
+    with full_disk(100):
+        assert main(arguments(model_folder, tmp_path, prompt=PROMPT)) == 2
+    error = capsys.readouterr().err
+    assert f"error: cannot write to {tmp_path}: " in error and "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.jsonl"]
+    assert read_manifest(tmp_path) == []
 
 
 def test_launch_that_accelerate_does_not_see(model_folder, tmp_path, capsys, monkeypatch):

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import multiprocessing
+import stat
 import sys
+import threading
 from pathlib import Path
 
 import imageio.v3
@@ -14,10 +17,12 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from astrolabe_diffusers.training import reward_thread
 from astrolabe_diffusers.training.evaluation import evaluate
 from astrolabe_diffusers.training.prompts import PromptSource, eval_samples, train_and_eval_prompts
 from astrolabe_diffusers.training.rollout import PromptEncoder
-from tests.training.helpers import reward_worker, tiny_arguments
+from astrolabe_diffusers.training.run_folder import TRAINING_FILES
+from tests.training.helpers import creation_mask, full_disk, reward_worker, tiny_arguments
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -39,7 +44,7 @@ def finished(model_folder, tmp_path_factory):
     """Folder and standard output of an uninterrupted run of four steps."""
     folder = tmp_path_factory.mktemp("run") / "out"
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), creation_mask(0o027):
         code = main(tiny_arguments(model_folder, folder, **FOUR_STEPS))
     assert code == 0
     return folder, output.getvalue()
@@ -63,6 +68,42 @@ def test_run_writes_its_files(finished):
         assert (folder / name).stat().st_size > 0, name
     assert list(folder.glob("logs/nft/events.out.tfevents.*"))
     assert yaml.safe_load((folder / "config.yaml").read_text())["rank"] == 4
+
+
+def test_all_that_a_run_writes_is_known_and_has_the_mode_of_the_umask(finished):
+    folder, _ = finished
+    known = {path for pattern in TRAINING_FILES for path in folder.glob(pattern)}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    others = {path for path in files if not known & {path, *path.parents}}
+    assert {path.relative_to(folder).parts[0] for path in others} == {".lock", "logs"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640} and len(files) > 20
+
+
+def test_a_second_start_says_what_to_do(finished, model_folder, capsys):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(tiny_arguments(model_folder, folder, **FOUR_STEPS)) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {folder} holds a finished run: --resume_from_checkpoint latest goes on with it, another --output_dir "
+        "begins anew there, and --overwrite_output_dir true begins anew here.\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_overwriting_begins_anew(model_folder, tmp_path, capsys):
+    short = dict(max_train_steps=1, num_eval_videos=0, report_to="none")
+    assert main(tiny_arguments(model_folder, tmp_path, max_train_steps=2, num_eval_videos=1, report_to="none")) == 0
+    assert main(tiny_arguments(model_folder, tmp_path, **short, overwrite_output_dir="true")) == 0
+    assert "set aside, as .set_aside: checkpoint-1, checkpoint-2" in capsys.readouterr().out
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+    assert not list(tmp_path.glob("before_after.*")) and not list(tmp_path.glob("eval_videos/step-2/*"))
+    checkpoints = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert checkpoints == {"checkpoint-1", "checkpoint-1.set_aside", "checkpoint-2.set_aside"}
+    # And it is a run as any other: one that goes on with it makes it longer.
+    arguments = tiny_arguments(model_folder, tmp_path, **short | dict(max_train_steps=2))
+    assert main([*arguments, "--resume_from_checkpoint", "latest"]) == 0
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_run_reports_everything(finished):
@@ -136,7 +177,8 @@ def test_resuming_a_finished_run_only_reports(finished, model_folder, capsys):
     after = load_file(folder / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [record["step"] for record in read_jsonl(folder / "eval.jsonl")] == [0, 2, 4]
-    assert "resuming from" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "resuming from" in output and "all 4 steps are done" in output
 
 
 def test_several_optimizer_steps_an_epoch(model_folder, tmp_path):
@@ -215,10 +257,39 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
 def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, values, words):
     # Prompts of their own: a wrong model is to be found by loading it.
     values = {"prompts": model_folder / "prompts"} | values
+    threads = set(threading.enumerate())
     assert main(tiny_arguments(model_folder, tmp_path / "out", **values)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert all(word in lines[0] for word in words), lines[0]
+    assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"tqdm_monitor"}
+    # And the same command, put right, may start at once: nobody holds the folder.
+    assert main(tiny_arguments(model_folder, tmp_path / "out", pretrained_model_name_or_path="/no/model")) == 2
+    assert "another run" not in capsys.readouterr().err
+
+
+def test_processes_of_rewards_end_with_a_run_that_fails(model_folder, tmp_path, capsys):
+    values = {"reward_placement": f"{BRIGHTNESS}=process", "lora_target_modules": "nothing_like_it"}
+    assert main(tiny_arguments(model_folder, tmp_path, **values)) == 2
+    assert "cannot add the LoRA" in capsys.readouterr().err
+    assert [process.name for process in multiprocessing.active_children() if process.name == "rewards"] == []
+
+
+def test_a_full_disk_is_one_line(model_folder, tmp_path, capsys):
+    """Here it is TensorBoard that cannot go on, in a thread of its own."""
+    with full_disk(20_000):
+        assert main(tiny_arguments(model_folder, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert f"error: cannot write {tmp_path / 'logs'}: " in error.splitlines()[-1]
+    assert "Traceback" not in error and "not closed" not in error
+    assert not (tmp_path / "results.json").exists() and not list(tmp_path.glob("**/*.partial"))
+
+
+def test_a_reward_that_hangs_is_one_line(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reward_thread, "PATIENCE", 0.1)
+    values = {"rewards": "tests.training.rewards:hangs", "reward_timeout": 0.5}
+    assert main(tiny_arguments(model_folder, tmp_path, **values)) == 2
+    assert "error: a reward has not answered for 0.5 s" in capsys.readouterr().err
 
 
 def test_a_run_that_learns_nothing_says_so(model_folder, tmp_path, capsys):

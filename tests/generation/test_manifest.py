@@ -21,6 +21,7 @@ def jobs():
 def folder(tmp_path, jobs):
     """Three complete videos."""
     manifest = Manifest(tmp_path / "videos")
+    manifest.lock()
     assert manifest.start(jobs, SETTINGS, ()) == jobs
     for job in reversed(jobs):
         (manifest.folder / job.file).write_bytes(b"video")
@@ -59,6 +60,64 @@ def test_deleted_and_truncated_files(folder, jobs):
     assert [path.name for path in folder.glob("*.mp4")] == [jobs[1].file]
 
 
+def test_files_of_others_are_set_aside(folder, jobs, capsys):
+    """Of the names of jobs, but not the manifest's: without an entry, or not as long as the entry says."""
+    (folder / "manifest.jsonl").write_text((folder / "manifest.jsonl").read_text().splitlines()[-1])  # the first job's
+    for job in jobs:
+        (folder / job.file).write_bytes(b"mine, " + job.file.encode())
+    (folder / f"{jobs[1].file}.set_aside").write_bytes(b"an earlier one")
+    for name in ("holiday.mp4", "holiday.mp4.partial"):
+        (folder / name).write_bytes(b"mine too")
+    assert pending(folder, jobs) == [0, 1, 2]
+    names = [f"{jobs[0].file}.set_aside", f"{jobs[1].file}.set_aside-2", f"{jobs[2].file}.set_aside"]
+    for name, job in zip(names, jobs):
+        assert (folder / name).read_bytes() == b"mine, " + job.file.encode()
+    assert (folder / f"{jobs[1].file}.set_aside").read_bytes() == b"an earlier one"
+    assert {path.name for path in folder.glob("holiday*")} == {"holiday.mp4", "holiday.mp4.partial"}
+    assert f"{jobs[0].file}, {jobs[1].file}, {jobs[2].file}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "../secret"},
+        {"file": "/etc/passwd"},
+        {"file": ".."},
+        {"file": 3},
+        {"file": None},
+        {"bytes": "many"},
+        {"prompt": ["a", "b"]},
+        {"prompt_index": None},
+        {"scores": [1]},
+        {"scores": {"sharpness": "high"}},
+    ],
+)
+def test_entries_that_are_none(folder, jobs, change):
+    """As of other tools, or of somebody who wants a file elsewhere to be read or removed: nothing is touched."""
+    (folder.parent / "secret").write_text("secret")
+    manifest = folder / "manifest.jsonl"
+    text = manifest.read_text() + json.dumps(json.loads(manifest.read_text().splitlines()[0]) | change) + "\n"
+    manifest.write_text(text)
+    with pytest.raises(UserError, match="manifest.jsonl, line 4, is no entry of a video in this folder") as error:
+        pending(folder, jobs)
+    assert "\n" not in str(error.value) and manifest.read_text() == text
+    assert (folder.parent / "secret").exists() and len(list(folder.glob("*.mp4"))) == 3
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "7", "null", '"file"'])
+def test_lines_of_other_json(folder, jobs, line):
+    (folder / "manifest.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1, is no entry"):
+        pending(folder, jobs)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "\0\0\0", "\udcff"])
+def test_lines_that_are_torn_or_broken(folder, jobs, line):
+    with (folder / "manifest.jsonl").open("a", errors="surrogateescape") as file:
+        file.write(line)
+    assert pending(folder, jobs) == []
+
+
 def test_torn_line_and_left_overs_of_a_killed_run(folder, jobs):
     path = folder / "manifest.jsonl"
     path.write_text(path.read_text()[:-20])  # the last line is that of the first job
@@ -75,11 +134,11 @@ def test_missing_scores_are_made(folder, jobs):
 
 def test_one_run_at_a_time(folder, jobs):
     first = Manifest(folder)
-    first.start(jobs, SETTINGS, ())
+    first.lock()
     with pytest.raises(UserError, match="another run is writing"):
-        Manifest(folder).start(jobs, SETTINGS, ())
+        Manifest(folder).lock()
     del first
-    assert pending(folder, jobs) == []
+    Manifest(folder).lock()
 
 
 def test_lines_of_many_writers_stay_whole(tmp_path):

@@ -49,6 +49,19 @@ class Bright(Reward):
         return RewardOutput(videos.mean((1, 2, 3, 4)))
 
 
+class Scaled(Reward):
+    """Mean brightness, by a factor."""
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def score(self, videos, prompts, metadata=None):
+        return RewardOutput(self.scale * videos.mean((1, 2, 3, 4)))
+
+    def to(self, device):
+        return self
+
+
 class Learned(Reward):
     """A network of two layers that share their weights."""
 

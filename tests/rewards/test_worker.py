@@ -1,8 +1,10 @@
 """One process serves most of these tests, in their order: to start one takes seconds."""
 
+import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,6 +92,29 @@ def test_a_large_batch_does_not_fill_the_pipe_of_a_process_that_hangs(rewards, w
     monkeypatch.setattr(worker, "timeout", 1.0)
     with pytest.raises(RewardPlaceError, match="did not answer within 1 s"):
         rewards(*make_batch([1], size=512))
+
+
+def test_a_process_that_is_ended_in_the_midst_of_an_answer_is_not_started_anew(rewards, worker):
+    """A run that fails does not wait for rewards that another thread has asked."""
+    rewards(*make_batch([1]))
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(rewards, *make_batch([1], act="hang"))
+        while not answer.running():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process = worker._process
+        rewards.close()
+        with pytest.raises(RewardPlaceError, match="sharpness was ended"):
+            answer.result()
+    assert worker._process is process and not process.is_alive() and time.monotonic() - started < 30
+
+
+def test_of_several_places_the_first_ends_if_another_cannot_be():
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match="has no option 'size'"):
+        RewardSet({FIRST: 1.0, OBEYS: 1.0}, {OBEYS: {"size": 1}}, {FIRST: "process", OBEYS: "cpu"})
+    assert multiprocessing.active_children() == before
 
 
 def test_mistakes_are_found_when_the_process_starts():

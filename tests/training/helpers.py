@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,24 @@ def torchrun(*command, **environment: str) -> Torchrun:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def full_disk(free: int = 0):
+    """Inside, no file can grow beyond `free` bytes, in this process and those that it starts."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def creation_mask(mask: int):
+    """Inside, new files lack the permissions `mask`."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

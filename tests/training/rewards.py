@@ -50,6 +50,10 @@ def hangs(videos, prompts, metadata):
     threading.Event().wait()
 
 
+def hangs_at_dark(videos, prompts, metadata):
+    return hangs(videos, prompts, metadata) if videos.mean() < 0.3 else brightness(videos, prompts, metadata)
+
+
 # What follows is a brightness that does something else at its call number $TROUBLE_CALL in process $TROUBLE_RANK.
 _calls = 0
 

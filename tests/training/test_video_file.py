@@ -5,7 +5,7 @@ import pytest
 from diffusers.utils import export_to_video
 from PIL import Image
 
-from astrolabe_diffusers.generation.video_file import VideoWriter
+from astrolabe_diffusers.training.video_file import VideoWriter
 
 
 @pytest.fixture

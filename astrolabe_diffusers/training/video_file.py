@@ -7,9 +7,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-
-# What a run that was killed leaves behind ends in this.
-PARTIAL = ".partial"
+from .writing import PARTIAL
 
 
 class VideoWriter:
