@@ -39,9 +39,14 @@ class ModelReward(Reward):
 
 def normalize(frames: torch.Tensor) -> torch.Tensor:
     """uint8 frames [..., 3, H, W] in float32 with CLIP's mean and deviation, which Qwen2-VL has too."""
-    mean, std = (frames.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     # In float64, as transformers has it.
-    return ((frames.double() * (1 / 255)).float() - mean) / std
+    return standardize((frames.double() * (1 / 255)).float())
+
+
+def standardize(pixels: torch.Tensor) -> torch.Tensor:
+    """float32 [..., 3, H, W] in [0, 1] less CLIP's mean and over its deviation."""
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
 
 
 def as_pillow(size: tuple[int, int], height: int) -> tuple[tuple[int, int], ...]:
@@ -68,7 +73,8 @@ class FrameReward(ModelReward):
         self.top_fraction, self.batch_size = top_fraction, batch_size
 
     def request(self, num_frames, height, width):
-        return FrameRequest(tuple(self.select(num_frames)), as_pillow(self.frame_size(height, width), height))
+        size = self.frame_size(height, width)
+        return FrameRequest(tuple(self.select(num_frames)), as_pillow(size, height) if size else ())
 
     def score(self, videos, prompts, metadata=None):
         with torch.inference_mode():
@@ -84,9 +90,9 @@ class FrameReward(ModelReward):
         scores = scores.clone()
         return RewardOutput(top_fraction_mean(scores, self.top_fraction), {"mean": scores.mean(1)})
 
-    @abstractmethod
-    def frame_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size that frames of this one are brought to."""
+    def frame_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """The size that frames of this one are brought to, as Pillow does it; `None`: they stay as they are."""
+        return None
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> list[Any]:
