@@ -39,9 +39,9 @@ def test_frames_are_resized_once_and_in_floats():
     expected = published_pictures(videos, 56)[0]
     assert expected.min() < -0.01 and expected.max() > 1.01
     pictures = letterbox((videos[0] * 255).round().to(torch.uint8), 56)
-    torch.testing.assert_close(pictures.double(), torch.tensor(expected), atol=2e-6, rtol=0)
+    torch.testing.assert_close(pictures.double(), torch.tensor(expected), atol=5e-6, rtol=0)
     upright = letterbox((videos[0] * 255).round().to(torch.uint8).transpose(2, 3), 56)
-    torch.testing.assert_close(upright, pictures.transpose(2, 3), atol=2e-6, rtol=0)
+    torch.testing.assert_close(upright, pictures.transpose(2, 3), atol=5e-6, rtol=0)
 
 
 def test_frames_of_that_size_stay_as_they_are():
@@ -87,8 +87,8 @@ def test_against_the_model_itself(open_clip, published):
                 pixels = pixels[None]
                 expected[i, f] = torch.cosine_similarity(model.encode_image(pixels)[0], texts[i], dim=0)
     output = HPSv2(str(folder), "tiny-hps", device="cpu").score(videos, PROMPTS)
-    torch.testing.assert_close(output.scores, expected.max(1).values, atol=2e-6, rtol=0)
-    torch.testing.assert_close(output.info["mean"], expected.mean(1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(output.scores, expected.max(1).values, atol=5e-6, rtol=0)
+    torch.testing.assert_close(output.info["mean"], expected.mean(1), atol=5e-6, rtol=0)
     assert (output.scores - output.info["mean"]).min() > 2e-4
 
 

@@ -62,9 +62,14 @@ def test_scores_are_those_of_the_published_code(make):
 
 
 def drained(frames):
-    """uint8 [..., 3, h, w] without colour, rounded down."""
-    gray = np.floor(np.tensordot(frames.double().numpy(), [0.2989, 0.587, 0.114], axes=([2], [0])))[:, :, None]
+    """uint8 [B, F, 3, h, w] without colour, rounded down; in float32, as sums that are whole numbers show."""
+    red, green, blue = (weight * x for weight, x in zip(np.float32([0.2989, 0.587, 0.114]), _channels(frames)))
+    gray = np.floor(red + green + blue)[:, :, None]
     return torch.tensor(gray.repeat(3, axis=2)).to(torch.uint8)
+
+
+def _channels(frames):
+    return frames.numpy().astype(np.float32).transpose(2, 0, 1, 3, 4)
 
 
 def test_gray_is_the_colour_pass_of_frames_that_were_gray_before_they_were_resized(make):
