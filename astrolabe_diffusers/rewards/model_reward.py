@@ -10,7 +10,7 @@ from torch import nn
 
 from .frame_request import FrameRequest
 from .frame_selection import FrameSelection, top_fraction_mean
-from .reward import Reward, RewardOutput
+from .reward import Reward, RewardOutput, check_device
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,7 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of a reward's weights: by default the GPU if there is one, in bfloat16, or else the CPU."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -69,6 +69,8 @@ class FrameReward(ModelReward):
     def __init__(self, frames: str, fps: float, top_fraction: float, batch_size: int):
         if not 0 < top_fraction <= 1:
             raise ValueError(f"top_fraction must be above 0 and at most 1, not {top_fraction}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         self.select = FrameSelection(frames, fps)
         self.top_fraction, self.batch_size = top_fraction, batch_size
 

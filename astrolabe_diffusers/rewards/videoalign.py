@@ -39,6 +39,8 @@ class VideoReward:
 
         from .qwen2_vl_model import EMBEDDING, load_reward_model, merge_lora, module_names
 
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         self.select, self.batch_size = FrameSelection(frames, fps), batch_size
         root, folder, file = _locate(fetch(checkpoint, ["*.json", "*.py", "checkpoint-*/*"]))
         settings = json.loads((root / "model_config.json").read_text(encoding="utf-8"))
