@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -16,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
+from ..spelling import close_matches
 from .frame_request import FrameRequest, prepare_frames
 
 
@@ -154,7 +154,7 @@ def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name or not attribute:
         raise ValueError(
-            f"unknown reward {name!r}{did_you_mean(name, _REGISTRY)}; known: {', '.join(sorted(_REGISTRY))}, or a "
+            f"unknown reward {name!r}{close_matches(name, _REGISTRY)}; known: {', '.join(sorted(_REGISTRY))}, or a "
             "dotted path 'package.module:Name'."
         )
     try:
@@ -176,7 +176,7 @@ def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any
         return FunctionReward(partial(target, **_all_options(name, parameters, _hints(target), options, defaults)))
     problem = f"holds a {type(target).__name__} there"
     if target is None:
-        problem = f"has no such attribute{did_you_mean(attribute, vars(module))}"
+        problem = f"has no such attribute{close_matches(attribute, vars(module))}"
     raise ValueError(f"reward {name!r} is neither a Reward subclass nor a function: {module_name} {problem}.")
 
 
@@ -233,12 +233,6 @@ def _is_a(value: Any, hint: Any) -> bool:
     kind = get_origin(hint) or hint
     # What is no class, such as `Any`, is not for us to check.
     return not isinstance(kind, type) or kind is Any or isinstance(value, kind)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The names that are nearly this one, as part of an error."""
-    matches = difflib.get_close_matches(name, list(known), n=3)
-    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
 def check_device(name: str | torch.device) -> torch.device:

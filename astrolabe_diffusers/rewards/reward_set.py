@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..spelling import close_matches
 from .http_client import split_url
 from .local_rewards import LocalRewards
 from .remote import RemoteRewards
-from .reward import RewardError, check_device, did_you_mean
+from .reward import RewardError, check_device
 from .worker import WorkerRewards
 
 
@@ -80,7 +81,7 @@ class RewardSet:
         options, placement = options or {}, placement or {}
         for name in (*options, *placement):
             if name not in weights:
-                close = did_you_mean(name, weights)
+                close = close_matches(name, weights)
                 raise ValueError(f"{name!r}{close} is none of the rewards {', '.join(weights)}.")
         self.weights = dict(weights)
         names: dict[str, list[str]] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 
 from tests.training.helpers import tiny_arguments
 
@@ -65,12 +66,29 @@ def test_a_run_trains_with_it(server, model_folder, tmp_path):
 
 def test_mistakes_are_one_line(capsys, monkeypatch):
     monkeypatch.delenv("ASTROLABE_REWARD_TOKEN", raising=False)
-    for arguments, words in (
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = str(taken.getsockname()[1])
+        check_mistakes(capsys, [(["--reward", "sharpness", "--port", busy], "cannot listen at 127.0.0.1:")])
+    mistakes = [
         ([], "error: reward is empty: name at least one to serve."),
         (["--reward", "sharpnes"], "error: reward: unknown reward 'sharpnes'"),
         (["--reward", "sharpness", "--host", "0.0.0.0"], "can be reached from elsewhere: set ASTROLABE_REWARD_TOKEN"),
         (["--rewards", "sharpness"], "unknown argument --rewards (did you mean --reward"),
-    ):
+        (["--reward", "sharpness", "--port", "99999999"], "error: server: port must be at most 65535, not 99999999."),
+        (["--reward", "sharpness", "--host", "no such host"], "error: server: there is no address 'no such host'"),
+        (["--reward", "dynamic_degree", "--reward_options", "dynamic_degree.fps=abc"], "'fps' of reward 'dynamic_deg"),
+        (["--reward", "sharpness", "--max_waiting_mb", "5"], "max_waiting_mb=5 is less than one request may have"),
+        (["--reward", "sharpness", "--max_connections", "100000000"], "need 100000256 open files, and this process"),
+    ]
+    if not torch.cuda.is_available():
+        mistakes.append((["--reward", "sharpness", "--device", "cuda:1"], "reward: there is no device 'cuda:1'"))
+    check_mistakes(capsys, mistakes)
+    monkeypatch.setenv("ASTROLABE_REWARD_TOKEN", "two\nlines")
+    check_mistakes(capsys, [(["--reward", "sharpness"], "server: ASTROLABE_REWARD_TOKEN holds a blank, a line break")])
+
+
+def check_mistakes(capsys, mistakes):
+    for arguments, words in mistakes:
         assert serve_reward.main(arguments) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
