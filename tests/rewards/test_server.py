@@ -243,7 +243,7 @@ def test_a_request_has_to_be_complete_in_time(sent, caplog):
             if sent.startswith(WHOLE):
                 assert b"200 OK" in slow.recv(2**16)
             started = time.monotonic()
-            assert is_closed(slow) and time.monotonic() - started < 3
+            assert is_closed(slow) and time.monotonic() - started < 4
         assert requests.get(f"{url}/health").status_code == 200
         assert "astrolabe_reward_waiting_bytes 0" in requests.get(f"{url}/metrics").text
     assert limits.refused == 1 and not caplog.text
@@ -266,7 +266,7 @@ def test_who_does_not_take_an_answer_is_left():
             idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             ask = b"GET /requests?num_frames=100000&height=4&width=4 HTTP/1.1\r\nHost: a\r\n\r\n"
             idle.sendall(ask * 20)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 30
             while not limits.refused and time.monotonic() < deadline:
                 time.sleep(0.05)
         assert limits.refused == 1
@@ -281,7 +281,7 @@ def test_half_open_connections_cannot_take_the_server_down(caplog):
             with suppress(OSError):
                 client.sendall(HALF_HEADERS)
         assert sum(is_closed(client) for client in crowd[30:]) == 20
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while True:
             try:
                 assert requests.get(f"{url}/health").status_code == 200
