@@ -10,6 +10,7 @@ this machine reaches it; otherwise set ASTROLABE_REWARD_TOKEN here and for the r
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
 from astrolabe_diffusers.training import UserError, exit_code
 from astrolabe_diffusers.training.arguments import ArgumentParser
 from astrolabe_diffusers.training.config import Config, option, parse_fields
-from astrolabe_diffusers.training.errors import as_user_error
+from astrolabe_diffusers.training.errors import Interrupted, as_user_error
 
 
 @dataclass
@@ -76,7 +77,10 @@ def run(argv: list[str] | None):
         server = make_server(create_app(rewards, token, *sizes, limits), limits)
         listener.listen()
     print(f"{', '.join(config.reward)} at http://{config.host}:{config.port}", flush=True)
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # by then it has answered whom it could
+        raise Interrupted(signal.SIGINT) from None
 
 
 def main(argv: list[str] | None = None) -> int:

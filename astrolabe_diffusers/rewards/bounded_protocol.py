@@ -27,7 +27,7 @@ class ConnectionLimits:
     """
 
     connections: int = 256
-    seconds: float = 30.0
+    seconds: float = 10.0
     refused: int = 0
 
 

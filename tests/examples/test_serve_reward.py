@@ -23,13 +23,15 @@ import train_nft  # noqa: E402
 
 
 @pytest.fixture
-def server():
+def server(tmp_path):
+    errors = tmp_path / "server-errors.txt"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "examples/serve_reward.py", "--reward", "sharpness,dynamic_degree", "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
     url = f"http://127.0.0.1:{port}"
     assert process.stdout.readline() == f"sharpness, dynamic_degree at {url}\n"
     deadline = time.monotonic() + 60
@@ -42,7 +44,8 @@ def server():
             time.sleep(0.1)
     yield url
     process.send_signal(signal.SIGINT)
-    process.wait(20)
+    assert process.wait(20) == 130
+    assert errors.read_text() == ""
 
 
 def test_a_run_trains_with_it(server, model_folder, tmp_path):
