@@ -10,6 +10,7 @@ this machine reaches it; otherwise set ASTROLABE_REWARD_TOKEN here and for the r
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
 from astrolabe_diffusers.training import UserError, exit_code
 from astrolabe_diffusers.training.arguments import ArgumentParser
 from astrolabe_diffusers.training.config import Config, option, parse_fields
-from astrolabe_diffusers.training.errors import as_user_error
+from astrolabe_diffusers.training.errors import Interrupted, as_user_error
 
 
 @dataclass
@@ -33,7 +34,17 @@ class ServerConfig(Config):
     max_request_mb: int = option(1024, "larger requests are refused", minimum=1)
     max_batch: int = option(16, "videos of several clients that are scored together at most", minimum=1)
     max_waiting: int = option(64, "requests that may wait; a client asks again later", minimum=1)
+    max_waiting_mb: int = option(4096, "... and how large they may be, all together", minimum=1)
+    max_connections: int = option(256, "connections at a time; further ones are closed", minimum=1)
     cache_size: int = option(0, "videos whose scores are remembered, of rewards that see no prompt", minimum=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_waiting_mb < self.max_request_mb:
+            raise UserError(
+                f"max_waiting_mb={self.max_waiting_mb} is less than one request may have, max_request_mb="
+                f"{self.max_request_mb}."
+            )
 
 
 def run(argv: list[str] | None):
@@ -42,15 +53,34 @@ def run(argv: list[str] | None):
     if not config.reward:
         raise UserError("reward is empty: name at least one to serve.")
     with as_user_error("server"):
-        from astrolabe_diffusers.rewards.server import TOKEN_VARIABLE, check_binding, create_app, serve
+        from astrolabe_diffusers.rewards.server import (
+            TOKEN_VARIABLE,
+            ConnectionLimits,
+            bind,
+            check_binding,
+            check_key,
+            create_app,
+            make_server,
+        )
 
         token = os.environ.get(TOKEN_VARIABLE)
+        if token:
+            check_key(token, TOKEN_VARIABLE)
+        # Before the rewards, which may take minutes to load.
+        listener = bind(config.host, config.port)
         check_binding(config.host, token)
     with as_user_error("reward"):
         rewards = CachedRewards(config.reward, config.reward_options, config.device, cache_size=config.cache_size)
-    app = create_app(rewards, token, config.max_request_mb * 2**20, config.max_batch, config.max_waiting)
+    limits = ConnectionLimits(config.max_connections)
+    sizes = (config.max_request_mb * 2**20, config.max_batch, config.max_waiting, config.max_waiting_mb * 2**20)
+    with as_user_error("server"):
+        server = make_server(create_app(rewards, token, *sizes, limits), limits)
+        listener.listen()
     print(f"{', '.join(config.reward)} at http://{config.host}:{config.port}", flush=True)
-    serve(app, config.host, config.port)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # by then it has answered whom it could
+        raise Interrupted(signal.SIGINT) from None
 
 
 def main(argv: list[str] | None = None) -> int:

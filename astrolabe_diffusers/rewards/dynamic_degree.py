@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .frame_request import FrameRequest
@@ -41,7 +43,7 @@ class DynamicDegree(Reward):
     uses_prompt = False
 
     def __init__(self, fps: float = 16.0):
-        if fps <= 0:
+        if not 0 < fps < math.inf:
             raise ValueError(f"fps, the frames a second of the videos, must be positive, not {fps}.")
         self.fps = fps
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -31,7 +33,7 @@ class FrameSelection:
             valid = False
         if not valid or (self.kind == "all") == bool(number):
             raise ValueError(f"frames must be 'all', 'stride:K', 'count:N' or 'fps:R', not {rule!r}.")
-        if fps <= 0:
+        if not 0 < fps < math.inf:
             raise ValueError(f"fps, the frames a second of the videos, must be positive, not {fps}.")
         self.fps = fps
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..loaders.original_checkpoints import misfits
 from ..loaders.tensor_files import find_weights
-from .model_reward import FrameReward, normalize, place
+from .model_reward import FrameReward, place, standardize
 from .published_files import fetch, read_weights
 from .reward import register_reward
 
@@ -22,7 +22,8 @@ class HPSv2(FrameReward):
 
     - Range: a cosine, in [-1, 1], about 0.2 to 0.35 for pictures; published tables have it times 100.
     - Frames: every one, and the mean of the best 30 %, as published. Each is shrunk or enlarged to 224 pixels on its
-      longer side and padded with black to a square.
+      longer side and padded with black to a square. That is done in floats and where the model is, so frames travel
+      there in their own size.
     - Cost: ViT-H/14 (2 GB in bfloat16), 256 patches a frame, and 77 tokens a prompt.
     - Weights: `xswu/HPSv2` on the Hub (Apache-2.0); nothing else is needed. Paper: arXiv 2306.09341.
 
@@ -66,18 +67,28 @@ class HPSv2(FrameReward):
         self.model.to(device, dtype).eval().requires_grad_(False)
         self.side = self.model.visual.image_size[0]
 
-    def frame_size(self, height, width):
-        scale = self.side / max(height, width)
-        return round(height * scale), round(width * scale)
-
     def encode_prompts(self, prompts):
         return list(self.model.encode_text(self.tokenize(prompts).to(self.device), normalize=True))
 
     def score_frames(self, frames, texts):
-        rows, columns = self.side - frames.shape[-2], self.side - frames.shape[-1]
-        square = F.pad(frames, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        pictures = normalize(square).to(next(self.model.parameters()).dtype)
+        pictures = standardize(letterbox(frames, self.side)).to(next(self.model.parameters()).dtype)
         return (self.model.encode_image(pictures, normalize=True).float() * torch.stack(texts).float()).sum(1)
+
+
+def letterbox(frames: torch.Tensor, side: int) -> torch.Tensor:
+    """
+    float32 [N, 3, side, side], about [0, 1], of uint8 frames [N, 3, H, W]: the longer side becomes `side`, bicubic
+    with antialiasing; the rest is black. What bicubic throws beyond 0 and 1 stays, as in the published code, which
+    resizes tensors.
+    """
+    height, width = frames.shape[-2:]
+    scale = side / max(height, width)
+    size = round(height * scale), round(width * scale)
+    pixels = frames.float() / 255
+    if size != (height, width):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+    rows, columns = side - size[0], side - size[1]
+    return F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def _open_clip():

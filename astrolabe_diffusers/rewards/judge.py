@@ -9,13 +9,14 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import requests
 import torch
 from PIL import Image
 
 from .frame_request import FrameRequest
 from .frame_selection import FrameSelection
+from .http_client import HttpClient
 from .reward import Reward, RewardError, RewardOutput, RewardPlaceError, register_reward
+from .wire import read_json
 
 
 INSTRUCTION = """These are {count} frames of one video, in order. A model was asked to make it from the caption below.
@@ -29,7 +30,13 @@ Say in a few sentences what you see. Then end with a line of its own, "Final Sco
 (bad) to 5 (perfect)."""
 
 _SCORE = re.compile(r"\W*Final Score:?\W*([1-5](?:\.\d+)?)(?:\s*/\s*5)?\W*", re.IGNORECASE)
+# What an OpenAI-compatible server calls a reason; nothing else of an answer is shown, as it may repeat the key.
+_REASON = re.compile(r"[A-Za-z_]{1,40}")
 _PAUSE_SECONDS = 1.0
+_MAX_PAUSE_SECONDS = 60.0
+_MAX_ANSWER_BYTES = 2**23
+# Too early, too often, or a fault of the server's own; anything else it would say again.
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
 @register_reward("unifiedreward")
@@ -40,17 +47,18 @@ class UnifiedReward(Reward):
 
     Any server with `POST /chat/completions` of OpenAI's interface and images as data URLs will do: vLLM, SGLang or a
     hosted one. It sees some frames and the prompt, in words of ours, one request a video. The answer must end with the
-    line "Final Score: N"; one that does not, and a request that fails, is repeated. Licence and cost are those of the
-    model that is served.
+    line "Final Score: N"; one that does not, and a request that fails for a reason that may pass, is repeated; a judge
+    that says how long to wait (Retry-After) is given that, a minute at most. Redirects are not followed, and only an
+    https address is asked through the proxy of HTTPS_PROXY. Licence and cost are those of the model that is served.
 
     Args:
-        base_url: of the endpoint, up to `/v1`.
+        base_url: of the endpoint, up to `/v1`; a user and a password in it are sent, and never shown.
         model: the name of the model there.
         api_key_variable: environment variable with the key, if the endpoint wants one.
         num_frames: frames that are shown, spread evenly.
         max_side: longer sides are brought to this, in pixels.
         max_tokens: length of an answer.
-        timeout: seconds for an answer.
+        timeout: seconds for an answer, all of it.
         retries: how often a request is repeated.
         concurrency: requests at a time.
     """
@@ -67,15 +75,19 @@ class UnifiedReward(Reward):
         retries: int = 2,
         concurrency: int = 8,
     ):
-        for name, value in (("num_frames", num_frames), ("max_side", max_side), ("concurrency", concurrency)):
+        counts = {"num_frames": num_frames, "max_side": max_side, "max_tokens": max_tokens, "concurrency": concurrency}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} of unifiedreward must be at least 1, not {value}.")
-        self.url, self.model = f"{base_url.rstrip('/')}/chat/completions", model
+        if retries < 0 or timeout <= 0:
+            raise ValueError(
+                f"retries of unifiedreward must be 0 or more and timeout above 0, not {retries} and {timeout}."
+            )
+        self.model = model
         self.select = FrameSelection(f"count:{num_frames}")
         self.max_side, self.max_tokens = max_side, max_tokens
         self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
-        key = os.environ.get(api_key_variable)
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = HttpClient(base_url, os.environ.get(api_key_variable), api_key_variable, _MAX_ANSWER_BYTES)
 
     def request(self, num_frames, height, width):
         scale = min(1.0, self.max_side / max(height, width))
@@ -98,28 +110,48 @@ class UnifiedReward(Reward):
             "temperature": 0,
         }
         for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(_PAUSE_SECONDS * attempt)
+            pause = _PAUSE_SECONDS * (attempt + 1)
             try:
-                return self._ask(body)
-            except (RewardError, RewardPlaceError) as error:
-                last = error
-        raise last
+                status, answer, wait = self._client.ask("POST", "/chat/completions", json=body, timeout=self.timeout)
+                if status == 200:
+                    return self._score(answer)
+                problem = RewardPlaceError(f"{self} refused, with status {status}{self._reason(answer)}.")
+                if status not in _PASSING:
+                    break
+                pause = max(pause, _seconds(wait))
+            except (RewardPlaceError, RewardError) as error:
+                problem = error
+            if attempt < self.retries:
+                time.sleep(pause)
+        raise problem
 
-    def _ask(self, body: dict) -> float:
+    def __str__(self):
+        return f"the judge at {self._client.name}"
+
+    def _score(self, answer: bytes) -> float:
+        cut = False
         try:
-            response = requests.post(self.url, json=body, headers=self.headers, timeout=self.timeout)
-        except requests.RequestException as error:
-            raise RewardPlaceError(f"the judge at {self.url} does not answer: {type(error).__name__}.") from error
-        if response.status_code != 200:
-            raise RewardPlaceError(
-                f"the judge at {self.url} refused, with status {response.status_code}: {response.text[:200]}"
-            )
+            choice = read_json(answer)["choices"][0]
+            cut = choice.get("finish_reason") == "length"
+            return parse_score(choice["message"]["content"])
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            why = f"it was cut after max_tokens={self.max_tokens}" if cut else "no line 'Final Score: N' at the end"
+            raise RewardError(f"{self} answered without a score: {why}.") from None
+
+    def _reason(self, answer: bytes) -> str:
+        """The code or the type of the error that a judge answers, if it has one."""
         try:
-            answer = response.json()["choices"][0]["message"]["content"]
-            return parse_score(answer)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise RewardError(f"the judge at {self.url} answered without a score: {response.text[-200:]!r}") from error
+            error = read_json(answer)["error"]
+            names = [error.get("code"), error.get("type")]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""
+        reasons = [name for name in names if isinstance(name, str) and _REASON.fullmatch(name)]
+        return f" ({self._client.quote(reasons[0])})" if reasons else ""
+
+
+def _seconds(text: str | None) -> float:
+    """Of the header Retry-After; 0 if it is a date or is not there."""
+    return min(float(text), _MAX_PAUSE_SECONDS) if text and text.isdecimal() else 0.0
 
 
 def parse_score(answer: str) -> float:

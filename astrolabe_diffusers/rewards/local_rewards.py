@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from .frame_request import FrameRequest, prepare_frames
-from .reward import Reward, RewardOutput, get_reward
+from .reward import Reward, RewardOutput, check_device, get_reward
 from .wire import Job
 
 
@@ -35,6 +36,8 @@ class LocalRewards:
     ):
         self.device = device
         self.rewards: dict[str, Reward] = {}
+        if device:
+            check_device(device)
         # A reward that takes the GPU by default takes this one, not the trainer's.
         with torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext():
             for name in names:
@@ -72,18 +75,22 @@ class LocalRewards:
         unknown = [name for name in job.frames if name not in self.rewards]
         if unknown:
             raise ValueError(f"there is no reward {unknown[0]!r} here; there are {', '.join(self.rewards)}.")
-        floats = {id(job.frames[name]): job.frames[name].float() / 255 for name in job.whole & job.frames.keys()}
-        frames = {name: floats[id(t)] if name in job.whole else t for name, t in job.frames.items()}
-        return self._score(frames, job.prompts, job.metadata)
+        return self._score(job.frames, job.prompts, job.metadata, job.whole)
 
-    def _score(self, frames, prompts, metadata):
-        """The outputs for `frames` by reward. Rewards that get the same tensor may share work on it."""
+    def _score(self, frames, prompts, metadata, as_floats=frozenset()):
+        """The outputs for `frames` by reward; those for `as_floats` are uint8 and wanted as floats in [0, 1]."""
+
+        def own(name):
+            # A reward may write into what it is given, to normalise frames for example. A copy that lives as long as
+            # its turn costs less than to find out.
+            tensor = frames[name].to(self.device or frames[name].device, copy=True)
+            return tensor.float() / 255 if name in as_floats else tensor
+
         # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
         with self._offload, torch.inference_mode():
-            if self.device:
-                moved = {id(tensor): tensor.to(self.device) for tensor in frames.values()}
-                frames = {name: moved[id(tensor)] for name, tensor in frames.items()}
-            outputs = {name: self.rewards[name].score(tensor, prompts, metadata) for name, tensor in frames.items()}
+            outputs = {
+                name: self.rewards[name].score(own(name), list(prompts), copy.deepcopy(metadata)) for name in frames
+            }
         return {name: output.checked(name, len(prompts)) for name, output in outputs.items()}
 
     def close(self):

@@ -10,7 +10,7 @@ from torch import nn
 
 from .frame_request import FrameRequest
 from .frame_selection import FrameSelection, top_fraction_mean
-from .reward import Reward, RewardOutput
+from .reward import Reward, RewardOutput, check_device
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,7 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of a reward's weights: by default the GPU if there is one, in bfloat16, or else the CPU."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -39,9 +39,14 @@ class ModelReward(Reward):
 
 def normalize(frames: torch.Tensor) -> torch.Tensor:
     """uint8 frames [..., 3, H, W] in float32 with CLIP's mean and deviation, which Qwen2-VL has too."""
-    mean, std = (frames.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     # In float64, as transformers has it.
-    return ((frames.double() * (1 / 255)).float() - mean) / std
+    return standardize((frames.double() * (1 / 255)).float())
+
+
+def standardize(pixels: torch.Tensor) -> torch.Tensor:
+    """float32 [..., 3, H, W] in [0, 1] less CLIP's mean and over its deviation."""
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
 
 
 def as_pillow(size: tuple[int, int], height: int) -> tuple[tuple[int, int], ...]:
@@ -64,11 +69,14 @@ class FrameReward(ModelReward):
     def __init__(self, frames: str, fps: float, top_fraction: float, batch_size: int):
         if not 0 < top_fraction <= 1:
             raise ValueError(f"top_fraction must be above 0 and at most 1, not {top_fraction}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         self.select = FrameSelection(frames, fps)
         self.top_fraction, self.batch_size = top_fraction, batch_size
 
     def request(self, num_frames, height, width):
-        return FrameRequest(tuple(self.select(num_frames)), as_pillow(self.frame_size(height, width), height))
+        size = self.frame_size(height, width)
+        return FrameRequest(tuple(self.select(num_frames)), as_pillow(size, height) if size else ())
 
     def score(self, videos, prompts, metadata=None):
         with torch.inference_mode():
@@ -84,9 +92,9 @@ class FrameReward(ModelReward):
         scores = scores.clone()
         return RewardOutput(top_fraction_mean(scores, self.top_fraction), {"mean": scores.mean(1)})
 
-    @abstractmethod
-    def frame_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size that frames of this one are brought to."""
+    def frame_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """The size that frames of this one are brought to, as Pillow does it; `None`: they stay as they are."""
+        return None
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> list[Any]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
+from ..spelling import close_matches
 from .frame_request import FrameRequest, prepare_frames
 
 
@@ -151,7 +154,8 @@ def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name or not attribute:
         raise ValueError(
-            f"unknown reward {name!r}; known: {', '.join(sorted(_REGISTRY))}, or a dotted path 'package.module:Name'."
+            f"unknown reward {name!r}{close_matches(name, _REGISTRY)}; known: {', '.join(sorted(_REGISTRY))}, or a "
+            "dotted path 'package.module:Name'."
         )
     try:
         module = importlib.import_module(module_name)
@@ -169,20 +173,76 @@ def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any
     if callable(target) and not isinstance(target, type):
         # The first three arguments are videos, prompts and metadata.
         parameters = list(inspect.signature(target).parameters.values())[3:]
-        return FunctionReward(partial(target, **_all_options(name, parameters, options, defaults)))
-    problem = "has no such attribute" if target is None else f"holds a {type(target).__name__} there"
+        return FunctionReward(partial(target, **_all_options(name, parameters, _hints(target), options, defaults)))
+    problem = f"holds a {type(target).__name__} there"
+    if target is None:
+        problem = f"has no such attribute{close_matches(attribute, vars(module))}"
     raise ValueError(f"reward {name!r} is neither a Reward subclass nor a function: {module_name} {problem}.")
 
 
 def _make(name: str, cls: type[Reward], options: dict[str, Any], defaults: dict[str, Any] | None) -> Reward:
-    return cls(**_all_options(name, list(inspect.signature(cls).parameters.values()), options, defaults))
+    parameters = list(inspect.signature(cls).parameters.values())
+    return cls(**_all_options(name, parameters, _hints(cls.__init__), options, defaults))
+
+
+def _hints(function: Callable) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError):
+        # Names that are only imported for type checkers, and callables that are no functions.
+        return {}
 
 
 def _all_options(
-    name: str, parameters: list[inspect.Parameter], options: dict[str, Any], defaults: dict[str, Any] | None
+    name: str,
+    parameters: list[inspect.Parameter],
+    hints: dict[str, Any],
+    options: dict[str, Any],
+    defaults: dict[str, Any] | None,
 ) -> dict[str, Any]:
     known = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     unknown = [option for option in options if option not in known]
     if unknown and len(known) == len(parameters):
         raise ValueError(f"reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+    for parameter in parameters:
+        if parameter.name in options:
+            _check_option(name, parameter, hints.get(parameter.name), options[parameter.name])
     return {option: value for option, value in (defaults or {}).items() if option in known} | options
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _check_option(name: str, parameter: inspect.Parameter, hint: Any, value: Any):
+    """`ValueError` unless a value is of the type that is declared, or, where none is, of the kind of the default."""
+    if hint is None:
+        kind = type(parameter.default)
+        # Who writes 1 as a default need not mean whole numbers.
+        hint = float if kind in (int, float) else kind if kind in (str, bool) else Any
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if not any(_is_a(value, choice) for choice in choices):
+        wanted = " or ".join(_KINDS.get(choice, getattr(choice, "__name__", str(choice))) for choice in choices)
+        raise ValueError(f"the option {parameter.name!r} of reward {name!r} must be {wanted}, not {value!r}.")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    kind = get_origin(hint) or hint
+    # What is no class, such as `Any`, is not for us to check.
+    return not isinstance(kind, type) or kind is Any or isinstance(value, kind)
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """The device of that name; `ValueError` if this machine does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {str(name)!r}; it can be cpu or, for example, cuda:0.") from None
+    number = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= number:
+        there = f"{number} GPU{'s' * (number > 1)}, cuda:0 to cuda:{number - 1}" if number else "no GPU"
+        raise ValueError(f"there is no device {str(name)!r}: torch finds {there} here.")
+    return device

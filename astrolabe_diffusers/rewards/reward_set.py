@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..spelling import close_matches
+from .http_client import split_url
 from .local_rewards import LocalRewards
 from .remote import RemoteRewards
-from .reward import RewardError
+from .reward import RewardError, check_device
 from .worker import WorkerRewards
 
 
@@ -56,7 +59,8 @@ class RewardSet:
         process_index: of this process among those of a run.
 
     Raises:
-        ValueError: a name, an option or a place does not exist.
+        ValueError: a name, an option or a place does not exist, an option is of another type than the reward
+            declares, or a weight is no finite number.
         RewardPlaceError: no such server answers.
     """
 
@@ -71,10 +75,14 @@ class RewardSet:
     ):
         if not weights:
             raise ValueError("no reward is named; give at least one, such as {'motion_smoothness': 1.0}.")
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} must be a finite number, not {weight}.")
         options, placement = options or {}, placement or {}
         for name in (*options, *placement):
             if name not in weights:
-                raise ValueError(f"{name!r} is none of the rewards {', '.join(weights)}.")
+                close = close_matches(name, weights)
+                raise ValueError(f"{name!r}{close} is none of the rewards {', '.join(weights)}.")
         self.weights = dict(weights)
         names: dict[str, list[str]] = {}
         for name in weights:
@@ -111,14 +119,23 @@ class RewardSet:
             metadata: B dicts or `None`.
 
         Raises:
-            RewardError: a reward returned anything but one finite score a video.
+            RewardError: a reward returned anything but one finite score a video, or frames are no finite numbers.
             RewardPlaceError: a process died twice, or a server does not answer, or not in time, or nonsense.
             ValueError: the batch is not what a reward can take.
         """
-        if videos.ndim != 5 or len(prompts) != len(videos):
+        if videos.ndim != 5 or not videos.is_floating_point() or len(prompts) != len(videos):
             raise ValueError(
-                f"videos must be [B, F, C, H, W] with one prompt each; got {tuple(videos.shape)} and "
-                f"{len(prompts)} prompts."
+                f"videos must be floats [B, F, C, H, W] with one prompt each; got {videos.dtype} "
+                f"{tuple(videos.shape)} and {len(prompts)} prompts."
+            )
+        if metadata is not None and len(metadata) != len(videos):
+            raise ValueError(f"metadata must be None or one dict a video; got {len(metadata)} for {len(videos)}.")
+        # Rounded to 256 steps, a NaN would be any number.
+        broken = (~videos.sum((1, 2, 3, 4), dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
+        if broken:
+            raise RewardError(
+                f"frames of sample {broken[0]}, prompt {prompts[broken[0]]!r}, are no finite numbers "
+                f"({len(broken)} of {len(prompts)} videos)."
             )
         outputs = self._score(videos, prompts, metadata)
         scores, info = {}, {}
@@ -168,13 +185,16 @@ def _check_place(place: str):
             torch.device(device if kind == "process" else place)
     except RuntimeError:
         raise ValueError(f"there is no place {place!r} for rewards; it can be {PLACES}.") from None
+    if device or place not in ("trainer", "offload", "process"):
+        check_device(device if kind == "process" else place)
 
 
 def _make_place(place, names, options, timeout, defaults):
     kind, _, device = place.partition(":")
     if kind in ("http", "https"):
         if options:
-            raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {place}.")
+            address, _ = split_url(place)
+            raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {address}.")
         return RemoteRewards(place, names, timeout)
     if kind == "process":
         return WorkerRewards(names, options, device or None, timeout, defaults)

@@ -8,7 +8,8 @@
 | `POST /score` | a job (`pack_job`); the answer has the scores (`outputs_to_json`) and the header X-Request-Id |
 | `GET /metrics` | counters in the text format of Prometheus |
 
-Errors are `{"error": text}`: 400 no job, 401 no token, 413 too large, 422 a reward refused, 500 it failed, 503 busy.
+Errors are `{"error": text}`: 400 no job or no such videos, 401 no token, 413 too large, 422 a reward refused, 500 it
+failed (its own words are in the log), 503 busy.
 """
 
 from __future__ import annotations
@@ -16,28 +17,45 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import resource
 import secrets
+import socket
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Annotated
 
 from .cached_rewards import CachedRewards
+from .http_client import check_key
 from .local_rewards import LocalRewards
 from .remote import TOKEN_VARIABLE
 from .reward import RewardError
-from .wire import Job, outputs_to_json, requests_to_json, unpack_job
+from .wire import VERSION, Job, outputs_to_json, requests_to_json, unpack_job
+from .worker import describe_failure
 
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, Query, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
+    from starlette.requests import ClientDisconnect
+
+    from .bounded_protocol import ConnectionLimits, bounded_protocol
 except ImportError as error:
     raise ImportError(f"serving rewards needs FastAPI ({error}): pip install 'astrolabe_diffusers[serve]'") from error
 
 
 logger = logging.getLogger(__name__)
+
+# Of videos that are asked about: an hour and more at 24 a second, and twice 8K.
+MAX_FRAMES = 100_000
+MAX_SIDE = 16_384
+# Connections that wait to be accepted, which are open files too.
+_BACKLOG = 64
 
 
 class Batcher:
@@ -134,12 +152,33 @@ def check_binding(host: str, token: str | None):
         )
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address, at which nobody is answered yet; `OSError` or `ValueError` if there cannot be one."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be at most 65535, not {port}.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"there is no address {host!r}: {error}") from None
+    listener = socket.socket(family, kind, protocol)
+    # As everywhere: so that a server can be started anew at once.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from None
+    return listener
+
+
 def create_app(
     rewards: LocalRewards,
     token: str | None = None,
     max_request_bytes: int = 2**30,
     max_batch: int = 16,
     max_waiting: int = 64,
+    max_waiting_bytes: int = 2**32,
+    limits: ConnectionLimits | None = None,
 ) -> FastAPI:
     """
     The server of these rewards.
@@ -148,11 +187,21 @@ def create_app(
         token: clients must send it as `Authorization: Bearer TOKEN`.
         max_request_bytes: larger requests are refused before they are read.
         max_batch, max_waiting: as in `Batcher`.
+        max_waiting_bytes: of all requests that are read, wait or are scored; a client asks again later.
+        limits: of the connections, whose count of refused ones is among the metrics.
     """
+    if token:
+        check_key(token, TOKEN_VARIABLE)
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="astrolabe_diffusers rewards", docs_url=None, redoc_url=None, openapi_url=None)
     batcher = Batcher(rewards, max_batch, max_waiting)
     counters = batcher.counters
+    limits = limits or ConnectionLimits()
+    held = HeldBytes(max_waiting_bytes)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError):
+        return _error(400, f"num_frames must be from 1 to {MAX_FRAMES}, height and width from 1 to {MAX_SIDE}")
 
     @app.middleware("http")
     async def check_token(request: Request, call_next):
@@ -174,11 +223,16 @@ def create_app(
             "rewards": list(rewards.rewards),
             "using_prompts": rewards.using_prompts,
             "max_request_bytes": max_request_bytes,
+            "version": VERSION,
         }
 
     @app.get("/requests")
-    async def requests(num_frames: int, height: int, width: int):
-        return requests_to_json(rewards.requests(num_frames, height, width))
+    async def requests(
+        num_frames: Annotated[int, Query(ge=1, le=MAX_FRAMES)],
+        height: Annotated[int, Query(ge=1, le=MAX_SIDE)],
+        width: Annotated[int, Query(ge=1, le=MAX_SIDE)],
+    ):
+        return JSONResponse(requests_to_json(rewards.requests(num_frames, height, width)))
 
     @app.get("/metrics")
     async def metrics():
@@ -190,17 +244,26 @@ def create_app(
         totals = {key: counters[key] for key in ("videos", "batches", "seconds")}
         if isinstance(rewards, CachedRewards):
             totals["cache_hits"] = rewards.cache_hits
+        totals["refused_connections"] = limits.refused
         for key, value in totals.items():
             lines += [f"# TYPE astrolabe_reward_{key}_total counter", f"astrolabe_reward_{key}_total {value}"]
-        lines += ["# TYPE astrolabe_reward_waiting gauge", f"astrolabe_reward_waiting {batcher.num_waiting}"]
+        totals = {"waiting": batcher.num_waiting, "waiting_bytes": held.number}
+        for key, value in totals.items():
+            lines += [f"# TYPE astrolabe_reward_{key} gauge", f"astrolabe_reward_{key} {value}"]
         return PlainTextResponse("\n".join(lines) + "\n")
 
     @app.post("/score")
     async def score(request: Request):
-        data = await _read(request, max_request_bytes)
-        if data is None:
-            return _error(413, f"a request may have {max_request_bytes} bytes")
-        return await answer(data, request.headers.get("X-Request-Id"))
+        with held.by_request() as mine:
+            try:
+                data = await _read(request, max_request_bytes, mine)
+            except HeldBytes.Full:
+                return _error(503, f"requests of {max_waiting_bytes} bytes are waiting already")
+            except ClientDisconnect:
+                return _error(400, "the connection ended before the request did")
+            if data is None:
+                return _error(413, f"a request may have {max_request_bytes} bytes")
+            return await answer(data, request.headers.get("X-Request-Id"))
 
     async def answer(data: bytes, number: str | None):
         try:
@@ -218,28 +281,83 @@ def create_app(
         except RewardError as error:
             return _error(422, error)
         except Exception as error:
-            logger.exception("a reward failed")
-            return _error(500, f"a reward failed: {type(error).__name__}: {error}")
+            # Its words and its place are for those who run the server.
+            logger.error("a reward failed: %s", describe_failure(error))
+            logger.debug("the traceback:", exc_info=error)
+            return _error(500, f"a reward failed: {type(error).__name__}; the log of the server says more")
         return {"request": number, "outputs": outputs_to_json(outputs)}
 
     return app
 
 
-def serve(app: FastAPI, host: str, port: int):
-    """Runs the server until it is interrupted."""
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
+    """
+    The server of an app, with limits for its connections.
+
+    Raises:
+        ValueError: this process may not open as many files.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits.connections + 4 * _BACKLOG > files:
+        raise ValueError(
+            f"{limits.connections} connections need {limits.connections + 4 * _BACKLOG} open files, and this process "
+            f"may have {files} (ulimit -n)."
+        )
+    config = uvicorn.Config(
+        app,
+        http=bounded_protocol(limits),
+        ws="none",
+        lifespan="off",
+        backlog=_BACKLOG,
+        access_log=False,
+        log_level="warning",
+        h11_max_incomplete_event_size=2**14,
+        # Whoever holds a connection does not keep the server from ending.
+        timeout_graceful_shutdown=10,
+    )
+    return uvicorn.Server(config)
 
 
-async def _read(request: Request, limit: int) -> bytes | None:
-    """The body of a request, or `None` as soon as it is larger than that."""
-    announced = request.headers.get("Content-Length", "")
-    if announced.isdigit() and int(announced) > limit:
+class HeldBytes:
+    """Counts the bytes of requests that are in memory, and raises `Full` for what would be more than `limit`."""
+
+    class Full(Exception):
+        pass
+
+    def __init__(self, limit: int):
+        self.limit, self.number = limit, 0
+
+    @contextmanager
+    def by_request(self) -> Iterator[Callable[[int], None]]:
+        """A function that says how many bytes one request has by now; they are given back at the end."""
+        mine = 0
+
+        def set_number(number: int):
+            nonlocal mine
+            if self.number - mine + number > self.limit:
+                raise HeldBytes.Full
+            self.number += number - mine
+            mine = number
+
+        try:
+            yield set_number
+        finally:
+            self.number -= mine
+
+
+async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes | None:
+    """The body of a request, or `None` as soon as it is larger than that; its size is said to `hold` beforehand."""
+    length = request.headers.get("Content-Length", "")
+    announced = int(length) if length.isdecimal() else 0
+    if announced > limit:
         return None
+    hold(announced)
     data = bytearray()
     async for piece in request.stream():
         data += piece
         if len(data) > limit:
             return None
+        hold(max(announced, len(data)))
     return bytes(data)
 
 

@@ -39,6 +39,8 @@ class VideoReward:
 
         from .qwen2_vl_model import EMBEDDING, load_reward_model, merge_lora, module_names
 
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         self.select, self.batch_size = FrameSelection(frames, fps), batch_size
         root, folder, file = _locate(fetch(checkpoint, ["*.json", "*.py", "checkpoint-*/*"]))
         settings = json.loads((root / "model_config.json").read_text(encoding="utf-8"))
@@ -77,14 +79,15 @@ class VideoReward:
         self.model = load_reward_model(weights, base, config, head, self.prompt, *place(device, dtype))
         self._passes: dict[bool, tuple] = {}
 
-    def scores(self, frames: torch.Tensor, prompts: list[str], gray: bool) -> torch.Tensor:
+    def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """
         float32 [B, 3], or [B, 2] in gray: VQ, MQ and, in colour only, TA, each less its mean and over its deviation.
 
         Args:
-            frames: uint8 [B, F, 3, h, w], those that the model looks at, in its size and in colour.
-            gray: score them without colour. The text is then read up to MQ and holds no prompt.
+            frames: uint8 [B, F, 3, h, w], those that the model looks at, in its size; or [B, F, 1, h, w] without
+                colour. The text is then read up to MQ and holds no prompt.
         """
+        gray = frames.shape[2] == 1
         # What the last batch was is compared, not its identity: nobody can change it unseen.
         known_frames, known_prompts, known = self._passes.get(gray, (None, None, None))
         if (
@@ -93,11 +96,11 @@ class VideoReward:
             and torch.equal(known_frames, frames)
             and (gray or known_prompts == prompts)
         ):
-            return known
+            return known.clone()
         tokens = _TOKENS[:2] if gray else _TOKENS
         ids = self.prompt.token_ids[: len(tokens)]
         with torch.inference_mode():
-            pixels = _gray(frames) if gray else frames
+            pixels = frames.expand(-1, -1, 3, -1, -1)
             texts = [self.prompt.ids(prompt, tokens[-1]) for prompt in prompts]
             logits = torch.cat(
                 [
@@ -109,7 +112,7 @@ class VideoReward:
             raw = raw.cpu()
         scores = (raw.clone() - self.mean[: len(tokens)]) / self.std[: len(tokens)]
         self._passes[gray] = (frames.clone(), list(prompts), scores)
-        return scores
+        return scores.clone()
 
 
 _MODELS: WeakValueDictionary[tuple, VideoReward] = WeakValueDictionary()
@@ -165,11 +168,13 @@ class VideoAlign(ModelReward):
 
     def request(self, num_frames, height, width):
         frames = tuple(self.video_reward.select(num_frames))
-        return FrameRequest(frames, (resized_size(height, width, *_PIXELS),))
+        return FrameRequest(frames, (resized_size(height, width, *_PIXELS),), self.gray)
 
     def score(self, videos, prompts, metadata=None):
         frames = self.requested(videos).to(self.device)
-        parts = dict(zip(DIMENSIONS, self.video_reward.scores(frames, prompts, self.gray).unbind(1)))
+        if frames.shape[2] != (1 if self.gray else 3):
+            raise ValueError(f"{type(self).__name__} was given frames of {frames.shape[2]} channels.")
+        parts = dict(zip(DIMENSIONS, self.video_reward.scores(frames, prompts).unbind(1)))
         score = sum(parts[name] for name in self.dimensions) / len(self.dimensions)
         if not self.uses_prompt:
             parts.pop("TA", None)  # what is said to depend on the video alone may be remembered
@@ -187,7 +192,7 @@ class VideoAlignVQ(VideoAlign):
 @register_reward("videoalign_mq_score")
 class VideoAlignMQ(VideoAlign):
     """Motion quality of the video without its colours (Astrolabe's choice): how stable, natural and ample the motion
-    is. The prompt does not count."""
+    is. The prompt does not count. As published, the colours go before the frames are resized."""
 
     dimensions = ("MQ",)
     uses_prompt = False
@@ -214,13 +219,6 @@ class VideoAlignOverall(VideoAlign):
     """The mean of visual quality, motion quality (in colour) and text alignment."""
 
     dimensions = DIMENSIONS
-
-
-def _gray(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 3, h, w] without colour, rounded down, as torchvision's `rgb_to_grayscale` has it."""
-    red, green, blue = frames.float().unbind(-3)
-    luminance = (0.2989 * red + 0.587 * green + 0.114 * blue).to(torch.uint8)
-    return luminance.unsqueeze(-3).expand_as(frames)
 
 
 def _locate(path: Path) -> tuple[Path, Path, Path | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,14 +16,18 @@ from .frame_request import FrameRequest, prepare_frames
 from .reward import RewardOutput
 
 
+# Of what client and server send each other. 2: frames may be gray.
+VERSION = 2
+
+
 @dataclass
 class Job:
     """
     Videos to be scored, as they travel.
 
     Attributes:
-        frames: for each reward that is asked, uint8 [B, F', 3, h, w]: what it requested, or the whole videos. Rewards
-            with the same request have the same tensor, which travels once.
+        frames: for each reward that is asked, uint8 [B, F', 3 or 1, h, w]: what it requested, or the whole videos.
+            Rewards with the same request have the same tensor, which travels once.
         whole: the rewards that made no request, and want the videos as floats.
         prompts, metadata: as in `Reward.score`.
     """
@@ -76,6 +80,7 @@ def pack_job(job: Job) -> bytes:
     tensors = {id(tensor): tensor for tensor in job.frames.values()}
     place = {key: str(i) for i, key in enumerate(tensors)}
     text = {
+        "version": VERSION,
         "rewards": {name: place[id(tensor)] for name, tensor in job.frames.items()},
         "whole": sorted(job.whole),
         "prompts": job.prompts,
@@ -89,33 +94,47 @@ def unpack_job(data: bytes) -> Job:
     """Raises `ValueError` unless `data` is a job of which everything fits together."""
     try:
         tensors = load(data)
-        text = json.loads(tensors.pop("header").numpy().tobytes())
+        text = read_json(tensors.pop("header").numpy().tobytes())
+        version = text.get("version", 1)
         frames = {name: tensors[key] for name, key in text["rewards"].items()}
         whole, prompts, metadata = frozenset(text["whole"]), text["prompts"], text["metadata"]
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"this is no job for rewards: {type(error).__name__} {error}") from error
+    if version != VERSION:
+        raise ValueError(f"the job is of version {version!r}, not {VERSION}: both ends need the same release.")
     if not frames or not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("a job must name rewards and hold a list of prompts.")
     if metadata is not None and (not isinstance(metadata, list) or len(metadata) != len(prompts)):
         raise ValueError(f"metadata must be null or one object for each of the {len(prompts)} prompts.")
     for name, tensor in frames.items():
-        if tensor.dtype != torch.uint8 or tensor.ndim != 5 or len(tensor) != len(prompts) or tensor.shape[2] != 3:
+        channels = (3,) if name in whole else (1, 3)
+        fits = tensor.dtype == torch.uint8 and tensor.ndim == 5 and len(tensor) == len(prompts) and tensor.numel()
+        if not fits or tensor.shape[2] not in channels:
             raise ValueError(
-                f"the frames for {name!r} must be uint8 [{len(prompts)}, F, 3, H, W], one video a prompt, not "
-                f"{tensor.dtype} {list(tensor.shape)}."
+                f"the frames for {name!r} must be uint8 [{len(prompts)}, F, 3, H, W], one video a prompt and none of "
+                f"them empty, not {tensor.dtype} {list(tensor.shape)}."
             )
     return Job(frames, whole, prompts, metadata)
 
 
+def read_json(data: bytes) -> Any:
+    """`ValueError` for what is no JSON, or nested so deeply that it cannot be read."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
+
+
 def requests_to_json(requests: dict[str, FrameRequest | None]) -> dict[str, Any]:
-    return {name: request and {"frames": request.frames, "sizes": request.sizes} for name, request in requests.items()}
+    return {name: request and asdict(request) for name, request in requests.items()}
 
 
 def requests_from_json(value: dict[str, Any]) -> dict[str, FrameRequest | None]:
-    return {
-        name: request and FrameRequest(tuple(request["frames"]), tuple(tuple(size) for size in request["sizes"]))
-        for name, request in value.items()
-    }
+    return {name: request and _request_from_json(**request) for name, request in value.items()}
+
+
+def _request_from_json(frames, sizes, gray) -> FrameRequest:
+    return FrameRequest(tuple(frames), tuple(tuple(size) for size in sizes), gray)
 
 
 def outputs_to_json(outputs: dict[str, RewardOutput]) -> dict[str, Any]:
@@ -136,7 +155,7 @@ def outputs_from_json(value: Any, names: Sequence[str], batch_size: int) -> dict
             parts = {"scores": output["scores"], **output["info"]}
             vectors = {part: torch.tensor([float(x) for x in values]) for part, values in parts.items()}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the answer holds no numbers for {name!r}: {type(error).__name__} {error}") from error
+            raise ValueError(f"the answer holds no numbers for {name!r}: {type(error).__name__}") from error
         for part, vector in vectors.items():
             if len(vector) != batch_size:
                 raise ValueError(f"{name!r}: {len(vector)} numbers in {part!r} for {batch_size} videos.")

@@ -157,7 +157,7 @@ def _work(connection: Connection, arguments: dict[str, Any], gpu: int | None):
         # The first four are the user's mistakes, which the trainer tells in one line.
         kinds = (ValueError, ImportError, OSError, SafetensorError, RuntimeError)
         kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
-        connection.send((None, kind, str(error) if kind is not RuntimeError else _describe(error)))
+        connection.send((None, kind, str(error) if kind is not RuntimeError else describe_failure(error)))
         return
     connection.send((None, None, rewards.using_prompts))
     while True:
@@ -173,11 +173,15 @@ def _work(connection: Connection, arguments: dict[str, Any], gpu: int | None):
         except RewardError as error:
             connection.send((number, RewardError, str(error)))
         except Exception as error:
-            connection.send((number, RuntimeError, _describe(error)))
+            connection.send((number, RuntimeError, describe_failure(error)))
         else:
             connection.send((number, None, answer))
 
 
-def _describe(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
+    """Type, message and place of an exception in one line that is not too long."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+    message = " ".join(str(error).split())
+    if len(message) > 1000:
+        message = f"{message[:1000]}..."
+    return f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"

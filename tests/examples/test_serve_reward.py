@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 
 from tests.training.helpers import tiny_arguments
 
@@ -22,13 +23,15 @@ import train_nft  # noqa: E402
 
 
 @pytest.fixture
-def server():
+def server(tmp_path):
+    errors = tmp_path / "server-errors.txt"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "examples/serve_reward.py", "--reward", "sharpness,dynamic_degree", "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
     url = f"http://127.0.0.1:{port}"
     assert process.stdout.readline() == f"sharpness, dynamic_degree at {url}\n"
     deadline = time.monotonic() + 60
@@ -41,7 +44,8 @@ def server():
             time.sleep(0.1)
     yield url
     process.send_signal(signal.SIGINT)
-    process.wait(20)
+    assert process.wait(20) == 130
+    assert errors.read_text() == ""
 
 
 def test_a_run_trains_with_it(server, model_folder, tmp_path):
@@ -65,12 +69,29 @@ def test_a_run_trains_with_it(server, model_folder, tmp_path):
 
 def test_mistakes_are_one_line(capsys, monkeypatch):
     monkeypatch.delenv("ASTROLABE_REWARD_TOKEN", raising=False)
-    for arguments, words in (
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = str(taken.getsockname()[1])
+        check_mistakes(capsys, [(["--reward", "sharpness", "--port", busy], "cannot listen at 127.0.0.1:")])
+    mistakes = [
         ([], "error: reward is empty: name at least one to serve."),
         (["--reward", "sharpnes"], "error: reward: unknown reward 'sharpnes'"),
         (["--reward", "sharpness", "--host", "0.0.0.0"], "can be reached from elsewhere: set ASTROLABE_REWARD_TOKEN"),
         (["--rewards", "sharpness"], "unknown argument --rewards (did you mean --reward"),
-    ):
+        (["--reward", "sharpness", "--port", "99999999"], "error: server: port must be at most 65535, not 99999999."),
+        (["--reward", "sharpness", "--host", "no such host"], "error: server: there is no address 'no such host'"),
+        (["--reward", "dynamic_degree", "--reward_options", "dynamic_degree.fps=abc"], "'fps' of reward 'dynamic_deg"),
+        (["--reward", "sharpness", "--max_waiting_mb", "5"], "max_waiting_mb=5 is less than one request may have"),
+        (["--reward", "sharpness", "--max_connections", "100000000"], "need 100000256 open files, and this process"),
+    ]
+    if not torch.cuda.is_available():
+        mistakes.append((["--reward", "sharpness", "--device", "cuda:1"], "reward: there is no device 'cuda:1'"))
+    check_mistakes(capsys, mistakes)
+    monkeypatch.setenv("ASTROLABE_REWARD_TOKEN", "two\nlines")
+    check_mistakes(capsys, [(["--reward", "sharpness"], "server: ASTROLABE_REWARD_TOKEN holds a blank, a line break")])
+
+
+def check_mistakes(capsys, mistakes):
+    for arguments, words in mistakes:
         assert serve_reward.main(arguments) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1

@@ -28,7 +28,7 @@ def answering(answer):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.block_on_close = False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
@@ -37,16 +37,14 @@ def answering(answer):
 
 
 @contextmanager
-def serving(app):
+def serving(app, limits=None):
     """A server of `create_app` in a thread; yields its URL."""
-    import socket
     import time
 
-    import uvicorn
+    from astrolabe_diffusers.rewards.server import ConnectionLimits, bind, make_server
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    with bind("127.0.0.1", 0) as listener:
+        server = make_server(app, limits or ConnectionLimits())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

@@ -36,6 +36,41 @@ class EndFrames(Reward):
         return RewardOutput(videos.float().mean((1, 2, 3, 4)) / 255, shape)
 
 
+class GrayEnds(EndFrames):
+    """The same without colour."""
+
+    def request(self, num_frames, height, width):
+        return FrameRequest((0, num_frames - 1), ((height // 2, width // 2),), gray=True)
+
+
+class Every(Reward):
+    """Every frame as it is."""
+
+    def request(self, num_frames, height, width):
+        return FrameRequest(tuple(range(num_frames)))
+
+    def score(self, videos, prompts, metadata=None):
+        return RewardOutput(videos.float().mean((1, 2, 3, 4)) / 255)
+
+
+def in_place(videos, prompts, metadata):
+    """Normalises frames in place, and changes all else that it is given."""
+    videos.sub_(0.5).div_(0.5)
+    prompts.clear()
+    for entry in metadata or []:
+        entry["number"] = -1
+    return videos.abs().mean((1, 2, 3, 4)), {}
+
+
+class InPlace(EndFrames):
+    """Blackens the frames that it requested."""
+
+    def score(self, videos, prompts, metadata=None):
+        scores = videos.float().mean((1, 2, 3, 4)) / 255
+        videos.zero_()
+        return RewardOutput(scores)
+
+
 class Bright(Reward):
     """Mean brightness; counts the videos that it was given, in all."""
 

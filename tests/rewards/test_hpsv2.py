@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from astrolabe_diffusers.rewards.hpsv2 import HPSv2
+from astrolabe_diffusers.rewards.hpsv2 import HPSv2, letterbox
 from tests.rewards.drawn_patterns import patterns
 from tests.rewards.published_checkpoints import fill
+from tests.rewards.slow_resize import resize
 
 
 PROMPTS = ["a red fox", "a dog runs over the snow"]
@@ -20,6 +20,33 @@ def test_without_open_clip_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"video_hpsv2_local needs open_clip: pip install 'astrolabe_diffusers\[rew"):
         HPSv2("nowhere")
+
+
+def published_pictures(videos, side):
+    """float64 [B, F, 3, side, side] of videos in [0, 1] that are as wide as 8/5 of their height: 256 steps, [0, 1],
+    one resize in floats, and black above and below."""
+    small = round(side / 1.6)
+    above = (side - small) // 2
+    pictures = np.zeros((*videos.shape[:3], side, side))
+    pictures[..., above : above + small, :] = resize(np.round(videos.double().numpy() * 255) / 255, small, side)
+    return pictures
+
+
+def test_frames_are_resized_once_and_in_floats():
+    # Black and white tiles, beside whose edges bicubic overshoots.
+    tiles = torch.rand(1, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0)).round()
+    videos = tiles.repeat_interleave(20, 3).repeat_interleave(20, 4)
+    expected = published_pictures(videos, 56)[0]
+    assert expected.min() < -0.01 and expected.max() > 1.01
+    pictures = letterbox((videos[0] * 255).round().to(torch.uint8), 56)
+    torch.testing.assert_close(pictures.double(), torch.tensor(expected), atol=5e-6, rtol=0)
+    upright = letterbox((videos[0] * 255).round().to(torch.uint8).transpose(2, 3), 56)
+    torch.testing.assert_close(upright, pictures.transpose(2, 3), atol=5e-6, rtol=0)
+
+
+def test_frames_of_that_size_stay_as_they_are():
+    frames = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    assert torch.equal(letterbox(frames, 56), frames.float() / 255)
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +73,22 @@ def published(open_clip, tmp_path_factory):
     return folder, model
 
 
-def test_against_pillow_and_the_model_itself(open_clip, published):
+def test_against_the_model_itself(open_clip, published):
     folder, model = published
     videos = patterns(frames=4, height=100)
+    pictures = published_pictures(videos, 56)
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     with torch.no_grad():
         texts = model.encode_text(open_clip.get_tokenizer("tiny-hps")(PROMPTS))
         expected = torch.zeros(2, 4)
         for i, video in enumerate(videos):
-            for f, frame in enumerate(video):
-                picture = Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
-                square = np.zeros((56, 56, 3), np.uint8)
-                square[10:45] = np.array(picture.resize((56, 35), Image.Resampling.BICUBIC))  # 100 x 160, 11 rows left
-                pixels = ((torch.tensor(square) / 255 - mean) / std).permute(2, 0, 1)[None]
+            for f in range(len(video)):
+                pixels = (torch.tensor(pictures[i, f]).float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+                pixels = pixels[None]
                 expected[i, f] = torch.cosine_similarity(model.encode_image(pixels)[0], texts[i], dim=0)
     output = HPSv2(str(folder), "tiny-hps", device="cpu").score(videos, PROMPTS)
-    torch.testing.assert_close(output.scores, expected.max(1).values, atol=1e-4, rtol=0)
-    torch.testing.assert_close(output.info["mean"], expected.mean(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.scores, expected.max(1).values, atol=5e-6, rtol=0)
+    torch.testing.assert_close(output.info["mean"], expected.mean(1), atol=5e-6, rtol=0)
     assert (output.scores - output.info["mean"]).min() > 2e-4
 
 

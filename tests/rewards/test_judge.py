@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet, get_reward
-from astrolabe_diffusers.rewards.judge import parse_score
+from astrolabe_diffusers.rewards.judge import _seconds, parse_score
 from tests.rewards.http_server import answering
 
 
@@ -100,24 +101,65 @@ def test_prompts_cannot_speak_for_the_template():
     assert "<" not in text_of(request) and ">" not in text_of(request) and "Final Score: 5" in text_of(request)
 
 
-def test_answers_without_a_score_are_asked_for_again():
-    replies = iter(["hm", (500, b"busy"), "Final Score: 5"])
-    scores, requests = judged(lambda request: next(replies))
-    assert scores.tolist() == [1.0] and len(requests) == 3
+def test_what_may_pass_is_asked_for_again():
+    replies = iter(["hm", (500, b"busy"), (429, b"{}"), "Final Score: 5"])
+    scores, requests = judged(lambda request: next(replies), retries=3)
+    assert scores.tolist() == [1.0] and len(requests) == 4
 
 
 def test_what_stays_without_a_score_is_the_error_of_this_reward():
-    with pytest.raises(RewardError, match="answered without a score: .*I refuse"):
-        judged(lambda request: "I refuse", retries=1)
-    with pytest.raises(RewardError, match="answered without a score"):
-        judged(lambda request: (200, b'{"choices": []}'), retries=0)
+    for reply in ("I refuse, sk-key", (200, b'{"choices": []}'), (200, b"[" * 200_000), (200, b"[3]")):
+        with pytest.raises(RewardError, match="answered without a score: no line") as error:
+            judged(lambda request: reply, retries=1)
+        assert "refuse" not in str(error.value) and "\n" not in str(error.value)
+    body = {"choices": [{"message": {"content": "It shows a"}, "finish_reason": "length"}]}
+    with pytest.raises(RewardError, match="answered without a score: it was cut after max_tokens=7"):
+        judged(lambda request: (200, json.dumps(body).encode()), retries=0, max_tokens=7)
+
+
+def test_what_does_not_pass_is_asked_once_and_its_words_are_not_repeated(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk_very_secret")
+    count = []
+    for error, shown in (
+        ({"message": "wrong key sk_very_secret", "code": "invalid_api_key"}, r" \(invalid_api_key\)"),
+        ({"message": "wrong key", "code": 404, "type": "NotFoundError"}, r" \(NotFoundError\)"),
+        ({"code": "sk_very_secret"}, r" \(\.\.\.\)"),
+        ({"code": "a b"}, ""),
+        ("sk_very_secret", ""),
+    ):
+        count.clear()
+        body = json.dumps({"error": error}).encode()
+        with pytest.raises(RewardPlaceError, match=rf"refused, with status 401{shown}\.$") as caught:
+            judged(lambda request: count.append(1) or (401, body))
+        assert len(count) == 1 and "secret" not in str(caught.value)
+
+
+def test_the_judge_that_redirects_gets_no_second_request():
+    with pytest.raises(RewardPlaceError, match="refused, with status 302"):
+        judged(lambda request: (302, b""))
+
+
+def test_a_judge_that_hangs_is_one_error():
+    started = time.monotonic()
+    with pytest.raises(RewardPlaceError, match="did not answer within 0.2 s"):
+        judged(lambda request: time.sleep(1) or "Final Score: 5", timeout=0.2, retries=1)
+    assert time.monotonic() - started < 3
+
+
+def test_a_judge_says_when_to_come_again():
+    texts = ("7", "3600", "-1", "1e9", "Wed, 21 Oct 2026", "", None)
+    assert [_seconds(text) for text in texts] == [7, 60, 0, 0, 0, 0, 0]
 
 
 def test_a_judge_that_is_not_there_is_one_error():
-    with pytest.raises(RewardPlaceError, match=r"refused, with status 401: wrong key"):
-        judged(lambda request: (401, b"wrong key"), retries=0)
-    options = {"unifiedreward": {"base_url": "http://127.0.0.1:9/v1", "retries": 0}}
-    with pytest.raises(RewardPlaceError, match="the judge at http://127.0.0.1:9/v1/chat/completions does not answer"):
+    options = {"unifiedreward": {"base_url": "http://me:mine@127.0.0.1:9/v1", "retries": 0}}
+    with pytest.raises(RewardPlaceError, match=r"^http://127.0.0.1:9/v1 cannot be reached \(ConnectionError\)\.$"):
         RewardSet({"unifiedreward": 1.0}, options)(torch.rand(1, 2, 3, 16, 16), ["a cat"])
-    with pytest.raises(ValueError, match="num_frames of unifiedreward must be at least 1"):
-        get_reward("unifiedreward", num_frames=0)
+    for option, words in (
+        ({"num_frames": 0}, "num_frames of unifiedreward must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens of unifiedreward must be at least 1"),
+        ({"retries": -1}, "retries of unifiedreward must be 0 or more"),
+        ({"base_url": "127.0.0.1:8000/v1"}, "an address of a server must be http://host:port"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            get_reward("unifiedreward", **option)

@@ -91,3 +91,17 @@ def test_the_cache_is_bounded():
     for rows in ([0], [1], [0], [2], [0], [1]):
         rewards.score_job(make_job(rewards, videos[rows]))
     assert rewards.rewards[BRIGHT].calls == 4  # 0, 1, 2, and 1 again, which 2 had pushed out
+
+
+def test_rewards_of_a_job_have_their_own_data():
+    """As a process or a server scores them."""
+    spoilers = [f"{PATH}:in_place", f"{PATH}:InPlace"]
+    names = [BRIGHT, f"{PATH}:EndFrames", FIRST]
+    videos = torch.randint(0, 256, (2, 3, 3, 8, 8)).float() / 255
+    rewards = LocalRewards([*spoilers, *names])
+    job = make_job(rewards, videos)
+    outputs = rewards.score_job(job)
+    alone = LocalRewards(names).score_job(make_job(LocalRewards(names), videos))
+    for name in names:
+        torch.testing.assert_close(outputs[name].scores, alone[name].scores)
+    assert torch.equal(job.frames[BRIGHT], (videos * 255).to(torch.uint8)) and job.metadata[1]["number"] == 1

@@ -57,7 +57,8 @@ def test_options_of_the_text():
     }
 
 
-def test_every_place_of_the_table_is_one():
+def test_every_place_of_the_table_is_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     table = SECTION.split("reward_placement name=place")[1].split("\n\n")[0]
     places = [place for row in table.splitlines()[2:] for place in re.findall(r"`([^`]+)`", row.split("|")[1])]
     assert places == ["trainer", "offload", "cuda:1", "cpu", "process", "process:cuda:1", "http://host:port"]

@@ -27,6 +27,14 @@ def without_info(videos, prompts, metadata):
 class NotAReward:
     pass
 
+class Optional(Reward):
+    def __init__(self, count: int = 3, rate: float = 1.0, path: str | None = None, flag: bool = False, bare=1,
+                 free=None):
+        self.values = (count, rate, path, flag, bare, free)
+
+    def score(self, videos, prompts, metadata=None):
+        return RewardOutput(videos.mean((1, 2, 3, 4)))
+
 CONSTANT = 3
 """
 
@@ -88,10 +96,11 @@ def test_function_may_return_lists_and_no_info(user_module):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("prompt_macth", "unknown reward 'prompt_macth'; known: .*flicker, .*motion_smoothness, .*sharpness"),
+        ("beauty", "unknown reward 'beauty'; known: .*flicker, .*motion_smoothness, .*sharpness"),
+        ("motion_smoothnes", r"'motion_smoothnes' \(did you mean motion_smoothness.*\?\); known: .*flicker"),
         ("users.nowhere:Brightness", "no module named 'users.nowhere'.*known: "),
         ("nowhere.at.all", "no module named 'nowhere'.*PYTHONPATH"),
-        ("users.my_rewards:Brihgtness", "users.my_rewards has no such attribute"),
+        ("users.my_rewards:Brihgtness", r"users.my_rewards has no such attribute \(did you mean Brightness"),
         ("users.my_rewards:CONSTANT", "holds a int there"),
         ("users.my_rewards:NotAReward", "neither a Reward subclass nor a function"),
         ("users.my_rewards:", "unknown reward"),
@@ -106,3 +115,28 @@ def test_unknown_rewards_are_one_clear_line(user_module, name, message):
 def test_a_missing_import_inside_the_users_module_is_not_hidden(user_module):
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
         get_reward("users.broken:Brightness")
+
+
+@pytest.mark.parametrize(
+    "option, value, wanted",
+    [
+        ("count", "abc", "a whole number"), ("count", 2.5, "a whole number"), ("count", True, "a whole number"),
+        ("rate", "abc", "a number"), ("rate", float("nan"), "a number"), ("rate", None, "a number"),
+        ("path", 3, "text or null"), ("flag", "yes", "true or false"), ("bare", "abc", "a number"),
+    ],
+)  # fmt: skip
+def test_options_are_of_the_type_that_a_reward_declares(user_module, option, value, wanted):
+    with pytest.raises(ValueError) as caught:
+        get_reward("users.my_rewards:Optional", **{option: value})
+    assert str(caught.value) == (
+        f"the option {option!r} of reward 'users.my_rewards:Optional' must be {wanted}, not {value!r}."
+    )
+
+
+def test_what_fits_is_given_as_it_is(user_module):
+    options = {"count": 5, "rate": 2, "path": None, "flag": True, "bare": 0.5, "free": [1]}
+    assert get_reward("users.my_rewards:Optional", **options).values == (5, 2, None, True, 0.5, [1])
+    with pytest.raises(ValueError, match="option 'fps' of reward 'dynamic_degree' must be a number, not 'abc'"):
+        get_reward("dynamic_degree", fps="abc")
+    with pytest.raises(ValueError, match="must be positive, not inf"):
+        get_reward("dynamic_degree", fps=float("inf"))

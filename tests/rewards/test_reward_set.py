@@ -1,11 +1,13 @@
 """Several rewards as one: sums, parts, threads, and what is refused."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from astrolabe_diffusers.rewards import RewardError, RewardSet, get_reward
+from tests.rewards.placed_rewards import make_batch
 
 
 PATH = "tests.rewards.test_reward_set"
@@ -102,10 +104,57 @@ def test_a_wrong_shape_is_refused(function, message):
         RewardSet({f"{PATH}:{function}": 1.0})(torch.rand(2, 3, 3, 8, 8), CAPTIONS)
 
 
+PLACED = "tests.rewards.placed_rewards"
+BRIGHT, ENDS, FIRST = (f"{PLACED}:{name}" for name in ("Bright", "EndFrames", "first_pixel"))
+
+
+@pytest.mark.parametrize("place", ["trainer", "cpu", "offload"])
+def test_a_reward_that_writes_into_what_it_is_given_changes_nothing_for_others(place):
+    batch = make_batch([7, 200], frames=3, size=8)
+    kept = copy.deepcopy(batch)
+    spoilers = [f"{PLACED}:in_place", f"{PLACED}:InPlace"]
+    names = [*spoilers, BRIGHT, ENDS, FIRST]
+    rewards = RewardSet(dict.fromkeys(names, 1.0), placement=dict.fromkeys(names, place))
+    output = rewards(*batch)
+    rewards.close()
+    alone = RewardSet(dict.fromkeys(names[2:], 1.0))(*copy.deepcopy(kept))
+    for name in names[2:]:
+        torch.testing.assert_close(output.scores[name], alone.scores[name])
+    assert torch.equal(batch[0], kept[0]) and batch[1:] == kept[1:]
+
+
+def test_a_reward_that_is_given_broken_frames_is_not_asked():
+    videos = torch.rand(3, 2, 3, 8, 8)
+    words = r"frames of sample 1, prompt 'b', are no finite numbers \(1 of 3 videos\)"
+    for value in (float("nan"), float("inf")):
+        videos[1, 1, 0, 3, 3] = value
+        with pytest.raises(RewardError, match=words):
+            RewardSet({ENDS: 1.0})(videos, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_is_a_finite_number(weight):
+    with pytest.raises(ValueError, match="the weight of 'sharpness' must be a finite number, not "):
+        RewardSet({"flicker": 1.0, "sharpness": weight})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are such devices")
+@pytest.mark.parametrize("place", ["cuda:1", "process:cuda:1", "trainer|process:cuda:7", "cuda"])
+def test_a_device_that_is_not_there_is_one_line(place):
+    with pytest.raises(ValueError, match=r"there is no device 'cuda(:\d)?': torch finds no GPU here"):
+        RewardSet({"sharpness": 1.0}, placement={"sharpness": place})
+
+
 def test_bad_input_is_one_clear_line():
+    with pytest.raises(ValueError, match=r"'sharpnes' \(did you mean sharpness\?\) is none of the rewards sharpness"):
+        RewardSet({"sharpness": 1.0}, placement={"sharpnes": "process"})
+    with pytest.raises(ValueError, match="videos must be floats .*; got torch.uint8"):
+        RewardSet({"flicker": 1.0})(torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), ["a"])
+    with pytest.raises(ValueError, match="metadata must be None or one dict a video; got 2 for 1"):
+        RewardSet({"flicker": 1.0})(torch.zeros(1, 2, 3, 8, 8), ["a"], [{}, {}])
     with pytest.raises(ValueError, match="no reward is named"):
         RewardSet({})
-    with pytest.raises(ValueError, match="unknown reward 'sharpnes'; known: .*sharpness"):
+    with pytest.raises(ValueError, match=r"unknown reward 'sharpnes' \(did you mean sharpness\?\); known: "):
         RewardSet({"sharpnes": 1.0})
     with pytest.raises(ValueError, match="one prompt each; got .* and 1 prompts"):
         RewardSet({"flicker": 1.0})(torch.rand(2, 2, 3, 8, 8), ["only one"])

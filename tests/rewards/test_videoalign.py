@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from astrolabe_diffusers.rewards.videoalign import (
     _MODELS,
@@ -60,16 +61,41 @@ def test_scores_are_those_of_the_published_code(make):
     assert list(overall.info) == ["VQ", "MQ", "TA"]
 
 
-def test_gray_is_the_colour_pass_of_gray_frames(make):
+def drained(frames):
+    """uint8 [B, F, 3, h, w] without colour, rounded down; in float32, as sums that are whole numbers show."""
+    red, green, blue = (weight * x for weight, x in zip(np.float32([0.2989, 0.587, 0.114]), _channels(frames)))
+    gray = np.floor(red + green + blue)[:, :, None]
+    return torch.tensor(gray.repeat(3, axis=2)).to(torch.uint8)
+
+
+def _channels(frames):
+    return frames.numpy().astype(np.float32).transpose(2, 0, 1, 3, 4)
+
+
+def test_gray_is_the_colour_pass_of_frames_that_were_gray_before_they_were_resized(make):
     videos = patterns(frames=12)
     gray, in_color = make(VideoAlignMQ), make(VideoAlignMQInColor)
     output = gray.score(videos, PROMPTS)
     assert list(output.info) == ["VQ", "MQ"]
-    frames = gray.requested(videos).numpy().astype(np.float64)
-    drained = np.floor(np.tensordot(frames, [0.2989, 0.587, 0.114], axes=([2], [0])))[:, :, None].repeat(3, axis=2)
-    expected = in_color.score(torch.tensor(drained).to(torch.uint8), PROMPTS).scores
-    torch.testing.assert_close(output.scores, expected, atol=1e-4, rtol=0)
+    uint8 = (videos * 255).round().to(torch.uint8)
+    places = torch.linspace(0, 11, 4).round().int().tolist()
+    # As torchvision resizes frames of 256 steps; `test_frame_request.py` has it from the formula.
+    small = F.interpolate(drained(uint8[:, places]).float().flatten(0, 1), (252, 448), mode="bicubic", antialias=True)
+    published = small.clamp(0, 255).round().to(torch.uint8).unflatten(0, (2, 4))
+    torch.testing.assert_close(output.scores, in_color.score(published, PROMPTS).scores, atol=1e-5, rtol=0)
+    # The other order, and colour, are something else.
+    other = in_color.score(drained(in_color.requested(videos)), PROMPTS).scores
+    assert (output.scores - other).abs().min() > 1e-4
     assert (output.scores - in_color.score(videos, PROMPTS).scores).abs().min() > 0.05
+
+
+def test_frames_of_another_kind_are_refused(make):
+    gray, in_color = make(VideoAlignMQ), make(VideoAlignMQInColor)
+    videos = patterns(frames=4)
+    with pytest.raises(ValueError, match="VideoAlignMQ was given frames of 3 channels"):
+        gray.score(in_color.requested(videos), PROMPTS)
+    with pytest.raises(ValueError, match="VideoAlignMQInColor was given frames of 1 channels"):
+        in_color.score(gray.requested(videos), PROMPTS)
 
 
 def test_only_text_alignment_depends_on_the_prompt(make):
@@ -91,7 +117,8 @@ def test_a_batch_scores_as_its_members(make, reward):
     in_twos = make(reward, batch_size=2).score(videos, prompts).scores
     torch.testing.assert_close(batch, in_twos, atol=1e-5, rtol=0)
     prepared = make(reward).requested(videos)
-    assert prepared.dtype == torch.uint8 and prepared.shape == (3, 4, 3, 252, 448)
+    channels = 1 if reward is VideoAlignMQ else 3
+    assert prepared.dtype == torch.uint8 and prepared.shape == (3, 4, channels, 252, 448)
     assert torch.equal(batch, make(reward).score(prepared, prompts).scores)
 
 

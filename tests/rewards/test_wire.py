@@ -7,6 +7,7 @@ from safetensors.torch import save
 
 from astrolabe_diffusers.rewards import FrameRequest, RewardOutput
 from astrolabe_diffusers.rewards.wire import (
+    VERSION,
     Job,
     outputs_from_json,
     outputs_to_json,
@@ -53,7 +54,7 @@ def test_part_and_joined_jobs_keep_what_belongs_together():
 
 
 def header(**values):
-    text = {"rewards": {"r": "0"}, "whole": [], "prompts": ["p"], "metadata": None, **values}
+    text = {"version": VERSION, "rewards": {"r": "0"}, "whole": [], "prompts": ["p"], "metadata": None, **values}
     return torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
 
 
@@ -75,6 +76,11 @@ VIDEO = torch.zeros(1, 2, 3, 4, 4, dtype=torch.uint8)
         (save({"0": VIDEO, "header": header(metadata=[{}, {}])}), "metadata"),
         (save({"0": VIDEO.float(), "header": header()}), "uint8"),
         (save({"0": VIDEO[0], "header": header()}), "uint8"),
+        (save({"0": VIDEO[:, :0], "header": header()}), "none of them empty"),
+        (save({"0": VIDEO[:, :, :2].contiguous(), "header": header()}), "uint8"),
+        (save({"0": VIDEO[:, :, :1].contiguous(), "header": header(whole=["r"])}), "uint8"),
+        (save({"0": VIDEO, "header": header(version=1)}), "of version 1, not 2"),
+        (save({"header": torch.tensor([91] * 100_000, dtype=torch.uint8)}), "no job for rewards: .*nested too deeply"),
     ],
 )
 def test_anything_else_is_refused(data, words):
@@ -83,7 +89,7 @@ def test_anything_else_is_refused(data, words):
 
 
 def test_requests_and_scores_survive_json():
-    requests = {"a": None, "b": FrameRequest((0, 3), ((4, 6), (2, 6)))}
+    requests = {"a": None, "b": FrameRequest((0, 3), ((4, 6), (2, 6))), "c": FrameRequest((1,), gray=True)}
     assert requests_from_json(json.loads(json.dumps(requests_to_json(requests)))) == requests
     # The third has no short decimal: it must come back exactly.
     scores = torch.tensor([math.nan, -math.inf, 0.1 + 1e-8])

@@ -83,12 +83,18 @@ def test_rewards_know_the_frame_rate_of_the_videos(place):
         ({"reward_placement": {"flicker": "process"}}, "reward_placement: 'flicker' is none of the rewards"),
         ({"reward_placement": {"sharpness": "gpu"}}, "rewards: there is no place 'gpu'.*'process:cuda:1'"),
         ({"reward_options": {"sharpness": {"x": 1}}}, "rewards: reward 'sharpness' has no option 'x'; it has none"),
+        (
+            {"eval_rewards": ["dynamic_degree"], "reward_options": {"dynamic_degree": {"fps": "abc"}}},
+            "eval_rewards: the option 'fps' of reward 'dynamic_degree' must be a number, not 'abc'",
+        ),
+        ({"rewards": {"sharpnes": 1.0}}, r"rewards: unknown reward 'sharpnes' \(did you mean sharpness\?\)"),
+        ({"reward_placement": {"sharpness": "http://"}}, "rewards: an address of a server must be http://host:port"),
         ({"reward_placement": {"sharpness": "http://127.0.0.1:9"}}, "rewards: http://127.0.0.1:9 cannot be reached"),
     ],
 )
 def test_mistakes_end_the_run_before_the_model_is_loaded(settings, words):
     with pytest.raises(UserError, match=words) as error:
-        make_rewards(NFTConfig(rewards={"sharpness": 1.0}, **settings), 16)
+        make_rewards(NFTConfig(**{"rewards": {"sharpness": 1.0}} | settings), 16)
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,90 @@
+"""Connections of a server that idle and slow clients cannot hold.
+
+uvicorn bounds the headers in length and has one timer, which runs after a response. These are the other bounds.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+# What a client has to send in the long run, on top of `seconds`: a job of 1 GB may take an hour.
+BYTES_PER_SECOND = 2**18
+
+
+@dataclass
+class ConnectionLimits:
+    """
+    Attributes:
+        connections: at a time; further ones are closed as soon as they are made.
+        seconds: in which a request has to be complete, headers and body, and one more for each 256 kB of it; and in
+            which an answer has to be taken.
+        refused: how many connections were closed for one of these reasons, or because what came was no HTTP.
+    """
+
+    connections: int = 256
+    seconds: float = 10.0
+    refused: int = 0
+
+
+def bounded_protocol(limits: ConnectionLimits) -> type[H11Protocol]:
+    """uvicorn's protocol with these limits, for its setting `http`."""
+
+    class BoundedProtocol(H11Protocol):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            # A client that does not speak HTTP is counted. A line for each would be a log that clients fill.
+            self.logger = logging.getLogger(f"{__name__}.clients")
+            self.logger.setLevel(logging.ERROR)
+            self._timer = None
+            # Since when a request is awaited or comes, if so; what came of it; and since when an answer waits.
+            self._began, self._received, self._waiting = self.loop.time(), 0, None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                self._refuse()
+            else:
+                self._check()
+
+        def connection_lost(self, exc):
+            if self._timer:
+                self._timer.cancel()
+            super().connection_lost(exc)
+
+        def data_received(self, data):
+            self._received += len(data)
+            super().data_received(data)
+            if not self._is_receiving():
+                self._began = None
+
+        def send_400_response(self, msg):
+            limits.refused += 1
+            super().send_400_response(msg)
+
+        def _is_receiving(self):
+            return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+        def _check(self):
+            now = self.loop.time()
+            if self._began is None and self._is_receiving():
+                self._began, self._received = now, 0
+            slow = self._began is not None and now > self._began + limits.seconds + self._received / BYTES_PER_SECOND
+            if not self.transport.get_write_buffer_size():
+                self._waiting = None
+            elif self._waiting is None:
+                self._waiting = now
+            if slow or (self._waiting is not None and now > self._waiting + limits.seconds):
+                self._refuse()
+            else:
+                self._timer = self.loop.call_later(limits.seconds / 10, self._check)
+
+        def _refuse(self):
+            limits.refused += 1
+            self.transport.abort()
+
+    return BoundedProtocol

@@ -1,0 +1,144 @@
+"""Requests to servers of rewards and to judges, whose answers nobody vouches for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.utils import get_environ_proxies
+
+from .reward import RewardPlaceError
+
+
+_CONNECT_SECONDS = 10
+_MAX_CONNECTIONS = 64
+_MAX_QUOTE = 200
+
+
+class UnreachableError(RewardPlaceError):
+    """There was no connection, or it broke."""
+
+
+class HttpClient:
+    """
+    Requests to one server. Frames, prompts and the key go to this address and nowhere else, so no redirect is
+    followed; an answer is bounded in length and in time, from the look-up of the name to the last byte; and of the
+    environment nothing is used but, for https, HTTPS_PROXY with NO_PROXY and REQUESTS_CA_BUNDLE.
+
+    Args:
+        url: `http://host:port/path` or https; a user and a password in it are sent and never shown.
+        key: sent as `Authorization: Bearer KEY`.
+        key_name: where the key is from, for the error.
+        max_answer_bytes: longer answers are an error.
+
+    Raises:
+        ValueError: that is no such address, or the key cannot be sent.
+    """
+
+    def __init__(self, url: str, key: str | None = None, key_name: str = "the key", max_answer_bytes: int = 2**26):
+        self.name, user = split_url(url)
+        self.max_answer_bytes = max_answer_bytes
+        self._secrets = [secret for secret in (key, *(user or ())) if secret]
+        self._session = requests.Session()
+        # No password of a .netrc is meant for this server.
+        self._session.trust_env = False
+        if self.name.startswith("https:"):
+            self._session.proxies = get_environ_proxies(self.name)
+            self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=_MAX_CONNECTIONS))
+        # What is unpacked could be a thousand times as long.
+        self._session.headers["Accept-Encoding"] = "identity"
+        self._session.auth = user
+        if key:
+            check_key(key, key_name)
+            if user:
+                raise ValueError(f"{self.name} is given a user and {key_name}; a request can have one of them.")
+            self._session.headers["Authorization"] = f"Bearer {key}"
+
+    def ask(self, method: str, path: str = "", *, timeout: float, **arguments: Any) -> tuple[int, bytes, str | None]:
+        """
+        The status, the body and the header Retry-After of an answer.
+
+        Args:
+            path: what comes after the address.
+            timeout: seconds for all of it.
+            arguments: as `requests.request` has them.
+
+        Raises:
+            UnreachableError: there is no connection.
+            RewardPlaceError: it was too slow, or its answer too long.
+        """
+        deadline, answer = time.monotonic() + timeout, Future()
+
+        def exchange():
+            try:
+                answer.set_result(self._exchange(method, path, deadline, arguments))
+            except Exception as error:
+                answer.set_exception(error)
+
+        # A time-out of a socket is one of each of its steps: a server that drips headers keeps within it for ever.
+        threading.Thread(target=exchange, name="http", daemon=True).start()
+        try:
+            return answer.result(timeout)
+        except (TimeoutError, requests.ReadTimeout):
+            raise RewardPlaceError(f"{self.name} did not answer within {round(timeout, 1):g} s.") from None
+        except requests.RequestException as error:
+            # Its text may hold the address with all that is in it.
+            raise UnreachableError(f"{self.name} cannot be reached ({type(error).__name__}).") from None
+
+    def _exchange(self, method: str, path: str, deadline: float, arguments: dict[str, Any]):
+        with self._session.request(
+            method,
+            self.name + path,
+            timeout=(_CONNECT_SECONDS, max(deadline - time.monotonic(), 0.1)),
+            stream=True,
+            allow_redirects=False,
+            **arguments,
+        ) as response:
+            body = bytearray()
+            for piece in response.iter_content(2**16):
+                body += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if len(body) > self.max_answer_bytes:
+                    raise RewardPlaceError(f"{self.name} answered more than {self.max_answer_bytes} bytes.")
+            return response.status_code, bytes(body), response.headers.get("Retry-After")
+
+    def quote(self, text: object) -> str:
+        """What a server said, fit for an error: one short line without what was sent to it in confidence."""
+        line = " ".join(str(text).split())
+        for secret in self._secrets:
+            line = line.replace(secret, "...")
+        line = "".join(c if c.isprintable() else "?" for c in line)
+        return line if len(line) <= _MAX_QUOTE else line[:_MAX_QUOTE] + "..."
+
+    def close(self):
+        self._session.close()
+
+
+def split_url(url: str) -> tuple[str, tuple[str, str] | None]:
+    """An address without user and password, and these; `ValueError` if it is none."""
+    try:
+        parts = urlsplit(url.strip())
+        port = parts.port
+    except ValueError:
+        parts, port = None, None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("an address of a server must be http://host:port or https://host:port, with a path if any.")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    shown = f"{parts.scheme}://{host}{f':{port}' if port is not None else ''}{parts.path.rstrip('/')}"
+    user = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
+    return shown, user
+
+
+def check_key(key: str, name: str):
+    """`ValueError` unless a header can hold the key `name`."""
+    if not all("!" <= c <= "~" for c in key):
+        raise ValueError(f"{name} holds a blank, a line break or another character that no header can have.")
