@@ -341,9 +341,8 @@ class NFTConfig(RewardConfig):
             raise UserError("rewards is empty: name at least one reward to train on.")
         if not any(self.rewards.values()):
             raise UserError("all rewards have weight 0: give one another weight, or nothing is learnt.")
-        for name in self.eval_rewards:
-            if name in self.rewards:
-                raise UserError(f"eval_rewards: {name} is trained on, and reported with the others already.")
+        # What is trained on is reported with the others anyway; a preset may watch what a flag then trains on.
+        self.eval_rewards = [name for name in self.eval_rewards if name not in self.rewards]
         if 0 < self.collapse_factor <= 1:
             raise UserError(f"collapse_factor must be more than 1, or 0 for never, not {self.collapse_factor}.")
         if self.primary_reward is not None and self.primary_reward not in self.rewards:

@@ -81,7 +81,6 @@ def test_values_get_the_type_of_their_field(arguments, field, value):
         (["--samples_per_prompt", "1"], ["samples_per_prompt", "at least 2"]),
         (["--rewards", "sharpness=0"], ["weight 0"]),
         (["--rewards", "sharpness=nan"], ["rewards", "name=weight"]),
-        (["--rewards", "sharpness", "--eval_rewards", "sharpness"], ["eval_rewards", "sharpness"]),
         (["--collapse_factor", "0.5"], ["collapse_factor", "more than 1"]),
     ],
 )
@@ -119,6 +118,11 @@ def test_numbers_out_of_bounds(field, outside, inside):
         with pytest.raises(UserError, match=f"^{field} must be [^\n]*$"):
             parse_args([f"--{field}", value])
     assert getattr(parse_args([f"--{field}", inside]), field) == float(inside)
+
+
+def test_what_is_trained_on_is_not_scored_again_to_be_watched():
+    config = parse_args(["--rewards", "sharpness", "--eval_rewards", "flicker,sharpness"])
+    assert config.eval_rewards == ["flicker"]
 
 
 def test_a_list_may_be_given_in_pieces(configs):
