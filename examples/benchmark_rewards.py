@@ -199,9 +199,8 @@ def published_videoalign(rewards: list, models: list, videos: torch.Tensor, prom
             prompt, device = reward.video_reward.prompt, next(model.parameters()).device
             request = reward.request(videos.shape[1], *videos.shape[-2:])
             frames = prepare_frames(videos.cpu(), request).numpy()
-            if reward.gray:
-                gray = np.tensordot(frames.astype(np.float32), np.float32([0.2989, 0.587, 0.114]), axes=([2], [0]))
-                frames = np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
+            if request.gray:
+                frames = np.repeat(frames, 3, axis=2)
             patches = [numpy_patches(video) for video in frames]
             grid = torch.tensor([[frames.shape[1] // 2, frames.shape[3] // 14, frames.shape[4] // 14]] * len(frames))
             text = prompt.template.replace("{text_prompt}", prompts[0])

@@ -239,8 +239,8 @@ def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"num_frames": 20}, ["num_frames=20", "9 and 21"]),
-        ({"height": 30}, ["height", "multiples"]),
+        ({"num_frames": 5}, ["num_frames", "at least 9, not 5"]),
+        ({"height": 30}, ["height", "multiple of 16"]),
         ({"rewards": "beauty"}, ["unknown reward 'beauty'", "tiny_shapes_prompt_match", "sharpness"]),
         ({"rewards": ""}, ["rewards is empty"]),
         ({"rewards": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),

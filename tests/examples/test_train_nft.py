@@ -234,9 +234,9 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"num_frames": 20}, ["num_frames=20", "9 and 21"]),
-        ({"eval_num_frames": 22}, ["num_frames=22", "21 and 33"]),
-        ({"height": 30}, ["height", "multiples"]),
+        ({"num_frames": 5}, ["num_frames", "at least 9, not 5"]),
+        ({"eval_num_frames": 5}, ["num_frames", "at least 9, not 5"]),
+        ({"height": 30}, ["height", "multiple of 16"]),
         ({"rewards": "beauty"}, ["unknown reward 'beauty'", "tiny_shapes_prompt_match"]),
         ({"eval_rewards": "beauty"}, ["eval_rewards", "unknown reward 'beauty'"]),
         ({"rewards": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),
