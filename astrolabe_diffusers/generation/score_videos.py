@@ -190,6 +190,9 @@ def read_video(path: Path) -> tuple[torch.Tensor, float]:
     Raises:
         UserError: the file is no video, or not a whole one.
     """
+    with as_user_error(f"{path} cannot be read as a whole video"):
+        if is_cut_off(path):
+            raise ValueError("its end is missing.")
     # `file:`, for a name may have a colon.
     url, only = f"file:{path}", ["-format_whitelist", FORMATS, "-protocol_whitelist", "file"]
     # What comes before the damage would be read without a word. Matroska files that end early have no other error.
@@ -198,8 +201,6 @@ def read_video(path: Path) -> tuple[torch.Tensor, float]:
     if check.returncode or check.stderr:
         lines = check.stderr.decode(errors="replace").splitlines() or [f"ffmpeg gave {check.returncode}"]
         raise UserError(f"{path} cannot be read as a whole video: {lines[0].rpartition('] ')[2][:200].rstrip('.')}.")
-    if is_cut_off(path):
-        raise UserError(f"{path} cannot be read as a whole video: its end is missing.")
     try:
         pieces: Iterator = imageio_ffmpeg.read_frames(url, input_params=only)
         meta = next(pieces)
