@@ -145,7 +145,7 @@ def split_for_peft(lora: OriginalLora, transformer: nn.Module) -> tuple[Original
         modules[name] = module.with_scale_one()
     if not modules:
         # peft knows no adapter without a module.
-        linears = {name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
+        linears = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
         name = next(name for name in linears if f"{name}.weight" in weights)
         modules[name] = LoraModule.of_zeros(weights[f"{name}.weight"])
     return replace(lora, modules=modules, diffs=rest), biases
