@@ -52,7 +52,8 @@ def exit_code(run: Callable[[], object]) -> int:
         message, code = f"out of memory, make videos, batches or the LoRA smaller: {summarize_exception(error)}", 2
     else:
         return 0
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes would only say the same
+    # The other processes would only say the same. What is no number is no other process.
+    if not os.environ.get("LOCAL_RANK", "0").lstrip("0").isdigit():
         print(f"error: {message}", file=sys.stderr)
     return code
 

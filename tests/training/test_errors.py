@@ -20,6 +20,10 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_code(lambda: fail(UserError("name a reward."))) == 2
     assert capsys.readouterr().err == ""
+    for first in ("0", "y"):  # the second is a slip, which accelerate refuses in words
+        monkeypatch.setenv("LOCAL_RANK", first)
+        assert exit_code(lambda: fail(UserError("name a reward."))) == 2
+        assert capsys.readouterr().err == "error: name a reward.\n"
 
 
 def test_a_size_that_no_memory_holds_is_one_line(capsys):
