@@ -33,7 +33,8 @@ class VideoWriter:
             macro_block_size=2,
             # By its name ffmpeg could not tell the format.
             output_params=["-f", "mp4"],
-            ffmpeg_log_level="error",
+            # It says what ends it in lines of its own; what is wrong is said once, below.
+            ffmpeg_log_level="fatal",
         )
 
     def __enter__(self) -> VideoWriter:
@@ -42,7 +43,10 @@ class VideoWriter:
 
     def write(self, frames: np.ndarray):
         """Appends `frames` `(F, H, W, 3)`, uint8."""
-        self._encoder.send(np.ascontiguousarray(frames))
+        try:
+            self._encoder.send(np.ascontiguousarray(frames))
+        except OSError as error:
+            raise OSError(f"ffmpeg ended while it wrote {self._partial}: is the disk full?") from error
         self.num_frames += len(frames)
 
     def __exit__(self, exception_type, exception, traceback):

@@ -49,6 +49,16 @@ def test_frames_that_do_not_arrive_are_an_error(frames, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_full_disk_is_one_line(frames, tmp_path, capfd):
+    (tmp_path / "a.mp4.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="ffmpeg ended while it wrote .*a.mp4.partial: is the disk full") as error:
+        with VideoWriter(tmp_path / "a.mp4", 24, 40, 12) as writer:
+            for _ in range(1000):  # more than the pipe holds
+                writer.write(frames)
+    assert "\n" not in str(error.value) and capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_encoder_that_fails_is_an_error(frames, tmp_path, monkeypatch):
     # As a full disk does, an encoder that is not there fails without an exception in Python.
     monkeypatch.setattr(imageio_ffmpeg._io, "get_first_available_h264_encoder", lambda: "nonsense")
