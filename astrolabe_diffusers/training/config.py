@@ -592,7 +592,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             value = _parse_weights(value)
         return {str(key): _finite(weight) for key, weight in value.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated")
+        expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated, each weight a finite number")
         raise UserError(f"{name} must be {expected}, not {value!r}.") from error
 
 
