@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from .checkpoints import WEIGHT_NAMES
 from .config import NFTConfig
@@ -16,13 +16,15 @@ from .writing import writing
 
 
 LOCK_NAME = ".lock"
+# A run writes it when it ends.
+RESULTS_NAME = "results.json"
 # All that a training run writes beside what its trackers do, as patterns.
 TRAINING_FILES = (
     "config.yaml",
     "metrics.jsonl",
     "eval.jsonl",
     "rewards.png",
-    "results.json",
+    RESULTS_NAME,
     "README.md",
     WEIGHT_NAMES[CURRENT],
     "before_after.mp4",
@@ -33,7 +35,7 @@ TRAINING_FILES = (
 )
 
 
-def lock_folder(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> BinaryIO:
     """Makes a folder and locks it, until the file that is returned is closed.
 
     Raises:
@@ -41,7 +43,8 @@ def lock_folder(folder: Path) -> TextIO:
     """
     with as_user_error(f"output_dir {str(folder)!r}"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_NAME).open("a+")
+        # Without a buffer: on a full disk closing the file would try to write what is in it, and fail once more.
+        lock = (folder / LOCK_NAME).open("a+b", buffering=0)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -74,7 +77,7 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Whether a run of this kind has written here."""
         self._lock.seek(0)
-        return self._lock.read().strip() == self.kind
+        return self._lock.read().strip() == self.kind.encode()
 
     def refuse_files_of_others(self, overwrite: str):
         """Raises a [`UserError`] if there are files to be written over; `overwrite` is the flag that allows it."""
@@ -85,12 +88,19 @@ class RunFolder:
                 f"--output_dir, or give {overwrite}."
             )
 
+    def refuse_finished(self):
+        """Raises a [`UserError`] if a run has ended here: one that begins anew would write over what it made."""
+        if (self.path / RESULTS_NAME).exists():
+            raise UserError(
+                f"{self.path} holds a finished run, but no whole checkpoint to go on from: another --output_dir "
+                "begins anew there, and --overwrite_output_dir true begins anew here."
+            )
+
     def begin(self):
         """Says in the lock file that what is written from now on is a run's."""
         with writing(self.path / LOCK_NAME):
             self._lock.truncate(0)
-            self._lock.write(self.kind + "\n")
-            self._lock.flush()
+            self._lock.write(f"{self.kind}\n".encode())
 
     def remove_files(self):
         """Removes what an earlier run wrote, but for its checkpoints: these are set aside."""
@@ -122,7 +132,7 @@ def open_training_folder(config: NFTConfig) -> RunFolder:
         if not (folder.has_begun() or _is_older_run(folder.path)):
             folder.refuse_files_of_others("--overwrite_output_dir true")
         if not _resumes(config):
-            state = "a finished run" if (folder.path / "results.json").exists() else "a run that has not ended"
+            state = "a finished run" if (folder.path / RESULTS_NAME).exists() else "a run that has not ended"
             raise UserError(
                 f"{folder.path} holds {state}: --resume_from_checkpoint latest goes on with it, another --output_dir "
                 "begins anew there, and --overwrite_output_dir true begins anew here."

@@ -394,6 +394,10 @@ class NFTTrainer:
                     self.folder.remove_files()
                 self.folder.begin()
         path, lines = self.checkpoints.find(config.resume_from_checkpoint)
+        with raise_together():
+            if self.accelerator.is_main_process and config.resume_from_checkpoint and path is None:
+                if not config.overwrite_output_dir:
+                    self.folder.refuse_finished()
         if path is not None:
             self.load_state(self.checkpoints.load(path, like=self.state()))
         self.completed = self.state()

@@ -127,6 +127,22 @@ def test_damaged_newest_checkpoint(model_folder, tmp_path, uninterrupted, troubl
     assert numbers_of_run(tmp_path) == uninterrupted
 
 
+def test_a_finished_run_without_a_checkpoint_is_left_alone(model_folder, tmp_path, trouble, capsys):
+    """A new run, as `latest` begins in an empty folder, would write over its LoRA."""
+    trouble.setenv("TROUBLE_CALL", "0")
+    values = dict(max_train_steps=2, checkpointing_steps=2, eval_steps=2)
+    assert run(model_folder, tmp_path, **values)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "config.yaml"}
+    (tmp_path / "checkpoints" / "checkpoint-2" / "optimizer.safetensors").unlink()
+    capsys.readouterr()
+    assert run(model_folder, tmp_path, resume_from_checkpoint="latest", **values)[0] == 2
+    error = capsys.readouterr().err
+    assert "holds a finished run, but no whole checkpoint" in error and error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in before}
+    again = dict(resume_from_checkpoint="latest", overwrite_output_dir="true")
+    assert run(model_folder, tmp_path, **values | again)[0] == 0
+
+
 def test_new_settings_take_effect_when_resuming(model_folder, tmp_path, trouble):
     """The advice after a collapse: a lower learning rate. The moments stay."""
     trouble.setenv("TROUBLE_CALL", "4")

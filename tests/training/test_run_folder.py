@@ -9,7 +9,7 @@ import pytest
 from astrolabe_diffusers.training import parse_args
 from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.run_folder import open_evaluation_folder, open_training_folder
-from tests.training.helpers import config, tiny_arguments
+from tests.training.helpers import config, full_disk, tiny_arguments
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -102,6 +102,15 @@ def test_overwriting_removes_what_looks_finished_and_keeps_checkpoints(tmp_path)
     folder.close()
     left = {str(path.relative_to(tmp_path)) for path in contents(tmp_path)}
     assert left == {"mine.txt", "checkpoints/checkpoint-1/trainer_state.json"}
+
+
+def test_the_folder_of_a_full_disk_is_one_line_and_closes(tmp_path):
+    folder = open_training_folder(config(output_dir=tmp_path))
+    with full_disk():
+        with pytest.raises(UserError, match=r"cannot write .*\.lock: "):
+            folder.begin()
+        folder.close()
+    assert (tmp_path / ".lock").read_bytes() == b""
 
 
 def test_leave_to_overwrite_is_for_one_start(tmp_path):
