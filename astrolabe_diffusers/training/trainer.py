@@ -124,7 +124,7 @@ class NFTTrainer:
         self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
 
         self.transformer = self.pipeline.transformer
-        with as_user_error("cannot add the LoRA"):
+        with as_user_error(f"init_lora {config.init_lora}" if config.init_lora else "cannot add the LoRA"):
             if config.init_lora:
                 load_policies(self.pipeline, config.init_lora, config.other_adapters)
             else:

@@ -250,6 +250,7 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
         ({"rank": 10**9}, ["out of memory"]),
         ({"resume_from_checkpoint": "checkpoint-7"}, ["no checkpoint checkpoint-7"]),
         ({"lora_target_modules": "nothing_like_it"}, ["cannot add the LoRA", "nothing_like_it"]),
+        ({"init_lora": "/no/lora"}, ["init_lora /no/lora: "]),
         ({"lr_scheduler": "wave"}, ["lr_scheduler", "wave"]),
         ({"learning_rate": 30, "collapse_factor": 1.001}, ["step 2", "collapsed", "learning_rate"]),
     ],
