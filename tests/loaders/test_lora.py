@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -133,6 +134,33 @@ def test_compiled_blocks(loaded, files):
         scaled = transformer(latents, torch.ones(1), text, attention_kwargs={"scale": 0.0}).sample
         plain = tiny_pipeline().transformer(latents, torch.ones(1), text).sample
     assert (scaled - plain).abs().max() < 1e-5
+
+
+def test_state_dict_without_metadata(tmp_path):
+    """As diffusers' own: what the scales of modules are is then in B."""
+    lora = matrices()
+    path = write(
+        tmp_path / "lora", lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora
+    )
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(pipe.lora_state_dict(path))
+    assert close(pipe, merged(lora))
+
+
+def test_offloaded_sequentially(files):
+    """Parameters are then on the meta device, but in the forward of their module."""
+    pipe = tiny_pipeline()
+    # diffusers' own needs a GPU.
+    pipe.enable_sequential_cpu_offload = lambda: cpu_offload(pipe.transformer, torch.device("cpu"))
+    pipe.enable_sequential_cpu_offload()
+    pipe.load_lora_weights(files[0])
+    assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+    assert close(pipe, expected(files, 1))
+    with pytest.raises(ValueError, match="there is a LoRA 'default_0' already"):
+        pipe.load_lora_weights(files[0], adapter_name="default_0")
+    pipe.load_lora_weights(files[3], adapter_name="plain")
+    pipe.set_adapters(["default_0", "plain"], [0.0, 1.0])
+    assert close(pipe, expected(files, 0, 1))
 
 
 def test_hotswap(tmp_path, loaded, files):
