@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from diffusers.utils.torch_utils import unwrap_module
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
@@ -74,6 +75,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         cls, state_dict, transformer, adapter_name=None, metadata=None, hotswap=False, **kwargs
     ):
         """As the parent's, which `load_lora_weights` ends in; a LoRA that does not fit is refused in one line."""
+        transformer = unwrap_module(transformer)  # of torch.compile, under which names begin with another module
         metadata = {name.removeprefix(_PREFIX): value for name, value in (metadata or {}).items()}
         lora = parse_lora({name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}, metadata)
         lora.check_fits(plain_state_dict(transformer))

@@ -163,15 +163,21 @@ def test_offloaded_sequentially(files):
     assert close(pipe, expected(files, 0, 1))
 
 
-def test_hotswap(tmp_path, loaded, files):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hotswap(compiled, tmp_path, loaded, files):
     """Alphas and ranks of modules come with the LoRA that is swapped in; whole differences do not go with it."""
-    first, second = (matrices(ranks={"blocks.0.self_attn.q": (4, alpha)}) for alpha in (4.0, 2.0))
+    first, second = (matrices(ranks={"blocks.0.self_attn.q": rank}) for rank in ((4, 4.0), (2, 3.0)))
     pipe = tiny_pipeline()
     for name, lora in (("first", first), ("second", second)):
         write(tmp_path / name, lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora)
+    pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(tmp_path / "first", adapter_name="x")
+    transformer = pipe.transformer
+    if compiled:  # nothing is until it is called
+        pipe.transformer = torch.compile(transformer)
     pipe.load_lora_weights(tmp_path / "second", adapter_name="x", hotswap=True)
-    assert (output(pipe.transformer) - merged(second)).abs().max() < 1e-5
+    pipe.transformer = transformer
+    assert (output(transformer) - merged(second)).abs().max() < 1e-5
     for target in (pipe, loaded):
         with pytest.raises(ValueError, match="cannot be swapped"):
             target.load_lora_weights(files[0], adapter_name=target.get_active_adapters()[0], hotswap=True)
