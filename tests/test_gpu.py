@@ -16,6 +16,8 @@ import astrolabe_diffusers
 from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
 from astrolabe_diffusers.models.attention_causal_wan import attend, attend_with_shared_past
 from astrolabe_diffusers.pipelines.noise import draw_noise
+from tests.loaders.test_original_lora import distilled
+from tests.tiny_pipeline import tiny_pipeline
 
 
 pytestmark = pytest.mark.gpu
@@ -181,6 +183,33 @@ def test_denoising_never_waits_for_the_device():
                 transformer(latents, timestep, text, kv_cache=cache, kv_cache_mode=mode, frame_offset=block * n)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("order", ["load, offload", "offload, load"])
+@pytest.mark.parametrize("offload", ["group", "sequential", "model"])
+def test_offloaded_with_a_lora_of_whole_differences(offload, order, tmp_path):
+    """Whatever brings parameters to the GPU, and takes them back, does it with what is added to norms and tables."""
+    path, *_ = distilled(tmp_path)
+
+    def video(*steps):
+        pipe = tiny_pipeline(num_frames=33)
+        for step in steps:
+            step(pipe)
+        return pipe(PROMPT, generator=generator(), output_type="latent").frames.cpu()
+
+    def load_lora(pipe):
+        pipe.load_lora_weights(path)
+
+    def enable(pipe):
+        if offload == "group":
+            pipe.enable_group_offload(
+                torch.device("cuda"), offload_type="leaf_level", use_stream=True, exclude_modules=["vae"]
+            )
+        else:
+            getattr(pipe, f"enable_{offload}_cpu_offload")()
+
+    steps = (load_lora, enable) if order.startswith("load") else (enable, load_lora)
+    assert (video(*steps) - video(load_lora, lambda pipe: pipe.to("cuda"))).abs().max() < 1e-5
 
 
 def test_a_long_stream_has_flat_memory():

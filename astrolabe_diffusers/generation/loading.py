@@ -14,6 +14,9 @@ from ..training.errors import UserError, as_user_error, one_line
 from ..training.setup import load_from
 
 
+SAMPLED_VALUES = 64
+
+
 def load_pipeline(
     model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
 ) -> CausalWanPipeline:
@@ -39,12 +42,19 @@ def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
     pipe.set_adapters(names, list(loras.values()))
 
 
-def weights_digest(*modules: torch.nn.Module) -> str:
-    """Changes when the weights do, those of loaded LoRAs included."""
+def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> str:
+    """Changes when the weights of the transformer do, those of loaded LoRAs included, or those of the others.
+
+    Of each parameter of the others `SAMPLED_VALUES` are looked at: they are files of one's own rarely, and training
+    changes all values. UMT5 alone has 11 GB, which take 11 s to read.
+    """
     digest = hashlib.sha256()
-    for module in modules:
+    for name, parameter in transformer.named_parameters():
+        digest.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
+    for module in sampled:
         for name, parameter in module.named_parameters():
-            digest.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
+            values = parameter.detach().flatten()
+            digest.update(f"{name} {values[:: -(-len(values) // SAMPLED_VALUES)].tolist()}\n".encode())
     return digest.hexdigest()[:16]
 
 

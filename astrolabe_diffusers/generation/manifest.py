@@ -44,8 +44,7 @@ class Manifest:
             UserError: a line is no entry, or its file lies elsewhere.
         """
         entries = {}
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else ()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(self._lines(), 1):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):  # a run was killed while it wrote the line
@@ -57,6 +56,14 @@ class Manifest:
                 )
             entries[entry["file"]] = entry
         return {file: entry for file, entry in entries.items() if os.path.isfile(self.folder / file)}
+
+    def _lines(self) -> list[str]:
+        """Unlike `str.splitlines` this does not split at U+2028 and the like, which other tools write as they are."""
+        try:
+            with self.path.open(encoding="utf-8-sig", errors="replace") as file:
+                return list(file)
+        except FileNotFoundError:
+            return []
 
     def append(self, entry: dict[str, Any]):
         with writing(self.path), self.path.open("a") as file:

@@ -131,23 +131,28 @@ def _replacing(
     new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     output_dir.mkdir(parents=True, exist_ok=True)
     partial = output_dir / ".partial"
-    if partial.exists():
-        raise ValueError(f"{partial} is there: another conversion is writing it, or was killed; then remove it.")
     try:
-        partial.mkdir()
-        # safetensors makes files that only their owner can read. The umask itself can only be read by setting it.
-        (partial / "mode").touch()
-        mode = (partial / "mode").stat().st_mode
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)
-        for old in reversed(there):
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        for name in names:
-            (partial / name).rename(output_dir / name)
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            raise ValueError(
+                f"{partial} is there: another conversion is writing it, or was killed; then remove it."
+            ) from None
+        try:
+            # safetensors makes files that only their owner can read. The umask itself can only be read by setting it.
+            (partial / "mode").touch()
+            mode = (partial / "mode").stat().st_mode
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
+            for old in reversed(there):
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            for name in names:
+                (partial / name).rename(output_dir / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in new_folders:
             with suppress(OSError):  # not empty: it worked
                 folder.rmdir()

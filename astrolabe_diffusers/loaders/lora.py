@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from diffusers.utils.torch_utils import unwrap_module
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
@@ -40,7 +46,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
 
         Args:
             weight_name: the file, where there are several.
-            return_lora_metadata: also return peft's config.
+            return_lora_metadata: also return peft's config. Without it the scales, which it has, are in B.
             use_safetensors, load_into_transformer_2: diffusers'; there is one format of a name, and one transformer.
             hub: subfolder, revision, token, cache_dir, force_download, proxies, local_files_only.
 
@@ -52,6 +58,8 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
             lora = parse_lora(source)
         else:
             lora = parse_lora(*read_lora_file(find_lora_file(source, weight_name, **hub)))
+        if not return_lora_metadata:
+            lora = replace(lora, modules={name: module.with_scale_one() for name, module in lora.modules.items()})
         state_dict = {_PREFIX + name: tensor for name, tensor in lora.state_dict().items()}
         if not return_lora_metadata:
             return state_dict
@@ -67,6 +75,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         cls, state_dict, transformer, adapter_name=None, metadata=None, hotswap=False, **kwargs
     ):
         """As the parent's, which `load_lora_weights` ends in; a LoRA that does not fit is refused in one line."""
+        transformer = unwrap_module(transformer)  # of torch.compile, under which names begin with another module
         metadata = {name.removeprefix(_PREFIX): value for name, value in (metadata or {}).items()}
         lora = parse_lora({name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}, metadata)
         lora.check_fits(plain_state_dict(transformer))
@@ -96,17 +105,36 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         if biases:  # peft has them in all modules or in none
             for name, module in lora.modules.items():
                 tensors[f"{name}.lora_B.bias"] = biases.get(name, torch.zeros(module.b.shape[0])).clone()
-        super().load_lora_into_transformer(
-            {_PREFIX + name: tensor for name, tensor in tensors.items()},
-            transformer,
-            adapter_name=adapter_name,
-            metadata={_PREFIX + name: value for name, value in config.to_dict().items()},
-            hotswap=hotswap,
-            **kwargs,
-        )
-        add_lora_diffs(transformer, adapter_name, lora.diffs)
+        with without_offloading(kwargs.get("_pipeline")):
+            super().load_lora_into_transformer(
+                {_PREFIX + name: tensor for name, tensor in tensors.items()},
+                transformer,
+                adapter_name=adapter_name,
+                metadata={_PREFIX + name: value for name, value in config.to_dict().items()},
+                hotswap=hotswap,
+                **kwargs,
+            )
+            add_lora_diffs(transformer, adapter_name, lora.diffs)
         # The new layers are in training mode, where the dropout that a LoRA was trained with works.
         transformer.train(transformer.training)
+
+
+@contextmanager
+def without_offloading(pipeline: DiffusionPipeline | None) -> Iterator[None]:
+    """Inside, parameters are where they can be read. diffusers does so too while it loads a LoRA, but what comes after
+    would find the parameters of a pipeline that is offloaded sequentially on the meta device again."""
+    is_model_offload, is_sequential_offload, is_group_offload = _func_optionally_disable_offloading(pipeline)
+    try:
+        yield
+    finally:
+        if is_model_offload:
+            pipeline.enable_model_cpu_offload()
+        elif is_sequential_offload:
+            pipeline.enable_sequential_cpu_offload()
+        elif is_group_offload:
+            for component in pipeline.components.values():
+                if isinstance(component, nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(component)
 
 
 def check_not_fused(lora: OriginalLora, transformer: nn.Module):

@@ -13,6 +13,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 
+from ..text_files import read_text
 from .tensor_files import fetch_link, load_tensors
 
 
@@ -101,7 +102,7 @@ def read_lora_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     if text is None:
         source = path.parent / _CONFIG
-        text = source.read_text(encoding="utf-8") if source.is_file() else "{}"
+        text = read_text(source) if source.is_file() else "{}"
     try:
         config = json.loads(text)
     except ValueError as error:

@@ -20,8 +20,8 @@ _ENDS = [
         (r"lora_B(?:\.[^.]+)?\.bias", "B.bias"),
         (r"alpha", "alpha"),
         (r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|dora_scale", "magnitude"),
-        (r"(?:lora_)?diff", "diff"),
-        (r"(?:lora_)?diff_b", "diff_b"),
+        (r"(?:lora_)?diff(?:\.weight)?", "diff"),  # with .weight as peft saves our layers
+        (r"(?:lora_)?diff_b(?:\.weight)?", "diff_b"),
         (r"diff_m", "diff_m"),
     )
 ]

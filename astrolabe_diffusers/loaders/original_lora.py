@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class LoraModule:
         return cls(torch.zeros(1, *weight.shape[1:]), torch.zeros(shape), alpha=1)
 
     def with_scale_one(self) -> LoraModule:
-        return self if self.scale == 1 else LoraModule(self.a, self.scale * self.b.float(), alpha=self.rank)
+        """The same LoRA with the scale in B."""
+        return self if self.scale == 1 else replace(self, b=self.scale * self.b.float(), alpha=self.rank)
 
     def add(self, diff: torch.Tensor) -> LoraModule:
         """The LoRA that adds this to the weight too."""

@@ -17,6 +17,8 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.hub_utils import _get_model_file
 from safetensors import safe_open
 
+from ..text_files import read_text
+
 
 _LINK = re.compile(
     r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?"
@@ -119,7 +121,7 @@ def _index_files(index: Path) -> list[Path]:
     if not index.is_file():
         raise FileNotFoundError(f"no such file: {index}")
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(json.loads(read_text(index))["weight_map"].values()))
         elsewhere = [shard for shard in shards if Path(shard).name != shard]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is no index of weight files: it has no weight_map by name.") from None

@@ -9,6 +9,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 
+class Diff(nn.Module):
+    """What one adapter adds to one parameter, times its weight. A module, and with a result of its own, for the hooks
+    of offloading bring parameters to the device while a module is called, and take them back after it."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, scale: float) -> torch.Tensor:
+        return scale * self.weight
+
+
 class LoraDiff(nn.Module, BaseTunerLayer):
     """
     A norm, or the place where a modulation table is used, and what adapters add to its parameters.
@@ -31,7 +43,7 @@ class LoraDiff(nn.Module, BaseTunerLayer):
         # In a tuple, or the owner of a table would be a submodule of its own.
         self.owner = (owner,)
         self.owner_parameters = parameters
-        self.lora_diff, self.lora_diff_b = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_diff, self.lora_diff_b = nn.ModuleDict(), nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}  # diffusers counts a layer's adapters here
         self.merged_adapters = []
@@ -39,7 +51,7 @@ class LoraDiff(nn.Module, BaseTunerLayer):
     def add(self, adapter: str, parameter: str, diff: torch.Tensor):
         own = getattr(self.owner[0], parameter)
         store = (self.lora_diff, self.lora_diff_b)[self.owner_parameters.index(parameter)]
-        store[adapter] = nn.Parameter(diff.to(own.device, own.dtype, copy=True))
+        store[adapter] = Diff(diff.to(own.device, own.dtype, copy=True))
         self.scaling[adapter], self.r[adapter] = 1.0, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +61,7 @@ class LoraDiff(nn.Module, BaseTunerLayer):
         if self.merged or self.disable_adapters:
             return result
         weight, bias = (
-            sum(store[name] * self.scaling[name] for name in self.active_adapters if name in store)
+            sum(store[name](self.scaling[name]) for name in self.active_adapters if name in store)
             for store in (self.lora_diff, self.lora_diff_b)
         )
         norm = self.base_layer
@@ -64,7 +76,7 @@ class LoraDiff(nn.Module, BaseTunerLayer):
     def _add_to_base(self, adapter: str, sign: int):
         for store, parameter in zip((self.lora_diff, self.lora_diff_b), self.owner_parameters):
             if adapter in store:
-                getattr(self.owner[0], parameter).add_(store[adapter], alpha=sign * self.scaling[adapter])
+                getattr(self.owner[0], parameter).add_(store[adapter](sign * self.scaling[adapter]))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """`safe_merge` is peft's; diffs are finite since they were read."""

@@ -205,6 +205,24 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         self.modulation = nn.Identity()
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, output_loading_info: bool = False, **kwargs
+    ) -> "CausalWanTransformer3DModel":
+        """As the parent's, which would leave tensors that the files lack without values, with a warning.
+
+        Raises:
+            ValueError: tensors are missing.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            more = ", ..." if len(missing) > 3 else ""
+            raise ValueError(
+                f"the transformer of {pretrained_model_name_or_path} lacks {len(missing)} tensors: "
+                f"{', '.join(missing[:3])}{more}."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
     def from_single_file(
         cls,
         pretrained_model_link_or_path_or_dict: str | PathLike | dict[str, Any],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -55,9 +57,9 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
     """The pipeline of a folder or Hub repository; `kwargs` of `from_pretrained`.
 
     Raises:
-        UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded.
+        UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded whole.
     """
-    with no_loading_bars(), as_user_error(f"cannot load {model}", LOADING):
+    with no_loading_bars(), as_user_error(f"cannot load {model}", LOADING), no_missing_tensors():
         name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
         if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
             raise UserError(
@@ -67,6 +69,34 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)
         pipeline.check_components()
     return pipeline
+
+
+@contextmanager
+def no_missing_tensors() -> Iterator[None]:
+    """Raises a `ValueError` if files of models that are loaded inside lack tensors. diffusers and transformers go on
+    with random values, or none, and log it."""
+    missing = []
+
+    def take(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "newly initialized" not in text:
+            return True
+        # A list in Python, or a table.
+        missing.extend(
+            list_item or row for list_item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M)
+        )
+        return False
+
+    loggers = [logging.getLogger(name) for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils")]
+    for logger in loggers:
+        logger.addFilter(take)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(take)
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing in its files: {', '.join(sorted(missing)[:3])}")
 
 
 @contextmanager

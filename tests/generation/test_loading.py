@@ -45,6 +45,20 @@ def test_digest_follows_the_weights(trained, tmp_path):
     assert digest(1) not in (plain, first)
 
 
+@pytest.mark.parametrize("component", ["vae", "text_encoder"])
+def test_digest_follows_the_other_weights(component):
+    """A value of every tensor is enough for a model that was trained further: that changes them all."""
+
+    def digest(change=lambda parameter: None):
+        pipe = tiny_pipeline()
+        *_, last = getattr(pipe, component).parameters()
+        change(last.data)
+        return weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder)
+
+    plain = digest()
+    assert plain == digest() != digest(lambda parameter: parameter.add_(0.1))
+
+
 def test_another_models_lora_is_refused(tmp_path):
     save_adapter(policy_pipeline(num_attention_heads=4).transformer, tmp_path)
     with pytest.raises(UserError, match="cannot load the LoRA .*another model's"):

@@ -118,6 +118,14 @@ def test_lines_that_are_torn_or_broken(folder, jobs, line):
     assert pending(folder, jobs) == []
 
 
+def test_lines_of_another_tool(tmp_path):
+    """With a mark, and with a separator in a text, which ends a line in Python and not in files."""
+    (tmp_path / "a.mp4").touch()
+    line = json.dumps({"file": "a.mp4", "prompt": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "manifest.jsonl").write_text(line + "\n", encoding="utf-8-sig")
+    assert Manifest(tmp_path).read(["file", "prompt"])["a.mp4"]["prompt"] == "one\u2028two"
+
+
 def test_torn_line_and_left_overs_of_a_killed_run(folder, jobs):
     path = folder / "manifest.jsonl"
     path.write_text(path.read_text()[:-20])  # the last line is that of the first job

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -135,15 +136,48 @@ def test_compiled_blocks(loaded, files):
     assert (scaled - plain).abs().max() < 1e-5
 
 
-def test_hotswap(tmp_path, loaded, files):
+def test_state_dict_without_metadata(tmp_path):
+    """As diffusers' own: what the scales of modules are is then in B."""
+    lora = matrices()
+    path = write(
+        tmp_path / "lora", lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora
+    )
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(pipe.lora_state_dict(path))
+    assert close(pipe, merged(lora))
+
+
+def test_offloaded_sequentially(files):
+    """Parameters are then on the meta device, but in the forward of their module."""
+    pipe = tiny_pipeline()
+    # diffusers' own needs a GPU.
+    pipe.enable_sequential_cpu_offload = lambda: cpu_offload(pipe.transformer, torch.device("cpu"))
+    pipe.enable_sequential_cpu_offload()
+    pipe.load_lora_weights(files[0])
+    assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+    assert close(pipe, expected(files, 1))
+    with pytest.raises(ValueError, match="there is a LoRA 'default_0' already"):
+        pipe.load_lora_weights(files[0], adapter_name="default_0")
+    pipe.load_lora_weights(files[3], adapter_name="plain")
+    pipe.set_adapters(["default_0", "plain"], [0.0, 1.0])
+    assert close(pipe, expected(files, 0, 1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hotswap(compiled, tmp_path, loaded, files):
     """Alphas and ranks of modules come with the LoRA that is swapped in; whole differences do not go with it."""
-    first, second = (matrices(ranks={"blocks.0.self_attn.q": (4, alpha)}) for alpha in (4.0, 2.0))
+    first, second = (matrices(ranks={"blocks.0.self_attn.q": rank}) for rank in ((4, 4.0), (2, 3.0)))
     pipe = tiny_pipeline()
     for name, lora in (("first", first), ("second", second)):
         write(tmp_path / name, lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora)
+    pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(tmp_path / "first", adapter_name="x")
+    transformer = pipe.transformer
+    if compiled:  # nothing is until it is called
+        pipe.transformer = torch.compile(transformer)
     pipe.load_lora_weights(tmp_path / "second", adapter_name="x", hotswap=True)
-    assert (output(pipe.transformer) - merged(second)).abs().max() < 1e-5
+    pipe.transformer = transformer
+    assert (output(transformer) - merged(second)).abs().max() < 1e-5
     for target in (pipe, loaded):
         with pytest.raises(ValueError, match="cannot be swapped"):
             target.load_lora_weights(files[0], adapter_name=target.get_active_adapters()[0], hotswap=True)

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from astrolabe_diffusers.training.errors import UserError
 from astrolabe_diffusers.training.setup import (
@@ -16,7 +17,7 @@ from astrolabe_diffusers.training.setup import (
     set_recipe,
     video_size,
 )
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import config
 
 
@@ -147,3 +148,23 @@ def test_video_size_is_whole_blocks():
 def test_loading_is_silent(model_folder, capfd):
     pipe = load_pipeline(str(model_folder), Accelerator(cpu=True))
     assert pipe.transformer.config.num_layers == 2 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("transformer/diffusion_pytorch_model", "blocks.1.attn1.to_q.weight"),
+        ("vae/diffusion_pytorch_model", "decoder.conv_in.weight"),
+        ("text_encoder/model", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ],
+)
+def test_a_folder_that_lacks_a_tensor(file, tensor, tmp_path, capfd):
+    """diffusers and transformers would go on with random values, or none."""
+    path = save_tiny_pipeline(tmp_path / "tiny") / f"{file}.safetensors"
+    tensors = load_file(path)
+    del tensors[tensor]
+    save_file(tensors, path, metadata={"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(UserError, match=f"cannot load .*{tensor}") as error:
+        load_from(str(tmp_path / "tiny"))
+    assert "\n" not in str(error.value) and "initialized" not in capfd.readouterr().err
