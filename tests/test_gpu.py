@@ -183,6 +183,36 @@ def test_denoising_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("offload", ["none", "model", "group", "group with a stream"])
+def test_a_distilled_lora_on_what_is_offloaded(offload):
+    """Its layers for norms and tables go where the model's own go."""
+    width, noise = 128, torch.Generator().manual_seed(1)
+    lora = {
+        "blocks.0.self_attn.q.lora_A.weight": torch.randn(4, width, generator=noise) * 0.1,
+        "blocks.0.self_attn.q.lora_B.weight": torch.randn(width, 4, generator=noise) * 0.1,
+        "blocks.0.norm3.diff": torch.randn(width, generator=noise) * 0.2,
+        "blocks.1.cross_attn.norm_k.diff": torch.randn(width, generator=noise) * 0.2,
+        "blocks.2.diff_m": torch.randn(1, 6, width, generator=noise) * 0.2,
+        "head.modulation.diff": torch.randn(1, 2, width, generator=noise) * 0.2,
+    }
+    expected = load()
+    expected.load_lora_weights(lora)
+    pipe = load()
+    if offload == "none":
+        pipe.to("cuda")
+    elif offload == "model":
+        pipe.enable_model_cpu_offload()
+    else:
+        use_stream = offload != "group"
+        pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=use_stream)
+    without = pipe(PROMPT, generator=generator(), output_type="pt").frames.cpu()
+    pipe.load_lora_weights(lora)
+    frames = [p(PROMPT, generator=generator(), output_type="pt").frames.cpu() for p in (pipe, expected)]
+    assert (frames[0] - frames[1]).abs().max() < 1e-2 and (frames[0] - without).abs().max() > 0.1
+    pipe.unload_lora_weights()
+    assert (pipe(PROMPT, generator=generator(), output_type="pt").frames.cpu() - without).abs().max() < 1e-2
+
+
 def test_a_long_stream_has_flat_memory():
     pipe = load(torch.bfloat16).to("cuda")
     num_frames = 1 + 4 * (3 * 60 - 1)
