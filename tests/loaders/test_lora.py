@@ -122,6 +122,18 @@ def test_half_precision_keeps_what_the_model_keeps(files):
     assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
 
 
+def test_layers_that_are_offloaded(files, base):
+    """Onto the same device here: the hooks know the layers that a LoRA brings, and those that it leaves."""
+    pipe = tiny_pipeline()
+    device = torch.device("cpu")
+    pipe.transformer.enable_group_offload(device, device, offload_type="leaf_level")
+    assert close(pipe, base)
+    pipe.load_lora_weights(files[0])
+    assert close(pipe, expected(files, 1))
+    pipe.unload_lora_weights()
+    assert close(pipe, base)
+
+
 def test_compiled_blocks(loaded, files):
     """The repeated blocks are one graph, with whole differences in them and at another scale."""
     loaded.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")

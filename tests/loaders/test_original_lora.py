@@ -390,3 +390,28 @@ def test_a_dict_is_not_changed_by_what_is_done_with_the_lora(pipe):
         parameter.data.zero_()
     assert tensors.keys() == PAIR.keys() and all(torch.equal(tensors[key], PAIR[key]) for key in PAIR)
     assert parse_lora(tensors).modules["blocks.0.attn1.to_q"].rank == 4
+
+
+def test_hub_repository_in_the_cache(tmp_path):
+    """peft's file and its config, found by the repository's list of files; in a subfolder and by name too."""
+    repo = tmp_path / "models--me--lora"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    (snapshot / "sub").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    for folder, alpha in ((snapshot, 8), (snapshot / "sub", 2)):
+        save_file(PAIR, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+    cached = {"cache_dir": str(tmp_path), "local_files_only": True, "return_lora_metadata": True}
+    for options, alpha in (
+        ({}, 8),
+        ({"weight_name": "adapter_model.safetensors"}, 8),
+        ({"subfolder": "sub"}, 2),
+        ({"subfolder": "sub", "weight_name": "adapter_model.safetensors"}, 2),
+    ):
+        state_dict, metadata = CausalWanPipeline.lora_state_dict("me/lora", **options, **cached)
+        assert len(state_dict) == 2 and metadata["transformer.lora_alpha"] == alpha
+    save_file(PAIR, snapshot / "other.safetensors")
+    assert len(CausalWanPipeline.lora_state_dict("me/lora", weight_name="other.safetensors", **cached)) == 2
+    with pytest.raises(OSError):
+        CausalWanPipeline.lora_state_dict("me/nothing", **cached)
