@@ -20,7 +20,7 @@ from ..pipelines.noise import NOISE_LAYOUT
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rewards import RewardSet
-from ..training.agreement import raise_together
+from ..training.agreement import Resources, raise_together
 from ..training.errors import UserError, as_user_error, one_line
 from ..training.prompts import Prompt, PromptSource
 from ..training.rollout import RewardWorker
@@ -46,11 +46,11 @@ def generate_videos(config: GenerationConfig):
             then made their videos, and the same call makes the rest.
     """
     accelerator = make_accelerator()
-    with ExitStack() as resources:
+    with Resources() as resources:
         _generate_videos(config, accelerator, resources)
 
 
-def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resources: ExitStack):
+def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resources: Resources):
     """`resources` are let go of afterwards, whatever happens."""
     manifest = Manifest(Path(config.output_dir))
     with raise_together():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch.distributed
 from accelerate.utils import gather_object
@@ -12,6 +12,19 @@ from .errors import Interrupted, ProcessError, UserError, summarize_exception
 
 
 CALLED_OFF = "astrolabe/called_off"
+
+
+class Resources(ExitStack):
+    """What a run lets go of at its end, whatever happens: threads and processes of rewards, trackers, a folder's lock.
+
+    After an error in a run of several processes this is left to the end of the process: the launcher ends all of them
+    as soon as one has ended, and an error that waited for a thread or a tracker would not be printed any more.
+    """
+
+    def __exit__(self, kind, error, trace):
+        if error is not None and torch.distributed.is_initialized():
+            return False
+        return super().__exit__(kind, error, trace)
 
 
 @contextmanager

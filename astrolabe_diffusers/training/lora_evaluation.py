@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import TINY_SHAPES
 from ..rewards import RewardSet
-from .agreement import raise_together
+from .agreement import Resources, raise_together
 from .arguments import ArgumentParser
 from .config import PRECISIONS, RewardConfig, option, parse_fields
 from .errors import UserError, as_user_error
@@ -134,14 +134,14 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     check_precision(accelerator)
-    with ExitStack() as resources:
+    with Resources() as resources:
         results = _evaluate_loras(config, accelerator, resources)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
 
-def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, resources: ExitStack) -> dict[str, Any]:
+def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, resources: Resources) -> dict[str, Any]:
     """`resources` are let go of afterwards, whatever happens."""
     output_dir = Path(config.output_dir)
     with raise_together():

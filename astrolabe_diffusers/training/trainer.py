@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .advantages import Advantages, group_advantages, reward_to_maximise
-from .agreement import raise_together
+from .agreement import Resources, raise_together
 from .checkpoints import WEIGHT_NAMES, Checkpoints, policy_identity, save_adapter
 from .config import NFTConfig
 from .errors import Interrupted, UserError, as_user_error
@@ -72,8 +72,7 @@ class NFTTrainer:
     def __init__(self, config: NFTConfig, pipeline: CausalWanPipeline | None = None):
         self.config = config
         self.accelerator = make_accelerator(config)
-        # What has to be let go of, whatever happens: threads and processes of rewards, trackers, the folder's lock.
-        self.resources = ExitStack()
+        self.resources = Resources()
         with ExitStack() as stack:
             stack.push(self.resources)
             with raise_together():
