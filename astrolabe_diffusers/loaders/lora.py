@@ -78,8 +78,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         transformer = unwrap_module(transformer)  # of torch.compile, under which names begin with another module
         metadata = {name.removeprefix(_PREFIX): value for name, value in (metadata or {}).items()}
         lora = parse_lora({name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}, metadata)
-        weights = plain_state_dict(transformer)
-        lora.check_fits(weights)
+        lora.check_fits(plain_state_dict(transformer))
         check_not_fused(lora, transformer)
         taken = getattr(transformer, "peft_config", {})
         if adapter_name in taken and not hotswap:
@@ -93,8 +92,6 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         )
         lora, biases = split_for_peft(lora, transformer)
         find_diff_layers(transformer, lora.diffs)
-        if any(weights[name].is_meta for name in lora.diffs):
-            raise ValueError("this LoRA adds to norms or modulation: load it before enable_sequential_cpu_offload().")
         if hotswap and (lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer))):
             raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")
         config = lora.peft_config()
