@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
@@ -149,4 +148,3 @@ def add_lora_diffs(transformer: nn.Module, adapter: str, diffs: dict[str, torch.
         layer.add(adapter, parameter, diffs[name])
         layer.set_adapter(peft_layer.active_adapters)
         layer.enable_adapters(not peft_layer.disable_adapters)
-    _maybe_remove_and_reapply_group_offloading(transformer)
