@@ -22,7 +22,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def answer(self, status: int, body: bytes | dict = b"", **headers: str):
+    def answer(self, status: int, body: bytes | dict | list = b"", **headers: str):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
@@ -66,6 +66,12 @@ class HubHandler(BaseHTTPRequestHandler):
         if match and match[1] in hub.repos:
             files = [{"rfilename": name} for name in hub.repos[match[1]]]
             return self.answer(200, {"id": match[1], "modelId": match[1], "sha": "0" * 40, "siblings": files})
+        match = re.fullmatch(r"/api/models/(.+/.+?)/tree/[^/]+", path)
+        if match and match[1] in hub.repos:
+            return self.answer(200, [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in hub.repos[match[1]].items()
+            ])  # fmt: skip
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if match and match[2] in hub.repos.get(match[1], {}):
             content = hub.repos[match[1]][match[2]]
