@@ -31,7 +31,16 @@ def server(tmp_path):
     command = [sys.executable, "examples/serve_reward.py", "--reward", "sharpness,dynamic_degree", "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with errors.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
+        # A shell's background job, as the tests may be one, has its children ignore Ctrl-C.
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     url = f"http://127.0.0.1:{port}"
     assert process.stdout.readline() == f"sharpness, dynamic_degree at {url}\n"
     deadline = time.monotonic() + 60
