@@ -34,7 +34,6 @@ class ArgumentParser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {flag}{close_matches(flag, flags)}.")
         return arguments
 
-
     def _check_value(self, action: argparse.Action, value):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]

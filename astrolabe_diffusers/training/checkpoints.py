@@ -184,7 +184,7 @@ class Checkpoints:
         with raise_together(), as_user_error(f"cannot write {final}"):
             if self.accelerator.is_main_process:
                 self.config.save(partial / "config.yaml")
-                state = {"format": FORMAT, "identity": self.identity, **self._scaler_state(), **state}
+                state = {"format": FORMAT, "identity": self.identity, **state}
                 (partial / STATE_NAME).write_text(json.dumps(state))
                 seal(partial)
                 partial.rename(final)
@@ -206,10 +206,6 @@ class Checkpoints:
 
     def _random_states_path(self, folder: Path) -> Path:
         return folder / f"random_states_{self.accelerator.process_index}.json"
-
-    def _scaler_state(self) -> dict[str, Any]:
-        """Of fp16, which an accelerate config may ask for."""
-        return {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
 
     def find(self, name: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
@@ -296,9 +292,8 @@ class Checkpoints:
         parameters = trained_parameters(self.transformer)
         with raise_together(), as_user_error(f"cannot resume from {path}"):
             state = self._read_state(path)
-            scaler = self._scaler_state()
             with as_user_error(f"{path / STATE_NAME} is no state of this run"):
-                check_form(state, like | scaler)
+                check_form(state, like)
             with as_user_error(f"{path / OPTIMIZER_NAME} does not fit this run"):
                 moments = safetensors.torch.load_file(path / OPTIMIZER_NAME)
                 check_optimizer_tensors(moments, parameters)
@@ -307,8 +302,6 @@ class Checkpoints:
             if random_states_path.is_file():
                 with as_user_error(f"cannot use {random_states_path}"):
                     set_random_states(_read_json(random_states_path))
-            if scaler:
-                self.accelerator.scaler.load_state_dict(state.pop("scaler"))
         # As in `save`: shards are handed out together.
         with contextlib.nullcontext() if is_sharded() else raise_together(), as_user_error(f"cannot use {path}"):
             for adapter in self.transformer.peft_config:

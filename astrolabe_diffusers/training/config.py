@@ -17,8 +17,9 @@ import yaml
 from .. import TINY_SHAPES
 from ..pipelines.sigmas import check_sigmas
 from ..rewards.reward_set import PLACES
+from ..spelling import close_matches
 from ..text_files import read_text
-from .arguments import ArgumentParser, close_matches
+from .arguments import ArgumentParser
 from .errors import UserError, as_user_error, one_line
 from .published_runs import SIZES, find_published_run, list_published_runs
 from .shareable import find_secret
@@ -435,9 +436,7 @@ def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = No
     return NFTConfig(**{**arguments.pop("config"), **arguments})
 
 
-def parse_settings(
-    parser: ArgumentParser, argv: list[str] | None, config_dir: str | Path | None
-) -> dict[str, Any]:
+def parse_settings(parser: ArgumentParser, argv: list[str] | None, config_dir: str | Path | None) -> dict[str, Any]:
     """What the command line says for [`NFTConfig`] and the parser's own arguments; `config` holds the settings that
     `--config` stands for, with sizes for this number of processes."""
     names = ", ".join(_config_names(config_dir))
@@ -473,12 +472,10 @@ def _named_settings(
         return values | changed
     if recommended:
         raise UserError("--recommended goes with the name of a published run; --config list prints them.")
-    return _read_yaml(config, config_dir, [f.name for f in fields(NFTConfig)])
+    return _read_config(config, config_dir, [f.name for f in fields(NFTConfig)])
 
 
-def parse_fields(
-    parser: ArgumentParser, config_class: type[Config], argv: list[str] | None
-) -> dict[str, Any]:
+def parse_fields(parser: ArgumentParser, config_class: type[Config], argv: list[str] | None) -> dict[str, Any]:
     """What the command line says, with `--field value` for every field of `config_class` beside the parser's own.
 
     A list is comma-separated, or its flag is given several times.
@@ -521,11 +518,19 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _read_yaml(problem: str, text: str) -> Any:
+    """What a YAML text says; a [`UserError`] that begins with `problem` if it is none."""
+    try:
+        return yaml.load(text, Loader=UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{problem}: {one_line(error)}") from error
+
+
 def _config_names(config_dir: str | Path | None) -> list[str]:
     return sorted(path.stem for path in Path(config_dir).glob("*.yaml")) if config_dir else []
 
 
-def _read_yaml(config: str | None, config_dir: str | Path | None, names: list[str]) -> dict[str, Any]:
+def _read_config(config: str | None, config_dir: str | Path | None, names: list[str]) -> dict[str, Any]:
     if config is None:
         return {}
     path = Path(config)
@@ -536,10 +541,7 @@ def _read_yaml(config: str | None, config_dir: str | Path | None, names: list[st
         raise UserError(f"--config {config}: no such file and no such name; the names are: {known}.")
     with as_user_error("--config"):
         text = read_text(path)
-    try:
-        values = yaml.load(text, Loader=UniqueKeyLoader) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no valid YAML: {one_line(error)}") from error
+    values = _read_yaml(f"{path} is no valid YAML", text) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `field: value` lines.")
     unknown = [name for name in values if name not in names]
@@ -589,7 +591,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             kind = get_args(hint)[0]
             return [_finite(item) if kind is float else kind(item) for item in items]
         if isinstance(value, str):
-            value = _parse_weights(value)
+            value = _parse_weights(name, value)
         return {str(key): _finite(weight) for key, weight in value.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated, each weight a finite number")
@@ -618,7 +620,7 @@ def _to_options(name: str, value: Any) -> dict[str, dict[str, Any]]:
             reward, _, argument = key.rpartition(".")
             if not reward:
                 raise UserError(f"{name} must be {form}, comma-separated, not {value!r}.")
-            options.setdefault(reward, {})[argument] = yaml.safe_load(text)
+            options.setdefault(reward, {})[argument] = _read_yaml(f"{name}: the value of {key} is no valid YAML", text)
         return options
     if not isinstance(value, dict) or not all(isinstance(arguments, dict) for arguments in value.values()):
         raise UserError(f"{name} must be {{name: {{argument: value}}}}, not {value!r}.")
@@ -632,14 +634,22 @@ def _pairs(name: str, text: str, form: str) -> list[tuple[str, str]]:
     parts = [part.partition("=") for part in text.split(",") if part.strip()]
     if not all(equals for _, equals, _ in parts):
         raise UserError(f"{name} must be {form}, comma-separated, not {text!r}.")
-    return [(key.strip(), value.strip()) for key, _, value in parts]
+    return _each_once(name, [(key.strip(), value.strip()) for key, _, value in parts])
 
 
-def _parse_weights(text: str) -> dict[str, Any]:
+def _each_once(name: str, pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"{name}: {twice[0]} is given twice.")
+    return pairs
+
+
+def _parse_weights(name: str, text: str) -> dict[str, Any]:
     if text.strip().startswith("{"):
-        return yaml.safe_load(text)
-    pairs = (part.partition("=") for part in text.split(",") if part.strip())
-    return {name.strip(): weight.strip() if equals else 1.0 for name, equals, weight in pairs}
+        return _read_yaml(f"{name} is no valid YAML", text)
+    parts = [part.partition("=") for part in text.split(",") if part.strip()]
+    pairs = [(key.strip(), weight.strip() if equals else 1.0) for key, equals, weight in parts]
+    return dict(_each_once(name, pairs))
 
 
 def _divisors(number: int) -> list[int]:

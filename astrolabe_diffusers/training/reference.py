@@ -127,6 +127,6 @@ class ReferenceSchedule:
 
     def load_state_dict(self, state: dict[str, Any]):
         self.age = state["age"]
-        # Another setting goes before the threshold that came of the old one; old checkpoints have neither.
-        if state.get("start_kl") == self.start_kl:
-            self.max_kl = state.get("max_kl", self.max_kl)
+        # Another setting goes before the threshold that came of the old one.
+        if state["start_kl"] == self.start_kl:
+            self.max_kl = state["max_kl"]
