@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
 from astrolabe_diffusers.rewards.server import create_app
@@ -44,7 +45,6 @@ def home(tmp_path, monkeypatch):
 
 
 def test_what_runs_write_names_no_secret_no_server_and_no_home(home, model_folder, monkeypatch):
-    wandb = pytest.importorskip("wandb")
     model = home / "models" / "tiny"
     shutil.copytree(model_folder, model)
     with serving(create_app(CachedRewards(["flicker"], cache_size=0), TOKENS["ASTROLABE_REWARD_TOKEN"])) as url:
