@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from .loaders.registration import register_with_diffusers
 from .models.kv_cache import CausalWanKVCache
 from .models.transformer_causal_wan import CausalWanTransformer3DModel
 from .models.vae_streaming import StreamingVAEDecoder
 from .pipelines.pipeline_causal_wan import CausalWanPipeline
 from .pipelines.pipeline_output import CausalWanPipelineOutput
 from .pipelines.stream import CausalWanStream
+from .registration import register_with_diffusers
 
 
 __version__ = "0.1.0"

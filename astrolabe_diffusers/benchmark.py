@@ -13,7 +13,7 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, ModelMixin
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from .loaders.published_models import PUBLISHED_MODELS
+from .layouts.published_models import PUBLISHED_MODELS
 from .models.transformer_causal_wan import CausalWanTransformer3DModel
 from .models.vae_streaming import StreamingVAEDecoder
 from .pipelines.pipeline_causal_wan import CausalWanPipeline

@@ -8,12 +8,12 @@ from transformers import AutoTokenizer
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.benchmark import Measurement, StreamMeasurement, measure, measure_streams, random_pipeline
+from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.errors import CHECKED, as_user_error
 from astrolabe_diffusers.generation.config import OFFLOADS
 from astrolabe_diffusers.generation.loading import load_pipeline, place_pipeline
-from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.training import exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
-from astrolabe_diffusers.training.errors import CHECKED, as_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -25,13 +25,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.rewards.frame_request import prepare_frames, to_uint8
 from astrolabe_diffusers.rewards.frame_selection import top_fraction_mean
-from astrolabe_diffusers.rewards.hpsv3 import HPSv3
-from astrolabe_diffusers.rewards.model_reward import CLIP_MEAN, CLIP_STD
-from astrolabe_diffusers.rewards.videoalign import VideoAlignMQ, VideoAlignTA, VideoAlignVQ
+from astrolabe_diffusers.rewards.models.hpsv3 import HPSv3
+from astrolabe_diffusers.rewards.models.model_reward import CLIP_MEAN, CLIP_STD
+from astrolabe_diffusers.rewards.models.videoalign import VideoAlignMQ, VideoAlignTA, VideoAlignVQ
 from astrolabe_diffusers.training import exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 # Qwen2-VL's three sizes of interest: language model, then vision.

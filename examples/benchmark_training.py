@@ -24,13 +24,13 @@ from transformers import AutoTokenizer
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.benchmark import random_pipeline
-from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.cli.train import parse_settings
+from astrolabe_diffusers.distributed.sharding import full_tensor
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.reporting.machine import peak_memory_gb
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer, exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
-from astrolabe_diffusers.training.config import parse_settings
 from astrolabe_diffusers.training.policies import policy_parameters
-from astrolabe_diffusers.training.report import peak_memory_gb
-from astrolabe_diffusers.training.sharding import full_tensor
 
 
 DEFAULTS = {"rewards": {"sharpness": 1.0}}

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 
-from astrolabe_diffusers.loaders.conversion import LORA_FILES, PIPELINE_FILES, convert_checkpoint, convert_lora
-from astrolabe_diffusers.loaders.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.conversion import LORA_FILES, PIPELINE_FILES, convert_checkpoint, convert_lora
+from astrolabe_diffusers.errors import as_user_error, one_line
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.training import UserError, exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
-from astrolabe_diffusers.training.errors import as_user_error, one_line
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 
-from astrolabe_diffusers.training import evaluate_loras, exit_code, parse_evaluation_args
+from astrolabe_diffusers.cli.evaluate import parse_evaluation_args
+from astrolabe_diffusers.evaluation.loras import evaluate_loras
+from astrolabe_diffusers.training import exit_code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 
+from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.generation import GenerationConfig, generate_videos, name_and_weight
 from astrolabe_diffusers.generation.config import DTYPES, OFFLOADS
 from astrolabe_diffusers.training import exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 def parse_args(argv: list[str] | None) -> GenerationConfig:

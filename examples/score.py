@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 
-from astrolabe_diffusers.generation import ScoreConfig, score_videos
+from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.cli.options import parse_fields
+from astrolabe_diffusers.evaluation.score_files import ScoreConfig, score_videos
 from astrolabe_diffusers.training import exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
-from astrolabe_diffusers.training.config import parse_fields
 
 
 def run(argv: list[str] | None):

@@ -15,11 +15,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
+from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.cli.options import parse_fields
+from astrolabe_diffusers.config import Config, option
+from astrolabe_diffusers.errors import Interrupted, as_user_error
+from astrolabe_diffusers.rewards.placement.cached_rewards import CachedRewards
 from astrolabe_diffusers.training import UserError, exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
-from astrolabe_diffusers.training.config import Config, option, parse_fields
-from astrolabe_diffusers.training.errors import Interrupted, as_user_error
 
 
 @dataclass
@@ -53,15 +54,10 @@ def run(argv: list[str] | None):
     if not config.reward:
         raise UserError("reward is empty: name at least one to serve.")
     with as_user_error("server"):
-        from astrolabe_diffusers.rewards.server import (
-            TOKEN_VARIABLE,
-            ConnectionLimits,
-            bind,
-            check_binding,
-            check_key,
-            create_app,
-            make_server,
-        )
+        from astrolabe_diffusers.rewards.http_client import check_key
+        from astrolabe_diffusers.rewards.placement.bounded_protocol import ConnectionLimits
+        from astrolabe_diffusers.rewards.placement.remote import TOKEN_VARIABLE
+        from astrolabe_diffusers.rewards.placement.server import bind, check_binding, create_app, make_server
 
         token = os.environ.get(TOKEN_VARIABLE)
         if token:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from astrolabe_diffusers.training import NFTTrainer, exit_code, parse_args
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.training import NFTTrainer, exit_code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import astrolabe_diffusers
 from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
 from astrolabe_diffusers.models.attention_causal_wan import attend, attend_with_shared_past
 from astrolabe_diffusers.pipelines.noise import draw_noise
-from tests.loaders.test_original_lora import distilled
+from tests.layouts.test_lora_modules import distilled
 from tests.tiny_pipeline import tiny_pipeline
 
 

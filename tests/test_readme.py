@@ -14,11 +14,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
-from astrolabe_diffusers.loaders.registration import register_with_diffusers
+from astrolabe_diffusers.registration import register_with_diffusers
 from astrolabe_diffusers.training import NFTConfig
 from astrolabe_diffusers.training.checkpoints import save_adapter
 from astrolabe_diffusers.training.run_folder import open_training_folder
-from tests.loaders.original_layout import original_weights
+from tests.layouts.original_layout import original_weights
 from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import TEXT_DIM, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
 

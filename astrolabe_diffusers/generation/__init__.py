@@ -2,7 +2,6 @@
 
 from .config import GenerationConfig, name_and_weight
 from .run import generate_videos
-from .score_videos import ScoreConfig, score_videos
 
 
-__all__ = ["GenerationConfig", "ScoreConfig", "generate_videos", "name_and_weight", "score_videos"]
+__all__ = ["GenerationConfig", "generate_videos", "name_and_weight"]

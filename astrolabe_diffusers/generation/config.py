@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .. import TINY_SHAPES
+from ..config import import_modules, refuse_secrets
+from ..errors import UserError, as_user_error
 from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.sigmas import check_sigmas
-from ..training.config import RewardConfig, import_modules, refuse_secrets
-from ..training.errors import UserError, as_user_error
+from ..rewards.config import RewardConfig
 
 
 DTYPES = ("float32", "bfloat16", "float16")

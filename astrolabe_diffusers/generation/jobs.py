@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import torch
 
-from ..training.errors import UserError
-from ..training.prompts import Prompt
-from ..training.seeds import seeded_generator
+from ..errors import UserError
+from ..rollout.prompts import Prompt
+from ..rollout.seeds import seeded_generator
 
 
 # What is far beyond is a slip, and would fill the memory with its list.

@@ -6,12 +6,13 @@ import hashlib
 from pathlib import Path
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
+from ..errors import UserError, as_user_error, one_line
+from ..files.output_folder import list_checkpoints
 from ..models.attention_causal_wan import attend
+from ..pipelines.loading import load_from
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from ..training.checkpoints import CURRENT, WEIGHT_NAMES, list_checkpoints
-from ..training.errors import UserError, as_user_error, one_line
-from ..training.setup import load_from
 
 
 SAMPLED_VALUES = 64
@@ -29,7 +30,7 @@ def load_pipeline(
 def find_lora(name: str) -> str:
     """What `load_lora_weights` takes for `name`: of a training run that has not finished, its last checkpoint."""
     checkpoints = list_checkpoints(name)
-    return name if (Path(name) / WEIGHT_NAMES[CURRENT]).is_file() or not checkpoints else str(checkpoints[-1])
+    return name if (Path(name) / LORA_WEIGHT_NAME_SAFE).is_file() or not checkpoints else str(checkpoints[-1])
 
 
 def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):

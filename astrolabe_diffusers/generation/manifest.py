@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import UserError
-from ..training.run_folder import lock_folder
-from ..training.writing import PARTIAL, replacing, writing
+from ..errors import UserError
+from ..files.output_folder import lock_folder
+from ..files.writing import PARTIAL, replacing, writing
 from .jobs import Job
 
 

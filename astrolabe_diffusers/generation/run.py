@@ -16,17 +16,18 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from ..distributed.accelerator import accelerate_settings
+from ..distributed.agreement import Resources, raise_together
+from ..errors import UserError, as_user_error, one_line
+from ..files.video import VideoWriter
+from ..pipelines.loading import frame_rate
 from ..pipelines.noise import NOISE_LAYOUT
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rewards import RewardSet
-from ..training.agreement import Resources, raise_together
-from ..training.errors import UserError, as_user_error, one_line
-from ..training.prompts import Prompt, PromptSource
-from ..training.rollout import RewardWorker
-from ..training.setup import accelerate_settings, frame_rate
-from ..training.shareable import shareable_value
-from ..training.video_file import VideoWriter
+from ..rollout.prompts import Prompt, PromptSource
+from ..rollout.scoring import RewardWorker
+from ..shareable import shareable_value
 from .config import GenerationConfig
 from .jobs import Job, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest

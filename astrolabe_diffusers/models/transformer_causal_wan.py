@@ -12,10 +12,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel,
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
 
-from ..loaders.original_checkpoints import check_fits, infer_config, load_original_weights
-from ..loaders.published_models import find_published_model
-from ..loaders.registration import register_with_diffusers
-from ..loaders.tensor_files import fetch_link
+from ..layouts.published_models import find_published_model
+from ..layouts.tensor_files import fetch_link
+from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
+from ..registration import register_with_diffusers
 from ..spelling import close_matches
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache

@@ -15,14 +15,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..loaders.lora import CausalWanLoraLoaderMixin
-from ..loaders.registration import register_with_diffusers
 from ..models.lora_layers import check_no_loose_lora
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_streaming import encode_video
+from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
 from .call import Calls
 from .given_frames import unit_range
+from .lora import CausalWanLoraLoaderMixin
 from .noise import draw_noise
 from .pipeline_output import CausalWanPipelineOutput
 from .prompt_tokens import check_sequence_length, check_text, tokenize

@@ -1,12 +1,15 @@
 """Rewards for generated videos. Importing this registers the built-in ones."""
 
-from .aesthetic import Aesthetic
-from .brisque import Brisque
-from .dynamic_degree import DynamicDegree
 from .frame_request import FrameRequest, prepare_frames
-from .hpsv2 import HPSv2
-from .hpsv3 import HPSv3
-from .judge import UnifiedReward
+from .metrics.brisque import Brisque
+from .metrics.dynamic_degree import DynamicDegree
+from .metrics.tiny_shapes import TinyShapesPromptMatch
+from .metrics.video_quality import Flicker, MotionSmoothness, Sharpness
+from .models.aesthetic import Aesthetic
+from .models.hpsv2 import HPSv2
+from .models.hpsv3 import HPSv3
+from .models.judge import UnifiedReward
+from .models.videoalign import VideoAlign
 from .reward import (
     FunctionReward,
     Reward,
@@ -17,9 +20,6 @@ from .reward import (
     register_reward,
 )
 from .reward_set import RewardSet, RewardSetOutput
-from .tiny_shapes import TinyShapesPromptMatch
-from .video_quality import Flicker, MotionSmoothness, Sharpness
-from .videoalign import VideoAlign
 
 
 __all__ = [

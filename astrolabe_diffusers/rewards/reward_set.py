@@ -11,10 +11,10 @@ import torch
 
 from ..spelling import close_matches
 from .http_client import split_url
-from .local_rewards import LocalRewards
-from .remote import RemoteRewards
+from .placement.local import LocalRewards
+from .placement.process import WorkerRewards
+from .placement.remote import RemoteRewards
 from .reward import RewardError, check_device
-from .worker import WorkerRewards
 
 
 PLACES = (

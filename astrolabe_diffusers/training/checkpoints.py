@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from peft import get_peft_model_state_dict
 
+from ..distributed.agreement import raise_together
+from ..distributed.sharding import full_tensor, is_sharded, shard_like
+from ..errors import UserError, as_user_error, one_line
+from ..files.output_folder import checkpoint_step, list_checkpoints
+from ..files.seal import find_damage, seal, to_disk
+from ..files.writing import replacing
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from .agreement import raise_together
 from .config import NFTConfig
-from .errors import UserError, as_user_error, one_line
-from .integrity import find_damage, seal, to_disk
 from .policies import CURRENT, OLD
-from .sharding import full_tensor, is_sharded, shard_like
 from .states import (
     check_form,
     check_optimizer_tensors,
@@ -32,7 +33,6 @@ from .states import (
     set_random_states,
     trained_parameters,
 )
-from .writing import replacing
 
 
 # The current policy's file has the name that `load_lora_weights(folder)` looks for.
@@ -103,12 +103,6 @@ def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str 
     with torch.no_grad():
         for key, value in expected.items():  # the parameters themselves
             value.copy_(shard_like(loaded[key], value))
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    paths = (Path(output_dir) / "checkpoints").glob("checkpoint-*")
-    return sorted((path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)), key=_step)
 
 
 def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
@@ -247,7 +241,7 @@ class Checkpoints:
                 raise UserError(f"{path} is damaged: {damage}; take another one, or `latest`.")
         if path is not None:
             step = self._read_state(path)["step"]
-        later = [checkpoint for checkpoint in self.list() if _step(checkpoint) > step]
+        later = [checkpoint for checkpoint in self.list() if checkpoint_step(checkpoint) > step]
         for checkpoint in later:
             aside = checkpoint.with_name(f"{checkpoint.name}.set_aside")
             shutil.rmtree(aside, ignore_errors=True)
@@ -315,10 +309,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _listing(value: Any) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..distributed.sharding import full_tensor, shard_like
 from .policies import CURRENT
-from .sharding import full_tensor, shard_like
 
 
 # What AdamW keeps of every parameter: a number, and two tensors of the parameter's shape.

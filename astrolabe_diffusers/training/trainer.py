@@ -10,16 +10,29 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from ..distributed.agreement import Resources, raise_together
+from ..distributed.interruption import Interruption
+from ..distributed.sharding import is_sharded, shard
+from ..errors import Interrupted, UserError, as_user_error
+from ..evaluation.held_out import evaluate, gather_videos, generate_columns
+from ..pipelines.loading import frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..reporting.hub import create_hub_repo, push_to_hub
+from ..reporting.machine import device_name, peak_memory_gb, versions
+from ..reporting.model_card import write_card
+from ..reporting.report import RunReport
+from ..reporting.trackers import closing_trackers
+from ..reporting.videos import write_columns
+from ..rollout.samples import Sample, VideoBatch, epoch_samples, eval_samples, process_batches
+from ..rollout.sampling import PromptEncoder, generate
+from ..rollout.scoring import RewardWorker, gather_scores
+from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
-from .agreement import Resources, raise_together
+from .build import load_prompts, make_accelerator, make_optimizer, make_rewards, set_recipe, set_schedule
 from .checkpoints import WEIGHT_NAMES, Checkpoints, policy_identity, save_adapter
 from .config import NFTConfig
-from .errors import Interrupted, UserError, as_user_error
-from .evaluation import evaluate, gather_videos, generate_columns, write_columns
-from .hub import create_hub_repo, push_to_hub
-from .interruption import Interruption
-from .model_card import write_card
+from .nft.gradient import CollapseGuard, noise_batch, optimizer_step, training_sigmas
+from .nft.selective_kl import ReferenceSchedule, RiskController, kl_weights, rank_disagreement
 from .policies import (
     CURRENT,
     EMA,
@@ -35,27 +48,7 @@ from .policies import (
     policy_parameters,
     use_policy,
 )
-from .prompts import Sample, epoch_samples, eval_samples, process_batches
-from .reference import ReferenceSchedule, RiskController, kl_weights, rank_disagreement
-from .report import RunReport, device_name, peak_memory_gb, versions
-from .rollout import PromptEncoder, RewardWorker, VideoBatch, gather_scores, generate
 from .run_folder import open_training_folder
-from .seeds import stable_seed
-from .setup import (
-    frame_rate,
-    freeze_pipeline,
-    load_pipeline,
-    load_prompts,
-    make_accelerator,
-    make_optimizer,
-    make_rewards,
-    set_recipe,
-    set_schedule,
-    video_size,
-)
-from .sharding import is_sharded, shard
-from .trackers import closing_trackers
-from .update import CollapseGuard, noise_batch, optimizer_step, training_sigmas
 from .windows import make_windows
 
 
@@ -100,7 +93,7 @@ class NFTTrainer:
         for reward_set in filter(None, (rewards, watched)):
             self.resources.callback(reward_set.close)
         if pipeline is None:
-            self.pipeline = load_pipeline(model, self.accelerator, config.revision, config.variant)
+            self.pipeline = load_frozen_pipeline(model, self.accelerator, config.revision, config.variant)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
+from ..rollout.seeds import seeded_generator
 from .config import NFTConfig
-from .errors import UserError
-from .seeds import seeded_generator
 
 
 @dataclass

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 
-from astrolabe_diffusers.rewards.tiny_shapes import ATTRIBUTES, BACKGROUNDS, COLORS, DIRECTIONS, caption, shape_mask
+from astrolabe_diffusers.rewards.metrics.tiny_shapes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    caption,
+    shape_mask,
+)
 
 
 SIZE = 64

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from astrolabe_diffusers.rewards.video_quality import luminance, relative_detail
+from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.rewards.metrics.video_quality import luminance, relative_detail
 from astrolabe_diffusers.training import exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 TRAIN = Path(__file__).parents[1] / "train_nft.py"

@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from astrolabe_diffusers.rewards.tiny_shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, caption
+from astrolabe_diffusers.rewards.metrics.tiny_shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, caption
 
 
 MAX_SEQUENCE_LENGTH = 16

@@ -16,9 +16,9 @@ from text import MAX_SEQUENCE_LENGTH, CaptionTokens, build_text_encoder, build_t
 from transformers import UMT5EncoderModel
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
+from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.training import exit_code
-from astrolabe_diffusers.training.arguments import ArgumentParser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -18,13 +18,13 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import export_to_video
 
+from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.generation.manifest import Manifest
 from astrolabe_diffusers.pipelines.pipeline_causal_wan import CausalWanPipeline
 from astrolabe_diffusers.rewards import get_reward
-from astrolabe_diffusers.training import reward_thread
+from astrolabe_diffusers.rollout import reward_thread
+from astrolabe_diffusers.rollout.seeds import seeded_generator
 from astrolabe_diffusers.training.checkpoints import WEIGHT_NAMES, save_adapter
-from astrolabe_diffusers.training.seeds import seeded_generator
-from astrolabe_diffusers.training.video_file import VideoWriter
 from tests.tiny_pipeline import tiny_shapes_captions
 from tests.training.helpers import full_disk, policy_pipeline
 

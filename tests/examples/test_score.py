@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from astrolabe_diffusers.training.video_file import VideoWriter
+from astrolabe_diffusers.files.video import VideoWriter
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.rewards import get_reward
-from astrolabe_diffusers.rewards.tiny_shapes import ATTRIBUTES, parse_caption
+from astrolabe_diffusers.rewards.metrics.tiny_shapes import ATTRIBUTES, parse_caption
 from tests.rewards.drawn_clips import draw_clip
 
 

@@ -17,10 +17,11 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from astrolabe_diffusers.training import reward_thread
-from astrolabe_diffusers.training.evaluation import evaluate
-from astrolabe_diffusers.training.prompts import PromptSource, eval_samples, train_and_eval_prompts
-from astrolabe_diffusers.training.rollout import PromptEncoder
+from astrolabe_diffusers.evaluation.held_out import evaluate
+from astrolabe_diffusers.rollout import reward_thread
+from astrolabe_diffusers.rollout.prompts import PromptSource, train_and_eval_prompts
+from astrolabe_diffusers.rollout.samples import eval_samples
+from astrolabe_diffusers.rollout.sampling import PromptEncoder
 from astrolabe_diffusers.training.run_folder import TRAINING_FILES
 from tests.training.helpers import creation_mask, full_disk, reward_worker, tiny_arguments
 

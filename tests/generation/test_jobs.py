@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.generation.jobs import Job, batches, make_jobs
-from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.prompts import Prompt
+from astrolabe_diffusers.rollout.prompts import Prompt
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.generation.jobs import make_jobs
 from astrolabe_diffusers.generation.manifest import Manifest, describe
-from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.prompts import Prompt
+from astrolabe_diffusers.rollout.prompts import Prompt
 
 
 SETTINGS = {"seed": 0, "lora": {"a": 0.5}, "sigmas": [1.0, 0.5], "dtype": "float32"}

@@ -8,9 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.generation.config import GenerationConfig
 from astrolabe_diffusers.pipelines.sigmas import check_sigmas
-from astrolabe_diffusers.training.errors import UserError
 from tests.pipelines.test_scenes import A
 from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import config

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from astrolabe_diffusers.rewards.tiny_shapes import BACKGROUNDS, COLORS
+from astrolabe_diffusers.rewards.metrics.tiny_shapes import BACKGROUNDS, COLORS
 
 
 SIZE = 64

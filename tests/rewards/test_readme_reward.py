@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.rewards import RewardSet
+from astrolabe_diffusers.training.build import make_rewards
 from astrolabe_diffusers.training.config import NFTConfig
-from astrolabe_diffusers.training.setup import make_rewards
-from astrolabe_diffusers.training.video_file import VideoWriter
 
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from astrolabe_diffusers.training.agreement import leave_if_called_off, raise_together
-from astrolabe_diffusers.training.errors import Interrupted, UserError
+from astrolabe_diffusers.distributed.agreement import leave_if_called_off, raise_together
+from astrolabe_diffusers.errors import Interrupted, UserError
 
 
 def attempt(rank: int, errors: dict[int, Exception]) -> tuple[str, str]:

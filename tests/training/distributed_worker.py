@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from astrolabe_diffusers.training.agreement import raise_together
+from astrolabe_diffusers.distributed.agreement import raise_together
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.rollout.samples import process_batches
+from astrolabe_diffusers.rollout.sampling import PromptEncoder, generate
+from astrolabe_diffusers.rollout.scoring import gather_scores
 from astrolabe_diffusers.training.checkpoints import Checkpoints, policy_identity
-from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.training.nft.gradient import accumulate_gradients, noise_batch
 from astrolabe_diffusers.training.policies import activate_current, policy_parameters, use_policy
-from astrolabe_diffusers.training.prompts import process_batches
-from astrolabe_diffusers.training.rollout import PromptEncoder, gather_scores, generate
-from astrolabe_diffusers.training.update import accumulate_gradients, noise_batch
 from tests.training.helpers import BRIGHTNESS, SIZE, config, make_samples, policy_pipeline, reward_worker
 
 

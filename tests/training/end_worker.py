@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from astrolabe_diffusers.training import NFTTrainer, parse_args
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.training import NFTTrainer
 
 
 def main(folder: Path, arguments: list[str]):

@@ -14,13 +14,14 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from astrolabe_diffusers.files.output_folder import list_checkpoints
 from astrolabe_diffusers.rewards import RewardSet
-from astrolabe_diffusers.training.checkpoints import list_checkpoints
-from astrolabe_diffusers.training.clip_models import NoisedBatch
+from astrolabe_diffusers.rollout.prompts import Prompt
+from astrolabe_diffusers.rollout.samples import Sample
+from astrolabe_diffusers.rollout.scoring import RewardWorker
 from astrolabe_diffusers.training.config import NFTConfig
 from astrolabe_diffusers.training.policies import OLD, add_policies, policy_parameters
-from astrolabe_diffusers.training.prompts import Prompt, Sample
-from astrolabe_diffusers.training.rollout import RewardWorker
+from astrolabe_diffusers.training.predictors import NoisedBatch
 from tests.tiny_pipeline import tiny_pipeline
 
 

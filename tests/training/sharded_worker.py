@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch.distributed.tensor import DTensor
 
-from astrolabe_diffusers.training import NFTTrainer, parse_args
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.training import NFTTrainer
 
 
 def main(argv: list[str]):

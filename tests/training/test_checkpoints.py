@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import astrolabe_diffusers  # noqa: F401  (DiffusionPipeline finds our classes)
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.files.seal import seal
 from astrolabe_diffusers.training.checkpoints import (
     WEIGHT_NAMES,
     Checkpoints,
@@ -19,8 +21,6 @@ from astrolabe_diffusers.training.checkpoints import (
     policy_identity,
     save_adapter,
 )
-from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.integrity import seal
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
 from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import SIZE, config, policy_pipeline

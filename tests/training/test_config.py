@@ -4,10 +4,11 @@ import pytest
 import yaml
 
 from astrolabe_diffusers import TINY_SHAPES
-from astrolabe_diffusers.generation import ScoreConfig
-from astrolabe_diffusers.training import LoraEvaluationConfig
-from astrolabe_diffusers.training.config import NFTConfig, parse_args
-from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.evaluation.loras import LoraEvaluationConfig
+from astrolabe_diffusers.evaluation.score_files import ScoreConfig
+from astrolabe_diffusers.training.config import NFTConfig
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import wandb
 
-from astrolabe_diffusers.rewards.cached_rewards import CachedRewards
-from astrolabe_diffusers.rewards.server import create_app
+from astrolabe_diffusers.rewards.placement.cached_rewards import CachedRewards
+from astrolabe_diffusers.rewards.placement.server import create_app
 from tests.rewards.http_server import serving
 from tests.training.helpers import BRIGHTNESS, tiny_arguments
 

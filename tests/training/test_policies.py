@@ -19,7 +19,7 @@ from astrolabe_diffusers.training.policies import (
     policy_parameters,
     use_policy,
 )
-from tests.loaders.test_original_lora import additions, difference_key, distilled, merged, output
+from tests.layouts.test_lora_modules import additions, difference_key, distilled, merged, output
 from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 from tests.training.helpers import randomize_adapters
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from astrolabe_diffusers.training.config import NFTConfig, parse_args
-from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.training.config import NFTConfig
 from astrolabe_diffusers.training.published_runs import find_published_run, published_names
 
 

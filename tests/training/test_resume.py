@@ -7,8 +7,9 @@ import signal
 import pytest
 import torch
 
-from astrolabe_diffusers.training import NFTTrainer, exit_code, parse_args
-from astrolabe_diffusers.training.integrity import seal
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.files.seal import seal
+from astrolabe_diffusers.training import NFTTrainer, exit_code
 from tests.training import rewards
 from tests.training.helpers import numbers_of_run, tiny_arguments
 from tests.training.test_checkpoints import Evil

@@ -6,10 +6,12 @@ import pytest
 import torch
 import yaml
 
-from astrolabe_diffusers.training.config import NFTConfig, parse_args
-from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.rollout import PromptEncoder, RewardWorker, gather_scores, generate
-from astrolabe_diffusers.training.setup import make_rewards
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.rollout.sampling import PromptEncoder, generate
+from astrolabe_diffusers.rollout.scoring import RewardWorker, gather_scores
+from astrolabe_diffusers.training.build import make_rewards
+from astrolabe_diffusers.training.config import NFTConfig
 from tests.training.helpers import SIZE, make_samples, policy_pipeline
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from astrolabe_diffusers.training import parse_args
-from astrolabe_diffusers.training.errors import UserError
-from astrolabe_diffusers.training.run_folder import open_evaluation_folder, open_training_folder
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.evaluation.loras import open_evaluation_folder
+from astrolabe_diffusers.training.run_folder import open_training_folder
 from tests.training.helpers import config, full_disk, tiny_arguments
 
 

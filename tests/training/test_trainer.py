@@ -1,10 +1,12 @@
 import pytest
 import torch
 
-from astrolabe_diffusers.training import NFTTrainer, parse_args
+from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.rollout.sampling import sample_latents
+from astrolabe_diffusers.rollout.scoring import decode_videos
+from astrolabe_diffusers.training import NFTTrainer
 from astrolabe_diffusers.training.checkpoints import save_adapter
 from astrolabe_diffusers.training.policies import use_policy
-from astrolabe_diffusers.training.rollout import decode_videos, sample_latents
 from tests.training.helpers import randomize_adapters, tiny_arguments
 
 

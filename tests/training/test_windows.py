@@ -1,6 +1,6 @@
 import pytest
 
-from astrolabe_diffusers.training.errors import UserError
+from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.training.windows import make_windows
 from tests.training.helpers import config
 

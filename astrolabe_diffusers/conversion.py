@@ -1,0 +1,233 @@
+"""A published checkpoint becomes a Diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import init_empty_weights
+from diffusers import FlowMatchLCMScheduler
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import snapshot_download
+
+from .layouts.lora_modules import OriginalLora, load_original_lora
+from .layouts.published_models import PublishedModel
+from .layouts.wan_checkpoints import OriginalWeights, check_fits, load_original_weights
+from .models.transformer_causal_wan import CausalWanTransformer3DModel
+from .pipelines.pipeline_causal_wan import CausalWanPipeline
+
+
+_SHARED = ("tokenizer", "text_encoder", "vae")
+# Of a converted folder; the index comes last, and a folder without one is not complete.
+PIPELINE_FILES = (*_SHARED, "scheduler", "transformer", CausalWanPipeline.config_name)
+LORA_FILES = (LORA_WEIGHT_NAME_SAFE,)
+_SHARD_BYTES = 5 * 1024**3
+
+
+def convert_checkpoint(
+    model: PublishedModel,
+    checkpoint: str | Path,
+    base: str | Path,
+    output_dir: str | Path,
+    lora: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    weights: str | tuple[str, ...] = (),
+    overwrite: bool = False,
+    lora_alpha: float | None = None,
+) -> Path:
+    """
+    Write a complete pipeline folder for `CausalWanPipeline.from_pretrained`.
+
+    Tensors go from the memory-mapped checkpoint to the new files shard by shard, so a model needs no memory of its
+    size. Nothing is left of a conversion that fails.
+
+    Args:
+        model: one of `PUBLISHED_MODELS`.
+        checkpoint: the published file, or a folder of shards, as [`load_tensors`] takes it.
+        base: folder or Hub id of the Wan2.1 pipeline in Diffusers format, of the same size: text encoder, autoencoder
+            and the sizes of the transformer are its.
+        output_dir: the folder; what lies in it under other names than `PIPELINE_FILES` stays.
+        lora: a LoRA that is merged into the weights, in float32.
+        dtype: of the new weights; by default each keeps its own, and those of 8-bit files become float32.
+        weights: entry of a training checkpoint to take instead of the one that the model's authors load.
+        overwrite: replace `PIPELINE_FILES` that are there.
+        lora_alpha: alpha of a LoRA that does not say it.
+
+    Raises:
+        ValueError: the checkpoint or the LoRA is not one of this model; the message names tensors. Or the folder
+            holds what would be overwritten.
+        OSError: a file cannot be read or written.
+    """
+    sources = (checkpoint, base) if lora is None else (checkpoint, base, lora)
+    with _replacing(Path(output_dir), PIPELINE_FILES, overwrite, sources) as folder:
+        original = load_original_weights(checkpoint, weights, model)
+        adapter = None if lora is None else load_original_lora(lora, lora_alpha)
+        base, index = _base_folder(base)
+        with init_empty_weights():
+            sizes = CausalWanTransformer3DModel.load_config(base, subfolder="transformer")
+            transformer = CausalWanTransformer3DModel.from_config(sizes, **model.transformer)
+        check_fits(original.tensors, {name: tensor.shape for name, tensor in transformer.state_dict().items()})
+        if adapter is not None:
+            adapter.check_fits(original.tensors)
+
+        for name in _SHARED:
+            _copy(base / name, folder / name)
+        FlowMatchLCMScheduler(shift=5.0).save_pretrained(folder / "scheduler")
+        transformer.save_config(folder / "transformer")
+        save_shards(_tensors(original, adapter, dtype), folder / "transformer")
+        written = {name: index[name] for name in _SHARED} | {
+            "_class_name": "CausalWanPipeline",
+            "scheduler": ("diffusers", "FlowMatchLCMScheduler"),
+            "transformer": ("diffusers", "CausalWanTransformer3DModel"),
+        }
+        text = json.dumps(written | model.pipeline, indent=2, sort_keys=True) + "\n"
+        (folder / CausalWanPipeline.config_name).write_text(text)
+    return Path(output_dir)
+
+
+def convert_lora(
+    lora: str | Path, output_dir: str | Path, overwrite: bool = False, lora_alpha: float | None = None
+) -> Path:
+    """Write a published LoRA as `pytorch_lora_weights.safetensors`, for `load_lora_weights`; ranks and alphas
+    are in it. `lora_alpha` is that of a LoRA that does not say it."""
+    with _replacing(Path(output_dir), LORA_FILES, overwrite, (lora,)) as folder:
+        adapter = load_original_lora(lora, lora_alpha)
+        config = adapter.peft_config()
+        CausalWanPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=adapter.state_dict(),
+            transformer_lora_adapter_metadata=config and config.to_dict(),
+        )
+    return Path(output_dir)
+
+
+@contextmanager
+def _replacing(
+    output_dir: Path, names: tuple[str, ...], overwrite: bool, sources: tuple[str | Path, ...]
+) -> Iterator[Path]:
+    """Yields a new folder inside `output_dir`; when the block ends, `names` in it move up, in their order. After an
+    error nothing is left of it, and what was there is as it was.
+
+    Args:
+        overwrite: `names` may be there already, and are replaced.
+        sources: files and folders that are read in the block, which must not be among them.
+    """
+    there = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
+    if there and not overwrite:
+        raise ValueError(f"{there[0]} is there already: name another output_dir, or `overwrite` it.")
+    for source in map(os.path.realpath, sources if there else ()):
+        if source == os.path.realpath(output_dir) or any(
+            Path(source).is_relative_to(os.path.realpath(old)) for old in there
+        ):
+            raise ValueError(f"{source} would be overwritten by what is made of it: name another output_dir.")
+    new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    partial = output_dir / ".partial"
+    try:
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            raise ValueError(
+                f"{partial} is there: another conversion is writing it, or was killed; then remove it."
+            ) from None
+        try:
+            # safetensors makes files that only their owner can read. The umask itself can only be read by setting it.
+            (partial / "mode").touch()
+            mode = (partial / "mode").stat().st_mode
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
+            for old in reversed(there):
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            for name in names:
+                (partial / name).rename(output_dir / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        for folder in new_folders:
+            with suppress(OSError):  # not empty: it worked
+                folder.rmdir()
+
+
+def _copy(source: Path, target: Path):
+    """Contents only: a base may be read-only, and its files links into a cache."""
+    for file in source.rglob("*"):
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _base_folder(base: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder, downloaded if it is on the Hub, and its model_index.json."""
+    folder = Path(base)
+    if not folder.is_dir():
+        try:
+            # Its transformer is the one thing that is not used.
+            ignored = ["transformer/*.safetensors", "transformer/*.bin"]
+            folder = Path(snapshot_download(str(base), ignore_patterns=ignored))
+        except Exception as error:  # the client has a class for each way to fail
+            raise ValueError(f"{base} is no folder here, and the Hub did not give it: {error}") from None
+    missing = [name for name in (*_SHARED, "transformer") if not any((folder / name).glob("*"))]
+    if not missing:
+        index = CausalWanPipeline.load_config(folder)
+        missing = [f"{name} in its model_index.json" for name in _SHARED if name not in index]
+    if missing:
+        raise ValueError(f"{base} is no Wan pipeline in Diffusers format: it has no {', '.join(missing)}.")
+    return folder, index
+
+
+def _tensors(
+    weights: OriginalWeights, adapter: OriginalLora | None, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights.items():
+        target = dtype or tensor.dtype
+        if adapter is not None and adapter.changes(name):
+            tensor = adapter.merge(name, tensor)
+        yield name, tensor.to(target).contiguous()
+
+
+def save_shards(
+    tensors: Iterator[tuple[str, torch.Tensor]], folder: str | Path, shard_bytes: int = _SHARD_BYTES
+) -> None:
+    """Write tensors as they come into safetensors files of at most `shard_bytes`, with diffusers' index if several.
+
+    No more than a shard is in memory. How many there will be is known at the end only: then they get their names.
+    """
+    folder = Path(folder)
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush():
+        safetensors.torch.save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / SAFETENSORS_WEIGHTS_NAME)
+        return
+    stem, weight_map = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), {}
+    for i, names in enumerate(shards):
+        file = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,80 @@
+"""What happens to one process of a run and concerns them all: errors, and a wish to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch.distributed
+from accelerate.utils import gather_object
+
+from ..errors import Interrupted, ProcessError, UserError, summarize_exception
+
+
+CALLED_OFF = "astrolabe/called_off"
+
+
+class Resources(ExitStack):
+    """What a run lets go of at its end, whatever happens: threads and processes of rewards, trackers, a folder's lock.
+
+    After an error in a run of several processes this is left to the end of the process: the launcher ends all of them
+    as soon as one has ended, and an error that waited for a thread or a tracker would not be printed any more.
+    """
+
+    def __exit__(self, kind, error, trace):
+        if error is not None and torch.distributed.is_initialized():
+            return False
+        return super().__exit__(kind, error, trace)
+
+
+@contextmanager
+def raise_together() -> Iterator[None]:
+    """An error inside, in any process, is raised in every process at the end of the block.
+
+    Without it one process would fail and the others wait for it in their next collective operation. Every process
+    enters the block, and there must be no collective operation in it. One that takes long calls
+    [`leave_if_called_off`] now and then, in order to fail soon when another does.
+
+    Raises:
+        UserError, Interrupted: as raised by any process; an error goes before an interruption.
+        ProcessError: in the other processes, if the error was of another kind.
+    """
+    error = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+        _call_off()
+    if not torch.distributed.is_initialized():
+        if error:
+            raise error
+        return
+    rank = torch.distributed.get_rank()
+    told = error
+    if error and not isinstance(error, (UserError, Interrupted, _CalledOff)):
+        told = ProcessError(f"process {rank} failed: {summarize_exception(error)}")
+    # The first process's error, of those that are worth the most.
+    errors = [failure for failure in gather_object([told]) if failure]
+    if errors:
+        worst = min(errors, key=lambda failure: isinstance(failure, Interrupted) + 2 * isinstance(failure, _CalledOff))
+        raise error if isinstance(told, ProcessError) else worst
+
+
+def leave_if_called_off():
+    """Raises if another process has left the [`raise_together`] block that this one is in. It does not wait."""
+    if torch.distributed.is_initialized() and _store().check([CALLED_OFF]):
+        raise _CalledOff
+
+
+class _CalledOff(Exception):
+    """Another process raised something, which comes out at the end of the block."""
+
+
+def _call_off():
+    if torch.distributed.is_initialized():
+        _store().set(CALLED_OFF, "")
+
+
+def _store() -> torch.distributed.Store:
+    # The key-value store of the process group: unlike a collective operation it can be asked without waiting.
+    return torch.distributed.distributed_c10d._get_default_store()

@@ -1,0 +1,112 @@
+"""Output folders: one run in each at a time, and nothing written over that it has not made."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import UserError, as_user_error
+from .writing import writing
+
+
+LOCK_NAME = ".lock"
+
+
+# A run writes it when it ends.
+RESULTS_NAME = "results.json"
+
+
+def lock_folder(folder: Path) -> BinaryIO:
+    """Makes a folder and locks it, until the file that is returned is closed.
+
+    Raises:
+        UserError: another run, on this machine or on another one, has locked it, or it cannot be made.
+    """
+    with as_user_error(f"output_dir {str(folder)!r}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without a buffer: on a full disk closing the file would try to write what is in it, and fail once more.
+        lock = (folder / LOCK_NAME).open("a+b", buffering=0)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"another run is writing to {folder}: wait for it, or name another folder.") from None
+    return lock
+
+
+class RunFolder:
+    """An output folder that is locked until [`~RunFolder.close`].
+
+    Args:
+        path: the folder, which is made if it is not there.
+        kind: what writes to it. From [`~RunFolder.begin`] on the lock file says so.
+        files: the paths in it that the run may write to, as patterns.
+
+    Raises:
+        UserError: another run has locked it, or it cannot be made.
+    """
+
+    def __init__(self, path: str | Path, kind: str, files: tuple[str, ...]):
+        self.path, self.kind, self.files = Path(path), kind, files
+        self._lock = lock_folder(self.path)
+
+    def present(self) -> list[str]:
+        """What is there of what the run would write."""
+        paths = [path for pattern in self.files for path in sorted(self.path.glob(pattern))]
+        return [str(path.relative_to(self.path)) for path in paths]
+
+    def has_begun(self) -> bool:
+        """Whether a run of this kind has written here."""
+        self._lock.seek(0)
+        return self._lock.read().strip() == self.kind.encode()
+
+    def refuse_files_of_others(self, overwrite: str):
+        """Raises a [`UserError`] if there are files to be written over; `overwrite` is the flag that allows it."""
+        if names := self.present():
+            listed = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+            raise UserError(
+                f"{self.path} has {listed}, which {self.kind} did not make and would write over: name another "
+                f"--output_dir, or give {overwrite}."
+            )
+
+    def refuse_finished(self):
+        """Raises a [`UserError`] if a run has ended here: one that begins anew would write over what it made."""
+        if (self.path / RESULTS_NAME).exists():
+            raise UserError(
+                f"{self.path} holds a finished run, but no whole checkpoint to go on from: another --output_dir "
+                "begins anew there, and --overwrite_output_dir true begins anew here."
+            )
+
+    def begin(self):
+        """Says in the lock file that what is written from now on is a run's."""
+        with writing(self.path / LOCK_NAME):
+            self._lock.truncate(0)
+            self._lock.write(f"{self.kind}\n".encode())
+
+    def remove_files(self):
+        """Removes what an earlier run wrote, but for its checkpoints: these are set aside."""
+        with writing(self.path):
+            for name in self.present():
+                path = self.path / name
+                if path.parent.name == "checkpoints":
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def close(self):
+        self._lock.close()
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    paths = (Path(output_dir) / "checkpoints").glob("checkpoint-*")
+    return sorted((path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)), key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))

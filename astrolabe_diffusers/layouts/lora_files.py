@@ -1,0 +1,112 @@
+"""Which file of a folder or of a Hub repository is the LoRA, and the config that comes with it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.hub_utils import _get_model_file
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError, safe_open
+
+from ..files.text import read_text
+from .tensor_files import fetch_link, load_tensors
+
+
+# The names that diffusers and peft write, in the order of preference.
+_NAMES = [f"{stem}{end}" for stem in ("pytorch_lora_weights", "adapter_model") for end in (".safetensors", ".bin")]
+_CONFIG = "adapter_config.json"
+
+
+def find_lora_file(
+    name: str | Path,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    force_download: bool = False,
+    proxies: dict[str, str] | None = None,
+    local_files_only: bool | None = None,
+) -> Path:
+    """
+    The file of a LoRA, downloaded if it is on the Hub, with peft's config beside it.
+
+    Args:
+        name: a file, a folder or a Hub id; the other arguments are those of `load_lora_weights`.
+
+    Raises:
+        FileNotFoundError: there is no such file here.
+        OSError: nor on the Hub.
+        ValueError: there are several, or none.
+    """
+    hub = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+    hub |= {"proxies": proxies, "local_files_only": local_files_only, "user_agent": None}
+    name = fetch_link(name, revision, subfolder=None, **hub)
+    path = Path(name, subfolder or "")
+    if path.is_dir():
+        names = [file.name for file in path.iterdir() if file.is_file()]
+        return path / (weight_name or _choose(names, path))
+    if path.is_file() or isinstance(name, Path) or Path(name).suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        return path
+
+    def download(file: str) -> Path:
+        return Path(_get_model_file(name, weights_name=file, subfolder=subfolder, revision=revision, **hub))
+
+    if weight_name is None:
+        if HF_HUB_OFFLINE or local_files_only:
+            folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+            names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+        else:
+            names = list_repo_files(name, revision=revision, token=token)
+        start = f"{subfolder}/" if subfolder else ""
+        names = [file.removeprefix(start) for file in names if file.startswith(start)]
+        weight_name = _choose([file for file in names if "/" not in file], name)
+        if _CONFIG in names:
+            download(_CONFIG)
+    elif weight_name.startswith("adapter_model"):
+        download(_CONFIG)
+    return download(weight_name)
+
+
+def _choose(names: list[str], where: str | Path) -> str:
+    for name in _NAMES:
+        if name in names:
+            return name
+    for ends in (".safetensors", (".pt", ".pth", ".bin")):
+        found = sorted(name for name in names if name.endswith(ends))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"{where} holds several files, {', '.join(found[:5])}: say which with `weight_name`.")
+    raise ValueError(f"{where} holds no LoRA: no .safetensors, .bin, .pt or .pth.")
+
+
+def read_lora_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    What a file holds, memory-mapped, and peft's config: of its header, as diffusers writes it, or of the
+    `adapter_config.json` beside it. Empty if there is none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not readable.
+    """
+    tensors = load_tensors(path)
+    text, source = None, path
+    with suppress(SafetensorError):  # another kind of file has no header
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    if text is None:
+        source = path.parent / _CONFIG
+        text = read_text(source) if source.is_file() else "{}"
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"the config of the LoRA in {source} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"the config of the LoRA in {source} is no dict.")
+    return tensors, {name.removeprefix("transformer."): value for name, value in config.items()}

@@ -1,0 +1,192 @@
+"""Tensors by name out of the kinds of files that people publish."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import pickle
+import re
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from diffusers.utils.hub_utils import _get_model_file
+from safetensors import safe_open
+
+from ..files.text import read_text
+
+
+_LINK = re.compile(
+    r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?"
+    r"(?P<file>[^?#]+)(?:[?#].*)?"
+)
+_INDEX = ".index.json"
+_FOLDER_FILES = (SAFETENSORS_WEIGHTS_NAME, "model.safetensors", WEIGHTS_NAME, "pytorch_model.bin")
+
+# What is saved under the name of a checkpoint and is none, by its beginning in lower case.
+_NO_TENSORS = {
+    b"gguf": "a GGUF file, which is not supported: take the .safetensors or .pt file of the model",
+    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for: run `git lfs pull`",
+    b"<": "a web page, not a checkpoint: the download has gone wrong, or needs a login",
+    b"{": "a JSON text, not a checkpoint: the download may have gone wrong",
+}
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def load_tensors(path: str | Path, map_files: bool = True) -> dict[str, Any]:
+    """
+    What a checkpoint holds: tensors by name, or dicts of them by name. The kind of file is read off its contents.
+
+    Args:
+        path: a safetensors or torch file, the index of a sharded checkpoint (`*.index.json`), or a folder with an
+            index or one checkpoint.
+        map_files: tensors are read when they are used, from a memory map. Files of the old format of torch (before
+            1.6) are always read whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or one whose loading would run code.
+    """
+    path = Path(path)
+    if path.name.endswith(_INDEX):
+        files = _index_files(path)
+    elif path.is_dir():
+        files = find_weights(path, _FOLDER_FILES)
+    else:
+        files = [path]
+    tensors: dict[str, Any] = {}
+    for file in files:
+        held = _load_file(file, map_files)
+        if twice := tensors.keys() & held.keys():
+            raise ValueError(f"two files of {path} hold {min(twice)}.")
+        tensors |= held
+    return tensors
+
+
+def fetch_link(source: str | Path, revision: str | None = None, **hub) -> str | Path:
+    """The path of the file that a link to the Hub means, downloaded; anything else is a path already.
+
+    Args:
+        source: a path, or a link such as a browser shows (`.../blob/main/...`) or downloads (`.../resolve/main/...`).
+        revision: goes before the link's.
+        hub: arguments of `hf_hub_download`.
+
+    Raises:
+        ValueError: a link to something else.
+        OSError: the Hub does not give it.
+    """
+    text = str(source)
+    if Path(text).exists() or not re.match(r"https?://|huggingface\.co/|hf\.co/", text):
+        return source
+    link = _LINK.fullmatch(text)
+    if link is None:
+        raise ValueError(f"{text} is no link to a file on the Hub: https://huggingface.co/OWNER/NAME/blob/main/FILE.")
+    return _get_model_file(link["repo"], weights_name=link["file"], revision=revision or link["revision"], **hub)
+
+
+def find_weights(path: Path, names: tuple[str, ...]) -> list[Path]:
+    """The weight files: `path` if it is one, or in that folder the shards of an index, or the first of `names`."""
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob(f"*{_INDEX}"), key=lambda index: (".safetensors" not in index.name, index.name))
+    if indices:
+        return _index_files(indices[0])
+    for name in names:
+        if (path / name).is_file():
+            return [path / name]
+    raise ValueError(f"{path} holds no weights: there is no {', no '.join(names)}.")
+
+
+def _index_files(index: Path) -> list[Path]:
+    if not index.is_file():
+        raise FileNotFoundError(f"no such file: {index}")
+    try:
+        shards = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        elsewhere = [shard for shard in shards if Path(shard).name != shard]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is no index of weight files: it has no weight_map by name.") from None
+    if elsewhere:
+        raise ValueError(f"{index} names {elsewhere[0]}, which is no file beside it.")
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise ValueError(f"{index.parent} lacks {', '.join(missing)}, which its {index.name} names.")
+    return [index.parent / shard for shard in shards]
+
+
+def _load_file(path: Path, map_file: bool) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    # JSON behind eight bytes with its length, of which the last are zero.
+    is_safetensors = head[5:9] == b"\0\0\0{"
+    for beginning, words in _NO_TENSORS.items():
+        if not is_safetensors and head.lstrip().lower().startswith(beginning):
+            raise ValueError(f"{path} is {words}.")
+    try:
+        if is_safetensors or path.suffix == ".safetensors":
+            held = _map_safetensors(path, map_file)
+        else:
+            is_zip = head.startswith(b"PK")  # other files of torch cannot be mapped
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=map_file and is_zip)
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        words = f"{found[1]} beside tensors" if found else "what are no tensors"
+        raise ValueError(
+            f"{path} holds {words}: loading it would run code from the file, which is refused."
+        ) from None
+    except Exception as error:  # there is a class for each way to be damaged
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
+    if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
+        what = "a dict" if isinstance(held, dict) else f"a {type(held).__name__}"
+        raise ValueError(f"{path} holds {what}, not tensors by name.")
+    return held
+
+
+def _map_safetensors(path: Path, map_file: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a file on a read-only map. That of `safetensors` is writable, and for such a map Linux wants as
+    much memory as the file is long: one of 28 GB would not load on a machine of 24."""
+    with safe_open(path, framework="np"):
+        pass  # checks the header against the length of the file
+    with open(path, "rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if map_file else path.read_bytes()
+    header.pop("__metadata__", None)
+    tensors = {}
+    with warnings.catch_warnings():
+        # Nobody writes to them.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        for name, info in header.items():
+            if info["dtype"] not in _SAFETENSORS_DTYPES:
+                raise ValueError(f"{name} is of dtype {info['dtype']}, which is not supported.")
+            dtype, count = _SAFETENSORS_DTYPES[info["dtype"]], math.prod(info["shape"])
+            begin = 8 + header_size + info["data_offsets"][0]
+            if count:
+                tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(info["shape"])
+            else:  # which torch makes of no buffer
+                tensors[name] = torch.empty(info["shape"], dtype=dtype)
+    return tensors

@@ -1,0 +1,118 @@
+"""Pipelines of folders and Hub repositories, loaded whole and in silence."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from ..errors import LOADING, UserError, as_user_error
+from .pipeline_causal_wan import CausalWanPipeline
+
+
+def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
+    """The pipeline of a folder or Hub repository; `kwargs` of `from_pretrained`.
+
+    Raises:
+        UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded whole.
+    """
+    with no_loading_bars(), as_user_error(f"cannot load {model}", LOADING), no_missing_tensors():
+        name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
+        if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
+            raise UserError(
+                f"{model} is a {name}, not a CausalWanPipeline: examples/convert_checkpoint.py makes one of the "
+                "weights of a published model."
+            )
+        pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)
+        pipeline.check_components()
+    return pipeline
+
+
+@contextmanager
+def no_missing_tensors() -> Iterator[None]:
+    """Raises a `ValueError` if files of models that are loaded inside lack tensors. diffusers and transformers go on
+    with random values, or none, and log it."""
+    missing = []
+
+    def take(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "newly initialized" not in text:
+            return True
+        # A list in Python, or a table.
+        missing.extend(
+            list_item or row for list_item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M)
+        )
+        return False
+
+    loggers = [logging.getLogger(name) for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils")]
+    for logger in loggers:
+        logger.addFilter(take)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(take)
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing in its files: {', '.join(sorted(missing)[:3])}")
+
+
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Loading takes its time in silence: the bars would stand before an error's one line, and in every log file. Those
+    of downloads stay."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    enabled = [library.is_progress_bar_enabled() for library in loggers]
+    for library in loggers:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, was_enabled in zip(loggers, enabled):
+            if was_enabled:
+                library.enable_progress_bar()
+
+
+def frame_rate(model: str, revision: str | None = None) -> float:
+    """Frames a second of the videos of a folder's or Hub repository's pipeline, which is not loaded for that."""
+    default = inspect.signature(CausalWanPipeline).parameters["frame_rate"].default
+    with as_user_error(f"cannot load {model}"):
+        return DiffusionPipeline.load_config(model, revision=revision).get("frame_rate", default)
+
+
+def load_frozen_pipeline(
+    model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
+) -> DiffusionPipeline:
+    """The frozen pipeline of a folder or the Hub on its device; in bf16 runs all of it is bf16 but the autoencoder."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    pipeline = load_from(model, revision, variant=variant, dtype={"default": dtype, "vae": torch.float32})
+    return freeze_pipeline(pipeline, accelerator)
+
+
+def freeze_pipeline(pipeline: DiffusionPipeline, accelerator: Accelerator) -> DiffusionPipeline:
+    pipeline.set_progress_bar_config(disable=True)
+    for component in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+        component.requires_grad_(False).eval()
+    return pipeline.to(accelerator.device)
+
+
+def video_size(
+    pipeline: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
+) -> dict[str, int]:
+    """`height`, `width` and `num_frames`, checked by the pipeline and rounded to whole blocks; its own where not
+    given."""
+    given = {"height": height, "width": width, "num_frames": num_frames}
+    size = {name: value or pipeline.config[name] for name, value in given.items()}
+    with as_user_error("video size"):
+        size["num_frames"] = pipeline.round_num_frames(size["num_frames"])
+        pipeline.check_inputs(
+            prompt="", prompt_embeds=None, output_type="latent", callback_on_step_end_tensor_inputs=[], **size
+        )
+    return size

@@ -1,0 +1,179 @@
+"""LoRA files of every layout meet the pipeline's transformer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from diffusers.utils.torch_utils import unwrap_module
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from ..layouts.lora_files import find_lora_file, read_lora_file
+from ..layouts.lora_modules import LoraModule, OriginalLora, parse_lora
+from ..models.lora_diff import LoraDiff, add_lora_diffs, find_diff_layers
+from ..models.lora_layers import plain_state_dict, tuner_layers
+
+
+_PREFIX = "transformer."
+
+
+class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
+    """`load_lora_weights` for everything that docs/lora_files.md lists; what cannot be applied whole is refused."""
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, torch.Tensor],
+        weight_name: str | None = None,
+        return_lora_metadata: bool = False,
+        use_safetensors: bool | None = None,
+        load_into_transformer_2: bool = False,
+        **hub,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """
+        The LoRA of a file, folder, Hub repository or dict under diffusers' names.
+
+        Args:
+            weight_name: the file, where there are several.
+            return_lora_metadata: also return peft's config. Without it the scales, which it has, are in B.
+            use_safetensors, load_into_transformer_2: diffusers'; there is one format of a name, and one transformer.
+            hub: subfolder, revision, token, cache_dir, force_download, proxies, local_files_only.
+
+        Raises:
+            ValueError: it is no LoRA or cannot be applied whole; one line.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, dict):
+            lora = parse_lora(source)
+        else:
+            lora = parse_lora(*read_lora_file(find_lora_file(source, weight_name, **hub)))
+        if not return_lora_metadata:
+            lora = replace(lora, modules={name: module.with_scale_one() for name, module in lora.modules.items()})
+        state_dict = {_PREFIX + name: tensor for name, tensor in lora.state_dict().items()}
+        if not return_lora_metadata:
+            return state_dict
+        config = lora.peft_config()
+        if config is None:
+            return state_dict, None
+        metadata = config.to_dict()
+        metadata["target_modules"] = lora.config.get("target_modules") or config.target_modules
+        return state_dict, {_PREFIX + name: value for name, value in metadata.items()}
+
+    @classmethod
+    def load_lora_into_transformer(
+        cls, state_dict, transformer, adapter_name=None, metadata=None, hotswap=False, **kwargs
+    ):
+        """As the parent's, which `load_lora_weights` ends in; a LoRA that does not fit is refused in one line."""
+        transformer = unwrap_module(transformer)  # of torch.compile, under which names begin with another module
+        metadata = {name.removeprefix(_PREFIX): value for name, value in (metadata or {}).items()}
+        lora = parse_lora({name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}, metadata)
+        lora.check_fits(plain_state_dict(transformer))
+        check_not_fused(lora, transformer)
+        taken = getattr(transformer, "peft_config", {})
+        if adapter_name in taken and not hotswap:
+            raise ValueError(
+                f"there is a LoRA {adapter_name!r} already: unload it, or give another `adapter_name` than "
+                f"{', '.join(map(repr, taken))}."
+            )
+        # diffusers would count the adapters of one layer, which need not have all.
+        adapter_name = adapter_name or next(
+            name for name in (f"default_{i}" for i in itertools.count()) if name not in taken
+        )
+        lora, biases = split_for_peft(lora, transformer)
+        find_diff_layers(transformer, lora.diffs)
+        if hotswap and (lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer))):
+            raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")
+        config = lora.peft_config()
+        config.lora_bias = bool(biases)
+        # As the file has it, where that names the same modules: a run that goes on from it knows it by these names.
+        short = LoraConfig(target_modules=metadata.get("target_modules"))
+        names = {name for name, _ in transformer.named_modules() if name}
+        if short.target_modules and {x for x in names if check_target_module_exists(short, x)} == set(lora.modules):
+            config.target_modules = short.target_modules
+        tensors = replace(lora, diffs={}).state_dict()
+        if biases:  # peft has them in all modules or in none
+            for name, module in lora.modules.items():
+                tensors[f"{name}.lora_B.bias"] = biases.get(name, torch.zeros(module.b.shape[0])).clone()
+        with without_offloading(kwargs.get("_pipeline")):
+            super().load_lora_into_transformer(
+                {_PREFIX + name: tensor for name, tensor in tensors.items()},
+                transformer,
+                adapter_name=adapter_name,
+                metadata={_PREFIX + name: value for name, value in config.to_dict().items()},
+                hotswap=hotswap,
+                **kwargs,
+            )
+            add_lora_diffs(transformer, adapter_name, lora.diffs)
+        # The new layers are in training mode, where the dropout that a LoRA was trained with works.
+        transformer.train(transformer.training)
+
+
+@contextmanager
+def without_offloading(pipeline: DiffusionPipeline | None) -> Iterator[None]:
+    """Inside, parameters are where they can be read. diffusers does so too while it loads a LoRA, but what comes after
+    would find the parameters of a pipeline that is offloaded sequentially on the meta device again."""
+    is_model_offload, is_sequential_offload, is_group_offload = _func_optionally_disable_offloading(pipeline)
+    try:
+        yield
+    finally:
+        if is_model_offload:
+            pipeline.enable_model_cpu_offload()
+        elif is_sequential_offload:
+            pipeline.enable_sequential_cpu_offload()
+        elif is_group_offload:
+            for component in pipeline.components.values():
+                if isinstance(component, nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(component)
+
+
+def check_not_fused(lora: OriginalLora, transformer: nn.Module):
+    """Raise a one-line `ValueError` if the LoRA changes projections whose place a fused copy has taken."""
+    for name, module in transformer.named_modules():
+        if getattr(module, "fused_projections", False):
+            if any(lora.changes(f"{name}.to_{x}.{end}") for x in "qkv" for end in ("weight", "bias")):
+                raise ValueError(
+                    "a LoRA needs Q, K and V apart, and this transformer has them fused: call its "
+                    "unfuse_qkv_projections() first."
+                )
+
+
+def split_for_peft(lora: OriginalLora, transformer: nn.Module) -> tuple[OriginalLora, dict[str, torch.Tensor]]:
+    """
+    The same LoRA as peft's layers carry it: what is added to a whole matrix or convolution is an A and B of full rank.
+
+    Returns:
+        The LoRA, whose `diffs` are those that peft has no layers for, and what is added to biases, by module.
+    """
+    modules, biases, rest = dict(lora.modules), {}, {}
+    for name, diff in lora.diffs.items():
+        module, _, parameter = name.rpartition(".")
+        layer = transformer.get_submodule(module)
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if not isinstance(layer, (nn.Linear, nn.Conv3d)):
+            rest[name] = diff
+        elif parameter == "bias":
+            biases[module] = diff
+        else:
+            modules[module] = modules[module].add(diff) if module in modules else LoraModule.of_full_rank(diff)
+    weights = plain_state_dict(transformer)
+    for name in biases:
+        # peft scales the bias of B too: with a scale of 1 it stays what it is.
+        module = modules.get(name) or LoraModule.of_zeros(weights[f"{name}.weight"])
+        modules[name] = module.with_scale_one()
+    if not modules:
+        # peft knows no adapter without a module.
+        linears = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+        name = next(name for name in linears if f"{name}.weight" in weights)
+        modules[name] = LoraModule.of_zeros(weights[f"{name}.weight"])
+    return replace(lora, modules=modules, diffs=rest), biases

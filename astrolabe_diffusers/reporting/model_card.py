@@ -1,0 +1,205 @@
+"""The model card of a run: what was trained on what, what came of it, and how to load it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .. import TINY_SHAPES
+from ..config import Config
+from ..files.writing import replacing
+from ..shareable import shareable, shareable_name
+from .markdown import code, code_block, escape, escape_line, plain_line, python_text
+from .tables import change_text, duration, markdown_table
+
+
+TAGS = ["text-to-video", "diffusers", "lora", "reinforcement-learning", "astrolabe"]
+# What says nothing about the adapter, or is no one else's business.
+LEFT_OUT = ("output_dir", "overwrite_output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
+
+
+def write_card(config: Config, results: dict[str, Any], prompts: Sequence[str], repo_id: str | None = None) -> Path:
+    """Writes the card of a finished run as `README.md` into its folder; no path of this machine is in it.
+
+    Args:
+        results: what the trainer writes to results.json.
+        prompts: those of the videos in `eval_videos/step-N/`, in their order.
+        repo_id: where the adapter will be; by default it is loaded from a folder of the run's name.
+    """
+    name = repo_id or config.hub_model_id or Path(config.output_dir).resolve().name
+    data = ModelCardData(
+        base_model=base_on_hub(config),
+        library_name="diffusers",
+        license=config.hub_license,
+        pipeline_tag="text-to-video",
+        tags=TAGS,
+        widget=[
+            {"text": plain_line(prompt), "output": {"url": f"{video_folder(results)}/{i:03d}.mp4"}}
+            for i, prompt in enumerate(prompts)
+        ],
+        model_name=name.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="text-to-video",
+                dataset_type="held-out-prompts",
+                dataset_name=f"{results['num_videos']} held-out videos",
+                metric_type=reward,
+                metric_name=f"{reward} ({score['before']:.4f} before training)",
+                metric_value=round(score["after"], 6),
+            )
+            for reward, score in results["scores"].items()
+            if math.isfinite(score["after"])
+        ],
+    )
+    path = Path(config.output_dir) / "README.md"
+    with replacing(path) as partial:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(config, results, prompts, name)}").save(partial)
+    return path
+
+
+def base_on_hub(config: Config) -> str | None:
+    """The base model's name on the Hub, which refuses cards that name a folder; `None` if it is not known."""
+    name = config.pretrained_model_name_or_path
+    return config.hub_base_model or (None if Path(name).exists() else name)
+
+
+def video_folder(results: dict[str, Any]) -> str:
+    return f"eval_videos/step-{results['steps']}"
+
+
+def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> list[str]:
+    """What the changes of the scores amount to, in sentences: also where nothing rose, or something fell.
+
+    Args:
+        scores: by name `before`, `after`, `change` and `half_width_95`; `reward` is the weighted sum.
+        rewards: the weights of those that were trained on.
+    """
+
+    def direction(name: str) -> int:
+        """1 if the score went up, beyond its interval and as far as the table shows, -1 if down, else 0."""
+        change, half = round(scores[name]["change"], 4), scores[name]["half_width_95"]
+        return (change > half) - (change < -half)
+
+    def changes(names: list[str]) -> str:
+        return ", ".join(
+            f"{escape(name)} {change_text(scores[name]['change'], scores[name]['half_width_95'])}" for name in names
+        )
+
+    total = {
+        1: "The reward it was trained on rose on prompts that were held out: {}.",
+        0: "**The reward it was trained on did not clearly change on prompts that were held out**: {}.",
+        -1: "**The reward it was trained on fell on prompts that were held out**: {}.",
+    }
+    lines = [total[direction("reward")].format(changes(["reward"]))]
+    against = [name for name, weight in rewards.items() if weight and direction(name) * weight < 0]
+    if against and len(rewards) > 1:
+        lines.append(f"**Moved against their weight**: {changes(against)}.")
+    watched = [name for name in scores if name != "reward" and not rewards.get(name)]
+    fell = [name for name in watched if direction(name) < 0]
+    if fell:
+        lines.append(f"**Fell while only watched**: {changes(fell)}.")
+    elif watched:
+        lines.append("Of the scores that were only watched, none clearly fell.")
+    else:
+        lines.append("No other score was watched: what the change was bought with, this run cannot tell.")
+    return lines
+
+
+def shareable_settings(config: Config) -> dict[str, Any]:
+    """The settings that are not the defaults, with the names of local files and folders in place of their paths."""
+    defaults = asdict(type(config)())
+    return {
+        name: value
+        for name, value in shareable(config).items()
+        if getattr(config, name) != defaults[name] and name not in LEFT_OUT
+    }
+
+
+def _body(config: Config, results: dict[str, Any], prompts: Sequence[str], name: str) -> str:
+    base = config.pretrained_model_name_or_path
+    base_name = config.hub_base_model or shareable_name(base)
+    base_code = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else python_text(shareable_name(base))
+    revision = f", revision={python_text(config.revision)}" if config.revision else ""
+    imports = "".join(f", {module}" for module in config.import_modules)
+    size = ", ".join(f"{key}={value}" for key, value in results["size"].items())
+    start = "the base model"
+    if config.init_lora:
+        start = f"the LoRA {code(shareable_name(config.init_lora))} it started from"
+    rows = [["", "weight", "before", "after", "change (95 % interval)"]]
+    for reward, score in results["scores"].items():
+        weight = f"{config.rewards[reward]:g}" if reward in config.rewards else ""
+        change = change_text(score["change"], score["half_width_95"])
+        rows.append([reward, weight, f"{score['before']:.4f}", f"{score['after']:.4f}", change])
+    rewards = ", ".join(f"{code(reward)} (weight {weight:g})" for reward, weight in config.rewards.items())
+    shown = ""
+    if prompts:
+        listing = "\n".join(f"{i + 1}. {escape_line(prompt)}" for i, prompt in enumerate(prompts))
+        shown = f"""## Videos
+
+<Gallery />
+
+![Videos without and with the LoRA](before_after.gif)
+
+Without (before) and with this LoRA (after), from the same seeds: the first held-out prompts, not chosen by hand. At
+full size in [before_after.mp4](before_after.mp4).
+
+{listing}
+
+![Frames of these videos](before_after.png)
+
+"""
+    license_text = escape_line(config.hub_license or "None was stated")
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    settings = yaml.safe_dump(shareable_settings(config), sort_keys=False, allow_unicode=True)
+    call = f"{python_text(prompts[0] if prompts else 'a prompt')}, {size}"
+    example = f"""import astrolabe_diffusers{imports}
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_video
+
+pipe = DiffusionPipeline.from_pretrained({base_code}{revision})
+pipe.load_lora_weights({python_text(name)})
+video = pipe({call}).frames[0]
+export_to_video(video, "video.mp4", fps=pipe.config.frame_rate)"""
+    processes = results["num_processes"]
+    return f"""# {escape(name.split("/")[-1])}
+
+A LoRA for the causal video model {code(base_name)}, trained by reinforcement learning (NFT, as in
+[Astrolabe](https://arxiv.org/abs/2603.17051)) on {rewards}, with
+astrolabe_diffusers.
+
+{code_block(example, "python")}
+
+## What it changes
+
+{chr(10).join(f"- {line}" for line in findings(results["scores"], config.rewards))}
+
+{markdown_table(rows)}
+
+Means over {results["num_videos"]} videos of prompts that were not trained on ({results["num_prompts"]} prompts x
+{config.eval_seeds} seeds). "before" is {start}, with the same seeds. `reward` is the weighted sum, what has no weight
+was only watched. The intervals are those of the paired differences; they say nothing about a run with another seed.
+
+![Reward over the optimizer steps](rewards.png)
+
+{shown}## Training
+
+- {results["steps"]} optimizer steps on {results["num_samples"]} sampled videos in groups of \
+{config.samples_per_prompt}; seed {config.seed}, held-out seeds 0 to {config.eval_seeds - 1}.
+- {processes} x {results["device"]}, {duration(results["train_seconds"])} without evaluations, peak memory \
+{results["peak_memory_gb"]:.1f} GB a process.
+- {versions}.
+
+Settings that are not the defaults:
+
+{code_block(settings, "yaml")}
+
+## Licence
+
+{license_text}. The licence of the base model applies to it too.
+"""

@@ -1,0 +1,216 @@
+"""What a run tells: log files, tracker, curves, the line of an epoch, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..config import Config
+from ..files.writing import replacing, writing
+from ..shareable import shareable
+from .charts import draw_curves
+from .comparison import Evaluation, comparison_rows
+from .tables import comparison_table, duration
+from .trackers import log_distributions, log_video, start_trackers
+from .videos import side_by_side
+
+
+class RunReport:
+    """Everything a run says about itself; only the main process writes.
+
+    `metrics.jsonl` has a line an epoch, `eval.jsonl` one an evaluation with the score of every held-out video;
+    `rewards.png` is drawn from both.
+
+    Attributes:
+        evaluations: all so far, in every process.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator):
+        self.config = config
+        self.accelerator = accelerator
+        self.output_dir = Path(config.output_dir)
+        self.evaluations: list[Evaluation] = []
+        self.curve: list[tuple[int, float]] = []  # (step, mean training reward)
+
+    def start(self, step: int | None):
+        """Open the logs: anew, or where a run that is resumed had come to at `step`."""
+        if self.accelerator.is_main_process:
+            with replacing(self.output_dir / "config.yaml") as partial:
+                self.config.save(partial)
+            epochs, evaluations = (
+                cut_jsonl(self.output_dir / name, last_step=-1 if step is None else step)
+                for name in ("metrics.jsonl", "eval.jsonl")
+            )
+            self.curve = [(record["step"], record["reward"]) for record in epochs]
+            self.evaluations = [Evaluation(record["step"], record["scores"]) for record in evaluations]
+        if torch.distributed.is_initialized():
+            holder = [self.evaluations]
+            torch.distributed.broadcast_object_list(holder, src=0)
+            self.evaluations = holder[0]
+        settings = {name: str(value) for name, value in shareable(self.config).items()}
+        start_trackers(
+            self.accelerator,
+            self.config.report_to,
+            settings,
+            self.output_dir.resolve().name,
+            self.output_dir / self.config.logging_dir,
+            resume=step is not None,
+        )
+        # disable=None: no bar in a log file, where it would be noise. The lines of the epochs are there in any case.
+        self.progress = tqdm(
+            total=self.config.max_train_steps,
+            initial=step or 0,
+            desc="steps",
+            disable=None if self.accelerator.is_main_process else True,
+        )
+
+    def print(self, text: str):
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def activity(self, text: str):
+        """What is being done, at the end of the progress bar."""
+        self.progress.set_postfix_str(text)
+
+    def add_epoch(self, metrics: dict[str, float], distributions: dict[str, torch.Tensor], seconds_left: float):
+        """Log an epoch.
+
+        Args:
+            metrics: numbers, among them `step`, `reward`, `loss`, `grad_norm` and `seconds`.
+            distributions: the scores `(N,)` of all samples by name, group after group.
+        """
+        step = metrics["step"]
+        statistics = {
+            name: score_statistics(scores, self.config.samples_per_prompt) for name, scores in distributions.items()
+        }
+        # The mean of a score is one of its statistics.
+        numbers = {name: value for name, value in metrics.items() if name not in distributions}
+        # What a tracker was given it writes in a thread, and only says later that it could not.
+        with writing(self.output_dir / self.config.logging_dir):
+            self.accelerator.log(
+                {tag(name): value for name, value in numbers.items()} | tags("reward", statistics), step
+            )
+        if self.accelerator.is_main_process:
+            self.curve.append((step, metrics["reward"]))
+            append_jsonl(self.output_dir / "metrics.jsonl", metrics | {"statistics": statistics})
+            with writing(self.output_dir / self.config.logging_dir):
+                log_distributions(
+                    self.accelerator, {f"reward/{name}": scores for name, scores in distributions.items()}, step
+                )
+        latest = self.evaluations[-1]
+        self.print(
+            f"step {step}/{self.config.max_train_steps}  reward {metrics['reward']:.4f}  "
+            f"held-out {latest.mean():.4f} ({latest.mean() - self.evaluations[0].mean():+.4f} at step {latest.step})  "
+            f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2g}  "
+            f"{metrics['seconds']:.1f} s/epoch  ETA {duration(seconds_left)}"
+        )
+
+    def add_evaluation(self, evaluation: Evaluation, videos: Sequence[torch.Tensor], frame_rate: int):
+        """Log an evaluation, redraw the curves and show `videos` in the trackers."""
+        self.evaluations.append(evaluation)
+        statistics = {name: score_statistics(torch.tensor(scores)) for name, scores in evaluation.scores.items()}
+        with writing(self.output_dir / self.config.logging_dir):
+            self.accelerator.log(tags("held-out", statistics), step=evaluation.step)
+        self.print(f"step {evaluation.step}: held-out reward {evaluation.mean():.4f}")
+        if not self.accelerator.is_main_process:
+            return
+        append_jsonl(self.output_dir / "eval.jsonl", evaluation.to_json())
+        self.draw_curves()
+        if videos:
+            images = side_by_side(videos, columns=min(4, len(videos)))
+            with writing(self.output_dir / self.config.logging_dir):
+                log_video(self.accelerator, "held-out/videos", images, frame_rate, evaluation.step)
+
+    def draw_curves(self):
+        held_out = [(evaluation.step, evaluation.mean()) for evaluation in self.evaluations]
+        with replacing(self.output_dir / "rewards.png") as partial:
+            draw_curves(
+                {"train": self.curve, "held-out": held_out},
+                partial,
+                title=" + ".join(self.config.rewards),
+                x_label="optimizer step",
+                y_label="reward",
+            )
+
+    def finish(self, results: dict[str, Any], num_prompts: int):
+        """Write results.json, with the changes of all scores, and print the table of before and after."""
+        self.progress.close()
+        before, after = self.evaluations[0], self.evaluations[-1]
+        rows = comparison_rows(before, after)
+        results["scores"] = {
+            name: {"before": old, "after": new, "change": change, "half_width_95": half}
+            for name, old, new, change, half in rows
+        }
+        table = comparison_table(rows, list(self.config.rewards))
+        number = len(after.scores["reward"])
+        table = (
+            f"{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
+            f"{after.step} steps\n{table}"
+        )
+        with replacing(self.output_dir / "results.json") as partial:
+            partial.write_text(json.dumps(results, indent=2))
+        files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
+        self.print(
+            f"\n{table}\n\ntraining took {duration(results['train_seconds'])} without evaluations, "
+            f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
+            f"\n{files}"
+        )
+
+
+def tag(name: str) -> str:
+    """The name of a metric in the trackers, which sort by what is before the first slash."""
+    return f"{'speed' if name.startswith(('seconds', 'samples_per_second')) else 'train'}/{name}"
+
+
+def tags(group: str, statistics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """[`score_statistics`] by score as `group/score/statistic`."""
+    return {f"{group}/{name}/{key}": value for name, part in statistics.items() for key, value in part.items()}
+
+
+def score_statistics(scores: torch.Tensor, group_size: int | None = None) -> dict[str, float]:
+    """Mean, spread and ends of scores `(N,)`, and the mean of the spreads of groups if their size is given.
+
+    Spreads are standard deviations of the population. A score that is not finite is left out; nothing is returned if
+    none is finite.
+    """
+
+    def finite(values: torch.Tensor) -> torch.Tensor:
+        return values[values.isfinite()].double()
+
+    values = finite(scores)
+    if not len(values):
+        return {}
+    statistics = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
+    if group_size:
+        groups = [group for group in map(finite, scores.split(group_size)) if len(group)]
+        statistics["group_std"] = torch.stack([group.std(correction=0) for group in groups]).mean()
+    return {name: value.item() for name, value in statistics.items()}
+
+
+def append_jsonl(path: Path, record: dict):
+    with writing(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cut_jsonl(path: Path, last_step: int) -> list[dict]:
+    """Records up to `last_step`. Later ones, of a run that is resumed from there or replaced, are cut off the file."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # a run was killed while it wrote the line
+            break
+    records = [record for record in records if record["step"] <= last_step]
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records

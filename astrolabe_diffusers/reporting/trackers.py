@@ -1,0 +1,134 @@
+"""TensorBoard and Weights & Biases through accelerate, with what accelerate does not log: histograms and videos."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from PIL import Image
+
+from ..errors import UserError, one_line
+from ..files.writing import writing
+from .videos import gif_bytes
+
+
+logger = logging.getLogger(__name__)
+
+
+TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
+WANDB_ID = "wandb_id"
+# What leaves for wandb is what a run logs: not the command line, the paths and the repository it is started from, nor
+# what is printed, which names folders and servers.
+WANDB_SETTINGS = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """The trackers that `report_to` stands for; a `UserError` if one is not installed."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in TRACKERS[report_to] if name not in available]
+    if missing:
+        raise UserError(f"report_to={report_to} needs the package {missing[0]}: pip install {missing[0]}.")
+    return TRACKERS[report_to]
+
+
+def start_trackers(
+    accelerator: Accelerator, report_to: str, settings: dict, run_name: str, folder: Path, resume: bool
+):
+    """Open the trackers of a run, or go on with those of one that is resumed.
+
+    Args:
+        settings: what is shown as the run's hyperparameters.
+        folder: of all that the trackers write.
+    """
+    init_kwargs = {}
+    if "wandb" in TRACKERS[report_to] and accelerator.is_main_process:
+        id_file = folder / WANDB_ID
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (resume and id_file.is_file()):
+                id_file.write_text(uuid.uuid4().hex[:8])
+        run = {"dir": folder, "name": run_name, "id": id_file.read_text(), "resume": "allow"}
+        init_kwargs["wandb"] = run | {"settings": WANDB_SETTINGS}
+    try:
+        accelerator.init_trackers("nft", config=settings, init_kwargs=init_kwargs)
+    except Exception as error:  # each tracker has its own: no key, no network, ...
+        raise UserError(f"report_to={report_to}: {one_line(error)}") from error
+
+
+@contextmanager
+def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
+    """Trackers that are opened inside are closed at the end.
+
+    One that cannot be closed, without network for example, is no reason for the run to fail.
+    """
+    before = threading.excepthook
+
+    def hook(arguments):
+        # What TensorBoard's thread cannot write, its next call raises in the run.
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
+    level = logging.DEBUG  # after an error everything is said
+    try:
+        yield
+        level = logging.WARNING
+    finally:
+        while accelerator.trackers:
+            tracker = accelerator.trackers.pop()
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.log(level, "%s was not closed: %s", tracker.name, one_line(error))
+        threading.excepthook = before
+
+
+def log_distributions(accelerator: Accelerator, values: dict[str, torch.Tensor], step: int):
+    """Histograms of the finite values of every tensor `(N,)`, by its tag. For the main process."""
+    for tag, tensor in values.items():
+        tensor = tensor[tensor.isfinite()]
+        if len(tensor):
+            for tracker in accelerator.trackers:
+                HISTOGRAMS[tracker.name](tracker.tracker, tag, tensor, step)
+
+
+def log_video(accelerator: Accelerator, tag: str, images: Sequence[Image.Image], frame_rate: int, step: int):
+    """A video as an animated GIF, which browsers play and which needs no moviepy. For the main process."""
+    gif = gif_bytes(images, frame_rate)
+    for tracker in accelerator.trackers:
+        GIFS[tracker.name](tracker.tracker, tag, gif, images[0].size, step)
+
+
+def _tensorboard_histogram(writer, tag: str, values: torch.Tensor, step: int):
+    writer.add_histogram(tag, values, step)
+
+
+def _tensorboard_gif(writer, tag: str, gif: bytes, size: tuple[int, int], step: int):
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=gif)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def _wandb_histogram(run, tag: str, values: torch.Tensor, step: int):
+    import wandb
+
+    run.log({tag: wandb.Histogram(values.numpy())}, step=step)
+
+
+def _wandb_gif(run, tag: str, gif: bytes, size: tuple[int, int], step: int):
+    import wandb
+
+    run.log({tag: wandb.Video(io.BytesIO(gif), format="gif")}, step=step)
+
+
+HISTOGRAMS = {"tensorboard": _tensorboard_histogram, "wandb": _wandb_histogram}
+GIFS = {"tensorboard": _tensorboard_gif, "wandb": _wandb_gif}

@@ -1,0 +1,22 @@
+"""Settings of how rewards are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Config, option
+from .reward_set import PLACES
+
+
+@dataclass
+class RewardConfig(Config):
+    """How rewards are scored."""
+
+    reward_options: dict[str, dict[str, Any]] = option(
+        {}, "arguments of rewards: name.argument=value,name.argument=value; in YAML {name: {argument: value}}"
+    )
+    reward_placement: dict[str, str] = option({}, f"where rewards are scored, name=place: {PLACES}")
+    reward_timeout: float = option(
+        600, "seconds after which a batch's rewards count as hung, wherever they are, and the run ends", minimum=1e-3
+    )

@@ -1,0 +1,109 @@
+"""LAION's aesthetic predictor on the frames of a video."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from ...layouts.tensor_files import find_weights
+from ...layouts.wan_checkpoints import misfits
+from ..reward import register_reward
+from .model_reward import FrameReward, normalize, place
+from .published_files import fetch, read_weights
+
+
+_WEIGHTS = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
+
+
+@register_reward("aesthetic")
+class Aesthetic(FrameReward):
+    """
+    How beautiful the frames are as pictures; the prompt does not count.
+
+    - Range: about 1 to 10, most pictures 4 to 7.
+    - Frames: every one, and their mean. Each is resized to 224 pixels on its shorter side; the square in its middle
+      counts.
+    - Cost: the picture half of CLIP ViT-L/14 (0.6 GB in bfloat16), 256 patches a frame.
+    - Weights: `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor (Apache-2.0), which the Hub has as
+      `trl-lib/ddpo-aesthetic-predictor`, on openai/clip-vit-large-patch14 (MIT).
+
+    Args:
+        checkpoint: Hub id, folder or file of the predictor.
+        base: Hub id or folder of CLIP.
+        frames, fps, top_fraction, batch_size: see [`FrameReward`].
+        device: by default the GPU if there is one.
+        dtype: of CLIP, by default "bfloat16" on a GPU and "float32" on the CPU; the predictor has float32.
+
+    Raises:
+        ValueError: the weights are missing or do not fit.
+    """
+
+    uses_prompt = False
+
+    def __init__(
+        self,
+        checkpoint: str = "trl-lib/ddpo-aesthetic-predictor",
+        base: str = "openai/clip-vit-large-patch14",
+        frames: str = "all",
+        fps: float = 16.0,
+        top_fraction: float = 1.0,
+        batch_size: int = 64,
+        device: str | None = None,
+        dtype: str | None = None,
+    ):
+        super().__init__(frames, fps, top_fraction, batch_size)
+        from transformers import CLIPModel
+
+        device, dtype = place(device, dtype)
+        path = fetch(checkpoint, list(_WEIGHTS))
+        weights = read_weights(find_weights(path, _WEIGHTS))
+        folder = fetch(base, ["config.json", "model.safetensors"])
+        clip, report = CLIPModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{base} is no CLIP: it lacks {', '.join(missing[:3])}, {len(missing)} in all.")
+        with init_empty_weights():
+            predictor = Predictor(clip.config.projection_dim)
+        if found := misfits(weights, {name: tensor.shape for name, tensor in predictor.state_dict().items()}):
+            raise ValueError(f"this aesthetic predictor does not fit {base}: {found}.")
+        predictor.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        self.side = clip.config.vision_config.image_size
+        # Without the text half.
+        self.model = nn.ModuleDict(
+            {"vision": clip.vision_model, "projection": clip.visual_projection, "predictor": predictor}
+        )
+        self.model.to(device).eval().requires_grad_(False)
+
+    def frame_size(self, height, width):
+        short = min(height, width)
+        return int(self.side * height / short), int(self.side * width / short)
+
+    def encode_prompts(self, prompts):
+        return [None] * len(prompts)
+
+    def score_frames(self, frames, texts):
+        top, left = ((side - self.side) // 2 for side in frames.shape[-2:])
+        middle = frames[..., top : top + self.side, left : left + self.side]
+        pictures = normalize(middle).to(self.model["projection"].weight.dtype)
+        features = self.model["projection"](self.model["vision"](pixel_values=pictures).pooler_output).float()
+        return self.model["predictor"](features / features.norm(dim=1, keepdim=True))[:, 0]
+
+
+class Predictor(nn.Module):
+    """From CLIP's normalised picture embedding to the score: linear layers with nothing between them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        return self.layers(embedding)

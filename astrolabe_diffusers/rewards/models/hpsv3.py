@@ -1,0 +1,107 @@
+"""HPSv3, a preference model for pictures, on the frames of a video."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from ...layouts.tensor_files import find_weights
+from ..reward import register_reward
+from .model_reward import FrameReward, place
+from .published_files import fetch, read_constants, read_weights
+from .qwen2_vl_inputs import RewardPrompt, resized_size
+
+
+_TOKEN = "<|Reward|>"
+_PIXELS = 256 * 28 * 28
+_WEIGHTS = ("HPSv3.safetensors", "model.safetensors", "HPSv3.pth")
+_TEMPLATE_FILE, _TEMPLATE_NAMES = "data_collator_qwen.py", ("INSTRUCTION", "prompt_with_special_token")
+
+
+@register_reward("video_hpsv3_local")
+class HPSv3(FrameReward):
+    """
+    How much people would like the frames as pictures, and how well they fit the prompt.
+
+    - Range: unbounded, about -2 for noise to 12; the mean of the predicted preference, its deviation is not used.
+    - Frames: every one, and the mean of the best 30 %, as published; `frames="stride:4"` costs a quarter. Each is
+      resized to about 448 x 448 pixels of its own shape.
+    - Cost: a 7B model (16 GB in bfloat16) on some 850 tokens a frame.
+    - Weights: `MizzenAI/HPSv3` on the Hub (MIT), on Qwen2-VL-7B-Instruct (Apache-2.0), whose configuration and
+      tokenizer are used. Paper: arXiv 2508.03789.
+
+    The text that the model was trained to read is published as code, in the package `hpsv3` (`pip install --no-deps
+    hpsv3`; it is never imported), or `template=` is the path of its file `data_collator_qwen.py`.
+
+    Args:
+        checkpoint: Hub id, folder (sharded too) or file of the weights.
+        base: Hub id or folder of the base model.
+        template: the file with the text; by default in the folder of the weights or in the package `hpsv3`.
+        frames, fps, top_fraction, batch_size: see [`FrameReward`].
+        device: by default the GPU if there is one.
+        dtype: by default "bfloat16" on a GPU and "float32" on the CPU.
+
+    Raises:
+        ValueError: files are missing or do not fit; names them.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "MizzenAI/HPSv3",
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
+        template: str | None = None,
+        frames: str = "all",
+        fps: float = 16.0,
+        top_fraction: float = 0.3,
+        batch_size: int = 16,
+        device: str | None = None,
+        dtype: str | None = None,
+    ):
+        super().__init__(frames, fps, top_fraction, batch_size)
+        from transformers import AutoTokenizer, Qwen2VLConfig
+
+        from .qwen2_vl_model import load_reward_model, module_names
+
+        path = fetch(checkpoint, ["*.safetensors", "*.json", "*.py"])
+        text = "".join(read_constants(_template_file(template, path), _TEMPLATE_NAMES))
+        folder = fetch(base, ["config.json", "*token*", "vocab.json", "merges.txt"])
+        self.prompt = RewardPrompt(AutoTokenizer.from_pretrained(folder), text, (_TOKEN,), "<|image_pad|>")
+        weights = module_names(read_weights(find_weights(path, _WEIGHTS)))
+        config = Qwen2VLConfig.from_pretrained(folder)
+        with init_empty_weights():
+            head = _head(config.text_config.hidden_size)
+        self.model = load_reward_model(weights, base, config, head, self.prompt, *place(device, dtype))
+
+    def frame_size(self, height, width):
+        return resized_size(height, width, _PIXELS, _PIXELS)
+
+    def encode_prompts(self, prompts):
+        return [self.prompt.ids(prompt, _TOKEN) for prompt in prompts]
+
+    def score_frames(self, frames: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+        return self.model(frames[:, None], texts, self.prompt.token_ids)[:, 0, 0]
+
+
+def _head(width: int) -> nn.Module:
+    """From the state of the reward token to mean and deviation."""
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+
+
+def _template_file(template: str | None, checkpoint: Path) -> Path:
+    folders = [checkpoint if checkpoint.is_dir() else checkpoint.parent]
+    if package := importlib.util.find_spec("hpsv3"):
+        folders += [Path(folder) / "dataset" for folder in package.submodule_search_locations]
+    files = [Path(template)] if template else [folder / _TEMPLATE_FILE for folder in folders]
+    for file in files:
+        if file.is_file():
+            return file
+    raise ValueError(
+        f"HPSv3 needs the text it was trained with, and {' or '.join(map(str, files))} does not exist: "
+        f"pip install --no-deps hpsv3, or set template to the {_TEMPLATE_FILE} of HPSv3's repository."
+    )

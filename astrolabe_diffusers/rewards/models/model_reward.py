@@ -1,0 +1,105 @@
+"""What rewards that are neural networks share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..frame_request import FrameRequest
+from ..frame_selection import FrameSelection, top_fraction_mean
+from ..reward import Reward, RewardOutput, check_device
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype of a reward's weights: by default the GPU if there is one, in bfloat16, or else the CPU."""
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    return device, getattr(torch, dtype)
+
+
+class ModelReward(Reward):
+    """A reward whose weights are those of `model`; it scores on the device that they are on."""
+
+    model: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def normalize(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 frames [..., 3, H, W] in float32 with CLIP's mean and deviation, which Qwen2-VL has too."""
+    # In float64, as transformers has it.
+    return standardize((frames.double() * (1 / 255)).float())
+
+
+def standardize(pixels: torch.Tensor) -> torch.Tensor:
+    """float32 [..., 3, H, W] in [0, 1] less CLIP's mean and over its deviation."""
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def as_pillow(size: tuple[int, int], height: int) -> tuple[tuple[int, int], ...]:
+    """The two steps in which Pillow brings pictures of this height to a size."""
+    return (height, size[1]), size
+
+
+class FrameReward(ModelReward):
+    """
+    A reward that scores frames one by one. A video has the mean of the best of them; the mean over all is `mean` in
+    `info`.
+
+    Args:
+        frames: which frames, see [`FrameSelection`].
+        fps: frames a second of the videos.
+        top_fraction: the share of the frames, the best ones, whose mean is the score; 1 is the mean over all.
+        batch_size: frames in one forward pass.
+    """
+
+    def __init__(self, frames: str, fps: float, top_fraction: float, batch_size: int):
+        if not 0 < top_fraction <= 1:
+            raise ValueError(f"top_fraction must be above 0 and at most 1, not {top_fraction}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        self.select = FrameSelection(frames, fps)
+        self.top_fraction, self.batch_size = top_fraction, batch_size
+
+    def request(self, num_frames, height, width):
+        size = self.frame_size(height, width)
+        return FrameRequest(tuple(self.select(num_frames)), as_pillow(size, height) if size else ())
+
+    def score(self, videos, prompts, metadata=None):
+        with torch.inference_mode():
+            frames = self.requested(videos).to(self.device)
+            texts = self.encode_prompts(prompts)
+            owners = [text for text in texts for _ in range(frames.shape[1])]
+            scores = [
+                self.score_frames(part, owners[i * self.batch_size : i * self.batch_size + len(part)])
+                for i, part in enumerate(frames.flatten(0, 1).split(self.batch_size))
+            ]
+            scores = torch.cat(scores).float().cpu().view(frames.shape[:2])
+        # Its clone made out here is no inference tensor.
+        scores = scores.clone()
+        return RewardOutput(top_fraction_mean(scores, self.top_fraction), {"mean": scores.mean(1)})
+
+    def frame_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """The size that frames of this one are brought to, as Pillow does it; `None`: they stay as they are."""
+        return None
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> list[Any]:
+        """What `score_frames` wants of each prompt."""
+
+    @abstractmethod
+    def score_frames(self, frames: torch.Tensor, texts: list[Any]) -> torch.Tensor:
+        """[N] of uint8 frames [N, 3, h, w] of `frame_size` and what `encode_prompts` made of the prompt of each."""

@@ -1,0 +1,46 @@
+"""Files of published reward models: from a folder, a file or the Hub."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from ...layouts.tensor_files import load_tensors
+from ...layouts.wan_checkpoints import select_weights
+
+
+def fetch(source: str, patterns: list[str]) -> Path:
+    """The folder or file `source`, or that Hub repository downloaded, as far as its files match `patterns`."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0].startswith("."):
+        raise ValueError(f"no such file or folder: {source}")
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # the client has a class for each way to fail
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source} is no file or folder here, and the Hub did not give it: {reason}") from None
+
+
+def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
+    """The tensors of all files, memory-mapped."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors |= select_weights(load_tensors(file), ("model", "state_dict", "module"))
+    return tensors
+
+
+def read_constants(file: Path, names: tuple[str, ...]) -> list[str]:
+    """Strings that a Python file assigns to `names` at its top level. The file is not run."""
+    found = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            found |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
+    missing = [name for name in names if not isinstance(found.get(name), str)]
+    if missing:
+        raise ValueError(f"{file} assigns no text to {', '.join(missing)}.")
+    return [found[name] for name in names]

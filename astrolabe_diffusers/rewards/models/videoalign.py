@@ -1,0 +1,234 @@
+"""VideoAlign's VideoReward: visual quality, motion quality and text alignment of a video."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from ...layouts.tensor_files import find_weights
+from ..frame_request import FrameRequest
+from ..frame_selection import FrameSelection
+from ..reward import RewardOutput, register_reward
+from .model_reward import ModelReward, place
+from .published_files import fetch, read_constants, read_weights
+from .qwen2_vl_inputs import RewardPrompt, resized_size
+
+
+DIMENSIONS = ("VQ", "MQ", "TA")
+_TOKENS = tuple(f"<|{name}_reward|>" for name in DIMENSIONS)
+_PIXELS = (128 * 28 * 28, 256 * 28 * 28)
+_WEIGHTS = ("model.pth", "model.safetensors", "pytorch_model.bin")
+_ADAPTER, _REST = "adapter_model.safetensors", "non_lora_state_dict.pth"
+_TEMPLATE_FILE, _TEMPLATE_NAMES = "prompt_template.py", ("DETAILED_PROMPT_WITH_SPECIAL_TOKEN",)
+
+
+class VideoReward:
+    """
+    The model behind all VideoAlign rewards: one for all that have the same settings, and one pass in colour and one in
+    gray for a batch, whichever of them ask. See [`VideoAlign`] for the arguments.
+    """
+
+    def __init__(self, checkpoint, base, template, frames, fps, batch_size, device, dtype):
+        from transformers import AutoTokenizer, Qwen2VLConfig
+
+        from .qwen2_vl_model import EMBEDDING, load_reward_model, merge_lora, module_names
+
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        self.select, self.batch_size = FrameSelection(frames, fps), batch_size
+        root, folder, file = _locate(fetch(checkpoint, ["*.json", "*.py", "checkpoint-*/*"]))
+        settings = json.loads((root / "model_config.json").read_text(encoding="utf-8"))
+        norms = settings["inference_config"]
+        self.mean, self.std = (
+            torch.tensor([float(norms[f"{name}_{what}"]) for name in DIMENSIONS]) for what in ("mean", "std")
+        )
+        text_file = Path(template) if template else root / _TEMPLATE_FILE
+        if not text_file.is_file():
+            raise ValueError(
+                f"VideoReward needs the text it was trained with, and {text_file} does not exist: put the "
+                f"{_TEMPLATE_FILE} of VideoAlign's repository there, or set template to it."
+            )
+        (text,) = read_constants(text_file, _TEMPLATE_NAMES)
+
+        adapter = file is None and (folder / _ADAPTER).is_file()
+        patterns = ["config.json", "*token*", "vocab.json", "merges.txt"]
+        base_folder = fetch(base, patterns + ["*.safetensors", "*.index.json"] if adapter else patterns)
+        own = folder / "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(own if own.is_dir() else base_folder)
+        self.prompt = RewardPrompt(tokenizer, text, _TOKENS, "<|video_pad|>")
+
+        if adapter:
+            weights = module_names(read_weights(find_weights(base_folder, ("model.safetensors",))))
+            for part in (_REST, _ADAPTER):
+                weights |= module_names(read_weights([folder / part]))
+            weights[EMBEDDING] = weights[EMBEDDING][: len(tokenizer)]
+        else:
+            weights = module_names(read_weights(find_weights(file or folder, _WEIGHTS)))
+        weights = merge_lora(weights, settings["peft_lora_config"]["lora_alpha"])
+        # The released head has one output for all three tokens; one trained with three has its own for each.
+        outputs = weights["head.weight"].shape[0] if "head.weight" in weights else 1
+        config = Qwen2VLConfig.from_pretrained(base_folder)
+        with init_empty_weights():
+            head = nn.Linear(config.text_config.hidden_size, outputs, bias=False)
+        self.model = load_reward_model(weights, base, config, head, self.prompt, *place(device, dtype))
+        self._passes: dict[bool, tuple] = {}
+
+    def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """
+        float32 [B, 3], or [B, 2] in gray: VQ, MQ and, in colour only, TA, each less its mean and over its deviation.
+
+        Args:
+            frames: uint8 [B, F, 3, h, w], those that the model looks at, in its size; or [B, F, 1, h, w] without
+                colour. The text is then read up to MQ and holds no prompt.
+        """
+        gray = frames.shape[2] == 1
+        # What the last batch was is compared, not its identity: nobody can change it unseen.
+        known_frames, known_prompts, known = self._passes.get(gray, (None, None, None))
+        if (
+            known_frames is not None
+            and (known_frames.shape, known_frames.device) == (frames.shape, frames.device)
+            and torch.equal(known_frames, frames)
+            and (gray or known_prompts == prompts)
+        ):
+            return known.clone()
+        tokens = _TOKENS[:2] if gray else _TOKENS
+        ids = self.prompt.token_ids[: len(tokens)]
+        with torch.inference_mode():
+            pixels = frames.expand(-1, -1, 3, -1, -1)
+            texts = [self.prompt.ids(prompt, tokens[-1]) for prompt in prompts]
+            logits = torch.cat(
+                [
+                    self.model(pixels[i : i + self.batch_size], texts[i : i + self.batch_size], ids)
+                    for i in range(0, len(texts), self.batch_size)
+                ]
+            )
+            raw = logits[..., 0] if logits.shape[2] == 1 else logits.diagonal(dim1=1, dim2=2)
+            raw = raw.cpu()
+        scores = (raw.clone() - self.mean[: len(tokens)]) / self.std[: len(tokens)]
+        self._passes[gray] = (frames.clone(), list(prompts), scores)
+        return scores.clone()
+
+
+_MODELS: WeakValueDictionary[tuple, VideoReward] = WeakValueDictionary()
+
+
+class VideoAlign(ModelReward):
+    """
+    A score of VideoReward, with others that the same pass gives in `info`.
+
+    - Range: deviations from the mean of its training data, about -3 to 3.
+    - Frames: two a second of the video, 10 of 81 at 16 fps (`frames="fps:2"`), spread evenly, in at most 448 x 448
+      pixels of their own shape.
+    - Cost: a 2B model (4.4 GB in bfloat16), some 2,200 tokens for 10 frames; one pass for all scores in colour, and
+      one of some 1,900 for the one in gray. All rewards with the same options share one model.
+    - Weights: `KlingTeam/VideoReward` on the Hub, on Qwen2-VL-2B-Instruct (both Apache-2.0). Paper: arXiv 2501.13918.
+
+    The text that the model was trained to read is the file `prompt_template.py` of the repository KlingAIResearch/
+    VideoAlign: put it beside `model_config.json`, or `template=` is its path. It is read and never run.
+
+    Args:
+        checkpoint: Hub id, folder with `model_config.json` and `checkpoint-N`, of which the highest N is taken, one of
+            these, or the weight file in it.
+        base: Hub id or folder of the base model.
+        template: the file with the text.
+        frames, fps: which frames, see [`FrameSelection`], and the frames a second of the videos.
+        batch_size: videos in one forward pass.
+        device: by default the GPU if there is one.
+        dtype: by default "bfloat16" on a GPU and "float32" on the CPU.
+
+    Raises:
+        ValueError: files are missing or do not fit; names them.
+    """
+
+    dimensions: tuple[str, ...]
+    gray = False
+
+    def __init__(
+        self,
+        checkpoint: str = "KlingTeam/VideoReward",
+        base: str = "Qwen/Qwen2-VL-2B-Instruct",
+        template: str | None = None,
+        frames: str = "fps:2",
+        fps: float = 16.0,
+        batch_size: int = 4,
+        device: str | None = None,
+        dtype: str | None = None,
+    ):
+        settings = (checkpoint, base, template, frames, fps, batch_size, device, dtype)
+        self.video_reward = _MODELS.get(settings)
+        if self.video_reward is None:
+            self.video_reward = _MODELS[settings] = VideoReward(*settings)
+        self.model = self.video_reward.model
+
+    def request(self, num_frames, height, width):
+        frames = tuple(self.video_reward.select(num_frames))
+        return FrameRequest(frames, (resized_size(height, width, *_PIXELS),), self.gray)
+
+    def score(self, videos, prompts, metadata=None):
+        frames = self.requested(videos).to(self.device)
+        if frames.shape[2] != (1 if self.gray else 3):
+            raise ValueError(f"{type(self).__name__} was given frames of {frames.shape[2]} channels.")
+        parts = dict(zip(DIMENSIONS, self.video_reward.scores(frames, prompts).unbind(1)))
+        score = sum(parts[name] for name in self.dimensions) / len(self.dimensions)
+        if not self.uses_prompt:
+            parts.pop("TA", None)  # what is said to depend on the video alone may be remembered
+        return RewardOutput(score, parts)
+
+
+@register_reward("videoalign_vq_score")
+class VideoAlignVQ(VideoAlign):
+    """Visual quality: how clear, detailed and plausible the pictures are. The prompt does not count."""
+
+    dimensions = ("VQ",)
+    uses_prompt = False
+
+
+@register_reward("videoalign_mq_score")
+class VideoAlignMQ(VideoAlign):
+    """Motion quality of the video without its colours (Astrolabe's choice): how stable, natural and ample the motion
+    is. The prompt does not count. As published, the colours go before the frames are resized."""
+
+    dimensions = ("MQ",)
+    uses_prompt = False
+    gray = True
+
+
+@register_reward("videoalign_mq_rgb_score")
+class VideoAlignMQInColor(VideoAlign):
+    """Motion quality of the video with its colours, as VideoReward itself has it. The prompt does not count."""
+
+    dimensions = ("MQ",)
+    uses_prompt = False
+
+
+@register_reward("videoalign_ta_score")
+class VideoAlignTA(VideoAlign):
+    """Text alignment: subject, motion, place, style and camera against the prompt."""
+
+    dimensions = ("TA",)
+
+
+@register_reward("videoalign_score")
+class VideoAlignOverall(VideoAlign):
+    """The mean of visual quality, motion quality (in colour) and text alignment."""
+
+    dimensions = DIMENSIONS
+
+
+def _locate(path: Path) -> tuple[Path, Path, Path | None]:
+    """The folder with `model_config.json`, that of the checkpoint, and the weight file if `path` is one."""
+    file = path if path.is_file() else None
+    folder = path.parent if file else path
+    steps = [step for step in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", step.name)]
+    if steps and not file:
+        folder = max(steps, key=lambda step: int(step.name.rpartition("-")[2]))
+    for root in (folder, folder.parent):
+        if (root / "model_config.json").is_file():
+            return root, folder, file
+    raise ValueError(f"{path} is no VideoReward: there is no model_config.json in it or above it.")

@@ -1,0 +1,125 @@
+"""Rewards in this process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ..frame_request import FrameRequest, prepare_frames
+from ..reward import Reward, RewardOutput, check_device, get_reward
+from .wire import Job
+
+
+class LocalRewards:
+    """
+    Rewards that are scored in this process.
+
+    Args:
+        names: as in `get_reward`.
+        options: by name, the keyword arguments of a reward.
+        device: where the weights are; where each reward puts them itself if not given.
+        offload: keep the weights in the CPU's memory and copy them to the GPU only while videos are scored.
+        defaults: as in `get_reward`.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        options: dict[str, dict[str, Any]] | None = None,
+        device: str | None = None,
+        offload: bool = False,
+        defaults: dict[str, Any] | None = None,
+    ):
+        self.device = device
+        self.rewards: dict[str, Reward] = {}
+        if device:
+            check_device(device)
+        # A reward that takes the GPU by default takes this one, not the trainer's.
+        with torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext():
+            for name in names:
+                self.rewards[name] = get_reward(name, defaults, **(options or {}).get(name, {}))
+        if device:
+            for reward in self.rewards.values():
+                reward.to(device)
+        self._offload = OffloadedWeights(self.rewards.values()) if offload else nullcontext()
+
+    @property
+    def using_prompts(self) -> list[str]:
+        """The names of those rewards that look at the prompt."""
+        return [name for name, reward in self.rewards.items() if reward.uses_prompt]
+
+    def requests(self, num_frames: int, height: int, width: int) -> dict[str, FrameRequest | None]:
+        """What each reward needs of videos of this shape, see `Reward.request`."""
+        return {name: reward.request(num_frames, height, width) for name, reward in self.rewards.items()}
+
+    def score(
+        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+    ) -> dict[str, RewardOutput]:
+        """The output of each reward for videos [B, F, 3, H, W], float in [0, 1]."""
+        requests = self.requests(videos.shape[1], *videos.shape[-2:])
+        frames = {
+            request: videos if request is None else prepare_frames(videos, request) for request in requests.values()
+        }
+        return self._score({name: frames[request] for name, request in requests.items()}, prompts, metadata)
+
+    def score_job(self, job: Job) -> dict[str, RewardOutput]:
+        """The output of those rewards that a job asks.
+
+        Raises:
+            ValueError: it asks one that is not here.
+        """
+        unknown = [name for name in job.frames if name not in self.rewards]
+        if unknown:
+            raise ValueError(f"there is no reward {unknown[0]!r} here; there are {', '.join(self.rewards)}.")
+        return self._score(job.frames, job.prompts, job.metadata, job.whole)
+
+    def _score(self, frames, prompts, metadata, as_floats=frozenset()):
+        """The outputs for `frames` by reward; those for `as_floats` are uint8 and wanted as floats in [0, 1]."""
+
+        def own(name):
+            # A reward may write into what it is given, to normalise frames for example. A copy that lives as long as
+            # its turn costs less than to find out.
+            tensor = frames[name].to(self.device or frames[name].device, copy=True)
+            return tensor.float() / 255 if name in as_floats else tensor
+
+        # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
+        with self._offload, torch.inference_mode():
+            outputs = {
+                name: self.rewards[name].score(own(name), list(prompts), copy.deepcopy(metadata)) for name in frames
+            }
+        return {name: output.checked(name, len(prompts)) for name, output in outputs.items()}
+
+    def close(self):
+        """Nothing here outlives the process."""
+
+
+class OffloadedWeights:
+    """Inside this context the networks of rewards are on a GPU, outside in the CPU's memory.
+
+    The copy in the CPU's memory stays: weights do not change, so that leaving the GPU costs nothing. It is pinned
+    where there is a GPU.
+    """
+
+    def __init__(self, rewards: Iterable[Reward], device: str | torch.device | None = None):
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        modules = [module for reward in rewards for module in reward.modules()]
+        # Several rewards may share a network; `dict` keeps one of each tensor.
+        tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+        self._home = []
+        for tensor in tensors.values():
+            tensor.data = tensor.data.cpu()
+            if torch.cuda.is_available():
+                tensor.data = tensor.data.pin_memory()
+            self._home.append((tensor, tensor.data))
+
+    def __enter__(self):
+        for tensor, home in self._home:
+            tensor.data = home.to(self.device, non_blocking=True, copy=True)
+
+    def __exit__(self, *exception):
+        for tensor, home in self._home:
+            tensor.data = home

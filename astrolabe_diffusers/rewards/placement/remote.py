@@ -1,0 +1,135 @@
+"""Rewards on a server, see `server.py`."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..frame_request import FrameRequest
+from ..http_client import HttpClient, UnreachableError
+from ..reward import RewardError, RewardOutput, RewardPlaceError
+from .wire import VERSION, Job, outputs_from_json, pack_job, read_json, requests_from_json
+
+
+# The secret that server and clients share, if they do.
+TOKEN_VARIABLE = "ASTROLABE_REWARD_TOKEN"
+
+# How long a server may be away, to be started anew for example.
+_AWAY_SECONDS = 45
+_PAUSE_SECONDS = 1.0
+_MAX_ANSWER_BYTES = 64 * 2**20
+
+
+class RemoteRewards:
+    """
+    Rewards that a server scores. One that is busy is asked again until `timeout` seconds have passed, and one that
+    cannot be reached for 45 of them; one that takes longer to answer, or answers nonsense, is not.
+
+    The environment variable ASTROLABE_REWARD_TOKEN holds the server's token, if it has one.
+
+    Args:
+        url: `http://host:port`.
+        names: the rewards, by the names that they have there.
+        timeout: seconds that scoring a batch may take.
+
+    Raises:
+        RewardPlaceError: there is no such server, or it is of another release.
+        ValueError: it does not have all of these rewards.
+    """
+
+    def __init__(self, url: str, names: Iterable[str], timeout: float = 300.0):
+        self.names, self.timeout = list(names), timeout
+        self._client = HttpClient(url, os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE, _MAX_ANSWER_BYTES)
+        self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
+        # A server that is not there at the start is a wrong address, not one that is being started anew.
+        known = self._ask("GET", "/rewards", retry=False)
+        try:
+            there, using_prompts = ([str(name) for name in known[key]] for key in ("rewards", "using_prompts"))
+            self.max_request_bytes, version = int(known["max_request_bytes"]), int(known.get("version", 1))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise RewardPlaceError(f"{self} is no server of rewards.") from None
+        if version != VERSION:
+            raise RewardPlaceError(
+                f"{self} speaks version {version} of the exchange and this installation {VERSION}: both need the same "
+                "release of astrolabe_diffusers."
+            )
+        for name in self.names:
+            if name not in there:
+                raise ValueError(f"{self} has no reward {name!r}; it has {self._client.quote(', '.join(there))}.")
+        self.using_prompts = [name for name in self.names if name in using_prompts]
+
+    def __str__(self):
+        return self._client.name
+
+    def score(
+        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+    ) -> dict[str, RewardOutput]:
+        """As `LocalRewards.score`."""
+        data = pack_job(Job.make(videos, self._requests_for(videos), prompts, metadata))
+        if len(data) > self.max_request_bytes:
+            raise RewardPlaceError(
+                f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self} takes "
+                f"{self.max_request_bytes / 2**20:.3g} MB a request: make batches smaller, or its --max_request_mb "
+                "larger."
+            )
+        number = uuid.uuid4().hex
+        answer = self._ask("POST", "/score", data=data, headers={"X-Request-Id": number})
+        try:
+            if answer["request"] != number:
+                raise ValueError("it is the answer to another request")
+            return outputs_from_json(answer["outputs"], self.names, len(prompts))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RewardPlaceError(f"{self} answered nonsense: {self._client.quote(error)}") from error
+
+    def _requests_for(self, videos: torch.Tensor) -> dict[str, FrameRequest | None]:
+        shape = (videos.shape[1], *videos.shape[-2:])
+        if shape not in self._requests:
+            query = dict(zip(("num_frames", "height", "width"), shape))
+            answer = self._ask("GET", "/requests", params=query)
+            try:
+                everything = requests_from_json(answer)
+                self._requests[shape] = {name: everything[name] for name in self.names}
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise RewardPlaceError(f"{self} answered nonsense: {type(error).__name__}") from error
+        return self._requests[shape]
+
+    def _ask(self, method: str, path: str, retry: bool = True, **arguments: Any) -> Any:
+        """The JSON that the server answers."""
+        deadline = time.monotonic() + self.timeout
+        away_since = None
+        while True:
+            try:
+                left = max(deadline - time.monotonic(), 0.1)
+                status, body, _ = self._client.ask(method, path, timeout=left, **arguments)
+                if status != 503:
+                    return self._answer(status, body)
+                problem, away_since, until = f"{self} is busy.", None, deadline
+            except UnreachableError as error:
+                problem = str(error)
+                away_since = away_since or time.monotonic()
+                until = min(deadline, away_since + _AWAY_SECONDS)
+            if not retry or time.monotonic() + _PAUSE_SECONDS > until:
+                raise RewardPlaceError(problem)
+            time.sleep(_PAUSE_SECONDS)
+
+    def _answer(self, status: int, body: bytes) -> Any:
+        try:
+            answer = read_json(body)
+        except ValueError:
+            raise RewardPlaceError(f"{self} answered nonsense, with status {status}: it is no JSON.") from None
+        if status == 200:
+            return answer
+        error = answer.get("error") if isinstance(answer, dict) else None
+        if status == 401:
+            error = f"it wants its token in {TOKEN_VARIABLE}"
+        # The reward's own refusal, which a run may be configured to skip.
+        kind = RewardError if status == 422 else RewardPlaceError
+        raise kind(f"{self} refused, with status {status}: {self._client.quote(error or 'it does not say why')}")
+
+    def close(self):
+        self._client.close()

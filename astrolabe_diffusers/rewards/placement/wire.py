@@ -1,0 +1,167 @@
+"""Videos and scores as bytes, for other processes and machines. Nothing that is read here can run code."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ..frame_request import FrameRequest, prepare_frames
+from ..reward import RewardOutput
+
+
+# Of what client and server send each other. 2: frames may be gray.
+VERSION = 2
+
+
+@dataclass
+class Job:
+    """
+    Videos to be scored, as they travel.
+
+    Attributes:
+        frames: for each reward that is asked, uint8 [B, F', 3 or 1, h, w]: what it requested, or the whole videos.
+            Rewards with the same request have the same tensor, which travels once.
+        whole: the rewards that made no request, and want the videos as floats.
+        prompts, metadata: as in `Reward.score`.
+    """
+
+    frames: dict[str, torch.Tensor]
+    whole: frozenset[str]
+    prompts: list[str]
+    metadata: list[dict[str, Any]] | None
+
+    @classmethod
+    def make(
+        cls,
+        videos: torch.Tensor,
+        requests: dict[str, FrameRequest | None],
+        prompts: list[str],
+        metadata: list[dict[str, Any]] | None,
+    ) -> Job:
+        """The job for videos [B, F, 3, H, W] in [0, 1]; `requests` as `LocalRewards.requests` gives them."""
+        every = FrameRequest(tuple(range(videos.shape[1])))
+        prepared = {request: prepare_frames(videos, request or every).cpu() for request in set(requests.values())}
+        whole = frozenset(name for name, request in requests.items() if request is None)
+        return cls({name: prepared[request] for name, request in requests.items()}, whole, list(prompts), metadata)
+
+    def select(self, names: Sequence[str], rows: Sequence[int] | None = None) -> Job:
+        """The job of some of the rewards, and of some of the videos."""
+        tensors = {id(self.frames[name]): self.frames[name] for name in names}
+        if rows is not None:
+            tensors = {key: tensor[rows] for key, tensor in tensors.items()}
+        frames = {name: tensors[id(self.frames[name])] for name in names}
+        rows = range(len(self.prompts)) if rows is None else rows
+        metadata = self.metadata and [self.metadata[i] for i in rows]
+        return Job(frames, self.whole & frames.keys(), [self.prompts[i] for i in rows], metadata)
+
+    @classmethod
+    def join(cls, jobs: Sequence[Job]) -> Job:
+        """One job of several that ask the same rewards about videos of one shape."""
+        joined, frames = {}, {}
+        for name in jobs[0].frames:
+            # Rewards that share frames in every job still do.
+            tensors = tuple(id(job.frames[name]) for job in jobs)
+            if tensors not in joined:
+                joined[tensors] = torch.cat([job.frames[name] for job in jobs])
+            frames[name] = joined[tensors]
+        prompts = [prompt for job in jobs for prompt in job.prompts]
+        metadata = [entry for job in jobs for entry in (job.metadata or [{}] * len(job.prompts))]
+        return cls(frames, jobs[0].whole, prompts, metadata)
+
+
+def pack_job(job: Job) -> bytes:
+    tensors = {id(tensor): tensor for tensor in job.frames.values()}
+    place = {key: str(i) for i, key in enumerate(tensors)}
+    text = {
+        "version": VERSION,
+        "rewards": {name: place[id(tensor)] for name, tensor in job.frames.items()},
+        "whole": sorted(job.whole),
+        "prompts": job.prompts,
+        "metadata": job.metadata,
+    }
+    header = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
+    return save({"header": header, **{place[key]: tensor.contiguous() for key, tensor in tensors.items()}})
+
+
+def unpack_job(data: bytes) -> Job:
+    """Raises `ValueError` unless `data` is a job of which everything fits together."""
+    try:
+        tensors = load(data)
+        text = read_json(tensors.pop("header").numpy().tobytes())
+        version = text.get("version", 1)
+        frames = {name: tensors[key] for name, key in text["rewards"].items()}
+        whole, prompts, metadata = frozenset(text["whole"]), text["prompts"], text["metadata"]
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"this is no job for rewards: {type(error).__name__} {error}") from error
+    if version != VERSION:
+        raise ValueError(f"the job is of version {version!r}, not {VERSION}: both ends need the same release.")
+    if not frames or not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("a job must name rewards and hold a list of prompts.")
+    if metadata is not None and (not isinstance(metadata, list) or len(metadata) != len(prompts)):
+        raise ValueError(f"metadata must be null or one object for each of the {len(prompts)} prompts.")
+    for name, tensor in frames.items():
+        channels = (3,) if name in whole else (1, 3)
+        fits = tensor.dtype == torch.uint8 and tensor.ndim == 5 and len(tensor) == len(prompts) and tensor.numel()
+        if not fits or tensor.shape[2] not in channels:
+            raise ValueError(
+                f"the frames for {name!r} must be uint8 [{len(prompts)}, F, 3, H, W], one video a prompt and none of "
+                f"them empty, not {tensor.dtype} {list(tensor.shape)}."
+            )
+    return Job(frames, whole, prompts, metadata)
+
+
+def read_json(data: bytes) -> Any:
+    """`ValueError` for what is no JSON, or nested so deeply that it cannot be read."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
+
+
+def requests_to_json(requests: dict[str, FrameRequest | None]) -> dict[str, Any]:
+    return {name: request and asdict(request) for name, request in requests.items()}
+
+
+def requests_from_json(value: dict[str, Any]) -> dict[str, FrameRequest | None]:
+    return {name: request and _request_from_json(**request) for name, request in value.items()}
+
+
+def _request_from_json(frames, sizes, gray) -> FrameRequest:
+    return FrameRequest(tuple(frames), tuple(tuple(size) for size in sizes), gray)
+
+
+def outputs_to_json(outputs: dict[str, RewardOutput]) -> dict[str, Any]:
+    """Numbers that are not finite, which JSON lacks, are text."""
+    return {
+        name: {"scores": _numbers(output.scores), "info": {k: _numbers(v) for k, v in output.info.items()}}
+        for name, output in outputs.items()
+    }
+
+
+def outputs_from_json(value: Any, names: Sequence[str], batch_size: int) -> dict[str, RewardOutput]:
+    """Raises `ValueError` unless there is one number for each of the videos from each of the rewards `names`."""
+    if not isinstance(value, dict) or set(value) != set(names):
+        raise ValueError(f"the answer must hold scores of {', '.join(names)}.")
+    outputs = {}
+    for name, output in value.items():
+        try:
+            parts = {"scores": output["scores"], **output["info"]}
+            vectors = {part: torch.tensor([float(x) for x in values]) for part, values in parts.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the answer holds no numbers for {name!r}: {type(error).__name__}") from error
+        for part, vector in vectors.items():
+            if len(vector) != batch_size:
+                raise ValueError(f"{name!r}: {len(vector)} numbers in {part!r} for {batch_size} videos.")
+        outputs[name] = RewardOutput(vectors.pop("scores"), vectors)
+    return outputs
+
+
+def _numbers(values: torch.Tensor) -> list[float | str]:
+    return [x if math.isfinite(x) else str(x) for x in values.tolist()]

@@ -1,0 +1,154 @@
+"""Prompt files, and which prompts, samples and batches make up an epoch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import UserError, as_user_error
+from ..files.text import read_lines
+from ..pipelines.prompt_tokens import check_text
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# Of the files in a prompt folder, after the split's name.
+ENDINGS = (".txt", ".jsonl", "_metadata.jsonl")
+# Where a dataset has its prompts if nobody says.
+COLUMNS = ("prompt", "text")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and whatever else its line of a JSONL file says."""
+
+    text: str
+    metadata: dict[str, Any] | None = None
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a `.txt` file, one a line, or a `.jsonl` file, objects with a `prompt`. Empty lines do not count."""
+    path = Path(path)
+    with as_user_error("prompts"):
+        lines = [(number, line.strip()) for number, line in enumerate(read_lines(path), 1)]
+    lines = [(number, line) for number, line in lines if line]
+    if path.suffix != ".jsonl":
+        prompts = [Prompt(line) for _, line in lines]
+    else:
+        prompts = []
+        for number, line in lines:
+            try:
+                metadata = json.loads(line)
+                prompts.append(Prompt(metadata.pop("prompt"), metadata))
+            except (ValueError, KeyError, AttributeError, RecursionError) as error:
+                raise UserError(f'{path}, line {number}: not a JSON object with a "prompt".') from error
+    if not prompts:
+        raise UserError(f"the prompt file {path} is empty.")
+    return prompts
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from.
+
+    Attributes:
+        name: a file, a folder with a file a split, or a dataset of the library `datasets`, id or folder.
+        data_dir: folder inside the dataset's repository.
+        column:
+            of the dataset, `prompt` or `text` if not given; its other columns are the metadata. Empty rows do not
+            count, as empty lines of a file do not.
+    """
+
+    name: str
+    data_dir: str | None = None
+    column: str | None = None
+
+    def read(self, split: str) -> list[Prompt]:
+        """The prompts of a split; those of a file, which is all of them.
+
+        Raises:
+            UserError: there are none.
+        """
+        path = Path(self.name)
+        files = [path] if path.is_file() else [path / f"{split}{ending}" for ending in ENDINGS]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            prompts = self._read_dataset(split)
+        elif file.suffix in (".txt", ".jsonl"):
+            prompts = read_prompts(file)
+        else:
+            raise UserError(f"the prompt file {file} must be a .txt or a .jsonl file.")
+        for index, prompt in enumerate(prompts):
+            with as_user_error(f"prompt {index} of {self.name}"):
+                check_text(prompt.text)
+        return prompts
+
+    def _read_dataset(self, split: str) -> list[Prompt]:
+        # Imported here: it costs a second, and most runs have a file.
+        from datasets import load_dataset
+
+        with as_user_error(f"{self.name} is no prompt file, has no {split}.txt, and cannot be loaded as a dataset"):
+            dataset = load_dataset(self.name, data_dir=self.data_dir, split=split)
+        columns = (self.column,) if self.column else COLUMNS
+        column = next((column for column in columns if column in dataset.column_names), None)
+        if column is None:
+            names = " or ".join(map(repr, columns))
+            raise UserError(f"{self.name} has no column {names}; its columns: {', '.join(dataset.column_names)}.")
+        return [Prompt(row.pop(column), row) for row in dataset if str(row[column]).strip()]
+
+
+def train_and_eval_prompts(
+    source: PromptSource, num_eval_prompts: int, train_split: str = "train", eval_split: str = "test"
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts, the latter evenly spaced.
+
+    A source without a second split, a single file for example, gives its held-out prompts from the first. No text is
+    in both: what is held out is left out of the training prompts, wherever it stands there.
+    """
+    prompts = source.read(train_split)
+    own_split = not Path(source.name).is_file() and eval_split != train_split
+    if own_split:
+        held_out = spread(source.read(eval_split), num_eval_prompts)
+    else:
+        distinct: dict[str, Prompt] = {}
+        for prompt in prompts:
+            distinct.setdefault(_text_key(prompt), prompt)
+        if len(distinct) <= num_eval_prompts:
+            raise UserError(
+                f"{source.name} has {len(distinct)} different prompts, but num_eval_prompts={num_eval_prompts} of "
+                "them are to be held out from training; lower it, or use a folder with train.txt and test.txt."
+            )
+        held_out = spread(list(distinct.values()), num_eval_prompts)
+    texts = {_text_key(prompt) for prompt in held_out}
+    train = [prompt for prompt in prompts if _text_key(prompt) not in texts]
+    if not train:
+        raise UserError(f"{source.name}: all training prompts are held out too, so that none is left to train on.")
+    if own_split and len(train) < len(prompts):
+        logger.warning("%d training prompts are left out: they are held out.", len(prompts) - len(train))
+    return train, held_out
+
+
+def _text_key(prompt: Prompt) -> str:
+    """Equal for texts that differ in white space and capitals alone."""
+    return " ".join(prompt.text.split()).casefold()
+
+
+def spread(items: Sequence[T], number: int) -> list[T]:
+    """`number` items, or all if there are fewer, evenly spaced: a sorted file is covered from end to end."""
+    number = min(number, len(items))
+    return [items[i * len(items) // number] for i in range(number)]
+
+
+def prompt_path(model: str, prompts: str | None) -> str:
+    """The given prompts, or those that lie beside the model."""
+    if prompts is not None:
+        return prompts
+    path = Path(model) / "prompts"
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: check the model's name, or give prompts, a file or a folder.")
+    return str(path)

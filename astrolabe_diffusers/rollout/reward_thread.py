@@ -1,0 +1,79 @@
+"""The thread in which rewards are computed."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+
+from ..errors import UserError
+
+
+PATIENCE = 10
+
+
+class RewardThread:
+    """Runs calls one after the other in a background thread.
+
+    Python waits for the threads of a `ThreadPoolExecutor` before it exits, so that a reward that hangs would keep a
+    failed run from ending. This one is given `PATIENCE` seconds to come to the end of its call: to end a thread in the
+    midst of torch's code may crash the process.
+
+    Args:
+        timeout: seconds after which a call counts as hung; its future then holds a [`UserError`].
+        initializer: called first, in the thread.
+    """
+
+    def __init__(self, timeout: float, initializer: Callable[[], object] | None = None):
+        self.timeout = timeout
+        self._calls = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=(initializer,), name="rewards", daemon=True)
+        self._thread.start()
+        atexit.register(self.shutdown)
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        future = Future()
+        self._calls.put((future, function, arguments))
+        return future
+
+    def shutdown(self):
+        """End the thread after the calls so far; waits for them no longer than `PATIENCE` seconds."""
+        atexit.unregister(self.shutdown)
+        self._calls.put(None)
+        self._thread.join(PATIENCE)
+
+    def _work(self, initializer: Callable[[], object] | None):
+        if initializer is not None:
+            initializer()
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        call = self._calls.get()
+        if call is None:
+            return False
+        future, function, arguments = call
+        watchdog = threading.Timer(self.timeout, self._give_up, (future,))
+        watchdog.daemon = True
+        watchdog.start()
+        # A result that comes too late finds its future taken.
+        with suppress(InvalidStateError):
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            except BaseException as error:  # sys.exit() in a reward must not end the run with its code
+                future.set_exception(UserError(f"a reward ended with {error!r}."))
+        watchdog.cancel()
+        return True
+
+    def _give_up(self, future: Future):
+        with suppress(InvalidStateError):
+            future.set_exception(
+                UserError(
+                    f"a reward has not answered for {self.timeout:g} s; raise reward_timeout if it needs longer."
+                )
+            )

@@ -1,0 +1,181 @@
+"""Decoding and scoring videos while the next ones are sampled."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKLWan
+
+from ..distributed.agreement import raise_together
+from ..errors import UserError, one_line, summarize_exception
+from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
+from ..rewards import RewardError, RewardPlaceError, RewardSet
+from .reward_thread import RewardThread
+from .samples import Sample, VideoBatch
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Scores:
+    """What the rewards say of one batch.
+
+    `values` has `"reward"`, the weighted sum, each reward by its name, and its parts as `"name/part"`, every one
+    `(B,)` float32 on the CPU. `videos` holds those `(F, 3, H, W)` that were to be kept, by sample key.
+    """
+
+    values: dict[str, torch.Tensor]
+    videos: dict[tuple, torch.Tensor]
+    seconds: float
+
+
+class RewardWorker:
+    """Decodes and scores videos in one background thread; in turn with sampling if rewards are offloaded meanwhile.
+
+    Args:
+        vae ([`AutoencoderKLWan`]): decodes the latents; nothing else should use it meanwhile.
+        rewards ([`RewardSet`]): the rewards that are trained on.
+        watched ([`RewardSet`], *optional*): rewards that are only reported.
+        skip_bad (`bool`): a video without a finite score gets NaN, instead of ending the run.
+        timeout (`float`): seconds that a batch may take.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        rewards: RewardSet,
+        watched: RewardSet | None = None,
+        skip_bad: bool = False,
+        timeout: float = 600,
+    ):
+        self.vae = vae
+        self.rewards = rewards
+        self.watched = watched
+        self.skip_bad = skip_bad
+        self._reward_sets = [reward_set for reward_set in (rewards, watched) if reward_set is not None]
+        # The current CUDA device belongs to a thread.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        initializer = None if device is None else (lambda: torch.cuda.set_device(device))
+        self._thread = RewardThread(timeout, initializer)
+
+    def submit(
+        self,
+        latents: torch.Tensor,
+        samples: Sequence[Sample],
+        watched: bool = False,
+        keep: Collection[tuple] = (),
+        window_start: int = 0,
+        shared_past: bool = False,
+    ) -> Future:
+        """Scores of `latents` `(B, C, f, h, w)` as a future; a reward's error becomes a [`UserError`].
+
+        Args:
+            watched: ask the watched rewards too.
+            keep: keys of the samples whose videos are wanted back.
+            window_start, shared_past: as in [`decode_videos`].
+        """
+        future = self._thread.submit(self._run, latents, samples, watched, keep, window_start, shared_past)
+        if any(reward_set.takes_turns for reward_set in self._reward_sets):
+            wait([future])
+        return future
+
+    def _run(self, latents, samples, watched, keep, window_start, shared_past) -> Scores:
+        start = time.perf_counter()
+        videos = decode_videos(self.vae, latents, window_start, shared_past)
+        values = self._score(videos, samples, watched)
+        kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
+        return Scores(values, kept, time.perf_counter() - start)
+
+    def score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool = False) -> dict[str, torch.Tensor]:
+        """Waits for values as in [`Scores`] of `videos` `(B, F, 3, H, W)` in [0, 1]."""
+        return self._thread.submit(self._score, videos, samples, watched).result()
+
+    @torch.no_grad()
+    def _score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool) -> dict[str, torch.Tensor]:
+        values = self._call(self.rewards, videos, samples)
+        if watched and self.watched is not None:
+            values |= {n: v for n, v in self._call(self.watched, videos, samples).items() if n not in values}
+        return values
+
+    def _call(self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        prompts = [sample.prompt.text for sample in samples]
+        metadata = [sample.prompt.metadata or {} for sample in samples]
+        try:
+            output = rewards(videos, prompts, metadata)
+        except RewardError as error:
+            if not self.skip_bad:
+                raise UserError(one_line(error)) from error
+            if len(samples) > 1:
+                parts = [self._call(rewards, video[None], [sample]) for video, sample in zip(videos, samples)]
+                return stack_scores(parts)
+            logger.warning("skipped: %s", one_line(error))
+            return {name: torch.tensor([math.nan]) for name in ("reward", *rewards.weights)}
+        except RewardPlaceError as error:
+            raise UserError(one_line(error)) from error
+        except Exception as error:
+            raise UserError(f"a reward failed on {prompts[0]!r}: {summarize_exception(error)}") from error
+        return {"reward": output.total, **output.scores, **output.info}
+
+    def shutdown(self):
+        self._thread.shutdown()
+        for reward_set in self._reward_sets:
+            reward_set.close()
+
+
+@torch.no_grad()
+def decode_videos(
+    vae: AutoencoderKLWan, latents: torch.Tensor, window_start: int = 0, shared_past: bool = False
+) -> torch.Tensor:
+    """Videos `(B, F, 3, H, W)` in [0, 1], float32, of `latents` `(B, C, f, h, w)` from latent frame `window_start` on.
+
+    Frames before it warm the decoder's memory up, as many as it can remember, so that the window's first frames are
+    those of the whole video. With `shared_past` they are decoded once for all.
+    """
+    if window_start == 0:
+        frames = decode_latents(vae, latents)
+    else:
+        decoder = StreamingVAEDecoder(vae)
+        rows = 1 if shared_past else None
+        for frame in range(max(window_start - DECODER_MEMORY, 0), window_start):
+            decoder.decode(latents[:rows, :, frame : frame + 1])
+        if shared_past:
+            decoder = decoder.select([0] * len(latents))
+        frames = decoder.decode(latents[:, :, window_start:])
+    return (frames.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+def stack_scores(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The values of several batches as one; a name that a batch lacks is NaN there."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    missing = [torch.full_like(part["reward"], math.nan) for part in parts]
+    return {name: torch.cat([part.get(name, nan) for part, nan in zip(parts, missing)]) for name in names}
+
+
+def gather_scores(batches: Sequence[VideoBatch], samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], float]:
+    """Wait for the scores of this process and exchange them with the others.
+
+    Args:
+        batches: what this process sampled.
+        samples: all samples, in the order in which their scores are wanted.
+
+    Returns:
+        For each name the scores `(N,)` of all samples, and the seconds that the slowest process spent on scoring. If
+        a reward failed anywhere, its error is raised in every process: none is left waiting.
+    """
+    with raise_together():
+        scores = [batch.scores.result() for batch in batches]
+    keys = [sample.key for batch in batches for sample in batch.samples]
+    values = stack_scores([part.values for part in scores])
+    gathered = gather_object([(keys, values, sum(part.seconds for part in scores))])
+    row = {key: i for i, key in enumerate(key for keys, *_ in gathered for key in keys)}
+    order = torch.tensor([row[sample.key] for sample in samples])
+    columns = stack_scores([values for _, values, _ in gathered if values])
+    return {name: column[order] for name, column in columns.items()}, max(seconds for *_, seconds in gathered)

@@ -1,0 +1,276 @@
+"""LoRAs of files in a pipeline: weights, several of them, fusing, saving."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from tests.layouts.test_lora_modules import distilled, matrices, merged, output, write
+from tests.tiny_pipeline import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def base():
+    return output(tiny_pipeline().transformer)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A distilled model's LoRA with whole differences, and a plain one on other modules, and what makes them up."""
+    folder = tmp_path_factory.mktemp("loras")
+    path, lora, whole = distilled(folder)
+    plain = matrices(ranks={"blocks.0.self_attn.k": (3, 6.0), "blocks.1.self_attn.q": (2, 2.0)})
+    second = write(folder / "plain.safetensors", lambda module: module, "lora_A.weight", "lora_B.weight", plain, False)
+    return path, lora, whole, second, plain
+
+
+@pytest.fixture
+def loaded(files):
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(files[0], adapter_name="distilled")
+    return pipe
+
+
+def expected(files, weight, other=0.0):
+    """W + weight (scale B A + differences) + other B' A'."""
+    _, lora, whole, _, plain = files
+    lora = {module: (a, b, weight * alpha) for module, (a, b, alpha) in lora.items()}
+    additions = [(name, weight * tensor) for name, tensor in whole.items()]
+    transformer_weights = {}
+    for module, (a, b, _) in plain.items():
+        transformer_weights[f"{module}.weight"] = other * b @ a
+    sums = dict(transformer_weights)
+    for name, tensor in additions:
+        sums[name] = sums.get(name, 0) + tensor
+    return merged(lora, additions=sums)
+
+
+def close(pipe, result, tolerance=1e-5):
+    return (output(pipe.transformer) - result).abs().max() < tolerance
+
+
+def test_weight_scale_disabling_and_unloading(loaded, files, base):
+    assert close(loaded, expected(files, 1)) and not close(loaded, base, 0.1)
+    for weight in (0.5, 0.0, -0.7, 2.0):
+        loaded.set_adapters("distilled", weight)
+        assert close(loaded, expected(files, weight))
+    loaded.set_adapters("distilled", 0.6)
+    loaded.disable_lora()
+    assert torch.equal(output(loaded.transformer), base)
+    loaded.enable_lora()
+    assert close(loaded, expected(files, 0.6))
+    loaded.unload_lora_weights()
+    assert torch.equal(output(loaded.transformer), base)
+    names = tiny_pipeline().transformer.state_dict().keys()
+    assert loaded.transformer.state_dict().keys() == names
+
+
+def test_two_loras(loaded, files, base):
+    loaded.load_lora_weights(files[3], adapter_name="plain")
+    for weights in ((1.0, 1.0), (0.3, 2.0), (1.0, 0.0), (0.0, 0.5)):
+        loaded.set_adapters(["distilled", "plain"], list(weights))
+        assert close(loaded, expected(files, *weights))
+    loaded.set_adapters("plain", 1.0)
+    assert close(loaded, expected(files, 0, 1))
+    loaded.delete_adapters("distilled")
+    assert close(loaded, expected(files, 0, 1))
+    # And the other way round, under names of diffusers' own.
+    other = tiny_pipeline()
+    other.load_lora_weights(files[3])
+    other.load_lora_weights(files[0])
+    other.set_adapters(["default_0", "default_1"])
+    assert close(other, expected(files, 1, 1))
+
+
+def test_names_of_loras_that_have_no_module_in_common(tmp_path):
+    pipe = tiny_pipeline()
+    for i, name in enumerate(("q", "k", "v")):
+        lora = matrices(ranks={f"blocks.0.self_attn.{name}": (2, 2.0)})
+        pipe.load_lora_weights(write(tmp_path / name, str, "lora_A.weight", "lora_B.weight", lora, alpha=False))
+    assert pipe.get_list_adapters() == {"transformer": ["default_0", "default_1", "default_2"]}
+    with pytest.raises(ValueError, match="there is a LoRA 'default_1' already.*'default_0', 'default_1'"):
+        pipe.load_lora_weights(tmp_path / "q", adapter_name="default_1")
+
+
+def test_fusing(loaded, files, base):
+    loaded.set_adapters("distilled", 0.5)
+    loaded.fuse_lora()
+    assert close(loaded, expected(files, 0.5))
+    loaded.unfuse_lora()
+    assert close(loaded, expected(files, 0.5))
+    loaded.fuse_lora()
+    loaded.unload_lora_weights()
+    assert close(loaded, expected(files, 0.5))
+
+
+def test_a_copy_is_its_own(loaded, files):
+    other = copy.deepcopy(loaded.transformer)
+    loaded.fuse_lora()
+    loaded.set_adapters("distilled", 0.0)
+    assert (output(other) - expected(files, 1)).abs().max() < 1e-5
+
+
+def test_half_precision_keeps_what_the_model_keeps(files):
+    pipe = tiny_pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    pipe.load_lora_weights(files[0])
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
+
+
+def test_layers_that_are_offloaded(files, base):
+    """Onto the same device here: the hooks know the layers that a LoRA brings, and those that it leaves."""
+    pipe = tiny_pipeline()
+    device = torch.device("cpu")
+    pipe.transformer.enable_group_offload(device, device, offload_type="leaf_level")
+    assert close(pipe, base)
+    pipe.load_lora_weights(files[0])
+    assert close(pipe, expected(files, 1))
+    pipe.unload_lora_weights()
+    assert close(pipe, base)
+
+
+def test_compiled_blocks(loaded, files):
+    """The repeated blocks are one graph, with whole differences in them and at another scale."""
+    loaded.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert close(loaded, expected(files, 1))
+    pipe, transformer = loaded, loaded.transformer
+    pipe.set_adapters("distilled", 0.5)
+    assert close(pipe, expected(files, 0.5))
+    latents, text = torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 16, 32)
+    with torch.no_grad():
+        scaled = transformer(latents, torch.ones(1), text, attention_kwargs={"scale": 0.0}).sample
+        plain = tiny_pipeline().transformer(latents, torch.ones(1), text).sample
+    assert (scaled - plain).abs().max() < 1e-5
+
+
+def test_state_dict_without_metadata(tmp_path):
+    """As diffusers' own: what the scales of modules are is then in B."""
+    lora = matrices()
+    path = write(
+        tmp_path / "lora", lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora
+    )
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(pipe.lora_state_dict(path))
+    assert close(pipe, merged(lora))
+
+
+def test_offloaded_sequentially(files):
+    """Parameters are then on the meta device, but in the forward of their module."""
+    pipe = tiny_pipeline()
+    # diffusers' own needs a GPU.
+    pipe.enable_sequential_cpu_offload = lambda: cpu_offload(pipe.transformer, torch.device("cpu"))
+    pipe.enable_sequential_cpu_offload()
+    pipe.load_lora_weights(files[0])
+    assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+    assert close(pipe, expected(files, 1))
+    with pytest.raises(ValueError, match="there is a LoRA 'default_0' already"):
+        pipe.load_lora_weights(files[0], adapter_name="default_0")
+    pipe.load_lora_weights(files[3], adapter_name="plain")
+    pipe.set_adapters(["default_0", "plain"], [0.0, 1.0])
+    assert close(pipe, expected(files, 0, 1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hotswap(compiled, tmp_path, loaded, files):
+    """Alphas and ranks of modules come with the LoRA that is swapped in; whole differences do not go with it."""
+    first, second = (matrices(ranks={"blocks.0.self_attn.q": rank}) for rank in ((4, 4.0), (2, 3.0)))
+    pipe = tiny_pipeline()
+    for name, lora in (("first", first), ("second", second)):
+        write(tmp_path / name, lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora)
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(tmp_path / "first", adapter_name="x")
+    transformer = pipe.transformer
+    if compiled:  # nothing is until it is called
+        pipe.transformer = torch.compile(transformer)
+    pipe.load_lora_weights(tmp_path / "second", adapter_name="x", hotswap=True)
+    pipe.transformer = transformer
+    assert (output(transformer) - merged(second)).abs().max() < 1e-5
+    for target in (pipe, loaded):
+        with pytest.raises(ValueError, match="cannot be swapped"):
+            target.load_lora_weights(files[0], adapter_name=target.get_active_adapters()[0], hotswap=True)
+
+
+def adapted(names=("x",), **options):
+    pipe = tiny_pipeline()
+    torch.manual_seed(0)
+    for name in names:
+        config = LoraConfig(r=4, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False, **options)
+        pipe.transformer.add_adapter(config, name)
+    return pipe
+
+
+@pytest.mark.parametrize("save", ["pipeline", "transformer"])
+def test_saving_a_fused_lora(save, loaded, files, tmp_path):
+    """Plain weights, with the LoRA in them; the pipeline itself stays as it is."""
+    loaded.fuse_lora()
+    if save == "pipeline":
+        loaded.save_pretrained(tmp_path)
+    else:
+        tiny_pipeline().save_pretrained(tmp_path)
+        loaded.transformer.save_pretrained(tmp_path / "transformer")
+    fresh = DiffusionPipeline.from_pretrained(tmp_path)
+    assert fresh.transformer.state_dict().keys() == tiny_pipeline().transformer.state_dict().keys()
+    assert close(fresh, expected(files, 1))
+    loaded.unfuse_lora()
+    loaded.unload_lora_weights()
+    assert close(loaded, expected(files, 0))
+
+
+def test_saving_with_a_lora_that_is_not_fused(loaded, files, base, tmp_path):
+    line = "a LoRA is loaded.*fuse_lora.*unload_lora_weights"
+    pipes = {"loaded": loaded, "trained": adapted(), "one of two": adapted(("x", "y"))}
+    pipes["one of two"].set_adapters(["x", "y"])
+    pipes["one of two"].fuse_lora(adapter_names=["x"])
+    for name, pipe in pipes.items():
+        with pytest.raises(ValueError, match=line):
+            pipe.save_pretrained(tmp_path / name)
+        assert not (tmp_path / name).exists()
+        with pytest.raises(ValueError, match=line):
+            pipe.transformer.save_pretrained(tmp_path / name)
+    # What does not act is not missing.
+    loaded.disable_lora()
+    loaded.transformer.save_pretrained(tmp_path / "disabled")
+    pipes["trained"].delete_adapters("x")
+    pipes["trained"].transformer.save_pretrained(tmp_path / "deleted")
+    for name in ("disabled", "deleted"):
+        saved = type(loaded.transformer).from_pretrained(tmp_path / name)
+        assert (output(saved) - base).abs().max() < 1e-5
+
+
+def test_fused_projections(files, tmp_path):
+    plain = files[3]
+    pipe = tiny_pipeline()
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="fused: call its unfuse_qkv_projections"):
+        pipe.load_lora_weights(plain)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_v"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="they are fused: call unfuse_qkv_projections"):
+        output(pipe.transformer)
+    pipe.transformer.unfuse_qkv_projections()
+    assert output(pipe.transformer).isfinite().all()
+    with pytest.raises(ValueError, match="unload_lora_weights"):
+        pipe.transformer.fuse_qkv_projections()
+    # One that has nothing to do with it.
+    other = tiny_pipeline()
+    other.transformer.fuse_qkv_projections()
+    lora = matrices(ranks={"blocks.0.ffn.0": (2, 2.0)})
+    other.load_lora_weights(write(tmp_path / "ffn", str, "lora_A.weight", "lora_B.weight", lora, alpha=False))
+    assert (output(other.transformer) - merged(lora)).abs().max() < 1e-5
+
+
+def test_own_transformer(tmp_path):
+    """A class of one's own, which has no place for whole differences."""
+    from tests.own_transformer import OwnTransformer
+
+    pipe = tiny_pipeline(transformer=OwnTransformer())
+    lora = {"blocks.1.to_q.lora_A.weight": torch.ones(2, 8), "blocks.1.to_q.lora_B.weight": torch.ones(8, 2)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(Path(tmp_path, "lora.safetensors"))
+    assert pipe.transformer.blocks[1].to_q.r == {"default_0": 2}
+    with pytest.raises(ValueError, match="changes blocks.7.to_q, which the transformer does not have"):
+        pipe.load_lora_weights({key.replace("1", "7"): tensor for key, tensor in lora.items()})

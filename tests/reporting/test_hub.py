@@ -1,0 +1,147 @@
+"""Uploads to a stand-in for the Hub that runs on this machine."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard, constants
+
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.reporting.hub import create_hub_repo, push_to_hub
+from tests.training.helpers import config, tiny_arguments
+from tests.training.hub_server import TOKEN, serve_hub
+
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "pytorch_lora_weights.safetensors"
+RESULTS = {"steps": 2}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, which this process takes for the Hub."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serve_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
+
+
+def run(arguments, hub, folder, **kwargs):
+    """Runs a program in `folder` to which the stand-in is the Hub."""
+    env = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "hf"),
+    }
+    env["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def finished_run(folder):
+    """A folder with files as a run leaves them, and their contents."""
+    files = {
+        "README.md": "---\nlicense: mit\n---\n# mine",
+        WEIGHTS: "weights",
+        "rewards.png": "curve",
+        "eval_videos/step-2/000.mp4": "video",
+        "eval_videos/step-0/000.mp4": "old video",
+        "checkpoints/checkpoint-2/" + WEIGHTS: "checkpoint",
+        "config.yaml": "output_dir: /home/me",
+        "results.json": "{}",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    public = ("README.md", WEIGHTS, "rewards.png", "eval_videos/step-2/000.mp4")
+    return {name: files[name].encode() for name in public}
+
+
+PUSH_AND_LOAD = """
+import json, re, sys
+sys.path.append(sys.argv[1])
+from train_nft import main
+
+assert main(sys.argv[2:]) == 0
+(code,) = re.findall("```python\\n(.*?)```", open("my-lora/README.md").read(), re.S)
+for code in (code, code.replace("someone/my-lora", "my-lora")):
+    scope = {}
+    exec(code, scope)
+    parameters = scope["pipe"].transformer.named_parameters()
+    print("lora", sum(value.abs().sum().item() for name, value in parameters if "lora_" in name))
+"""
+
+
+def test_a_run_that_is_pushed_loads_as_its_card_says(model_folder, tmp_path):
+    """Training, upload and download; the code of the card is run to the letter."""
+    (tmp_path / model_folder.name).symlink_to(model_folder)
+    arguments = tiny_arguments(model_folder.name, "my-lora", push_to_hub=True, hub_license="apache-2.0")
+    with serve_hub() as hub:
+        output = run([sys.executable, "-c", PUSH_AND_LOAD, ROOT / "examples", *arguments], hub, tmp_path)
+    assert f"pushed to {hub.url}/someone/my-lora" in output
+    loaded, written = (float(number) for number in re.findall("^lora (.*)$", output, re.M))
+    assert loaded == written > 0 and (tmp_path / "video.mp4").stat().st_size > 0
+
+    repo = hub.repos["someone/my-lora"]
+    assert hub.messages == ["2 steps of NFT"]
+    assert {"README.md", WEIGHTS, "before_after.gif", "eval_videos/step-2/001.mp4"} <= repo.keys()
+    assert not {"config.yaml", "results.json"} & repo.keys() and not any("checkpoint" in name for name in repo)
+    for name, content in repo.items():
+        assert content == (tmp_path / "my-lora" / name).read_bytes()
+        assert str(tmp_path).encode() not in content and TOKEN.encode() not in content, name
+    card = ModelCard(repo["README.md"].decode())
+    assert card.data.license == "apache-2.0" and 'load_lora_weights("someone/my-lora")' in card.text
+    # What the card shows is there.
+    shown = re.findall(r"\]\((?!http)([^)]+)\)", card.text) + [widget["output"]["url"] for widget in card.data.widget]
+    assert len(shown) >= 6 and set(shown) <= repo.keys()
+
+
+def test_upload(hub, tmp_path):
+    expected = finished_run(tmp_path / "mine")
+    cfg = config(output_dir=tmp_path / "mine")
+    repo_id = create_hub_repo(cfg)
+    assert repo_id == create_hub_repo(cfg) == "someone/mine"
+    assert push_to_hub(cfg, repo_id, RESULTS) == f"pushed to {hub.url}/someone/mine"
+    assert hub.repos["someone/mine"] == expected
+
+
+def test_a_hub_that_fails_at_the_end_costs_a_command(hub, tmp_path):
+    expected = finished_run(tmp_path / "my run")
+    cfg = config(output_dir=tmp_path / "my run", hub_model_id="mine")
+    repo_id = create_hub_repo(cfg)
+    hub.broken = True
+    line = push_to_hub(cfg, repo_id, RESULTS)
+    assert "not pushed to someone/mine" in line and "being repaired" in line and "\n" not in line
+    assert TOKEN not in line and not hub.repos["someone/mine"]
+    hub.broken = False
+    command = line.split("Later: ")[1]
+    assert command.startswith("hf upload ")
+    # The `hf` of this Python.
+    hf = f'hf() {{ {sys.executable} -c "from huggingface_hub.cli.hf import main; main()" "$@"; }}'
+    run(["bash", "-c", f"{hf}; {command}"], hub, tmp_path)
+    assert hub.repos["someone/mine"] == expected
+
+
+def test_a_card_that_the_hub_refuses(hub, tmp_path):
+    finished_run(tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
+    cfg = config(output_dir=tmp_path / "mine")
+    line = push_to_hub(cfg, create_hub_repo(cfg), RESULTS)
+    assert "not pushed" in line and '"base_model" must be a valid model id' in line
+
+
+@pytest.mark.parametrize("reason", ["Invalid username or password", "refused|connect"])
+def test_repository_that_cannot_be_made_is_one_line(hub, tmp_path, monkeypatch, reason):
+    """Before training: with a wrong token, or without a connection."""
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    if "refused" in reason:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="(?i)push_to_hub: cannot create mine: .*" + f"({reason})") as error:
+        create_hub_repo(config(hub_model_id="mine"))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,85 @@
+"""Groups that part from one past, and the decoding of their windows."""
+
+import pytest
+import torch
+
+from astrolabe_diffusers.models.vae_streaming import decode_latents
+from astrolabe_diffusers.rollout.group_sampling import GroupSampler
+from astrolabe_diffusers.rollout.prompts import Prompt
+from astrolabe_diffusers.rollout.samples import Sample
+from astrolabe_diffusers.rollout.sampling import PromptEncoder
+from astrolabe_diffusers.rollout.scoring import decode_videos
+from astrolabe_diffusers.rollout.seeds import seeded_generator
+from tests.tiny_pipeline import tiny_pipeline, tiny_vae
+
+
+PROMPT = Prompt("a red circle moves left on a black background")
+SIZE = {"height": 32, "width": 48, "num_frames": 69}  # 18 latent frames
+MODELS = {
+    "unlimited": {},
+    "window": {"local_attn_size": 9, "sink_size": 3},
+    "relative": {"local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"},
+    "fewer steps after the first block": {"sigmas": [1.0, 0.5], "first_block_sigmas": [1.0, 0.75, 0.5, 0.25]},
+}
+
+
+def samples(group, number=3):
+    return [Sample(PROMPT, group, (7, 0, group, k)) for k in range(number)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_as_independent_rollouts_from_the_same_past(model):
+    """The pipeline itself continues the past for every sample, with a cache of its own."""
+    pipe = tiny_pipeline(**MODELS[model])
+    # What follows the past is no beginning.
+    alone = tiny_pipeline(**{**MODELS[model], "first_block_sigmas": None})
+    sampler = GroupSampler(pipe, SIZE, 9)
+    encode = PromptEncoder(pipe)
+    for group in (0, 1):
+        batch = samples(group)
+        embeds = encode([PROMPT.text] * 3)
+        latents = sampler(embeds, batch)
+        assert latents.shape == (3, 4, 18, 4, 6)
+        past = latents[:1, :, :9]
+        assert all(torch.equal(past, latents[i : i + 1, :, :9]) for i in range(3))
+        for i, sample in enumerate(batch):
+            generator = seeded_generator("sample", *sample.key)
+            arguments = {"prompt_embeds": embeds[:1], "video": past, "generator": [generator], **SIZE}
+            expected = alone(**arguments, output_type="latent").frames
+            assert (latents[i : i + 1] - expected).abs().max() < 1e-5
+        assert (latents[0] - latents[1])[:, 9:].abs().max() > 0.1
+
+
+def test_the_past_belongs_to_the_group():
+    """Batches of one group, on any process, have the same past; it is a video of the pipeline."""
+    pipe = tiny_pipeline()
+    embeds = PromptEncoder(pipe)([PROMPT.text] * 2)
+    first, other = GroupSampler(pipe, SIZE, 9), GroupSampler(pipe, SIZE, 9)
+    whole = first(embeds[:1].expand(4, -1, -1), samples(0, 4))
+    halves = [other(embeds, samples(0, 4)[part]) for part in (slice(2), slice(2, 4))]
+    assert (whole - torch.cat(halves)).abs().max() < 1e-5
+    assert (whole - first(embeds, samples(1, 2))[:1])[:, :, :9].abs().max() > 0.1
+    expected = pipe(
+        prompt_embeds=embeds[:1], generator=[seeded_generator("past", 7, 0, 0)], output_type="latent", **SIZE
+    ).frames
+    assert expected.shape == whole[:1].shape
+    assert (whole[:1, :, :9] - expected[:, :, :9]).abs().max() < 1e-5
+
+
+def test_the_decoder_is_warm():
+    """A window's frames are those of the whole video, bit for bit but rounding, however far back it begins."""
+    vae = tiny_vae()
+    latents = torch.randn(2, 4, 54, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = (decode_latents(vae, latents).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    window = decode_videos(vae, latents, window_start=48)
+    assert window.shape == (2, 24, 3, 32, 32)
+    assert (window - whole[:, -24:]).abs().max() < 1e-5
+    cold = decode_videos(vae, latents[:, :, 48:])
+    assert (cold[:, -20:] - whole[:, -20:]).abs().max() > 1e-3
+
+    latents[1, :, :48] = latents[0, :, :48]
+    expected = decode_videos(vae, latents, window_start=48)
+    shared = decode_videos(vae, latents, window_start=48, shared_past=True)
+    # Another batch size rounds otherwise, and the norms of random weights make it more.
+    assert (shared - expected).abs().max() < 1e-3 and (shared - expected).abs().mean() < 1e-6

@@ -1,0 +1,182 @@
+"""Windows, shared pasts and contexts of the policies, against plain forward passes."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from astrolabe_diffusers.training.nft.gradient import accumulate_gradients
+from astrolabe_diffusers.training.nft.loss import nft_loss, squared_distance
+from astrolabe_diffusers.training.policies import policy_parameters, use_policy
+from astrolabe_diffusers.training.predictors import BlockwiseModel, NoisyClipModel
+from tests.models.test_reference_causal_wan import BASE, stock_masked_forward, stock_wan
+from tests.training.helpers import config, noised_batch, policy_pipeline
+
+
+WINDOW = {"local_attn_size": 9, "sink_size": 3}
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(mixed_precision="no")
+
+
+def window_of(batch, start):
+    """The same videos with the window from latent frame `start` on."""
+    return type(batch)(**{**vars(batch), "noisy": batch.noisy[:, :, start:]})
+
+
+def gradient(accelerator, transformer, batch, cfg):
+    transformer.zero_grad()
+    statistics = accumulate_gradients(accelerator, transformer, batch, cfg, len(batch.clean), True)
+    return [p.grad.clone() for p in policy_parameters(transformer)], statistics
+
+
+def same_past(batch, start):
+    """The first video's frames before `start` for all."""
+    batch.clean[1:, :, :start] = batch.clean[:1, :, :start]
+    batch.prompt_embeds[:] = batch.prompt_embeds[:1]
+    return batch
+
+
+@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+def test_prediction_in_a_window_is_that_in_the_video(model):
+    transformer = policy_pipeline(**model).transformer
+    batch = noised_batch(policy_pipeline(**model), frames=18)
+    with use_policy(transformer, "current"):
+        whole = BlockwiseModel(transformer, batch).predict_window()
+        window = BlockwiseModel(transformer, window_of(batch, 12)).predict_window()
+        # Without the cache, in one pass over clean and noisy blocks.
+        flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds, clean_hidden_states=batch.clean).sample
+    expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
+    assert list(window) == [12, 15]
+    for start, prediction in window.items():
+        assert (prediction - whole[start]).abs().max() < 1e-6
+        assert (prediction - expected[:, :, start : start + 3]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("context_policy", ["own", "old"])
+@pytest.mark.parametrize("model", [{}, WINDOW])
+def test_windowed_gradients_are_the_video_s_restricted_to_the_window(accelerator, model, context_policy):
+    """With a detached context the loss of the whole video is a sum over blocks: drop the blocks before the window."""
+    pipe, cfg = policy_pipeline(**model), config(context_policy=context_policy)
+    batch = noised_batch(pipe, frames=15)
+    whole, _ = gradient(accelerator, pipe.transformer, batch, cfg)
+    # The video ends where the window begins: what is left of the gradient is the window's share.
+    before = type(batch)(**{**vars(batch), "clean": batch.clean[:, :, :9], "noisy": batch.noisy[:, :, :9]})
+    first, _ = gradient(accelerator, pipe.transformer, before, cfg)
+    window, _ = gradient(accelerator, pipe.transformer, window_of(batch, 9), cfg)
+    expected = [(15 * w - 9 * f) / 6 for w, f in zip(whole, first)]
+    assert max(e.abs().max() for e in expected) > 1e-4
+    torch.testing.assert_close(window, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("context_policy", ["own", "old"])
+@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
+    pipe, cfg = policy_pipeline(**model), config(context_policy=context_policy)
+    batch = window_of(same_past(noised_batch(pipe, batch_size=3, frames=15), 9), 9)
+    expected, statistics = gradient(accelerator, pipe.transformer, batch, cfg)
+    batch.shared_past = True
+    result, shared_statistics = gradient(accelerator, pipe.transformer, batch, cfg)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(shared_statistics, statistics, rtol=1e-4, atol=1e-6)
+
+
+def test_context_of_the_old_policy(accelerator):
+    """All policies predict with the old one's K/V: the loss in plain code, from one pass of each over both halves."""
+    pipe, cfg = policy_pipeline(), config(context_policy="old")
+    transformer, batch = pipe.transformer, noised_batch(pipe)
+    with use_policy(transformer, "old"):
+        model = BlockwiseModel(transformer, batch, take_turns=True)
+        old = model.predict(model.blocks[0])
+        model.advance(model.blocks[0])
+        old = torch.cat([old, model.predict(model.blocks[1])], dim=2)
+    with use_policy(transformer, "reference"):
+        empty = BlockwiseModel(transformer, batch)
+        reference = torch.cat([empty.predict(empty.blocks[0]), model.predict(model.blocks[1])], dim=2)
+    transformer.zero_grad()
+    current = torch.cat(
+        [BlockwiseModel(transformer, batch).predict(model.blocks[0]), model.predict(model.blocks[1])], 2
+    )
+    loss = nft_loss(current, old, batch.clean, batch.optimality, cfg.beta)
+    loss = (loss + cfg.kl_weight * squared_distance(current, reference)).mean()
+    loss.backward()
+    expected = [p.grad.clone() for p in policy_parameters(transformer)]
+    result, statistics = gradient(accelerator, transformer, batch, cfg)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(statistics[0] / 2, loss.detach())
+    own, _ = gradient(accelerator, transformer, batch, config(context_policy="own"))
+    assert max((a - b).abs().max() for a, b in zip(own, result)) > 1e-4
+
+
+def test_noisy_context_is_one_pass_over_the_noisy_video(accelerator):
+    pipe, cfg = policy_pipeline(), config(context="noisy")
+    transformer, batch = pipe.transformer, noised_batch(pipe)
+
+    def predict():
+        flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds).sample
+        return batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
+
+    predictions = {}
+    for policy in ("old", "reference"):
+        with use_policy(transformer, policy):
+            predictions[policy] = predict()
+    transformer.zero_grad()
+    current = predict()
+    loss = nft_loss(current, predictions["old"], batch.clean, batch.optimality, cfg.beta)
+    loss = (loss + cfg.kl_weight * squared_distance(current, predictions["reference"])).mean()
+    loss.backward()
+    expected = [p.grad.clone() for p in policy_parameters(transformer)]
+    result, _ = gradient(accelerator, transformer, batch, cfg)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-7)
+    with use_policy(transformer, "current"):
+        clean = BlockwiseModel(transformer, batch).predict_window()[3]
+        noisy = NoisyClipModel(transformer, batch).predict_window()[0][:, :, 3:]
+    assert (clean - noisy).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+def test_noisy_context_is_the_release_s_mask(model):
+    """Diffusers' own model with the released mask: a window of 9 frames that ends with the block, and no sink."""
+    pipe = policy_pipeline(**model)
+    transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
+    with use_policy(transformer, "base"):
+        result = NoisyClipModel(transformer, batch).predict_window()[0]
+    assert transformer.config.sink_size == model.get("sink_size", 0)  # for the next video
+
+    weights = {n.replace(".base_layer", ""): p for n, p in transformer.state_dict().items() if ".lora_" not in n}
+    config = {name: transformer.config[name] for name in BASE}
+    frame = torch.arange(18).repeat_interleave(4)  # of each token
+    end = (frame // 3 + 1) * 3
+    mask = frame[None, :] < end[:, None]
+    if model:
+        mask &= frame[None, :] >= end[:, None] - 9
+    timestep = batch.timestep[:, None].expand(-1, 18)
+    flow = stock_masked_forward(stock_wan(config, weights), batch.noisy, timestep, batch.prompt_embeds, mask)
+    expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
+    assert (result - expected).abs().max() < 1e-5
+    if model:
+        with use_policy(transformer, "base"):
+            with_sink = transformer(batch.noisy, batch.timestep, batch.prompt_embeds).sample
+        assert (with_sink - flow)[:, :, :9].abs().max() < 1e-5  # the window has not moved on yet
+        assert (with_sink - flow)[:, :, 9:].abs().max() > 1e-2
+
+
+def test_kl_of_some_samples(accelerator):
+    """`kl_weight` of each sample; and without any the reference is not asked."""
+    pipe = policy_pipeline()
+    batch, calls = noised_batch(pipe), []
+    with_all, _ = gradient(accelerator, pipe.transformer, batch, config())
+    without, _ = gradient(accelerator, pipe.transformer, batch, config(kl_weight=0.0))
+    batch.kl_weight = torch.tensor([0.0, 2.0])
+    second, _ = gradient(accelerator, pipe.transformer, batch, config())
+    batch.kl_weight = torch.tensor([2.0, 0.0])
+    first, _ = gradient(accelerator, pipe.transformer, batch, config())
+    mean = [(a + b) / 2 for a, b in zip(first, second)]
+    torch.testing.assert_close(mean, with_all, rtol=1e-3, atol=1e-6)
+    assert max((a - b).abs().max() for a, b in zip(first, without)) > 1e-4
+    batch.kl_weight, batch.use_reference = torch.zeros(2), False
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    none, _ = gradient(accelerator, pipe.transformer, batch, config())
+    torch.testing.assert_close(none, without)
+    assert len(calls) == 5
