@@ -64,6 +64,8 @@ class Config:
 
     # Fields that there were, and what has come in their place.
     removed: ClassVar[dict[str, str]] = {}
+    # Older names of fields, on the command line and in YAML, and what they are called now.
+    aliases: ClassVar[dict[str, str]] = {}
 
     import_modules: list[str] = option(
         [], "modules with classes of your own that the model's folder names; their folder has to be on PYTHONPATH"

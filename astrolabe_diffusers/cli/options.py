@@ -31,6 +31,9 @@ def parse_fields(parser: ArgumentParser, config_class: type[Config], argv: list[
         text = f"{f.metadata['help']}{choices}{shown}".replace("%", "%%")
         kind = kinds.get(hints[f.name], {})
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
+        for alias in (old for old, new in config_class.aliases.items() if new == f.name):
+            silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            parser.add_argument(f"--{alias}", dest=f.name, **silent, **kind)
     for name, advice in config_class.removed.items():
         silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(f"--{name}", action=_Removed, nargs="?", const=advice, **silent)

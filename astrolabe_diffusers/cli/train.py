@@ -88,6 +88,11 @@ def _read_config(config: str | None, config_dir: str | Path | None, names: list[
     values = read_yaml(f"{path} is no valid YAML", text) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `field: value` lines.")
+    for old, new in NFTConfig.aliases.items():
+        if old in values:
+            if new in values:
+                raise UserError(f"{path}: {old} is an older name of {new}, and both are given.")
+            values[new] = values.pop(old)
     unknown = [name for name in values if name not in names]
     if unknown:
         removed = {name: f" ({advice})" for name, advice in NFTConfig.removed.items()}
