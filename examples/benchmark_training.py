@@ -71,7 +71,7 @@ def benchmark(argv: list[str] | None):
         pipeline.vae.float()
     with tempfile.TemporaryDirectory() as folder:
         config = NFTConfig(**{**DEFAULTS, **settings, **SHORT, "output_dir": folder, **arguments})
-        trainer = NFTTrainer(config, pipeline)
+        trainer = NFTTrainer(pipeline, config)
         # The held-out video only warms up: a block of it is enough.
         block = trainer.transformer.config.num_frames_per_block
         trainer.eval_size["num_frames"] = 1 + trainer.pipeline.vae.config.scale_factor_temporal * (block - 1)

@@ -15,7 +15,7 @@ from astrolabe_diffusers.training import NFTTrainer, exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: NFTTrainer(parse_args(argv, config_dir=Path(__file__).parent / "configs")).train())
+    return exit_code(lambda: NFTTrainer(config=parse_args(argv, config_dir=Path(__file__).parent / "configs")).train())
 
 
 if __name__ == "__main__":

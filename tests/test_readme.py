@@ -210,7 +210,7 @@ def test_reward(workplace):
     save_files(text, workplace)
     (flag,) = re.findall(r"`(--rewards my_rewards:\S+)`", text)
     save_tiny_pipeline("tiny")
-    command = ["examples/train_nft.py", *flag.split(), "--pretrained_model_name_or_path", "tiny"]
+    command = ["examples/train_nft.py", *flag.split(), "--model", "tiny"]
     train(command, output_dir="my-lora")
     scores = json.loads(Path("my-lora/results.json").read_text())["scores"]
     # Mean grey level of random weights' videos: neither black nor white, and the weighted sum of weight 1.
@@ -223,7 +223,7 @@ def test_a_transformer_that_only_keeps_the_contract(workplace):
     torch.manual_seed(0)
     pipe = tiny_pipeline(transformer=OwnTransformer(text_dim=TEXT_DIM))
     pipe.save_pretrained("my-model")
-    command = ["examples/train_nft.py", "--pretrained_model_name_or_path", "my-model"]
+    command = ["examples/train_nft.py", "--model", "my-model"]
     command += ["--import_modules", "tests.own_transformer", "--prompts", "my-prompts.txt"]
     train(command, rewards="sharpness", output_dir="my-lora", kl_weight=0.1)
     before = sample(pipe)

@@ -11,7 +11,7 @@ from ..config import coerce, read_yaml
 from ..errors import UserError, as_user_error
 from ..files.text import read_text
 from ..spelling import close_matches
-from ..training.config import NFTConfig
+from ..training.nft.config import NFTConfig
 from ..training.published_runs import SIZES, find_published_run, list_published_runs
 from .arguments import ArgumentParser
 from .options import parse_fields

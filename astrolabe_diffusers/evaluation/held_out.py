@@ -15,14 +15,12 @@ from ..reporting.comparison import Evaluation
 from ..reporting.videos import save_video
 from ..rewards.frame_request import to_uint8
 from ..rollout.samples import Sample, process_batches
-from ..rollout.sampling import PromptEncoder, generate, sample_latents
-from ..rollout.scoring import RewardWorker, decode_videos, gather_scores
+from ..rollout.sampling import Rollout, Sampler
+from ..rollout.scoring import decode_videos, gather_scores
 
 
 def evaluate(
-    pipeline,
-    encoder: PromptEncoder,
-    worker: RewardWorker,
+    rollout: Rollout,
     samples: Sequence[Sample],
     size: dict[str, int],
     batch_size: int,
@@ -51,14 +49,14 @@ def evaluate(
     keep = {sample.key: i for i, sample in enumerate(samples[:num_videos])}
     generated = []
     with raise_together():
-        for batch in generate(pipeline, encoder, worker, batches, size, watched=True, keep=keep):
+        for batch in rollout.generate(batches, size, watched=True, keep=keep):
             generated.append(batch)
             on_batch(len(generated), len(batches))
     scores, _ = gather_scores(generated, samples)
     kept = {keep[key]: video for batch in generated for key, video in batch.scores.result().videos.items()}
     with raise_together():
         for index, video in kept.items():
-            save_video(video, video_dir / f"{index:03d}.mp4", pipeline.config.frame_rate)
+            save_video(video, video_dir / f"{index:03d}.mp4", rollout.pipeline.config.frame_rate)
     return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
 
 
@@ -72,9 +70,8 @@ def gather_videos(videos: dict[int, torch.Tensor], is_main_process: bool) -> lis
 
 
 def generate_columns(
-    pipeline,
+    rollout: Rollout,
     policies: dict[str, AbstractContextManager],
-    encoder: PromptEncoder,
     samples: Sequence[Sample],
     size: dict[str, int],
     batch_size: int,
@@ -84,12 +81,11 @@ def generate_columns(
     Args:
         policies: by its heading, the context in which the pipeline has a policy.
     """
-    columns = {}
+    columns, sampler = {}, Sampler(rollout.pipeline, size)
     for name, policy in policies.items():
         with policy:
             columns[name] = []
             for batch in process_batches(samples, batch_size, process_index=0, num_processes=1):
-                prompt_embeds = encoder(sample.prompt.text for sample in batch)
-                latents = sample_latents(pipeline, prompt_embeds, batch, size)
-                columns[name] += decode_videos(pipeline.vae, latents).cpu()
+                latents, _ = sampler(rollout.encoder(sample.prompt.text for sample in batch), batch)
+                columns[name] += decode_videos(rollout.pipeline.vae, latents).cpu()
     return columns

@@ -31,7 +31,7 @@ from ..rewards import RewardSet
 from ..rewards.config import RewardConfig
 from ..rollout.prompts import PromptSource, prompt_path, spread
 from ..rollout.samples import eval_samples, process_batches
-from ..rollout.sampling import PromptEncoder
+from ..rollout.sampling import Rollout
 from ..rollout.scoring import RewardWorker
 from ..shareable import shareable, shareable_value
 from .held_out import evaluate, generate_columns
@@ -176,8 +176,8 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
             f"{accelerator.mixed_precision}; output in {output_dir}",
             flush=True,
         )
-    encoder, worker = PromptEncoder(pipeline), RewardWorker(pipeline.vae, rewards, timeout=config.reward_timeout)
-    resources.callback(worker.shutdown)
+    rollout = Rollout(pipeline, RewardWorker(pipeline.vae, rewards, timeout=config.reward_timeout))
+    resources.callback(rollout.scoring.shutdown)
     batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
     progress = tqdm(
         total=len(config.columns) * len(batches),
@@ -189,9 +189,7 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
     for name, lora in config.columns.items():
         with use_lora(pipeline, lora):
             evaluation, _ = evaluate(
-                pipeline,
-                encoder,
-                worker,
+                rollout,
                 samples,
                 size,
                 config.batch_size,
@@ -227,7 +225,7 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
         files = write_results(results, output_dir)
         if shown := samples[: config.num_videos]:
             loras = {name: use_lora(pipeline, lora) for name, lora in config.columns.items()}
-            videos = generate_columns(pipeline, loras, encoder, shown, size, config.batch_size)
+            videos = generate_columns(rollout, loras, shown, size, config.batch_size)
             prompts = [sample.prompt.text for sample in shown]
             files += write_columns(videos, prompts, output_dir / "side_by_side", pipeline.config.frame_rate)
         print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")

@@ -65,7 +65,7 @@ def write_card(config: Config, results: dict[str, Any], prompts: Sequence[str], 
 
 def base_on_hub(config: Config) -> str | None:
     """The base model's name on the Hub, which refuses cards that name a folder; `None` if it is not known."""
-    name = config.pretrained_model_name_or_path
+    name = config.model
     return config.hub_base_model or (None if Path(name).exists() else name)
 
 
@@ -122,7 +122,7 @@ def shareable_settings(config: Config) -> dict[str, Any]:
 
 
 def _body(config: Config, results: dict[str, Any], prompts: Sequence[str], name: str) -> str:
-    base = config.pretrained_model_name_or_path
+    base = config.model
     base_name = config.hub_base_model or shareable_name(base)
     base_code = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else python_text(shareable_name(base))
     revision = f", revision={python_text(config.revision)}" if config.revision else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,33 +102,67 @@ class PromptSource:
         return [Prompt(row.pop(column), row) for row in dataset if str(row[column]).strip()]
 
 
+def as_prompts(items: Iterable[str | dict[str, Any] | Prompt]) -> list[Prompt]:
+    """Prompts of a list of texts, a list of dicts with a `prompt`, or a `datasets.Dataset`.
+
+    Raises:
+        UserError: there are none, or something else is among them.
+    """
+    prompts = []
+    for index, item in enumerate(items):
+        if isinstance(item, dict):
+            rest = dict(item)
+            column = next((column for column in COLUMNS if column in rest), None)
+            item = Prompt(rest.pop(column), rest) if column else item
+        prompt = Prompt(item) if isinstance(item, str) else item
+        if not isinstance(prompt, Prompt):
+            raise UserError(f"prompt {index} must be a text or a dict with a `prompt`, not {item!r:.80}.")
+        with as_user_error(f"prompt {index}"):
+            check_text(prompt.text)
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError("there are no prompts.")
+    return prompts
+
+
 def train_and_eval_prompts(
     source: PromptSource, num_eval_prompts: int, train_split: str = "train", eval_split: str = "test"
 ) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts of a source. One without a second split, a single file for example, gives its
+    held-out prompts from the first; see [`hold_out`]."""
+    own_split = not Path(source.name).is_file() and eval_split != train_split
+    held_out = source.read(eval_split) if own_split else None
+    return hold_out(source.read(train_split), held_out, num_eval_prompts, source.name)
+
+
+def hold_out(
+    prompts: list[Prompt], held_out: list[Prompt] | None, num_eval_prompts: int, name: str
+) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts, the latter evenly spaced.
 
-    A source without a second split, a single file for example, gives its held-out prompts from the first. No text is
-    in both: what is held out is left out of the training prompts, wherever it stands there.
+    No text is in both: what is held out is left out of the training prompts, wherever it stands there.
+
+    Args:
+        held_out: prompts to choose from; those of training if `None`.
+        name: of their source, for errors.
     """
-    prompts = source.read(train_split)
-    own_split = not Path(source.name).is_file() and eval_split != train_split
-    if own_split:
-        held_out = spread(source.read(eval_split), num_eval_prompts)
-    else:
+    own_source = held_out is not None
+    if not own_source:
         distinct: dict[str, Prompt] = {}
         for prompt in prompts:
             distinct.setdefault(_text_key(prompt), prompt)
-        if len(distinct) <= num_eval_prompts:
+        held_out = list(distinct.values())
+        if len(held_out) <= num_eval_prompts:
             raise UserError(
-                f"{source.name} has {len(distinct)} different prompts, but num_eval_prompts={num_eval_prompts} of "
+                f"{name} has {len(held_out)} different prompts, but num_eval_prompts={num_eval_prompts} of "
                 "them are to be held out from training; lower it, or use a folder with train.txt and test.txt."
             )
-        held_out = spread(list(distinct.values()), num_eval_prompts)
+    held_out = spread(held_out, num_eval_prompts)
     texts = {_text_key(prompt) for prompt in held_out}
     train = [prompt for prompt in prompts if _text_key(prompt) not in texts]
     if not train:
-        raise UserError(f"{source.name}: all training prompts are held out too, so that none is left to train on.")
-    if own_split and len(train) < len(prompts):
+        raise UserError(f"{name}: all training prompts are held out too, so that none is left to train on.")
+    if own_source and len(train) < len(prompts):
         logger.warning("%d training prompts are left out: they are held out.", len(prompts) - len(train))
     return train, held_out
 

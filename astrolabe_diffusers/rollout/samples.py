@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from .past import Past
 from .prompts import Prompt
 from .seeds import seeded_generator
 
@@ -56,16 +57,41 @@ def process_batches(items: Sequence[T], batch_size: int, process_index: int, num
 
 
 @dataclass
+class Trajectory:
+    """How the blocks of a batch of videos came about, for algorithms that train the steps of the sampler.
+
+    Attributes:
+        latents: of each block the `(B, C, n, h, w)` before its first step, after it, ... and the clean ones at last.
+        timesteps: of each block those of its steps, 0 to 1000.
+    """
+
+    latents: list[list[torch.Tensor]]
+    timesteps: list[list[float]]
+
+    @classmethod
+    def begin(cls, noise: torch.Tensor, block_frames: int) -> Trajectory:
+        """With nothing but the noise `(B, C, f, h, w)` of all blocks."""
+        return cls([[block] for block in noise.split(block_frames, dim=2)], [])
+
+    def on_step_end(self, pipeline, step: int, timestep: torch.Tensor, arguments: dict[str, torch.Tensor]) -> dict:
+        """The pipeline's `callback_on_step_end`."""
+        if step == 0:
+            self.timesteps.append([])
+        self.timesteps[-1].append(timestep.item())
+        self.latents[len(self.timesteps) - 1].append(arguments["latents"])
+        return {}
+
+
+@dataclass
 class VideoBatch:
     """Sampled videos: `latents` `(B, C, f, h, w)` float32, `prompt_embeds` `(B, L, D)`, a future of [`Scores`].
 
-    Of the latents those from `window_start` on are scored and trained; with `shared_past` the videos have those before
-    in common.
+    Of the latents those after `past` are scored and trained. `trajectory` is there if it was to be kept.
     """
 
     samples: Sequence[Sample]
     prompt_embeds: torch.Tensor
     latents: torch.Tensor
     scores: Future = field(repr=False)
-    window_start: int = 0
-    shared_past: bool = False
+    past: Past = Past()
+    trajectory: Trajectory | None = field(default=None, repr=False)

@@ -1,14 +1,16 @@
-"""Sampling videos, and decoding and scoring them while the next ones are sampled."""
+"""Sampling videos from prompts, each from its own random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..errors import as_user_error
-from .group_sampling import GroupSampler
-from .samples import Sample, VideoBatch
+from ..pipelines.block_generation import BlockGenerator, Sampling
+from .past import Past
+from .samples import Sample, Trajectory, VideoBatch
 from .scoring import RewardWorker
 from .seeds import seeded_generator
 
@@ -39,50 +41,154 @@ class PromptEncoder:
         return self._embeds[prompt]
 
 
-def sample_latents(
-    pipeline, prompt_embeds: torch.Tensor, samples: Sequence[Sample], size: dict[str, int]
-) -> torch.Tensor:
-    """Latents `(B, C, f, h, w)`, each from its sample's own generator.
+@dataclass
+class Sampler:
+    """Samples latents with the active policy.
 
     Args:
-        size: `height`, `width` and `num_frames`.
+        pipeline: a [`CausalWanPipeline`].
+        size: `height`, `width` and `num_frames` of the videos, past included.
+        keep_trajectory: keep each block's noisy latents, from the first block on that is not shared.
     """
-    generators = [seeded_generator("sample", *sample.key) for sample in samples]
-    return pipeline(prompt_embeds=prompt_embeds, generator=generators, output_type="latent", **size).frames
+
+    pipeline: object
+    size: dict[str, int]
+    keep_trajectory: bool = False
+
+    def __call__(
+        self, prompt_embeds: torch.Tensor, samples: Sequence[Sample]
+    ) -> tuple[torch.Tensor, Trajectory | None]:
+        """Latents `(B, C, f, h, w)`, each from its sample's own generator, and how they came about.
+
+        Args:
+            prompt_embeds: `(B, L, D)`.
+        """
+        generators = [seeded_generator("sample", *sample.key) for sample in samples]
+        arguments, trajectory = {}, None
+        if self.keep_trajectory:
+            # What the pipeline would draw first.
+            noise = self._noise(len(samples), generators)
+            trajectory = Trajectory.begin(noise, self._block_frames)
+            arguments = {"latents": noise, "callback_on_step_end": trajectory.on_step_end}
+        latents = self.pipeline(
+            prompt_embeds=prompt_embeds, generator=generators, output_type="latent", **arguments, **self.size
+        ).frames
+        return latents, trajectory
+
+    @property
+    def _block_frames(self) -> int:
+        return self.pipeline.transformer.config.num_frames_per_block
+
+    def _noise(self, batch_size: int, generators: list[torch.Generator], num_given: int = 0) -> torch.Tensor:
+        return self.pipeline.prepare_latents(
+            batch_size,
+            **self.size,
+            device=self.pipeline._execution_device,
+            generator=generators,
+            num_given=num_given,
+        )
 
 
-def generate(
-    pipeline,
-    encoder: PromptEncoder,
-    worker: RewardWorker,
-    batches: Iterable[Sequence[Sample]],
-    size: dict[str, int],
-    watched: bool = False,
-    keep: Collection[tuple] = (),
-    window_start: int = 0,
-    shared_past: bool = False,
-) -> Iterator[VideoBatch]:
-    """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
+@dataclass
+class SharedPastSampler(Sampler):
+    """Samples the past of a group once, and its videos as continuations of it that share its K/V.
 
-    An error of the rewards is raised one batch later, or by [`gather_scores`]; videos that are not finite are a
-    [`UserError`] at once.
+    The past depends on the group alone, so every process that has samples of it makes the same one.
 
     Args:
-        watched, keep: as in [`RewardWorker.submit`].
-        window_start: latent frame from which on the videos are scored.
-        shared_past: a batch is of one group, whose videos have the frames before `window_start` in common.
+        num_past_frames: latent frames of the past, at least one block and the model's sink.
     """
-    scores = None
-    shared_past = shared_past and window_start > 0
-    group_sampler = GroupSampler(pipeline, size, window_start) if shared_past else None
-    for samples in batches:
-        prompt_embeds = encoder(sample.prompt.text for sample in samples)
-        with as_user_error("sampling", (FloatingPointError,)):
-            if shared_past:
-                latents = group_sampler(prompt_embeds, samples)
-            else:
-                latents = sample_latents(pipeline, prompt_embeds, samples, size)
-        if scores is not None:
-            scores.result()  # if rewards are slower than the model, videos must not pile up
-        scores = worker.submit(latents, samples, watched, keep, window_start, shared_past)
-        yield VideoBatch(samples, prompt_embeds, latents, scores, window_start, shared_past)
+
+    num_past_frames: int = field(kw_only=True)
+
+    def __post_init__(self):
+        self._group: tuple | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt_embeds: torch.Tensor, samples: Sequence[Sample]
+    ) -> tuple[torch.Tensor, Trajectory | None]:
+        """As [`Sampler`], for samples of one group; the latents have the past in front."""
+        group = samples[0].key[:-1]
+        if group != self._group:
+            self._group = group
+            self._past, self._past_latents = self._sample_past(prompt_embeds[:1], group)
+        generators = [seeded_generator("sample", *sample.key) for sample in samples]
+        noise = self._noise(len(samples), generators, self.num_past_frames)
+        videos, trajectory = self._past.fork(len(samples), prompt_embeds), None
+        if self.keep_trajectory:
+            trajectory = Trajectory.begin(noise, self._block_frames)
+            videos.sampling = replace(videos.sampling, callback_on_step_end=trajectory.on_step_end)
+        blocks = [self._past_latents.expand(len(samples), -1, -1, -1, -1)]
+        for block_noise in noise.split(self._block_frames, dim=2):
+            blocks.append(videos.denoise(block_noise, None, generators))
+            videos.finish(blocks[-1])
+        return torch.cat(blocks, dim=2), trajectory
+
+    def _sample_past(self, prompt_embeds: torch.Tensor, group: tuple) -> tuple[BlockGenerator, torch.Tensor]:
+        config = self.pipeline.config
+        total = (self.size["num_frames"] - 1) // self.pipeline.vae.config.scale_factor_temporal + 1
+        sampling = Sampling(
+            list(config.sigmas), list(config.first_block_sigmas or config.sigmas), max_frames=total, decode=False
+        )
+        past = self.pipeline.block_generator_class(self.pipeline, sampling, [0])
+        past.prompt_embeds = prompt_embeds
+        generator = seeded_generator("past", *group)
+        blocks = []
+        noise = self._noise(1, [generator])[:, :, : self.num_past_frames]
+        for block_noise in noise.split(self._block_frames, dim=2):
+            blocks.append(past.denoise(block_noise, None, [generator]))
+            past.finish(blocks[-1])
+        past.remember()
+        return past, torch.cat(blocks, dim=2)
+
+
+@dataclass
+class Rollout:
+    """From prompts to videos that are being scored.
+
+    Args:
+        pipeline: a [`CausalWanPipeline`].
+        scoring: decodes and scores the videos.
+    """
+
+    pipeline: object
+    scoring: RewardWorker
+
+    def __post_init__(self):
+        self.encoder = PromptEncoder(self.pipeline)
+
+    def generate(
+        self,
+        batches: Iterable[Sequence[Sample]],
+        size: dict[str, int],
+        past: Past = Past(),
+        *,
+        keep_trajectory: bool = False,
+        watched: bool = False,
+        keep: Collection[tuple] = (),
+    ) -> Iterator[VideoBatch]:
+        """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
+
+        An error of the rewards is raised one batch later, or by [`gather_scores`]; videos that are not finite are a
+        [`UserError`] at once.
+
+        Args:
+            size: `height`, `width` and `num_frames` of the videos, past included.
+            past: what of the videos is not scored.
+            keep_trajectory: as in [`Sampler`].
+            watched, keep: as in [`RewardWorker.submit`].
+        """
+        if past.shared:
+            sampler = SharedPastSampler(self.pipeline, size, keep_trajectory, num_past_frames=past.num_frames)
+        else:
+            sampler = Sampler(self.pipeline, size, keep_trajectory)
+        scores = None
+        for samples in batches:
+            prompt_embeds = self.encoder(sample.prompt.text for sample in samples)
+            with as_user_error("sampling", (FloatingPointError,)):
+                latents, trajectory = sampler(prompt_embeds, samples)
+            if scores is not None:
+                scores.result()  # if rewards are slower than the model, videos must not pile up
+            scores = self.scoring.submit(latents, samples, watched, keep, past.num_frames, past.shared)
+            yield VideoBatch(samples, prompt_embeds, latents, scores, past, trajectory)

@@ -1,25 +1,26 @@
-"""What a run is made of, from its settings: prompts, pipeline, rewards, optimizer."""
+"""What a run is made of, from its settings: processes, prompts, rewards, and the pipeline's recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
 
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..errors import UserError, as_user_error
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet
-from ..rollout.prompts import Prompt, PromptSource, prompt_path, train_and_eval_prompts
-from .config import NFTConfig
+from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, prompt_path, train_and_eval_prompts
+from .config import OnlineConfig
 
 
-def make_accelerator(config: NFTConfig) -> Accelerator:
+def make_accelerator(config: OnlineConfig) -> Accelerator:
     logging_dir = Path(config.output_dir) / config.logging_dir
     with accelerate_settings():
         accelerator = Accelerator(
@@ -33,14 +34,21 @@ def make_accelerator(config: NFTConfig) -> Accelerator:
     return accelerator
 
 
-def load_prompts(config: NFTConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts of a run."""
-    path = prompt_path(config.pretrained_model_name_or_path, config.prompts)
+def load_prompts(
+    config: OnlineConfig, train_prompts: Iterable | None = None, eval_prompts: Iterable | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts of a run: those given, or the settings'."""
+    if train_prompts is not None:
+        held_out = None if eval_prompts is None else as_prompts(eval_prompts)
+        return hold_out(as_prompts(train_prompts), held_out, config.num_eval_prompts, "train_prompts")
+    if eval_prompts is not None:
+        raise UserError("eval_prompts go with train_prompts; the settings' `prompts` have both.")
+    path = prompt_path(config.model, config.prompts)
     source = PromptSource(path, config.prompts_data_dir, config.prompt_column)
     return train_and_eval_prompts(source, config.num_eval_prompts, config.train_split, config.eval_split)
 
 
-def set_recipe(pipeline: DiffusionPipeline, config: NFTConfig):
+def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
     """What the settings say about how the model attends and samples; its own where they do not."""
     attention = {"local_attn_size": config.local_attn_size, "sink_size": config.sink_size}
     pipeline.transformer.register_to_config(**{name: value for name, value in attention.items() if value is not None})
@@ -61,8 +69,25 @@ def set_recipe(pipeline: DiffusionPipeline, config: NFTConfig):
         )
 
 
-def make_rewards(config: NFTConfig, fps: float, process_index: int = 0) -> tuple[RewardSet, RewardSet | None]:
-    """The rewards that are trained on, and those that are only watched, for videos of `fps` frames a second."""
+def name_rewards(config: OnlineConfig, reward_funcs: Sequence | None) -> tuple[OnlineConfig, dict[str, Any]]:
+    """The settings with the names of `reward_funcs` as rewards, and what is called so."""
+    if reward_funcs is None:
+        return config, {}
+    from ..rewards import named_reward_funcs
+
+    with as_user_error("reward_funcs"):
+        named = named_reward_funcs(reward_funcs)
+    return replace(config, rewards={name: config.rewards.get(name, 1.0) for name in named}), named
+
+
+def make_rewards(
+    config: OnlineConfig, fps: float, process_index: int = 0, named: dict[str, Any] | None = None
+) -> tuple[RewardSet, RewardSet | None]:
+    """The rewards that are trained on, and those that are only watched, for videos of `fps` frames a second.
+
+    Args:
+        named: functions and rewards by the names that the settings have.
+    """
     known = [*config.rewards, *config.eval_rewards]
     for field in ("reward_options", "reward_placement"):
         unknown = [name for name in getattr(config, field) if name not in known]
@@ -73,7 +98,9 @@ def make_rewards(config: NFTConfig, fps: float, process_index: int = 0) -> tuple
         options = {name: value for name, value in config.reward_options.items() if name in weights}
         placement = {name: value for name, value in config.reward_placement.items() if name in weights}
         with as_user_error(field):
-            return RewardSet(weights, options, placement, config.reward_timeout, fps, process_index)
+            given = {name: reward for name, reward in (named or {}).items() if name in weights}
+            extra = {"rewards": given} if given else {}
+            return RewardSet(weights, options, placement, config.reward_timeout, fps, process_index, **extra)
 
     rewards = reward_set("rewards", config.rewards)
     with ExitStack() as stack:
@@ -82,37 +109,3 @@ def make_rewards(config: NFTConfig, fps: float, process_index: int = 0) -> tuple
         watched = reward_set("eval_rewards", watched) if watched else None
         stack.pop_all()
     return rewards, watched
-
-
-def make_optimizer(config: NFTConfig, parameters: list[torch.nn.Parameter]):
-    """AdamW and its learning rate schedule."""
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    name = config.lr_scheduler
-    if name == "constant" and config.lr_warmup_steps:
-        name = "constant_with_warmup"
-    with as_user_error("lr_scheduler"):
-        schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
-        )
-    return optimizer, schedule
-
-
-def set_schedule(optimizer, lr_scheduler, steps: int):
-    """Brings the learning rate to where it is after `steps` optimizer steps, by the settings of this run.
-
-    Args:
-        optimizer, lr_scheduler: from [`make_optimizer`], prepared by accelerate or not; the schedule is a `LambdaLR`,
-            as all of `get_scheduler` are.
-    """
-    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
-    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    place = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
-    schedule.load_state_dict(schedule.state_dict() | place)

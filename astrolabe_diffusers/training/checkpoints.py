@@ -22,7 +22,7 @@ from ..files.output_folder import checkpoint_step, list_checkpoints
 from ..files.seal import find_damage, seal, to_disk
 from ..files.writing import replacing
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from .config import NFTConfig
+from .config import OnlineConfig
 from .policies import CURRENT, OLD
 from .states import (
     check_form,
@@ -143,7 +143,7 @@ class Checkpoints:
         accelerator: Accelerator,
         transformer: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        config: NFTConfig,
+        config: OnlineConfig,
         identity: dict[str, Any],
     ):
         self.accelerator = accelerator

@@ -1,9 +1,10 @@
-"""Settings: dataclasses, read from YAML and the command line."""
+"""Settings of a run of online reinforcement learning."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -21,17 +22,24 @@ MAX_EPOCH_SAMPLES = 1_000_000
 
 
 @dataclass
-class NFTConfig(RewardConfig):
-    """Settings of an NFT run.
+class OnlineConfig(RewardConfig):
+    """Settings of online reinforcement learning, whatever the algorithm, which adds its own.
 
-    Names are those of diffusers' example trainers where these have them. The defaults are the published settings for
-    8 devices; `examples/configs/` holds what suits a given model. Values are checked when the object is made.
+    Names are those of diffusers' example trainers where these have them. The defaults are those published with
+    Astrolabe for 8 devices; `recipes/` holds what suits a given model. Values are checked when the object is made.
+
+    Attributes:
+        algorithm, paper: what the model card calls the algorithm, and the address of its paper.
     """
+
+    algorithm: ClassVar[str] = "online reinforcement learning"
+    paper: ClassVar[str | None] = None
+    aliases = {"pretrained_model_name_or_path": "model", "shared_prefix": "shared_past"}
 
     removed = {"hub_token": "the token comes from HF_TOKEN or `hf auth login`, and is stored nowhere else"}
 
     # Model and data
-    pretrained_model_name_or_path: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
+    model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
     revision: str | None = option(None, "revision of the model on the Hub")
     variant: str | None = option(None, "variant of the weight files, such as bf16")
     local_attn_size: int | None = option(None, "window in latent frames, -1 for all; the model's own if not given")
@@ -49,7 +57,7 @@ class NFTConfig(RewardConfig):
     prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
     train_split: str = option("train", "split of a dataset")
     eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
-    output_dir: str = option("nft-lora", "everything the run writes")
+    output_dir: str = option("lora", "everything the run writes")
     overwrite_output_dir: bool = option(False, "begin anew in an output_dir that has a run, or files of others")
     seed: int = option(
         42, "seed of LoRA initialisation, prompts, samples and training noise", minimum=0, maximum=2**32 - 1
@@ -74,7 +82,7 @@ class NFTConfig(RewardConfig):
         choices=("random", "first", "last", "choices"),
     )
     window_choices: list[int] = option([], "latent frames at which a window may begin")
-    shared_prefix: bool = option(
+    shared_past: bool = option(
         False, "the videos of a group part only where the window begins: what is before is sampled and kept once"
     )
 
@@ -94,27 +102,7 @@ class NFTConfig(RewardConfig):
         "stop", "a NaN reward stops the run, or its sample is skipped in training", choices=("stop", "skip")
     )
 
-    # Algorithm
-    beta: float = option(1.0, "how far the implicit policies lie from the old one", above=0)
-    kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
-    loss_weighting: str = option(
-        "none",
-        "`adaptive`: DiffusionNFT's loss, divided by the mean distance to the sample and times adv_clip_max / beta; "
-        "blows up after 50 steps in Astrolabe",
-        choices=("none", "adaptive"),
-    )
-    context: str = option(
-        "clean",
-        "what a block sees of those before it in training: as in inference; or, as in the release, noised with it, "
-        "and in its window only, without the sink",
-        choices=("clean", "noisy"),
-    )
-    context_policy: str = option(
-        "old",
-        "whose K and V a clean context has: the old policy's for all, in one pass, or each policy's own",
-        choices=("old", "own"),
-    )
-    adv_clip_max: float = option(5.0, "advantages are clipped to +-this", above=0)
+    # Advantages
     advantage_reward: str = option(
         "composite",
         "what advantages are of: the weighted sum of the rewards, or the primary one",
@@ -130,71 +118,6 @@ class NFTConfig(RewardConfig):
         "global",
         "what centred rewards are divided by: the spread of all rewards of the epoch, of the group's, or nothing",
         choices=("global", "group", "none"),
-    )
-    selective_kl: bool = option(
-        False, "KL only for samples that the primary reward ranks far above the other rewards (Astrolabe 3.4)"
-    )
-    risk_ratio: float = option(
-        0.1,
-        "selective_kl: fraction of the doubtful samples that are held back, at the start",
-        minimum=0,
-        maximum=1,
-    )
-    risk_ratio_rate: float = option(0.1, "by how much of itself it grows or shrinks", minimum=0, maximum=1)
-    risk_ratio_min: float = option(0.02, "its lower limit", minimum=0, maximum=1)
-    risk_ratio_max: float = option(0.2, "its upper limit", minimum=0, maximum=1)
-    risk_buffer_size: int = option(20, "epochs whose mean disagreement it is compared with", minimum=1)
-    risk_rule: str = option(
-        "hacked",
-        "which samples those are: that the primary reward ranks above the others; or, as in the release, below them",
-        choices=("hacked", "released"),
-    )
-    kl_average: str = option(
-        "selected",
-        "selective_kl is a mean over all samples of a step that are held; or, as in the release, over those of a "
-        "batch, and then over the batches, one without any counting as zero",
-        choices=("selected", "batch"),
-    )
-    reference_reset_kl: float | None = option(
-        None, "the reference becomes the current policy when the KL passes this (0.15 in the release)", minimum=0
-    )
-    reference_reset_epochs: int | None = option(
-        None, "... or when it is older than this many epochs (15 in the release)", minimum=1
-    )
-    reference_reset_kl_step: float = option(
-        0.0,
-        "by how much reference_reset_kl falls when the reference became too old, and rises when it became less than "
-        "reference_reset_early_epochs old (0.01 in the release)",
-        minimum=0,
-    )
-    reference_reset_kl_min: float = option(0.0, "it falls to this at most (0.1 in the release)", minimum=0)
-    reference_reset_kl_max: float | None = option(
-        None, "it rises to this at most, if given (0.05 in the release, which lowers 0.15 to it)", minimum=0
-    )
-    reference_reset_early_epochs: int = option(5, "a reference that did not get this old was reset early", minimum=0)
-    ema_decay: float | None = option(
-        None,
-        "an average of the policy over the steps is what is judged and saved: after step s, counted from 0, "
-        "ema = d ema + (1 - d) current, d = min((1 + s) / (10 + s), this)",
-        minimum=0,
-        below=1,
-    )
-    train_timesteps: str = option(
-        "warped",
-        "noise levels that are trained: the sampler's own, or those before its shift (1000 750 500 250)",
-        choices=("warped", "raw"),
-    )
-    old_policy_decay_rate: float = option(
-        0.001, "after step n, old = d old + (1 - d) current, d = min(rate n, max)", minimum=0
-    )
-    old_policy_decay_max: float = option(0.5, "upper limit of that d", minimum=0, maximum=1)
-    collapse_factor: float = option(
-        2.0, "stop if the norm of predicted clean videos grows or shrinks by this factor; 0: never", minimum=0
-    )
-    nan_loss: str = option(
-        "stop",
-        "a loss or gradient that is no finite number stops the run, or its optimizer step is skipped and counted",
-        choices=("stop", "skip"),
     )
 
     # LoRA
@@ -221,6 +144,21 @@ class NFTConfig(RewardConfig):
     adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
+    ema_decay: float | None = option(
+        None,
+        "an average of the policy over the steps is what is judged and saved: after step s, counted from 0, "
+        "ema = d ema + (1 - d) current, d = min((1 + s) / (10 + s), this)",
+        minimum=0,
+        below=1,
+    )
+    collapse_factor: float = option(
+        2.0, "stop if the norm of predicted clean videos grows or shrinks by this factor; 0: never", minimum=0
+    )
+    nan_loss: str = option(
+        "stop",
+        "a loss or gradient that is no finite number stops the run, or its optimizer step is skipped and counted",
+        choices=("stop", "skip"),
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")
 
@@ -256,20 +194,13 @@ class NFTConfig(RewardConfig):
             raise UserError(f"collapse_factor must be more than 1, or 0 for never, not {self.collapse_factor}.")
         if self.primary_reward is not None and self.primary_reward not in self.rewards:
             raise UserError(f"primary_reward {self.primary_reward!r} is none of {', '.join(self.rewards)}.")
-        if self.selective_kl and len(self.rewards) < 2:
-            raise UserError(
-                "selective_kl compares the primary reward with the others: name another reward, with weight 0 if it "
-                "is not to be trained on."
-            )
         if Path(self.logging_dir).is_absolute() or ".." in Path(self.logging_dir).parts:
             raise UserError(f"logging_dir {self.logging_dir!r} must be a folder inside output_dir, such as logs.")
-        if self.context == "noisy" and self.window_size is not None:
-            raise UserError("context=noisy trains a whole video in one pass: no window_size.")
-        if self.shared_prefix and self.window_size is None:
-            raise UserError("shared_prefix needs window_size: without a window there is nothing before it to share.")
-        if self.shared_prefix and self.samples_per_prompt % self.train_batch_size:
+        if self.shared_past and self.window_size is None:
+            raise UserError("shared_past needs window_size: without a window there is nothing before it to share.")
+        if self.shared_past and self.samples_per_prompt % self.train_batch_size:
             raise UserError(
-                f"with shared_prefix a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
+                f"with shared_past a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
                 f"samples_per_prompt={self.samples_per_prompt}."
             )
         if self.gradient_accumulation_steps is None:
@@ -297,9 +228,8 @@ class NFTConfig(RewardConfig):
 
     @property
     def other_adapters(self) -> list[str]:
-        """Adapters beside the current and the old policy's."""
-        moves = self.reference_reset_kl is not None or self.reference_reset_epochs is not None
-        return ["reference"] * moves + ["ema"] * (self.ema_decay is not None)
+        """Adapters beside the current policy's, in the order in which they are made."""
+        return ["ema"] * (self.ema_decay is not None)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -36,15 +36,15 @@ def add_policies(
     lora_alpha: int,
     lora_dropout: float = 0.0,
     target_modules: list[str] = (),
-    others: Sequence[str] = (),
+    others: Sequence[str] = (OLD,),
 ):
-    """Freeze the transformer and add the adapters `default` (current policy, trainable) and `old`, equal at first.
+    """Freeze the transformer and add the adapter `default` (the current policy, trainable) and those of others.
 
     LoRA weights are float32 whatever the base is. They start as peft has it: A uniform in `+-1 / sqrt(in_features)`, B
     zero, so that all policies coincide.
 
     Args:
-        others: further adapters, `"ema"` (equal at first) and `"reference"` (the transformer alone at first).
+        others: further adapters: `"old"`, `"ema"` (equal at first), `"reference"` (the transformer alone at first).
     """
     config = LoraConfig(
         r=rank,
@@ -56,9 +56,9 @@ def add_policies(
     _complete_policies(transformer, others)
 
 
-def load_policies(pipeline, lora: str | Path, others: Sequence[str] = ()):
-    """As `add_policies`, with a LoRA that `load_lora_weights` takes as current and old policy: rank, alpha and target
-    modules are its own. The reference is the transformer without it."""
+def load_policies(pipeline, lora: str | Path, others: Sequence[str] = (OLD,)):
+    """As `add_policies`, with a LoRA that `load_lora_weights` takes as the policies to start from: rank, alpha and
+    target modules are its own. The reference is the transformer without it."""
     pipeline.load_lora_weights(lora, adapter_name=CURRENT)
     if pipeline.transformer.peft_config[CURRENT].use_dora:
         raise ValueError("a DoRA cannot be trained on: only plain LoRAs can.")
@@ -75,7 +75,7 @@ def _complete_policies(transformer: nn.Module, others: Sequence[str]):
     with warnings.catch_warnings():
         # peft takes a second adapter for a mistake.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        for name in (OLD, *others):
+        for name in others:
             transformer.add_adapter(copy.deepcopy(transformer.peft_config[CURRENT]), adapter_name=name)
     for name in transformer.peft_config:
         for parameter in policy_parameters(transformer, name):
@@ -135,11 +135,6 @@ def follow_current(transformer: nn.Module, adapter: str, decay: float):
     pairs = zip(policy_parameters(transformer, adapter), policy_parameters(transformer, CURRENT), strict=True)
     for follower, current in pairs:
         follower.lerp_(current, 1 - decay)
-
-
-def old_policy_decay(step: int, rate: float, maximum: float) -> float:
-    """`min(rate * step, maximum)`: the old policy follows closely at first (DiffusionNFT's schedule)."""
-    return min(rate * step, maximum)
 
 
 def ema_decay(step: int, maximum: float) -> float:

@@ -134,7 +134,7 @@ def list_published_runs(folder: Path) -> str:
         settings = run.settings
         rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())
         size = f"{run.processes} x {settings['train_batch_size']} x {settings['batches_per_epoch']}"
-        model = settings["pretrained_model_name_or_path"]
+        model = settings["model"]
         rows.append((name, model, rewards, size, str(settings["samples_per_prompt"])))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

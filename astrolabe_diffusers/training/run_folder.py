@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..files.output_folder import RESULTS_NAME, RunFolder
 from .checkpoints import WEIGHT_NAMES
-from .config import NFTConfig
+from .config import OnlineConfig
 from .policies import CURRENT
 
 
@@ -23,12 +23,13 @@ TRAINING_FILES = (
     "before_after.mp4",
     "before_after.png",
     "before_after.gif",
+    "best/*",
     "eval_videos/step-*",
     "checkpoints/checkpoint-*",
 )
 
 
-def open_training_folder(config: NFTConfig) -> RunFolder:
+def open_training_folder(config: OnlineConfig) -> RunFolder:
     """Locks the folder of a training run. Before anything is loaded, and it changes nothing that is there.
 
     Raises:
@@ -59,7 +60,7 @@ def _is_older_run(path: Path) -> bool:
     return logs or any(path.glob("checkpoints/checkpoint-*/trainer_state.json"))
 
 
-def _resumes(config: NFTConfig) -> bool:
+def _resumes(config: OnlineConfig) -> bool:
     """Whether a run goes on with the one in its output folder, not with one elsewhere."""
     name, checkpoints = config.resume_from_checkpoint, Path(config.output_dir) / "checkpoints"
     if name is None or name == "latest":

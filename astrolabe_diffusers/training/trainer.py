@@ -1,11 +1,13 @@
-"""The NFT trainer: prompts -> videos of the old policy -> rewards -> advantages -> update of the current policy."""
+"""The online trainer: prompts -> videos of a policy -> rewards -> advantages -> update, whatever the algorithm."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
@@ -14,86 +16,164 @@ from ..distributed.agreement import Resources, raise_together
 from ..distributed.interruption import Interruption
 from ..distributed.sharding import is_sharded, shard
 from ..errors import Interrupted, UserError, as_user_error
-from ..evaluation.held_out import evaluate, gather_videos, generate_columns
+from ..evaluation.held_out import evaluate, gather_videos
 from ..pipelines.loading import frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from ..reporting.hub import create_hub_repo, push_to_hub
-from ..reporting.machine import device_name, peak_memory_gb, versions
-from ..reporting.model_card import write_card
+from ..reporting.hub import create_hub_repo
+from ..reporting.machine import peak_memory_gb
 from ..reporting.report import RunReport
 from ..reporting.trackers import closing_trackers
-from ..reporting.videos import write_columns
+from ..rollout.past import make_windows
 from ..rollout.samples import Sample, VideoBatch, epoch_samples, eval_samples, process_batches
-from ..rollout.sampling import PromptEncoder, generate
+from ..rollout.sampling import Rollout
 from ..rollout.scoring import RewardWorker, gather_scores
 from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
-from .build import load_prompts, make_accelerator, make_optimizer, make_rewards, set_recipe, set_schedule
-from .checkpoints import WEIGHT_NAMES, Checkpoints, policy_identity, save_adapter
-from .config import NFTConfig
-from .nft.gradient import CollapseGuard, noise_batch, optimizer_step, training_sigmas
-from .nft.selective_kl import ReferenceSchedule, RiskController, kl_weights, rank_disagreement
+from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
+from .callbacks import TrainerCallback
+from .checkpoints import Checkpoints, policy_identity
+from .config import OnlineConfig
+from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
 from .policies import (
     CURRENT,
     EMA,
-    OLD,
-    POLICIES,
-    REFERENCE,
     activate_current,
     add_policies,
     ema_decay,
     follow_current,
     load_policies,
-    old_policy_decay,
     policy_parameters,
     use_policy,
 )
+from .results import BestAdapter, write_results
 from .run_folder import open_training_folder
-from .windows import make_windows
 
 
-class NFTTrainer:
-    """Trains a LoRA of a causal video pipeline with NFT.
+class OnlineTrainer:
+    """Trains a LoRA of a causal video pipeline by online reinforcement learning.
 
-    Every process makes one trainer; [`~NFTTrainer.train`] runs it. Mistakes of the user raise [`UserError`].
+    Every process makes one trainer; [`~OnlineTrainer.train`] runs it. Mistakes of the user raise [`UserError`].
+
+    An algorithm is a subclass. It has a `config_class`, says which policy samples, and defines
+    [`~OnlineTrainer.prepare_batch`] and [`~OnlineTrainer.accumulate_gradients`]; where it differs in them, its own
+    [`~OnlineTrainer.advantages`], [`~OnlineTrainer.sample_values`], [`~OnlineTrainer.after_epoch`] and
+    [`~OnlineTrainer.metrics`].
 
     Args:
-        config ([`NFTConfig`]): the settings.
-        pipeline ([`CausalWanPipeline`], *optional*): to train, in place of the one that the settings name.
+        model: a [`CausalWanPipeline`], or folder or Hub id of one; that of the settings if not given.
+        config: the settings.
+        reward_funcs:
+            what is trained on, in place of the settings' `rewards`: functions `fn(videos, prompts, metadata)` that
+            return a score a video, names of rewards, and [`Reward`]s. The weight of each is 1, or what the settings'
+            `rewards` say of its name.
+        train_prompts, eval_prompts:
+            texts, dicts with a `prompt`, or a `datasets.Dataset`, in place of the settings' `prompts`. Without
+            `eval_prompts` some of the training prompts are held out.
+        callbacks: called at the stages of the run.
     """
 
-    def __init__(self, config: NFTConfig, pipeline: CausalWanPipeline | None = None):
-        self.config = config
-        self.accelerator = make_accelerator(config)
+    config_class: ClassVar[type[OnlineConfig]] = OnlineConfig
+    # One of `POLICIES`; the videos of an epoch are its.
+    sampling_policy: ClassVar[str] = "current"
+    # Whether batches keep each block's noisy latents, as `batch.trajectory`.
+    keep_trajectory: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: CausalWanPipeline | str | None = None,
+        config: OnlineConfig | None = None,
+        reward_funcs: Sequence | None = None,
+        train_prompts: Iterable | None = None,
+        eval_prompts: Iterable | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        config = self.config_class() if config is None else config
+        if isinstance(model, (str, Path)):
+            config = replace(config, model=str(model))
+        self.config, self.named_rewards = name_rewards(config, reward_funcs)
+        self.callbacks = list(callbacks)
+        self.accelerator = make_accelerator(self.config)
         self.resources = Resources()
         with ExitStack() as stack:
             stack.push(self.resources)
             with raise_together():
                 if self.accelerator.is_main_process:
-                    self.folder = open_training_folder(config)
+                    self.folder = open_training_folder(self.config)
                     self.resources.callback(self.folder.close)
             with raise_together():
-                self.load(pipeline)
+                self.load(None if isinstance(model, (str, Path)) else model, train_prompts, eval_prompts)
             self.prepare()
             stack.pop_all()
 
-    def load(self, pipeline: CausalWanPipeline | None):
+    # What an algorithm is
+
+    def advantages(self, scores: dict[str, torch.Tensor], samples: list[Sample]) -> Advantages:
+        """Advantages of the samples of all processes, of which a group may lie on several; group-relative ones.
+
+        Args:
+            scores: by name `(N,)`: `"reward"`, the weighted sum, each reward, and their parts.
+            samples: the N samples.
+        """
+        config = self.config
+        groups = torch.tensor([sample.group for sample in samples])
+        primary = self.primary_reward if config.advantage_reward == "primary" else None
+        reward = reward_to_maximise(scores, config.rewards, groups, primary, config.reward_normalization)
+        return group_advantages(reward, groups, config.advantage_std)
+
+    def sample_values(self, scores: dict[str, torch.Tensor], advantages: Advantages) -> dict[str, torch.Tensor]:
+        """What the update needs of every sample, by name `(N,)`, on every process the same."""
+        return {"advantages": advantages.values * advantages.trained}
+
+    def prepare_batch(self, batch: VideoBatch, values: dict[str, torch.Tensor]) -> Any:
+        """What [`~OnlineTrainer.accumulate_gradients`] wants of a batch; its `clean` is `(B, ...)`.
+
+        Args:
+            values: the batch's part `(B,)` of [`~OnlineTrainer.sample_values`], on the batch's device.
+        """
+        raise NotImplementedError
+
+    def accumulate_gradients(self, batch: Any, samples_per_step: int, synchronize: bool) -> dict[str, torch.Tensor]:
+        """Add the gradients of a batch, divided by `samples_per_step`, to the current policy's parameters.
+
+        Args:
+            batch: from [`~OnlineTrainer.prepare_batch`].
+            synchronize: whether it is the step's last batch, whose last backward pass averages over the processes;
+                all others are inside `self.accelerator.no_sync(self.model)`.
+
+        Returns:
+            Sums over its samples of the values to be logged, among them `"loss"`.
+        """
+        raise NotImplementedError
+
+    def after_epoch(self, statistics: list[dict[str, float]]):
+        """Once an epoch's steps are done, with what was logged of each."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of its own to be logged after an epoch."""
+        return {}
+
+    def make_state(self) -> dict[str, Any]:
+        """Objects by name with `state_dict` and `load_state_dict`, JSON values, that checkpoints hold."""
+        return {"guard": self.guard}
+
+    # The run
+
+    def load(self, pipeline: CausalWanPipeline | None, train_prompts: Iterable | None, eval_prompts: Iterable | None):
         """Everything that this process makes alone: it exchanges nothing with others."""
         config = self.config
         self.num_groups = config.groups_per_epoch(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
 
-        self.prompts, self.eval_prompts = load_prompts(config)
+        self.prompts, self.eval_prompts = load_prompts(config, train_prompts, eval_prompts)
         self.eval_samples = eval_samples(self.eval_prompts, config.eval_seeds)
         # Before the large model is loaded: a wrong name is found at once.
-        model = config.pretrained_model_name_or_path
-        fps = pipeline.config.frame_rate if pipeline else frame_rate(model, config.revision)
-        rewards, watched = make_rewards(config, fps, self.accelerator.process_index)
+        fps = pipeline.config.frame_rate if pipeline else frame_rate(config.model, config.revision)
+        rewards, watched = make_rewards(config, fps, self.accelerator.process_index, self.named_rewards)
         for reward_set in filter(None, (rewards, watched)):
             self.resources.callback(reward_set.close)
         if pipeline is None:
-            self.pipeline = load_frozen_pipeline(model, self.accelerator, config.revision, config.variant)
+            self.pipeline = load_frozen_pipeline(config.model, self.accelerator, config.revision, config.variant)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)
@@ -101,19 +181,14 @@ class NFTTrainer:
             self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip", timeout=config.reward_timeout
         )
         self.resources.callback(self.rewards.shutdown)
+        self.rollouts = Rollout(self.pipeline, self.rewards)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.eval_size = video_size(
             self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames
         )
-        transformer_config, scale = self.pipeline.transformer.config, self.pipeline.vae.config.scale_factor_temporal
-        self.windows = make_windows(
-            config,
-            (self.size["num_frames"] - 1) // scale + 1,
-            transformer_config.num_frames_per_block,
-            transformer_config.sink_size,
-        )
-        self.encoder = PromptEncoder(self.pipeline)
-        self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
+        model, scale = self.pipeline.transformer.config, self.pipeline.vae.config.scale_factor_temporal
+        num_frames = (self.size["num_frames"] - 1) // scale + 1
+        self.windows = make_windows(config, num_frames, model.num_frames_per_block, model.sink_size)
 
         self.transformer = self.pipeline.transformer
         with as_user_error(f"init_lora {config.init_lora}" if config.init_lora else "cannot add the LoRA"):
@@ -145,30 +220,14 @@ class NFTTrainer:
                 self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
             )
         self.checkpoints = Checkpoints(self.accelerator, self.transformer, self.optimizer, config, self.identity)
+        self.best = BestAdapter(self.transformer, config, self.accelerator.is_main_process)
         self.report = RunReport(config, self.accelerator)
 
         self.epoch = 0
         self.step = 0
         self.train_seconds = 0.0
         self.guard = CollapseGuard(config.collapse_factor)
-        self.risk = RiskController(
-            config.risk_ratio,
-            config.risk_ratio_rate,
-            config.risk_ratio_min,
-            config.risk_ratio_max,
-            config.risk_buffer_size,
-            released=config.risk_rule == "released",
-        )
-        self.reference = ReferenceSchedule(
-            config.reference_reset_kl,
-            config.reference_reset_epochs,
-            config.reference_reset_kl_step,
-            config.reference_reset_kl_min,
-            config.reference_reset_kl_max,
-            config.reference_reset_early_epochs,
-        )
-        # What a checkpoint holds beside tensors, by name: objects with state_dict and load_state_dict, JSON values.
-        self.stateful = {"guard": self.guard, "risk": self.risk, "reference": self.reference}
+        self.stateful = self.make_state()
         self.interruption = Interruption()
 
     def train(self) -> dict[str, Any]:
@@ -205,12 +264,10 @@ class NFTTrainer:
             scores, scoring_seconds = gather_scores(batches, samples)
             scored = time.perf_counter()
             advantages = self.advantages(scores, samples)
-            kl_mask = self.kl_mask(scores, advantages.valid)
-            statistics = self.update(batches, advantages, kl_mask)
-            follow_current(self.transformer, OLD, self.old_policy_decay)
-            kl = sum(s["kl"] for s in statistics) / len(statistics)
-            if self.reference.step(kl):
-                follow_current(self.transformer, REFERENCE, decay=0.0)
+            if not advantages.valid.any():
+                raise UserError("no video of this epoch has a finite reward: nothing is left to train on.")
+            statistics = self.update(batches, self.sample_values(scores, advantages))
+            self.after_epoch(statistics)
             ended = time.perf_counter()
 
             self.epoch += 1
@@ -220,7 +277,6 @@ class NFTTrainer:
                 self.log(
                     scores,
                     advantages,
-                    kl_mask,
                     statistics,
                     seconds=ended - started,
                     seconds_sampling=sampled - started,
@@ -241,89 +297,50 @@ class NFTTrainer:
             self.save_checkpoint()
 
     def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
-        """This process's part of the epoch's videos, sampled from the old policy and being scored."""
-        batches, start = [], self.windows.start(self.epoch)
+        """This process's part of the epoch's videos, sampled from the sampling policy and being scored."""
+        batches, past = [], self.windows.past(self.epoch)
         scale = self.pipeline.vae.config.scale_factor_temporal
-        size = self.size | {"num_frames": 1 + scale * (start + self.windows.size - 1)}
-        with raise_together(), use_policy(self.transformer, "old"):
-            for batch in generate(
-                self.pipeline,
-                self.encoder,
-                self.rewards,
-                self.split(samples),
-                size,
-                window_start=start,
-                shared_past=self.config.shared_prefix,
+        size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
+        with raise_together(), use_policy(self.transformer, self.sampling_policy):
+            for batch in self.rollouts.generate(
+                self.split(samples), size, past, keep_trajectory=self.keep_trajectory
             ):
                 batches.append(batch)
                 self.report.activity(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
                 self.interruption.check()
         return batches
 
-    def advantages(self, scores: dict[str, torch.Tensor], samples: list[Sample]) -> Advantages:
-        """Advantages of the samples of all processes: a group may lie on several."""
-        config = self.config
-        groups = torch.tensor([sample.group for sample in samples])
-        primary = self.primary_reward if config.advantage_reward == "primary" else None
-        reward = reward_to_maximise(scores, config.rewards, groups, primary, config.reward_normalization)
-        advantages = group_advantages(reward, groups, config.advantage_std)
-        if not advantages.valid.any():
-            raise UserError("no video of this epoch has a finite reward: nothing is left to train on.")
-        return advantages
-
     @property
     def primary_reward(self) -> str:
         return self.config.primary_reward or next(iter(self.config.rewards))
 
-    def kl_mask(self, scores: dict[str, torch.Tensor], valid: torch.Tensor) -> torch.Tensor:
-        """The samples `(N,)` that are held to the reference, bool."""
-        if not self.config.selective_kl:
-            return valid
-        others = [scores[name][valid] for name in self.config.rewards if name != self.primary_reward]
-        mask = torch.zeros_like(valid)
-        mask[valid] = self.risk(rank_disagreement(scores[self.primary_reward][valid], others))
-        return mask
+    def update(self, batches: list[VideoBatch], values: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+        """The optimizer steps of an epoch; returns their statistics.
 
-    def update(
-        self, batches: list[VideoBatch], advantages: Advantages, kl_mask: torch.Tensor
-    ) -> list[dict[str, float]]:
-        """The optimizer steps of an epoch; returns their statistics."""
+        Args:
+            values: from [`~OnlineTrainer.sample_values`].
+        """
         accumulation = self.config.gradient_accumulation_steps
-        # Samples are in the order of global batches, each of them one batch of every process after the other.
-        parts = {"selected": self.config.steps_per_epoch, "batch": len(kl_mask) // self.config.train_batch_size}
-        kl_weight = kl_weights(kl_mask, parts[self.config.kl_average])
-        # Processes must agree on the passes that they make.
-        use_reference = kl_mask.unflatten(0, (len(batches), -1)).any(1).tolist()
-        values, weights, kl_weight = map(self.split, (advantages.values, advantages.trained.float(), kl_weight))
+        mine = [dict(zip(values, parts)) for parts in zip(*map(self.split, values.values()))]
+        optimization = Optimization(
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.lr_scheduler,
+            self.config.max_grad_norm,
+            skip_bad=self.config.nan_loss == "skip",
+        )
         statistics = []
         for first in range(0, len(batches), accumulation):
             self.report.activity("training")
             # Until its first step an epoch may be given up; then it is brought to its end.
             before_batch = self.interruption.check_together if first == 0 else lambda: None
-            noised = [
-                noise_batch(
-                    batches[i],
-                    self.sigmas,
-                    values[i],
-                    weights[i],
-                    kl_weight[i],
-                    use_reference[i],
-                    self.config.adv_clip_max,
-                )
-                for i in range(first, first + accumulation)
+            prepared = [
+                self.prepare_batch(batch, {name: part.to(batch.latents.device) for name, part in parts.items()})
+                for batch, parts in zip(batches[first : first + accumulation], mine[first : first + accumulation])
             ]
             statistics.append(
-                optimizer_step(
-                    self.accelerator,
-                    self.model,
-                    self.optimizer,
-                    self.lr_scheduler,
-                    noised,
-                    self.config,
-                    self.guard,
-                    self.step + 1,
-                    before_batch,
-                )
+                optimization.step(prepared, self.accumulate_gradients, self.guard, self.step + 1, before_batch)
             )
             self.step += 1
             if self.config.ema_decay is not None:
@@ -334,14 +351,12 @@ class NFTTrainer:
         return statistics
 
     def evaluate(self):
-        """Score the current policy, or its average, on the held-out prompts."""
+        """Score the current policy, or its average, on the held-out prompts; the best one is kept."""
         self.report.activity("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
         with use_policy(self.transformer, self.config.judged_policy):
             evaluation, videos = evaluate(
-                self.pipeline,
-                self.encoder,
-                self.rewards,
+                self.rollouts,
                 self.eval_samples,
                 self.eval_size,
                 self.config.train_batch_size,
@@ -355,6 +370,9 @@ class NFTTrainer:
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():
             self.report.add_evaluation(evaluation, videos, self.pipeline.config.frame_rate)
+        self.best.offer(evaluation)
+        for callback in self.callbacks:
+            callback.on_evaluate(self, evaluation)
 
     def after_evaluation_batch(self, done: int, total: int):
         self.report.activity(f"evaluated {done}/{total}")
@@ -365,10 +383,6 @@ class NFTTrainer:
         return process_batches(
             items, self.config.train_batch_size, self.accelerator.process_index, self.accelerator.num_processes
         )
-
-    @property
-    def old_policy_decay(self) -> float:
-        return old_policy_decay(self.step, self.config.old_policy_decay_rate, self.config.old_policy_decay_max)
 
     def is_due(self, interval: int) -> bool:
         """Whether a multiple of `interval` steps, or the end, fell into the epoch that is over."""
@@ -394,12 +408,17 @@ class NFTTrainer:
             self.load_state(self.checkpoints.load(path, like=self.state()))
         self.completed = self.state()
         self.saved = path and path.resolve()
+        self.best.resume(self.step)
         self.report.start(None if path is None else self.step)
 
         for line in lines:
             self.report.print(line)
         if config.resume_from_checkpoint:
             self.report.print(f"resuming from {path}" if path else "no checkpoint to resume from: starting anew")
+        self.announce()
+
+    def announce(self):
+        config = self.config
         if config.lr_warmup_steps > config.max_train_steps:
             self.report.print(
                 f"lr_warmup_steps={config.lr_warmup_steps} is longer than the run: learning_rate will not be reached"
@@ -412,7 +431,7 @@ class NFTTrainer:
         trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
         processes = self.accelerator.num_processes
         self.report.print(
-            f"{config.pretrained_model_name_or_path}: {self.size['num_frames']} frames of {self.size['height']}x"
+            f"{config.model}: {self.size['num_frames']} frames of {self.size['height']}x"
             f"{self.size['width']}; LoRA of rank {self.transformer.peft_config[CURRENT].r}, {trainable:,} parameters\n"
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
             f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
@@ -425,7 +444,6 @@ class NFTTrainer:
         self,
         scores: dict[str, torch.Tensor],
         advantages: Advantages,
-        kl_mask: torch.Tensor,
         statistics: list[dict[str, float]],
         **timing: float,
     ):
@@ -440,19 +458,14 @@ class NFTTrainer:
                 "samples_per_prompt, or take rewards that tell the videos apart"
             )
         metrics["skipped_samples"] = int((~advantages.trained).sum())
-        metrics["kl_samples"] = kl_mask.float().mean().item()
-        if self.config.selective_kl:
-            metrics["risk_ratio"] = self.risk.ratio
-        metrics["reference_age"] = self.reference.age
-        if self.reference.max_kl is not None:
-            metrics["reference_reset_kl"] = self.reference.max_kl
         metrics |= {key: sum(s[key] for s in statistics) / len(statistics) for key in statistics[0]}
         metrics["skipped_steps"] = int(sum(s["skipped_steps"] for s in statistics))
-        metrics["old_policy_decay"] = self.old_policy_decay
-        metrics |= timing
+        metrics |= self.metrics() | timing
         for part in ("sampling", "scoring", "training"):
             metrics[f"samples_per_second_{part}"] = len(scores["reward"]) / timing[f"seconds_{part}"]
         metrics["peak_memory_gb"] = peak_memory_gb(self.accelerator.device)
+        for callback in self.callbacks:
+            metrics |= callback.on_epoch_end(self, metrics) or {}
         epochs_left = self.config.num_train_epochs - self.epoch
         self.report.add_epoch(metrics, scores, seconds_left=epochs_left * self.train_seconds / self.epoch)
 
@@ -481,12 +494,16 @@ class NFTTrainer:
         if self.saved != path.resolve():
             self.checkpoints.save(self.completed["step"], self.completed)
             self.saved = path.resolve()
+            for callback in self.callbacks:
+                callback.on_checkpoint(self, path)
         return path
 
     def finish(self) -> dict[str, Any]:
         """The adapter, the comparison of before and after, and the upload if asked for."""
         with raise_together():
-            results = self.write_results()
+            results = write_results(self)
+        for callback in self.callbacks:
+            callback.on_train_end(self, results)
         self.end()
         return results
 
@@ -498,48 +515,3 @@ class NFTTrainer:
         self.model = None
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-    def write_results(self) -> dict[str, Any]:
-        """What the main process writes at the end; it alone returns something."""
-        results, is_main = {}, self.accelerator.is_main_process
-        output_dir = Path(self.config.output_dir)
-        judged = self.config.judged_policy
-        save_adapter(self.transformer, output_dir, POLICIES[judged], WEIGHT_NAMES[CURRENT], write=is_main)
-        shown = self.eval_samples[: self.config.num_eval_videos]
-        # A sharded model generates on all processes or on none.
-        if shown and (is_main or is_sharded()):
-            policies = {"before": use_policy(self.transformer, "base"), "after": use_policy(self.transformer, judged)}
-            columns = generate_columns(
-                self.pipeline, policies, self.encoder, shown, self.eval_size, self.config.train_batch_size
-            )
-        if is_main:
-            # results.json names no folder of this machine.
-            files = {"adapter": WEIGHT_NAMES[CURRENT], "curve": "rewards.png"}
-            prompts = [sample.prompt.text for sample in shown]
-            if shown:
-                comparison = write_columns(
-                    columns, prompts, output_dir / "before_after", self.pipeline.config.frame_rate
-                )
-                names = (Path(path).name for path in comparison)
-                files |= zip(("before/after video", "before/after sheet", "before/after GIF"), names)
-            files["model card"] = "README.md"
-            num_samples = self.epoch * self.num_groups * self.config.samples_per_prompt
-            results = {
-                "num_videos": len(self.eval_samples),
-                "num_prompts": len(self.eval_prompts),
-                "size": self.eval_size,
-                "steps": self.step,
-                "num_samples": num_samples,
-                "num_processes": self.accelerator.num_processes,
-                "device": device_name(self.accelerator.device),
-                "versions": versions(),
-                "train_seconds": self.train_seconds,
-                "samples_per_second": num_samples / self.train_seconds,
-                "peak_memory_gb": peak_memory_gb(self.accelerator.device),
-                "files": files,
-            }
-            self.report.finish(results, len(self.eval_prompts))
-            write_card(self.config, results, prompts, self.repo_id)
-            if self.repo_id:
-                self.report.print(push_to_hub(self.config, self.repo_id, results))
-        return results

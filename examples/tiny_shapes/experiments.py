@@ -49,7 +49,7 @@ EXPERIMENTS: dict[str, dict] = {
         **LONG,
         "window_size": 3,
         "sample_frames": 9,
-        "shared_prefix": True,
+        "shared_past": True,
         "train_batch_size": 8,
         "batches_per_epoch": 8,
     },

@@ -10,7 +10,7 @@ SMALL = ["--height", "32", "--width", "32", "--num_frames", "9", "--rank", "4", 
 
 
 def test_sizes_and_rewards_are_those_of_the_published_run(model_folder, capsys):
-    model = ["--pretrained_model_name_or_path", str(model_folder), "--local_attn_size", "6", "--sink_size", "0"]
+    model = ["--model", str(model_folder), "--local_attn_size", "6", "--sink_size", "0"]
     rewards = ["--rewards", "tests.training.rewards:brightness"]
     code = main(["--config", "self_forcing_video_hpsv3", *model, *SMALL, *rewards, *SIZES])
     output = capsys.readouterr().out

@@ -244,8 +244,8 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
         ({"rewards": "tests.training.rewards:always_nan", "nan_reward": "skip"}, ["no video of this epoch"]),
         ({"rewards": "tests.training.rewards:broken"}, ["ZeroDivisionError", "a reward that cannot work"]),
         ({"prompts": "nowhere"}, ["nowhere is no prompt file", "cannot be loaded as a dataset"]),
-        ({"pretrained_model_name_or_path": "/no/model"}, ["cannot load /no/model"]),
-        ({"pretrained_model_name_or_path": "/no/model", "prompts": "none"}, ["no folder /no/model/prompts"]),
+        ({"model": "/no/model"}, ["cannot load /no/model"]),
+        ({"model": "/no/model", "prompts": "none"}, ["no folder /no/model/prompts"]),
         ({"samples_per_prompt": 5}, ["8 samples", "2, 4 or 8"]),
         ({"samples_per_prompt": 1}, ["samples_per_prompt must be at least 2"]),
         ({"rank": 10**9}, ["out of memory"]),
@@ -266,7 +266,7 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, val
     assert all(word in lines[0] for word in words), lines[0]
     assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"tqdm_monitor"}
     # And the same command, put right, may start at once: nobody holds the folder.
-    assert main(tiny_arguments(model_folder, tmp_path / "out", pretrained_model_name_or_path="/no/model")) == 2
+    assert main(tiny_arguments(model_folder, tmp_path / "out", model="/no/model")) == 2
     assert "another run" not in capsys.readouterr().err
 
 

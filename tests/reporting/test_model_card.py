@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.reporting.model_card import findings, shareable_settings, write_card
-from astrolabe_diffusers.training.config import NFTConfig
+from astrolabe_diffusers.training.nft import NFTConfig
 from tests.training.helpers import config
 from tests.training.hub_server import metadata_problems
 
@@ -78,7 +78,7 @@ def test_what_fell_is_named():
 
 def test_card_of_a_model_on_the_hub(tmp_path):
     cfg = config(
-        pretrained_model_name_or_path="someone/self-forcing",
+        model="someone/self-forcing",
         revision="v1",
         rewards={MATCH: 2.0},
         output_dir=tmp_path / "my-lora",
@@ -121,7 +121,7 @@ def test_card_of_a_model_on_the_hub(tmp_path):
 def test_card_of_a_model_in_a_folder_names_no_path(model_folder, tmp_path):
     values = {"output_dir": tmp_path / "my-lora", "prompts": model_folder / "prompts", "init_lora": tmp_path / "first"}
     (tmp_path / "first").mkdir()
-    cfg = config(pretrained_model_name_or_path=model_folder, rewards={MATCH: 1.0}, **values)
+    cfg = config(model=model_folder, rewards={MATCH: 1.0}, **values)
     card = card_of(cfg, results())
     assert card.data.base_model is None and not metadata_problems(str(card))
     assert f'from_pretrained("{model_folder.name}")' in card.text and 'load_lora_weights("my-lora")' in card.text
@@ -153,7 +153,7 @@ def test_whatever_is_in_prompts_and_names_shows_as_it_is(tmp_path):
     prompts = ["```\n# a heading\n---\nlicense: mit", "- a [link](javascript:alert(1)) | <img src=x>", '"); exit() #']
     name = "`rm` |</code>\n```"
     cfg = config(
-        pretrained_model_name_or_path="someone/a`b",
+        model="someone/a`b",
         revision='"), exit("',
         rewards={MATCH: 1.0},
         output_dir=tmp_path,
@@ -189,7 +189,7 @@ def shown(inline):
 
 
 def test_card_without_videos(tmp_path):
-    cfg = config(pretrained_model_name_or_path=TINY_SHAPES, rewards={MATCH: 1.0}, output_dir=tmp_path)
+    cfg = config(model=TINY_SHAPES, rewards={MATCH: 1.0}, output_dir=tmp_path)
     card = card_of(cfg, results(), prompts=())
     assert "before_after" not in card.text and not card.data.widget
     assert "from_pretrained(astrolabe_diffusers.TINY_SHAPES)" in card.text

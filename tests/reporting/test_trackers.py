@@ -105,7 +105,7 @@ def test_a_tracker_that_cannot_start(tmp_path, monkeypatch):
 
 def test_what_a_run_logs(model_folder, tmp_path):
     """Every loss part, KL, groups of no spread, statistics and distributions of rewards, speeds and videos."""
-    trainer = NFTTrainer(parse_args(tiny_arguments(model_folder, tmp_path, max_train_steps=1)))
+    trainer = NFTTrainer(config=parse_args(tiny_arguments(model_folder, tmp_path, max_train_steps=1)))
     trainer.train()
     events = events_of(tmp_path / "logs")
     scalars = set(events.Tags()["scalars"])

@@ -14,7 +14,7 @@ import torch
 from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.rewards import RewardSet
 from astrolabe_diffusers.training.build import make_rewards
-from astrolabe_diffusers.training.config import NFTConfig
+from astrolabe_diffusers.training.nft import NFTConfig
 
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from astrolabe_diffusers.rollout.samples import process_batches
 from astrolabe_diffusers.rollout.sampling import PromptEncoder, generate
 from astrolabe_diffusers.rollout.scoring import gather_scores
 from astrolabe_diffusers.training.checkpoints import Checkpoints, policy_identity
-from astrolabe_diffusers.training.nft.gradient import accumulate_gradients, noise_batch
+from astrolabe_diffusers.training.forward_process.noising import noise_batch
+from astrolabe_diffusers.training.nft.gradient import accumulate_gradients
 from astrolabe_diffusers.training.policies import activate_current, policy_parameters, use_policy
 from tests.training.helpers import BRIGHTNESS, SIZE, config, make_samples, policy_pipeline, reward_worker
 

@@ -22,7 +22,7 @@ def main(folder: Path, arguments: list[str]):
         destroy(group)
 
     torch.distributed.destroy_process_group = note_and_destroy
-    trainer = NFTTrainer(parse_args(arguments))
+    trainer = NFTTrainer(config=parse_args(arguments))
     wrapped = isinstance(trainer.model, DistributedDataParallel)
     trainer.train()
     (folder / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps([wrapped, alive]))

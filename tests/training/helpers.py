@@ -19,9 +19,9 @@ from astrolabe_diffusers.rewards import RewardSet
 from astrolabe_diffusers.rollout.prompts import Prompt
 from astrolabe_diffusers.rollout.samples import Sample
 from astrolabe_diffusers.rollout.scoring import RewardWorker
-from astrolabe_diffusers.training.config import NFTConfig
+from astrolabe_diffusers.training.nft import NFTConfig
+from astrolabe_diffusers.training.nft.gradient import NFTBatch
 from astrolabe_diffusers.training.policies import OLD, add_policies, policy_parameters
-from astrolabe_diffusers.training.predictors import NoisedBatch
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -55,13 +55,13 @@ def make_samples(number: int, group_size: int = 2) -> list[Sample]:
     ]
 
 
-def noised_batch(pipe, batch_size: int = 2, frames: int = 6, seed: int = 0) -> NoisedBatch:
+def noised_batch(pipe, batch_size: int = 2, frames: int = 6, seed: int = 0) -> NFTBatch:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch_size, pipe.transformer.config.in_channels, frames, 4, 4)
     clean, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     sigma = torch.tensor([1.0, 0.9375, 0.625, 0.8333])[torch.arange(batch_size) % 4]
     view = sigma.view(-1, 1, 1, 1, 1)
-    return NoisedBatch(
+    return NFTBatch(
         clean=clean,
         noisy=(1 - view) * clean + view * noise,
         sigma=sigma,
@@ -73,10 +73,10 @@ def noised_batch(pipe, batch_size: int = 2, frames: int = 6, seed: int = 0) -> N
     )
 
 
-def rows(batch: NoisedBatch, part: slice) -> NoisedBatch:
+def rows(batch: NFTBatch, part: slice) -> NFTBatch:
     """Some of the samples of a batch."""
     values = vars(batch)
-    return NoisedBatch(**{n: v[part] if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+    return NFTBatch(**{n: v[part] if isinstance(v, torch.Tensor) else v for n, v in values.items()})
 
 
 def config(**values) -> NFTConfig:
@@ -91,7 +91,7 @@ def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> RewardWo
 def tiny_arguments(model, output_dir, **values) -> list[str]:
     """Command line of a run of two steps that takes seconds."""
     defaults = {
-        "pretrained_model_name_or_path": model,
+        "model": model,
         "output_dir": output_dir,
         "rewards": BRIGHTNESS,
         "eval_rewards": "tests.training.rewards:contrast",

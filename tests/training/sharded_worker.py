@@ -11,7 +11,7 @@ from astrolabe_diffusers.training import NFTTrainer
 
 
 def main(argv: list[str]):
-    trainer = NFTTrainer(parse_args(argv))
+    trainer = NFTTrainer(config=parse_args(argv))
     weights = dict(trainer.transformer.named_parameters())
     sharded = [name for name, weight in weights.items() if isinstance(weight, DTensor)]
     local = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights.values())

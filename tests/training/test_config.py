@@ -8,7 +8,7 @@ from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.evaluation.loras import LoraEvaluationConfig
 from astrolabe_diffusers.evaluation.score_files import ScoreConfig
-from astrolabe_diffusers.training.config import NFTConfig
+from astrolabe_diffusers.training.nft import NFTConfig
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def configs(tmp_path):
 
 def test_defaults_are_the_published_settings():
     config = NFTConfig()
-    assert config.pretrained_model_name_or_path == TINY_SHAPES
+    assert config.model == TINY_SHAPES
     published = dict(
         beta=1.0, kl_weight=1e-4, adv_clip_max=5.0, rank=256, lora_alpha=256, learning_rate=1e-5, max_grad_norm=1.0
     )

@@ -9,7 +9,7 @@ import yaml
 
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.training.config import NFTConfig
+from astrolabe_diffusers.training.nft import NFTConfig
 from astrolabe_diffusers.training.published_runs import find_published_run, published_names
 
 
@@ -110,7 +110,7 @@ def test_settings(name, monkeypatch, capsys):
     assert config.steps_per_epoch == 1
     printed = capsys.readouterr().out
     assert "as published" in printed and "\nas released; --recommended" in printed and "but for" not in printed
-    assert config.pretrained_model_name_or_path == FOLDERS[base]
+    assert config.model == FOLDERS[base]
 
 
 # What does not decide what is trained: where things come from and go to, how much is looked at, with what.
@@ -261,7 +261,7 @@ def row_of_the_page(name):
     rewards = [reward if weight == 1 else f"{weight:g} {reward}" for reward, weight in settings["rewards"].items()]
     cells = [
         name + "*" * (name in README_ONLY),
-        settings["pretrained_model_name_or_path"] + " + LoRA" * bool(settings["init_lora"]),
+        settings["model"] + " + LoRA" * bool(settings["init_lora"]),
         " + ".join(rewards),
         f"{processes} x {batch} x {batches}",
         str(settings["num_frames"]),

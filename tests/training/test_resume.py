@@ -32,7 +32,7 @@ def run(model_folder, folder, **values):
     trainers = []
 
     def train():
-        trainers.append(NFTTrainer(parse_args(tiny_arguments(model_folder, folder, **SETTINGS | values))))
+        trainers.append(NFTTrainer(config=parse_args(tiny_arguments(model_folder, folder, **SETTINGS | values))))
         return trainers[0].train()
 
     return exit_code(train), trainers[0]
@@ -85,7 +85,7 @@ def test_a_signal_saves_the_last_complete_epoch(
 def test_signal_after_the_first_step_of_an_epoch_waits_for_its_end(model_folder, tmp_path, uninterrupted, trouble):
     """There the policy has moved: the epoch can no longer be given up."""
     trouble.setenv("TROUBLE_CALL", "0")
-    trainer = NFTTrainer(parse_args(tiny_arguments(model_folder, tmp_path, **SETTINGS)))
+    trainer = NFTTrainer(config=parse_args(tiny_arguments(model_folder, tmp_path, **SETTINGS)))
     steps = []
     trainer.optimizer.optimizer.register_step_post_hook(
         lambda *_: steps.append(0) or len(steps) == 3 and signal.raise_signal(signal.SIGTERM)
@@ -102,7 +102,7 @@ def test_signal_between_the_batches_of_a_step(model_folder, tmp_path, trouble):
     values = dict(gradient_accumulation_steps=2, max_train_steps=2, checkpointing_steps=2, eval_steps=2)
     assert run(model_folder, tmp_path / "whole", **values)[0] == 0
     arguments = tiny_arguments(model_folder, tmp_path / "out", **SETTINGS | values)
-    trainer = NFTTrainer(parse_args(arguments))
+    trainer = NFTTrainer(config=parse_args(arguments))
     passes = []
 
     def interrupt(model, inputs):

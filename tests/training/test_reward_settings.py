@@ -11,7 +11,7 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rollout.sampling import PromptEncoder, generate
 from astrolabe_diffusers.rollout.scoring import RewardWorker, gather_scores
 from astrolabe_diffusers.training.build import make_rewards
-from astrolabe_diffusers.training.config import NFTConfig
+from astrolabe_diffusers.training.nft import NFTConfig
 from tests.training.helpers import SIZE, make_samples, policy_pipeline
 
 

@@ -126,7 +126,7 @@ def test_the_second_of_two_runs_ends_at_once(model_folder, tmp_path, capsys):
     first.begin()
     partial = tmp_path / "checkpoints" / "checkpoint-1.partial"
     partial.mkdir(parents=True)
-    values = {"pretrained_model_name_or_path": "/no/model", "prompts": model_folder / "prompts"}
+    values = {"model": "/no/model", "prompts": model_folder / "prompts"}
     for more in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": "true"}):
         assert main(tiny_arguments(model_folder, tmp_path, **values | more)) == 2
         assert capsys.readouterr().err == (

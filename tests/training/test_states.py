@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from astrolabe_diffusers.training.build import make_optimizer, set_schedule
+from astrolabe_diffusers.training.optimization import make_optimizer, set_schedule
 from astrolabe_diffusers.training.states import (
     check_form,
     check_optimizer_tensors,

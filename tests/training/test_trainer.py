@@ -16,7 +16,7 @@ def trainer(model_folder, tmp_path_factory):
     arguments = tiny_arguments(
         model_folder, folder, batches_per_epoch=4, gradient_accumulation_steps=2, max_train_steps=20
     )
-    trainer = NFTTrainer(parse_args(arguments))
+    trainer = NFTTrainer(config=parse_args(arguments))
     randomize_adapters(trainer.transformer)
     trainer.start()
     yield trainer
@@ -74,7 +74,7 @@ def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path):
     first = tmp_path / "first"
     save_adapter(trainer.transformer, first, "default")
     arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1, rank=2, init_lora=first)
-    again = NFTTrainer(parse_args(arguments))
+    again = NFTTrainer(config=parse_args(arguments))
     again.train()
     again.rewards.shutdown()
     trainer.evaluate()

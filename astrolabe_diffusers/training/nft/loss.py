@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..forward_process.noising import squared_distance
+
 
 # Of DiffusionNFT's adaptive weights, as in its code.
 MIN_DISTANCE = 1e-5
-
-
-def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """`x_t = (1 - sigma) x_0 + sigma eps`; `sigma` `(B,)` in [0, 1], the others `(B, ...)`."""
-    sigma = _per_sample(sigma, clean)
-    return (1 - sigma) * clean + sigma * noise
-
-
-def predicted_clean(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """`x_0 = x_t - sigma v` with the predicted flow `v = eps - x_0`; `sigma` `(B,)`, the others `(B, ...)`."""
-    return noisy - _per_sample(sigma, noisy) * velocity
 
 
 def optimality(advantages: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
@@ -57,13 +48,3 @@ def nft_loss(
         losses.append(loss)
     loss = optimality * losses[0] + (1 - optimality) * losses[1]
     return loss if adaptive is None else adaptive / beta * loss
-
-
-def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of each sample, `(B, ...)` to `(B,)`. With the reference policy's prediction as `b` this
-    is the KL term of the loss: both predict with the same fixed variance."""
-    return (a - b).square().flatten(1).mean(1)
-
-
-def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))

@@ -4,17 +4,12 @@ from accelerate import Accelerator
 
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rollout.samples import VideoBatch
-from astrolabe_diffusers.training.build import make_optimizer
-from astrolabe_diffusers.training.nft.gradient import (
-    CollapseGuard,
-    accumulate_gradients,
-    noise_batch,
-    optimizer_step,
-    training_sigmas,
-)
-from astrolabe_diffusers.training.nft.loss import nft_loss, squared_distance
+from astrolabe_diffusers.training.forward_process.noising import noise_batch, squared_distance, training_sigmas
+from astrolabe_diffusers.training.forward_process.predictors import BlockwiseModel
+from astrolabe_diffusers.training.nft.gradient import accumulate_gradients, optimizer_step
+from astrolabe_diffusers.training.nft.loss import nft_loss
+from astrolabe_diffusers.training.optimization import CollapseGuard, make_optimizer
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
-from astrolabe_diffusers.training.predictors import BlockwiseModel
 from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from astrolabe_diffusers.training.nft.loss import add_noise, nft_loss, optimality, predicted_clean, squared_distance
+from astrolabe_diffusers.training.forward_process.noising import add_noise, predicted_clean, squared_distance
+from astrolabe_diffusers.training.nft.loss import nft_loss, optimality
 
 
 def clips(number, seed=0, dtype=torch.float64):

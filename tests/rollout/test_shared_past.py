@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from astrolabe_diffusers.models.vae_streaming import decode_latents
-from astrolabe_diffusers.rollout.group_sampling import GroupSampler
 from astrolabe_diffusers.rollout.prompts import Prompt
 from astrolabe_diffusers.rollout.samples import Sample
-from astrolabe_diffusers.rollout.sampling import PromptEncoder
+from astrolabe_diffusers.rollout.sampling import GroupSampler, PromptEncoder
 from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.rollout.seeds import seeded_generator
 from tests.tiny_pipeline import tiny_pipeline, tiny_vae

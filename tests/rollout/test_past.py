@@ -1,7 +1,7 @@
 import pytest
 
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.training.windows import make_windows
+from astrolabe_diffusers.rollout.past import make_windows
 from tests.training.helpers import config
 
 
@@ -21,7 +21,7 @@ def test_where_windows_may_begin():
     assert windows(**values, window_selection="first").starts == [0]
     assert windows(**values, window_selection="last").starts == [9]
     assert windows(**values, window_selection="choices", window_choices="6,3").starts == [6, 3]
-    shared = {"shared_prefix": True, "train_batch_size": 2, "samples_per_prompt": 4}
+    shared = {"shared_past": True, "train_batch_size": 2, "samples_per_prompt": 4}
     assert windows(**values, **shared).starts == [3, 6, 9]
     assert windows(sink_size=6, **values, **shared).starts == [6, 9]
 
@@ -52,11 +52,11 @@ def test_random_starts_are_reproducible_and_cover_all():
         ({"window_size": 6, "window_selection": "choices", "window_choices": "a"}, "window_choices must be whole"),
         ({"window_size": 6, "window_selection": "middle"}, "random, first, last, choices"),
         (
-            {"window_size": 21, "shared_prefix": True, "train_batch_size": 2, "samples_per_prompt": 4},
+            {"window_size": 21, "shared_past": True, "train_batch_size": 2, "samples_per_prompt": 4},
             "no window begins after the model's sink",
         ),
-        ({"shared_prefix": True}, "shared_prefix needs window_size"),
-        ({"window_size": 6, "shared_prefix": True, "train_batch_size": 5}, "train_batch_size=5 has to divide"),
+        ({"shared_past": True}, "shared_past needs window_size"),
+        ({"window_size": 6, "shared_past": True, "train_batch_size": 5}, "train_batch_size=5 has to divide"),
         ({"window_size": 6, "context": "noisy"}, "no window_size"),
     ],
 )

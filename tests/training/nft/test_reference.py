@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.rollout.samples import process_batches
-from astrolabe_diffusers.training.nft.selective_kl import (
+from astrolabe_diffusers.training.nft.reference import (
     ReferenceSchedule,
     RiskController,
     kl_weights,

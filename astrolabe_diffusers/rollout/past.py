@@ -1,4 +1,4 @@
-"""Which window of a long video an epoch trains (streaming long tuning, Astrolabe 3.3)."""
+"""What lies before the window that is scored and trained (streaming long tuning, Astrolabe 3.2 and 3.3)."""
 
 from __future__ import annotations
 
@@ -7,32 +7,50 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UserError
-from ..rollout.seeds import seeded_generator
-from .config import NFTConfig
+from .seeds import seeded_generator
+
+
+@dataclass(frozen=True)
+class Past:
+    """
+    Attributes:
+        num_frames: latent frames before the window.
+        shared: the videos of a batch, which is of one group, have them in common.
+    """
+
+    num_frames: int = 0
+    shared: bool = False
+
+    def rows(self, videos: torch.Tensor) -> torch.Tensor:
+        """Of what is one a video `(B, ...)` as many as there are pasts."""
+        return videos[:1] if self.shared else videos
 
 
 @dataclass
 class Windows:
-    """All numbers are latent frames.
+    """Which window of a long video an epoch trains. All numbers are latent frames.
 
     Attributes:
         size: of the window.
         starts: where it may begin.
+        shared_past: the videos of a group part only there.
     """
 
     size: int
     starts: list[int]
     seed: int
+    shared_past: bool = False
 
-    def start(self, epoch: int) -> int:
-        """Where it begins in this epoch, on every process."""
+    def past(self, epoch: int) -> Past:
+        """What is before it in this epoch, on every process."""
         index = torch.randint(len(self.starts), (), generator=seeded_generator("window", self.seed, epoch))
-        return self.starts[index]
+        return Past(self.starts[index], self.shared_past)
 
 
-def make_windows(config: NFTConfig, num_frames: int, block_frames: int, sink_size: int) -> Windows:
+def make_windows(config, num_frames: int, block_frames: int, sink_size: int) -> Windows:
     """
     Args:
+        config: [`OnlineConfig`], for the settings of windows.
         num_frames: latent frames of a video, unless the settings have `sample_frames`.
         block_frames, sink_size: of the model.
 
@@ -57,12 +75,12 @@ def make_windows(config: NFTConfig, num_frames: int, block_frames: int, sink_siz
             )
     else:
         starts = {"random": everywhere, "first": [0], "last": [last]}[config.window_selection]
-    if config.shared_prefix:
+    if config.shared_past:
         # At 0 there is no past, and less than the sink cannot be shared.
         starts = [start for start in starts if start >= max(sink_size, 1)]
         if not starts:
             raise UserError(
-                f"shared_prefix: no window begins after the model's sink of {sink_size} latent frames; raise "
+                f"shared_past: no window begins after the model's sink of {sink_size} latent frames; raise "
                 "sample_frames, or choose another window_selection."
             )
-    return Windows(size, starts, config.seed)
+    return Windows(size, starts, config.seed, config.shared_past)

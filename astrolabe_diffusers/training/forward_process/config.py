@@ -1,0 +1,33 @@
+"""Settings of algorithms that train on the forward process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...config import option
+from ...errors import UserError
+from ..config import OnlineConfig
+
+
+@dataclass
+class ForwardProcessConfig(OnlineConfig):
+    """Settings of algorithms that noise the sampled videos and compare predictions of the clean ones."""
+
+    kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
+    context: str = option(
+        "clean",
+        "what a block sees of those before it in training: as in inference; or, as in the release, noised with it, "
+        "and in its window only, without the sink",
+        choices=("clean", "noisy"),
+    )
+    train_timesteps: str = option(
+        "warped",
+        "noise levels that are trained: the sampler's own, or those before its shift (1000 750 500 250)",
+        choices=("warped", "raw"),
+    )
+    adv_clip_max: float = option(5.0, "advantages are clipped to +-this", above=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.context == "noisy" and self.window_size is not None:
+            raise UserError("context=noisy trains a whole video in one pass: no window_size.")

@@ -1,0 +1,89 @@
+"""The forward process: sampled videos with noise, and clean ones predicted from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...rollout.past import Past
+from ...rollout.samples import Sample, VideoBatch
+from ...rollout.seeds import seeded_generator
+
+
+@dataclass
+class NoisedBatch:
+    """Sampled videos, and the window of them that is trained, with noise. Latents are float32.
+
+    Attributes:
+        clean: `(B, C, F, h, w)`; what is before the window is its past.
+        noisy: `(B, C, W, h, w)`, the last `W` frames with noise.
+        sigma, timestep: `(B,)`, the noise level in (0, 1] and 1000 times that.
+        prompt_embeds: `(B, L, D)`.
+        past: what is before the window.
+    """
+
+    clean: torch.Tensor
+    noisy: torch.Tensor
+    sigma: torch.Tensor
+    timestep: torch.Tensor
+    prompt_embeds: torch.Tensor
+    past: Past = Past()
+
+
+def training_sigmas(pipeline, train_timesteps: str) -> torch.Tensor:
+    """Noise levels `(steps,)` in (0, 1] that are trained.
+
+    `"warped"`: those of the sampler. `"raw"`: those before its shift, as the code released with Astrolabe has it.
+    """
+    sigmas = list(pipeline.config.sigmas)
+    if train_timesteps == "raw":
+        return torch.tensor(sigmas, dtype=torch.float32)
+    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(sigmas=sigmas)
+    return scheduler.sigmas[:-1].float()
+
+
+def noise_batch(batch: VideoBatch, sigmas: torch.Tensor) -> NoisedBatch:
+    """Noises the window of every sample to one of `sigmas`, from [`training_sigmas`], drawn with the noise from the
+    sample's own generator."""
+    window = batch.latents[:, :, batch.past.num_frames :]
+    draws = [_draw(sample, sigmas, window.shape[1:]) for sample in batch.samples]
+    device = batch.latents.device
+    sigma = torch.stack([sigma for sigma, _ in draws]).to(device)
+    noise = torch.stack([noise for _, noise in draws]).to(device)
+    return NoisedBatch(
+        clean=batch.latents,
+        noisy=add_noise(window, noise, sigma),
+        sigma=sigma,
+        timestep=1000 * sigma,
+        prompt_embeds=batch.prompt_embeds,
+        past=batch.past,
+    )
+
+
+def _draw(sample: Sample, sigmas: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = seeded_generator("train", *sample.key)
+    sigma = sigmas[torch.randint(len(sigmas), (), generator=generator)]
+    return sigma, torch.randn(shape, generator=generator)
+
+
+def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """`x_t = (1 - sigma) x_0 + sigma eps`; `sigma` `(B,)` in [0, 1], the others `(B, ...)`."""
+    sigma = _per_sample(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def predicted_clean(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """`x_0 = x_t - sigma v` with the predicted flow `v = eps - x_0`; `sigma` `(B,)`, the others `(B, ...)`."""
+    return noisy - _per_sample(sigma, noisy) * velocity
+
+
+def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of each sample, `(B, ...)` to `(B,)`. With the reference policy's prediction as `b` this
+    is the KL term of the loss: both predict with the same fixed variance."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

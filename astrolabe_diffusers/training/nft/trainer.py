@@ -1,0 +1,103 @@
+"""NFT: the old policy samples; the current one is drawn to good samples and pushed away from bad ones."""
+
+from __future__ import annotations
+
+import torch
+
+from ...rollout.samples import VideoBatch
+from ..advantages import Advantages
+from ..forward_process.noising import noise_batch, training_sigmas
+from ..policies import OLD, REFERENCE, follow_current
+from ..trainer import OnlineTrainer
+from .config import NFTConfig
+from .gradient import NFTBatch, accumulate_gradients
+from .loss import optimality
+from .reference import ReferenceSchedule, RiskController, kl_weights, rank_disagreement
+
+
+class NFTTrainer(OnlineTrainer):
+    """Trains with NFT (Astrolabe, arXiv 2603.17051): see [`OnlineTrainer`] for the arguments.
+
+    After an epoch the old policy, which samples, follows the current one; the reference, to which samples are held by
+    the KL term, may follow now and then.
+    """
+
+    config_class = NFTConfig
+    sampling_policy = "old"
+    config: NFTConfig
+
+    def prepare(self):
+        config = self.config
+        self.risk = RiskController(
+            config.risk_ratio,
+            config.risk_ratio_rate,
+            config.risk_ratio_min,
+            config.risk_ratio_max,
+            config.risk_buffer_size,
+            released=config.risk_rule == "released",
+        )
+        self.reference = ReferenceSchedule(
+            config.reference_reset_kl,
+            config.reference_reset_epochs,
+            config.reference_reset_kl_step,
+            config.reference_reset_kl_min,
+            config.reference_reset_kl_max,
+            config.reference_reset_early_epochs,
+        )
+        self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
+        super().prepare()
+
+    def make_state(self):
+        return super().make_state() | {"risk": self.risk, "reference": self.reference}
+
+    def sample_values(self, scores: dict[str, torch.Tensor], advantages: Advantages) -> dict[str, torch.Tensor]:
+        config = self.config
+        held = self.held_to_reference(scores, advantages.valid)
+        self.kl_samples = held.float().mean().item()
+        # Samples are in the order of global batches, each of them one batch of every process after the other.
+        parts = {"selected": config.steps_per_epoch, "batch": len(held) // config.train_batch_size}
+        # Processes must agree on the passes that they make.
+        global_batches = held.unflatten(0, (config.batches_per_epoch, -1))
+        use_reference = global_batches.any(1, keepdim=True).expand_as(global_batches).flatten()
+        return {
+            "optimality": optimality(advantages.values, config.adv_clip_max),
+            "weight": advantages.trained.float(),
+            "kl_weight": kl_weights(held, parts[config.kl_average]),
+            "use_reference": use_reference,
+        }
+
+    def held_to_reference(self, scores: dict[str, torch.Tensor], valid: torch.Tensor) -> torch.Tensor:
+        """The samples `(N,)` that have a KL term, bool."""
+        if not self.config.selective_kl:
+            return valid
+        others = [scores[name][valid] for name in self.config.rewards if name != self.primary_reward]
+        mask = torch.zeros_like(valid)
+        mask[valid] = self.risk(rank_disagreement(scores[self.primary_reward][valid], others))
+        return mask
+
+    def prepare_batch(self, batch: VideoBatch, values: dict[str, torch.Tensor]) -> NFTBatch:
+        use_reference = bool(values.pop("use_reference").any())
+        return NFTBatch(**vars(noise_batch(batch, self.sigmas)), **values, use_reference=use_reference)
+
+    def accumulate_gradients(self, batch: NFTBatch, samples_per_step: int, synchronize: bool):
+        return accumulate_gradients(
+            self.accelerator, self.model, batch, self.config, samples_per_step, synchronize
+        )
+
+    def after_epoch(self, statistics: list[dict[str, float]]):
+        follow_current(self.transformer, OLD, self.old_policy_decay)
+        if self.reference.step(sum(s["kl"] for s in statistics) / len(statistics)):
+            follow_current(self.transformer, REFERENCE, decay=0.0)
+
+    @property
+    def old_policy_decay(self) -> float:
+        """`min(rate * step, maximum)`: the old policy follows closely at first (DiffusionNFT's schedule)."""
+        return min(self.config.old_policy_decay_rate * self.step, self.config.old_policy_decay_max)
+
+    def metrics(self) -> dict[str, float]:
+        metrics = {"kl_samples": self.kl_samples, "reference_age": self.reference.age}
+        if self.config.selective_kl:
+            metrics["risk_ratio"] = self.risk.ratio
+        if self.reference.max_kl is not None:
+            metrics["reference_reset_kl"] = self.reference.max_kl
+        return metrics | {"old_policy_decay": self.old_policy_decay}

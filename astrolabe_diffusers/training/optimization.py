@@ -1,0 +1,154 @@
+"""The optimizer, its schedule, and what a step of it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from ..distributed.sharding import full_tensor
+from ..errors import UserError, as_user_error
+from .config import OnlineConfig
+from .policies import policy_parameters
+
+
+T = TypeVar("T")
+# Values that are reported as root mean squares; what is summed are squares.
+ROOTS = ("deviation", "x0_norm")
+
+
+def make_optimizer(config: OnlineConfig, parameters: list[torch.nn.Parameter]):
+    """AdamW and its learning rate schedule."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    name = config.lr_scheduler
+    if name == "constant" and config.lr_warmup_steps:
+        name = "constant_with_warmup"
+    with as_user_error("lr_scheduler"):
+        schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+        )
+    return optimizer, schedule
+
+
+def set_schedule(optimizer, lr_scheduler, steps: int):
+    """Brings the learning rate to where it is after `steps` optimizer steps, by the settings of this run.
+
+    Args:
+        optimizer, lr_scheduler: from [`make_optimizer`], prepared by accelerate or not; the schedule is a `LambdaLR`,
+            as all of `get_scheduler` are.
+    """
+    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    place = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
+    schedule.load_state_dict(schedule.state_dict() | place)
+
+
+class CollapseGuard:
+    """Stops a run whose policy falls apart, before the step that would make it worse.
+
+    The norm of the predicted clean videos is compared with that of the first step.
+    """
+
+    def __init__(self, factor: float, start_norm: float | None = None):
+        self.factor = factor
+        self.start_norm = start_norm
+
+    def check(self, statistics: dict[str, float], step: int):
+        """Raises a [`UserError`] if values of a step are not finite, or `x0_norm`, if there is one, is far off."""
+        loss, grad_norm, norm = statistics["loss"], statistics["grad_norm"], statistics.get("x0_norm")
+        if not all(map(math.isfinite, (loss, grad_norm, norm or 0.0))):
+            raise UserError(
+                f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}; the policy has collapsed. "
+                f"{self._advice}"
+            )
+        if norm is None:
+            return
+        self.start_norm = self.start_norm or norm
+        ratio = norm / self.start_norm
+        if self.factor and not 1 / self.factor <= ratio <= self.factor:
+            raise UserError(
+                f"step {step}: predicted videos have {ratio:.2f} times the norm they started with "
+                f"(collapse_factor={self.factor:g}); the policy has collapsed. {self._advice}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start_norm": self.start_norm}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.start_norm = state["start_norm"]
+
+    _advice = "Lower learning_rate or add lr_warmup_steps, and resume from a checkpoint before the collapse."
+
+
+@dataclass
+class Optimization:
+    """The current policy's parameters and what moves them.
+
+    Attributes:
+        model: the prepared transformer (wrapped by DDP if there are several processes).
+        optimizer, lr_scheduler: from [`make_optimizer`], prepared or not.
+        max_grad_norm: to which gradients are clipped.
+        skip_bad: a step whose loss or gradient is no finite number is not taken, instead of ending the run.
+    """
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    max_grad_norm: float
+    skip_bad: bool = False
+
+    def step(
+        self,
+        batches: Sequence[T],
+        accumulate_gradients: Callable[[T, int, bool], dict[str, torch.Tensor]],
+        guard: CollapseGuard,
+        number: int,
+        before_batch: Callable[[], object] = lambda: None,
+    ) -> dict[str, float]:
+        """Step `number`, counted from 1, on batches of equal size; returns means over all samples of all processes.
+
+        `ROOTS` are root mean squares. `skipped_steps` is 1 if the step was not taken, in no process.
+
+        Args:
+            accumulate_gradients:
+                adds a batch's gradients to the parameters, given the samples of the step on this process and whether
+                it is the last batch, and returns sums over samples by name.
+            before_batch: called before each batch; what it raises leaves the policy as it was.
+        """
+        transformer = self.accelerator.unwrap_model(self.model)
+        transformer.train()
+        count = sum(len(batch.clean) for batch in batches)
+        totals = {}
+        for i, batch in enumerate(batches):
+            before_batch()
+            for name, value in accumulate_gradients(batch, count, i == len(batches) - 1).items():
+                totals[name] = totals.get(name, 0) + value
+        means = self.accelerator.reduce(torch.stack(list(totals.values())) / count, reduction="mean").tolist()
+        statistics = {name: mean**0.5 if name in ROOTS else mean for name, mean in zip(totals, means)}
+        parameters = policy_parameters(transformer)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        statistics["grad_norm"] = float(full_tensor(norm))
+        # Losses and gradients are means over all processes: these agree.
+        skip = self.skip_bad and not all(map(math.isfinite, statistics.values()))
+        if not skip:
+            guard.check(statistics, number)
+            self.optimizer.step()
+        statistics["skipped_steps"] = float(skip)
+        statistics["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        return statistics

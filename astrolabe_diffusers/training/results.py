@@ -1,0 +1,108 @@
+"""What a run leaves: the best adapter so far, and at its end the last one with the comparison of before and after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..distributed.agreement import raise_together
+from ..distributed.sharding import is_sharded
+from ..evaluation.held_out import generate_columns
+from ..files.writing import replacing
+from ..reporting.comparison import Evaluation
+from ..reporting.hub import push_to_hub
+from ..reporting.machine import device_name, peak_memory_gb, versions
+from ..reporting.model_card import write_card
+from ..reporting.videos import write_columns
+from .checkpoints import WEIGHT_NAMES, save_adapter
+from .config import OnlineConfig
+from .policies import CURRENT, POLICIES, use_policy
+
+
+if TYPE_CHECKING:
+    from .trainer import OnlineTrainer
+
+
+class BestAdapter:
+    """The adapter with the best held-out reward so far, kept in `<output_dir>/best/` for `load_lora_weights`.
+
+    `best.json` beside it says its step and its reward.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, config: OnlineConfig, is_main_process: bool):
+        self.transformer = transformer
+        self.policy = POLICIES[config.judged_policy]
+        self.folder = Path(config.output_dir) / "best"
+        self.is_main_process = is_main_process
+        self.record: dict[str, float] | None = None
+
+    def resume(self, step: int):
+        """Takes up what a run has kept that goes on from `step`; what it kept later is another run's now."""
+        try:
+            record = json.loads((self.folder / "best.json").read_text())
+            self.record = record if record["step"] <= step else None
+        except (OSError, ValueError, TypeError, KeyError):
+            self.record = None
+
+    def offer(self, evaluation: Evaluation):
+        """Keeps the adapter that was evaluated if it is the best one; every process calls it."""
+        reward = evaluation.mean()
+        # Not `<=`: without a finite reward there is no best one.
+        if not (self.record is None or reward > self.record["reward"]):
+            return
+        self.record = {"step": evaluation.step, "reward": reward}
+        with raise_together():
+            save_adapter(self.transformer, self.folder, self.policy, WEIGHT_NAMES[CURRENT], write=self.is_main_process)
+            if self.is_main_process:
+                with replacing(self.folder / "best.json") as partial:
+                    partial.write_text(json.dumps(self.record))
+
+
+def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
+    """What the main process writes at the end; it alone returns something."""
+    config, accelerator = trainer.config, trainer.accelerator
+    is_main, output_dir = accelerator.is_main_process, Path(config.output_dir)
+    judged = config.judged_policy
+    save_adapter(trainer.transformer, output_dir, POLICIES[judged], WEIGHT_NAMES[CURRENT], write=is_main)
+    shown = trainer.eval_samples[: config.num_eval_videos]
+    # A sharded model generates on all processes or on none.
+    if shown and (is_main or is_sharded()):
+        policies = {"before": "base", "after": judged}
+        policies = {heading: use_policy(trainer.transformer, policy) for heading, policy in policies.items()}
+        columns = generate_columns(trainer.rollouts, policies, shown, trainer.eval_size, config.train_batch_size)
+    if not is_main:
+        return {}
+    # results.json names no folder of this machine.
+    files = {"adapter": WEIGHT_NAMES[CURRENT], "curve": "rewards.png"}
+    prompts = [sample.prompt.text for sample in shown]
+    if shown:
+        comparison = write_columns(
+            columns, prompts, output_dir / "before_after", trainer.pipeline.config.frame_rate
+        )
+        names = (Path(path).name for path in comparison)
+        files |= zip(("before/after video", "before/after sheet", "before/after GIF"), names)
+    files["model card"] = "README.md"
+    num_samples = trainer.epoch * trainer.num_groups * config.samples_per_prompt
+    results = {
+        "num_videos": len(trainer.eval_samples),
+        "num_prompts": len(trainer.eval_prompts),
+        "size": trainer.eval_size,
+        "steps": trainer.step,
+        "best": trainer.best.record,
+        "num_samples": num_samples,
+        "num_processes": accelerator.num_processes,
+        "device": device_name(accelerator.device),
+        "versions": versions(),
+        "train_seconds": trainer.train_seconds,
+        "samples_per_second": num_samples / trainer.train_seconds,
+        "peak_memory_gb": peak_memory_gb(accelerator.device),
+        "files": files,
+    }
+    trainer.report.finish(results, len(trainer.eval_prompts))
+    write_card(config, results, prompts, trainer.repo_id)
+    if trainer.repo_id:
+        trainer.report.print(push_to_hub(config, trainer.repo_id, results))
+    return results
