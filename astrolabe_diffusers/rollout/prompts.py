@@ -131,8 +131,8 @@ def train_and_eval_prompts(
     """Training and held-out prompts of a source. One without a second split, a single file for example, gives its
     held-out prompts from the first; see [`hold_out`]."""
     own_split = not Path(source.name).is_file() and eval_split != train_split
-    held_out = source.read(eval_split) if own_split else None
-    return hold_out(source.read(train_split), held_out, num_eval_prompts, source.name)
+    prompts = source.read(train_split)
+    return hold_out(prompts, source.read(eval_split) if own_split else None, num_eval_prompts, source.name)
 
 
 def hold_out(

@@ -10,7 +10,7 @@ from astrolabe_diffusers.reporting.comparison import Evaluation, paired_differen
 from astrolabe_diffusers.reporting.videos import video_images, write_columns
 from astrolabe_diffusers.rollout.prompts import Prompt
 from astrolabe_diffusers.rollout.samples import eval_samples
-from astrolabe_diffusers.rollout.sampling import PromptEncoder, sample_latents
+from astrolabe_diffusers.rollout.sampling import Rollout, Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.training.policies import use_policy
 from tests.training.helpers import SIZE, policy_pipeline, reward_worker
@@ -27,7 +27,7 @@ def pipe():
 def run(pipe, batch_size, folder=None, num_videos=0):
     worker = reward_worker(pipe, watched="tests.training.rewards:contrast")
     with use_policy(pipe.transformer, "current"):
-        result = evaluate(pipe, PromptEncoder(pipe), worker, SAMPLES, SIZE, batch_size, 5, 0, 1, folder, num_videos)
+        result = evaluate(Rollout(pipe, worker), SAMPLES, SIZE, batch_size, 5, 0, 1, folder, num_videos)
     worker.shutdown()
     return result
 
@@ -57,16 +57,15 @@ def test_first_videos_are_kept_and_written(pipe, tmp_path):
 
 def test_batches_are_reported(pipe):
     worker, calls = reward_worker(pipe), []
-    evaluate(
-        pipe, PromptEncoder(pipe), worker, SAMPLES, SIZE, 4, None, 0, 1, on_batch=lambda *call: calls.append(call)
-    )
+    evaluate(Rollout(pipe, worker), SAMPLES, SIZE, 4, None, 0, 1, on_batch=lambda *call: calls.append(call))
     worker.shutdown()
     assert calls == [(1, 2), (2, 2)]
 
 
 def test_comparison_shows_reference_and_current(pipe, tmp_path):
     policies = {name: use_policy(pipe.transformer, name) for name in ("reference", "current")}
-    columns = generate_columns(pipe, policies, PromptEncoder(pipe), SAMPLES[:3], SIZE, 2)
+    rollout = Rollout(pipe, None)
+    columns = generate_columns(rollout, policies, SAMPLES[:3], SIZE, 2)
     prompts = [sample.prompt.text for sample in SAMPLES[:3]]
     files = write_columns(columns, prompts, tmp_path / "before_after", pipe.config.frame_rate)
     assert files == [str(tmp_path / f"before_after.{kind}") for kind in ("mp4", "png", "gif")]
@@ -74,8 +73,8 @@ def test_comparison_shows_reference_and_current(pipe, tmp_path):
     sheet = np.array(Image.open(tmp_path / "before_after.png")).astype(int)
     for policy, left in (("reference", 8), ("current", sheet.shape[1] // 2 + 8)):
         with use_policy(pipe.transformer, policy):
-            embeds = PromptEncoder(pipe)(sample.prompt.text for sample in SAMPLES[:2])
-            videos = decode_videos(pipe.vae, sample_latents(pipe, embeds, SAMPLES[:2], SIZE))
+            embeds = rollout.encoder(sample.prompt.text for sample in SAMPLES[:2])
+            videos = decode_videos(pipe.vae, Sampler(pipe, SIZE)(embeds, SAMPLES[:2])[0])
         frame = np.array(video_images(videos[0], (96, 96))[0])
         # The first frame of the first row is where this side begins, below the headings and a caption.
         assert np.abs(sheet[52:148, left : left + 96] - frame).max() <= 1

@@ -30,15 +30,15 @@ def test_the_published_window():
     """`window_choices: [21]` is where it starts: 42 latent frames are sampled of the 240 that there might be."""
     values = {"window_size": 21, "sample_frames": 240, "window_selection": "choices", "window_choices": [21]}
     result = windows(num_frames=240, sink_size=3, **values)
-    assert {result.start(epoch) + result.size for epoch in range(20)} == {42}
+    assert {result.past(epoch).num_frames + result.size for epoch in range(20)} == {42}
 
 
 def test_random_starts_are_reproducible_and_cover_all():
     result = windows(window_size=6, sample_frames=15)
-    starts = [result.start(epoch) for epoch in range(60)]
-    assert starts == [windows(window_size=6, sample_frames=15).start(epoch) for epoch in range(60)]
+    starts = [result.past(epoch).num_frames for epoch in range(60)]
+    assert starts == [windows(window_size=6, sample_frames=15).past(epoch).num_frames for epoch in range(60)]
     assert set(starts) == {0, 3, 6, 9}
-    assert starts != [windows(window_size=6, sample_frames=15, seed=1).start(epoch) for epoch in range(60)]
+    assert starts != [windows(window_size=6, sample_frames=15, seed=1).past(epoch).num_frames for epoch in range(60)]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.rollout.sampling import PromptEncoder, generate, sample_latents
+from astrolabe_diffusers.rollout.past import Past
+from astrolabe_diffusers.rollout.sampling import PromptEncoder, Rollout, Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos, gather_scores
 from astrolabe_diffusers.rollout.seeds import seeded_generator
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
@@ -19,9 +20,8 @@ def pipe():
 
 def collect(pipe, samples, batch_size, worker=None):
     worker = worker or reward_worker(pipe)
-    encoder = PromptEncoder(pipe)
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    generated = list(generate(pipe, encoder, worker, batches, SIZE))
+    generated = list(Rollout(pipe, worker).generate(batches, SIZE))
     scores, _ = gather_scores(generated, samples)
     worker.shutdown()
     return generated, scores
@@ -43,7 +43,7 @@ def test_videos_are_the_pipelines_own(pipe):
     samples = make_samples(2)
     with use_policy(pipe.transformer, "old"):
         embeds = PromptEncoder(pipe)(sample.prompt.text for sample in samples)
-        latents = sample_latents(pipe, embeds, samples, SIZE)
+        latents, _ = Sampler(pipe, SIZE)(embeds, samples)
         videos = decode_videos(pipe.vae, latents)
         generators = [seeded_generator("sample", *sample.key) for sample in samples]
         expected = pipe([s.prompt.text for s in samples], generator=generators, output_type="pt", **SIZE).frames
@@ -67,8 +67,8 @@ def test_a_policy_that_is_not_finite(shared_past):
     policy_parameters(pipe.transformer, "default")[0].data[0, 0] = math.nan
     worker = reward_worker(pipe)
     with use_policy(pipe.transformer, "current"), pytest.raises(UserError, match="sampling: the latents of a block"):
-        window_start = 3 if shared_past else 0
-        list(generate(pipe, PromptEncoder(pipe), worker, [samples], SIZE, (), (), window_start, shared_past))
+        past = Past(3, shared=True) if shared_past else Past()
+        list(Rollout(pipe, worker).generate([samples], SIZE, past))
     worker.shutdown()
 
 
@@ -76,7 +76,7 @@ def test_scores_come_in_the_order_asked_for(pipe):
     samples = make_samples(4)
     worker = reward_worker(pipe)
     with use_policy(pipe.transformer, "old"):
-        generated = list(generate(pipe, PromptEncoder(pipe), worker, [samples[:2], samples[2:]], SIZE))
+        generated = list(Rollout(pipe, worker).generate([samples[:2], samples[2:]], SIZE))
     scores, seconds = gather_scores(generated, samples[::-1])
     videos = decode_videos(pipe.vae, torch.cat([batch.latents for batch in generated]))
     expected = videos.mean(dim=(1, 2, 3, 4)).flip(0)
@@ -106,7 +106,7 @@ def test_scoring_runs_beside_sampling(pipe):
         yield samples[1:]
 
     with use_policy(pipe.transformer, "old"):
-        generated = list(generate(pipe, PromptEncoder(pipe), worker, batches(), SIZE))
+        generated = list(Rollout(pipe, worker).generate(batches(), SIZE))
     assert len(gather_scores(generated, samples)[0]["reward"]) == 2
 
 
@@ -121,7 +121,7 @@ def test_videos_do_not_pile_up_behind_a_slow_reward(pipe):
     worker.rewards = count
     samples = make_samples(4)
     with use_policy(pipe.transformer, "old"):
-        generated = list(generate(pipe, PromptEncoder(pipe), worker, [[s] for s in samples], SIZE))
+        generated = list(Rollout(pipe, worker).generate([[s] for s in samples], SIZE))
     gather_scores(generated, samples)
     assert len(waiting) == 4 and max(waiting) <= 1
 
@@ -138,7 +138,7 @@ def test_broken_reward_is_one_line(pipe):
 def test_broken_reward_ends_sampling(pipe):
     samples = make_samples(4)
     worker = reward_worker(pipe, "tests.training.rewards:broken")
-    generated = generate(pipe, PromptEncoder(pipe), worker, [[sample] for sample in samples], SIZE)
+    generated = Rollout(pipe, worker).generate([[sample] for sample in samples], SIZE)
     batch = next(generated)
     with pytest.raises(UserError, match="ZeroDivisionError"):
         next(generated)  # the second was sampled while the first was scored
@@ -150,7 +150,7 @@ def test_broken_reward_ends_sampling(pipe):
 def test_reward_that_hangs_ends_sampling(pipe):
     worker = reward_worker(pipe, "tests.training.rewards:hangs", timeout=0.2)
     with pytest.raises(UserError, match="has not answered for 0.2 s; raise reward_timeout"):
-        list(generate(pipe, PromptEncoder(pipe), worker, [[sample] for sample in make_samples(2)], SIZE))
+        list(Rollout(pipe, worker).generate([[sample] for sample in make_samples(2)], SIZE))
 
 
 def test_nan_reward_stops(pipe):

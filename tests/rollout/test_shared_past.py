@@ -6,7 +6,7 @@ import torch
 from astrolabe_diffusers.models.vae_streaming import decode_latents
 from astrolabe_diffusers.rollout.prompts import Prompt
 from astrolabe_diffusers.rollout.samples import Sample
-from astrolabe_diffusers.rollout.sampling import GroupSampler, PromptEncoder
+from astrolabe_diffusers.rollout.sampling import PromptEncoder, SharedPastSampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.rollout.seeds import seeded_generator
 from tests.tiny_pipeline import tiny_pipeline, tiny_vae
@@ -32,12 +32,12 @@ def test_as_independent_rollouts_from_the_same_past(model):
     pipe = tiny_pipeline(**MODELS[model])
     # What follows the past is no beginning.
     alone = tiny_pipeline(**{**MODELS[model], "first_block_sigmas": None})
-    sampler = GroupSampler(pipe, SIZE, 9)
+    sampler = SharedPastSampler(pipe, SIZE, num_past_frames=9)
     encode = PromptEncoder(pipe)
     for group in (0, 1):
         batch = samples(group)
         embeds = encode([PROMPT.text] * 3)
-        latents = sampler(embeds, batch)
+        latents, _ = sampler(embeds, batch)
         assert latents.shape == (3, 4, 18, 4, 6)
         past = latents[:1, :, :9]
         assert all(torch.equal(past, latents[i : i + 1, :, :9]) for i in range(3))
@@ -53,11 +53,11 @@ def test_the_past_belongs_to_the_group():
     """Batches of one group, on any process, have the same past; it is a video of the pipeline."""
     pipe = tiny_pipeline()
     embeds = PromptEncoder(pipe)([PROMPT.text] * 2)
-    first, other = GroupSampler(pipe, SIZE, 9), GroupSampler(pipe, SIZE, 9)
-    whole = first(embeds[:1].expand(4, -1, -1), samples(0, 4))
-    halves = [other(embeds, samples(0, 4)[part]) for part in (slice(2), slice(2, 4))]
+    first, other = (SharedPastSampler(pipe, SIZE, num_past_frames=9) for _ in range(2))
+    whole, _ = first(embeds[:1].expand(4, -1, -1), samples(0, 4))
+    halves = [other(embeds, samples(0, 4)[part])[0] for part in (slice(2), slice(2, 4))]
     assert (whole - torch.cat(halves)).abs().max() < 1e-5
-    assert (whole - first(embeds, samples(1, 2))[:1])[:, :, :9].abs().max() > 0.1
+    assert (whole - first(embeds, samples(1, 2))[0][:1])[:, :, :9].abs().max() > 0.1
     expected = pipe(
         prompt_embeds=embeds[:1], generator=[seeded_generator("past", 7, 0, 0)], output_type="latent", **SIZE
     ).frames

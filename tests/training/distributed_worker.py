@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from astrolabe_diffusers.distributed.agreement import raise_together
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rollout.samples import process_batches
-from astrolabe_diffusers.rollout.sampling import PromptEncoder, generate
+from astrolabe_diffusers.rollout.sampling import Rollout
 from astrolabe_diffusers.rollout.scoring import gather_scores
 from astrolabe_diffusers.training.checkpoints import Checkpoints, policy_identity
 from astrolabe_diffusers.training.forward_process.noising import noise_batch
-from astrolabe_diffusers.training.nft.gradient import accumulate_gradients
+from astrolabe_diffusers.training.nft.gradient import NFTBatch, accumulate_gradients
+from astrolabe_diffusers.training.nft.loss import optimality
 from astrolabe_diffusers.training.policies import activate_current, policy_parameters, use_policy
 from tests.training.helpers import BRIGHTNESS, SIZE, config, make_samples, policy_pipeline, reward_worker
 
@@ -24,6 +25,12 @@ SAMPLES = make_samples(8, group_size=4)
 SIGMAS = torch.tensor([1.0, 0.9375, 0.8333, 0.625])
 ADVANTAGES = torch.linspace(-3, 3, 8)
 BROKEN = "tests.training.rewards:broken"
+
+
+def nft_batch(batch, advantages):
+    weights = torch.ones(len(advantages))
+    values = {"optimality": optimality(advantages, 5.0), "weight": weights, "kl_weight": weights}
+    return NFTBatch(**vars(noise_batch(batch, SIGMAS)), **values)
 
 
 def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNESS):
@@ -37,12 +44,11 @@ def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNES
         return process_batches(items, batch_size, accelerator.process_index, accelerator.num_processes)
 
     with raise_together(), use_policy(pipe.transformer, "old"):
-        batches = list(generate(pipe, PromptEncoder(pipe), worker, split(SAMPLES), SIZE))
+        batches = list(Rollout(pipe, worker).generate(split(SAMPLES), SIZE))
     scores, _ = gather_scores(batches, SAMPLES)
     count = sum(len(batch.samples) for batch in batches)
     for i, (batch, advantages) in enumerate(zip(batches, split(ADVANTAGES))):
-        weight = torch.ones(len(advantages))
-        noised = noise_batch(batch, SIGMAS, advantages, weight, weight, True, 5.0)
+        noised = nft_batch(batch, advantages)
         accumulate_gradients(accelerator, model, noised, config(), count, synchronize=i == len(batches) - 1)
     worker.shutdown()
     return pipe.transformer, scores, [p.grad.clone() for p in policy_parameters(pipe.transformer)]
@@ -57,9 +63,9 @@ def gradients_without_synchronisation(accelerator, batch_size: int):
     worker = reward_worker(pipe)
     with use_policy(pipe.transformer, "old"):
         batches = process_batches(SAMPLES, batch_size, accelerator.process_index, accelerator.num_processes)
-        batch = next(generate(pipe, PromptEncoder(pipe), worker, batches, SIZE))
+        batch = next(Rollout(pipe, worker).generate(batches, SIZE))
     worker.shutdown()
-    noised = noise_batch(batch, SIGMAS, *[torch.ones(batch_size)] * 3, True, 5.0)
+    noised = nft_batch(batch, torch.ones(batch_size))
     accumulate_gradients(accelerator, model, noised, config(), batch_size, synchronize=True)
     return [p.grad.clone() for p in policy_parameters(pipe.transformer)]
 

@@ -15,7 +15,6 @@ from astrolabe_diffusers.training.policies import (
     ema_decay,
     follow_current,
     load_policies,
-    old_policy_decay,
     policy_parameters,
     use_policy,
 )
@@ -224,10 +223,6 @@ def test_old_policy_is_blended_pairwise(transformer):
     follow_current(transformer, "old", 0.0)
     assert all(map(torch.equal, policy_parameters(transformer, OLD), current))
     assert trainable(transformer) == current_names(transformer)
-
-
-def test_decay_schedule():
-    assert [old_policy_decay(step, 0.001, 0.5) for step in (0, 100, 500, 9000)] == [0.0, 0.1, 0.5, 0.5]
 
 
 def test_the_average_warms_up():

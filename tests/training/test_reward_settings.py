@@ -8,7 +8,7 @@ import yaml
 
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.rollout.sampling import PromptEncoder, generate
+from astrolabe_diffusers.rollout.sampling import Rollout
 from astrolabe_diffusers.rollout.scoring import RewardWorker, gather_scores
 from astrolabe_diffusers.training.build import make_rewards
 from astrolabe_diffusers.training.nft import NFTConfig
@@ -109,7 +109,7 @@ def test_a_rollout_is_scored_wherever_its_rewards_are():
 
     def rollout(worker, samples):
         batches = [samples[:2], samples[2:]]
-        return list(generate(pipe, PromptEncoder(pipe), worker, batches, SIZE))
+        return list(Rollout(pipe, worker).generate(batches, SIZE))
 
     scores = {}
     for place in ("trainer", "process", "offload"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.cli.train import parse_args
-from astrolabe_diffusers.rollout.sampling import sample_latents
+from astrolabe_diffusers.rollout.sampling import Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.training import NFTTrainer
 from astrolabe_diffusers.training.checkpoints import save_adapter
@@ -26,8 +26,8 @@ def trainer(model_folder, tmp_path_factory):
 
 def latents_of(trainer, policy, samples):
     with use_policy(trainer.transformer, policy):
-        embeds = trainer.encoder(sample.prompt.text for sample in samples)
-        return sample_latents(trainer.pipeline, embeds, samples, trainer.size)
+        embeds = trainer.rollouts.encoder(sample.prompt.text for sample in samples)
+        return Sampler(trainer.pipeline, trainer.size)(embeds, samples)[0]
 
 
 def test_old_policy_makes_the_samples(trainer):
@@ -63,10 +63,10 @@ def test_intervals_count_steps_and_end_with_the_run(trainer):
 
 def test_old_policy_decay_follows_the_steps(trainer):
     decays = []
-    for trainer.step in (0, 100, 1000):
+    for trainer.step in (0, 100, 500, 9000):
         decays.append(trainer.old_policy_decay)
     trainer.step = 0
-    assert decays == pytest.approx([0, 0.1, 0.5])
+    assert decays == pytest.approx([0, 0.1, 0.5, 0.5])
 
 
 def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path):

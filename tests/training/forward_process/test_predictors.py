@@ -1,11 +1,14 @@
 """Windows, shared pasts and contexts of the policies, against plain forward passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
 
+from astrolabe_diffusers.rollout.past import Past
 from astrolabe_diffusers.training.forward_process.noising import squared_distance
-from astrolabe_diffusers.training.forward_process.predictors import BlockwiseModel, NoisyClipModel
+from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor, WholeClipPredictor
 from astrolabe_diffusers.training.nft.gradient import accumulate_gradients
 from astrolabe_diffusers.training.nft.loss import nft_loss
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
@@ -23,7 +26,7 @@ def accelerator():
 
 def window_of(batch, start):
     """The same videos with the window from latent frame `start` on."""
-    return type(batch)(**{**vars(batch), "noisy": batch.noisy[:, :, start:]})
+    return replace(batch, noisy=batch.noisy[:, :, start:], past=Past(start))
 
 
 def gradient(accelerator, transformer, batch, cfg):
@@ -43,9 +46,9 @@ def same_past(batch, start):
 def test_prediction_in_a_window_is_that_in_the_video(model):
     transformer = policy_pipeline(**model).transformer
     batch = noised_batch(policy_pipeline(**model), frames=18)
+    whole = BlockwisePredictor(transformer, batch, "current").predict_window()
+    window = BlockwisePredictor(transformer, window_of(batch, 12), "current").predict_window()
     with use_policy(transformer, "current"):
-        whole = BlockwiseModel(transformer, batch).predict_window()
-        window = BlockwiseModel(transformer, window_of(batch, 12)).predict_window()
         # Without the cache, in one pass over clean and noisy blocks.
         flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds, clean_hidden_states=batch.clean).sample
     expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
@@ -63,7 +66,7 @@ def test_windowed_gradients_are_the_video_s_restricted_to_the_window(accelerator
     batch = noised_batch(pipe, frames=15)
     whole, _ = gradient(accelerator, pipe.transformer, batch, cfg)
     # The video ends where the window begins: what is left of the gradient is the window's share.
-    before = type(batch)(**{**vars(batch), "clean": batch.clean[:, :, :9], "noisy": batch.noisy[:, :, :9]})
+    before = replace(batch, clean=batch.clean[:, :, :9], noisy=batch.noisy[:, :, :9])
     first, _ = gradient(accelerator, pipe.transformer, before, cfg)
     window, _ = gradient(accelerator, pipe.transformer, window_of(batch, 9), cfg)
     expected = [(15 * w - 9 * f) / 6 for w, f in zip(whole, first)]
@@ -77,7 +80,7 @@ def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
     pipe, cfg = policy_pipeline(**model), config(context_policy=context_policy)
     batch = window_of(same_past(noised_batch(pipe, batch_size=3, frames=15), 9), 9)
     expected, statistics = gradient(accelerator, pipe.transformer, batch, cfg)
-    batch.shared_past = True
+    batch.past = Past(9, shared=True)
     result, shared_statistics = gradient(accelerator, pipe.transformer, batch, cfg)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(shared_statistics, statistics, rtol=1e-4, atol=1e-6)
@@ -87,25 +90,22 @@ def test_context_of_the_old_policy(accelerator):
     """All policies predict with the old one's K/V: the loss in plain code, from one pass of each over both halves."""
     pipe, cfg = policy_pipeline(), config(context_policy="old")
     transformer, batch = pipe.transformer, noised_batch(pipe)
-    with use_policy(transformer, "old"):
-        model = BlockwiseModel(transformer, batch, take_turns=True)
-        old = model.predict(model.blocks[0])
-        model.advance(model.blocks[0])
-        old = torch.cat([old, model.predict(model.blocks[1])], dim=2)
-    with use_policy(transformer, "reference"):
-        empty = BlockwiseModel(transformer, batch)
-        reference = torch.cat([empty.predict(empty.blocks[0]), model.predict(model.blocks[1])], dim=2)
+    past = BlockwisePredictor(transformer, batch, "old")
+    first, second = past.blocks
+    old = [past.predict_as("old", first)]
+    past.advance(first)
+    old = torch.cat([*old, past.predict_as("old", second)], dim=2)
+    empty = BlockwisePredictor(transformer, batch, "reference")
+    reference = torch.cat([empty.predict_as("reference", first), past.predict_as("reference", second)], dim=2)
     transformer.zero_grad()
-    current = torch.cat(
-        [BlockwiseModel(transformer, batch).predict(model.blocks[0]), model.predict(model.blocks[1])], 2
-    )
+    current = torch.cat([BlockwisePredictor(transformer, batch, "current").predict(first), past.predict(second)], 2)
     loss = nft_loss(current, old, batch.clean, batch.optimality, cfg.beta)
     loss = (loss + cfg.kl_weight * squared_distance(current, reference)).mean()
     loss.backward()
     expected = [p.grad.clone() for p in policy_parameters(transformer)]
     result, statistics = gradient(accelerator, transformer, batch, cfg)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(statistics[0] / 2, loss.detach())
+    torch.testing.assert_close(statistics["loss"] / 2, loss.detach())
     own, _ = gradient(accelerator, transformer, batch, config(context_policy="own"))
     assert max((a - b).abs().max() for a, b in zip(own, result)) > 1e-4
 
@@ -130,9 +130,8 @@ def test_noisy_context_is_one_pass_over_the_noisy_video(accelerator):
     expected = [p.grad.clone() for p in policy_parameters(transformer)]
     result, _ = gradient(accelerator, transformer, batch, cfg)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-7)
-    with use_policy(transformer, "current"):
-        clean = BlockwiseModel(transformer, batch).predict_window()[3]
-        noisy = NoisyClipModel(transformer, batch).predict_window()[0][:, :, 3:]
+    clean = BlockwisePredictor(transformer, batch, "current").predict_window()[3]
+    noisy = WholeClipPredictor(transformer, batch, "current").predict_window()[0][:, :, 3:]
     assert (clean - noisy).abs().max() > 1e-3
 
 
@@ -141,8 +140,7 @@ def test_noisy_context_is_the_release_s_mask(model):
     """Diffusers' own model with the released mask: a window of 9 frames that ends with the block, and no sink."""
     pipe = policy_pipeline(**model)
     transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
-    with use_policy(transformer, "base"):
-        result = NoisyClipModel(transformer, batch).predict_window()[0]
+    result = WholeClipPredictor(transformer, batch, "base").predict_window()[0]
     assert transformer.config.sink_size == model.get("sink_size", 0)  # for the next video
 
     weights = {n.replace(".base_layer", ""): p for n, p in transformer.state_dict().items() if ".lora_" not in n}

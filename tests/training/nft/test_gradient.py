@@ -5,10 +5,10 @@ from accelerate import Accelerator
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rollout.samples import VideoBatch
 from astrolabe_diffusers.training.forward_process.noising import noise_batch, squared_distance, training_sigmas
-from astrolabe_diffusers.training.forward_process.predictors import BlockwiseModel
-from astrolabe_diffusers.training.nft.gradient import accumulate_gradients, optimizer_step
+from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor
+from astrolabe_diffusers.training.nft.gradient import accumulate_gradients
 from astrolabe_diffusers.training.nft.loss import nft_loss
-from astrolabe_diffusers.training.optimization import CollapseGuard, make_optimizer
+from astrolabe_diffusers.training.optimization import CollapseGuard, Optimization, make_optimizer
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
 from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
 
@@ -23,8 +23,16 @@ def accelerator():
     return Accelerator(mixed_precision="no")
 
 
-def predict_window(transformer, batch):
-    return torch.cat(list(BlockwiseModel(transformer, batch).predict_window().values()), dim=2)
+def predict_window(transformer, batch, policy):
+    """Of the current policy with its graph."""
+    predictor = BlockwisePredictor(transformer, batch, policy)
+    if policy != "current":
+        return torch.cat(list(predictor.predict_window().values()), dim=2)
+    blocks = []
+    for frames in predictor.blocks:
+        blocks.append(predictor.predict(frames))
+        predictor.advance(frames)
+    return torch.cat(blocks, dim=2)
 
 
 def gradients(transformer):
@@ -38,15 +46,15 @@ def accumulate(accelerator, transformer, batches, cfg):
         accumulate_gradients(accelerator, transformer, batch, cfg, count, i == len(batches) - 1)
         for i, batch in enumerate(batches)
     ]
-    return gradients(transformer), sum(statistics) / count
+    return gradients(transformer), {n: sum(s[n] for s in statistics) / count for n in statistics[0]}
 
 
 @pytest.mark.parametrize("policy", ["current", "old", "reference"])
 def test_blockwise_prediction_is_teacher_forcing(pipe, policy):
     """The model's own forward without a cache gives every noisy block the same clean context in one call."""
     batch = noised_batch(pipe)
+    prediction = predict_window(pipe.transformer, batch, policy)
     with use_policy(pipe.transformer, policy) as transformer:
-        prediction = predict_window(transformer, batch)
         flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds, clean_hidden_states=batch.clean).sample
     expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
@@ -55,11 +63,7 @@ def test_blockwise_prediction_is_teacher_forcing(pipe, policy):
 def whole_clip_loss(pipe, batch, cfg):
     """The loss of the whole clip in one graph, in plain code; the sum over blocks of the trainer must equal it."""
     transformer = pipe.transformer
-    with use_policy(transformer, "old"):
-        old = predict_window(transformer, batch)
-    with use_policy(transformer, "reference"):
-        reference = predict_window(transformer, batch)
-    current = predict_window(transformer, batch)
+    old, reference, current = (predict_window(transformer, batch, name) for name in ("old", "reference", "current"))
     losses = nft_loss(current, old, batch.clean, batch.optimality, cfg.beta)
     return (batch.weight * losses + cfg.kl_weight * batch.kl_weight * squared_distance(current, reference)).mean()
 
@@ -75,7 +79,7 @@ def test_backward_by_blocks_equals_one_backward_over_the_clip(pipe, accelerator,
         pipe.transformer.enable_gradient_checkpointing()
     actual, statistics = accumulate(accelerator, pipe.transformer, [batch], cfg)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(statistics[0], loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(statistics["loss"], loss.detach(), rtol=1e-5, atol=0)
 
 
 def test_gradient_by_finite_differences(pipe, accelerator):
@@ -126,66 +130,70 @@ def test_reference_pass_is_skipped_without_kl(pipe, accelerator):
 def test_statistics(pipe, accelerator):
     batch, cfg = noised_batch(pipe), config(context_policy="own")
     _, statistics = accumulate(accelerator, pipe.transformer, [batch], cfg)
-    predictions = {}
-    for policy in ("current", "old", "reference"):
-        with use_policy(pipe.transformer, policy):
-            predictions[policy] = predict_window(pipe.transformer, batch)
-    expected = [
-        whole_clip_loss(pipe, batch, cfg),
-        nft_loss(predictions["current"], predictions["old"], batch.clean, batch.optimality, cfg.beta).mean(),
-        (predictions["current"] - predictions["reference"]).square().mean(),
-        (predictions["current"] - predictions["old"]).square().mean(),
-        predictions["current"].square().mean(),
-    ]
-    torch.testing.assert_close(statistics, torch.stack(expected).detach(), rtol=1e-4, atol=1e-6)
+    current, old, reference = (
+        predict_window(pipe.transformer, batch, policy).detach() for policy in ("current", "old", "reference")
+    )
+    expected = {
+        "loss": whole_clip_loss(pipe, batch, cfg).detach(),
+        "policy_loss": nft_loss(current, old, batch.clean, batch.optimality, cfg.beta).mean(),
+        "kl": (current - reference).square().mean(),
+        "deviation": (current - old).square().mean(),
+        "x0_norm": current.square().mean(),
+    }
+    torch.testing.assert_close(statistics, expected, rtol=1e-4, atol=1e-6)
 
 
 def make_step(pipe, accelerator, **values):
     cfg = config(learning_rate=1e-2, max_train_steps=10, **values)
     optimizer, schedule = make_optimizer(cfg, policy_parameters(pipe.transformer))
+    skip = cfg.nan_loss == "skip"
+    optimization = Optimization(accelerator, pipe.transformer, optimizer, schedule, cfg.max_grad_norm, skip)
+
+    def accumulate_batch(batch, *part):
+        return accumulate_gradients(accelerator, pipe.transformer, batch, cfg, *part)
+
+    def step(batches, guard, number):
+        return optimization.step(batches, accumulate_batch, guard, number)
+
     batches = [noised_batch(pipe, seed=seed) for seed in (0, 1)]
-    return cfg, optimizer, schedule, batches
+    return cfg, optimization, step, batches
 
 
 def test_step_moves_the_current_policy_only_and_lowers_the_loss(pipe, accelerator):
-    cfg, optimizer, schedule, batches = make_step(pipe, accelerator)
+    _, _, step, batches = make_step(pipe, accelerator)
     before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
-    losses = [
-        optimizer_step(accelerator, pipe.transformer, optimizer, schedule, batches, cfg, CollapseGuard(0), i)["loss"]
-        for i in range(4)
-    ]
+    losses = [step(batches, CollapseGuard(0), i)["loss"] for i in range(4)]
     moved = {name for name, p in pipe.transformer.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".default." in name}
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
 
 
 def test_gradient_norm_is_reported_and_clipped(pipe, accelerator):
-    cfg, optimizer, schedule, batches = make_step(pipe, accelerator, max_grad_norm=1e-3)
+    cfg, optimization, step, batches = make_step(pipe, accelerator, max_grad_norm=1e-3)
     expected, _ = accumulate(accelerator, pipe.transformer, batches, cfg)
     norm = torch.cat([g.flatten() for g in expected]).norm()
     pipe.transformer.zero_grad()
     seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
-    statistics = optimizer_step(accelerator, pipe.transformer, optimizer, schedule, batches, cfg, CollapseGuard(0), 1)
+    optimization.optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
+    statistics = step(batches, CollapseGuard(0), 1)
     assert statistics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     assert torch.cat([g.flatten() for g in seen]).norm() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_collapse_stops_before_the_weights_are_touched(pipe, accelerator):
-    cfg, optimizer, schedule, batches = make_step(pipe, accelerator)
+    _, _, step, batches = make_step(pipe, accelerator)
     batches[0].optimality = torch.full((2,), float("nan"))
     before = [p.clone() for p in policy_parameters(pipe.transformer)]
     with pytest.raises(UserError, match="step 3: the loss is nan.*learning_rate"):
-        optimizer_step(accelerator, pipe.transformer, optimizer, schedule, batches, cfg, CollapseGuard(2), 3)
+        step(batches, CollapseGuard(2), 3)
     assert all(map(torch.equal, policy_parameters(pipe.transformer), before))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
-    cfg, optimizer, schedule, batches = make_step(pipe, accelerator, lr_scheduler="linear")
-    skipping = config(nan_loss="skip")
+    cfg, optimization, step, batches = make_step(pipe, accelerator, lr_scheduler="linear")
+    optimizer, schedule = optimization.optimizer, optimization.lr_scheduler
     parameters = policy_parameters(pipe.transformer)
-    step = [accelerator, pipe.transformer, optimizer, schedule]
     good = [noised_batch(pipe, seed=2)]
     if where == "loss":
         batches[0].optimality = torch.full((2,), float("nan"))
@@ -193,9 +201,10 @@ def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
         handle = parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     before, guard = [p.clone() for p in parameters], CollapseGuard(2)
     with pytest.raises(UserError, match="step 1: the loss is .*gradient's norm (nan|inf)"):
-        optimizer_step(*step, batches, cfg, guard, 1)
+        step(batches, guard, 1)
     optimizer.zero_grad()
-    statistics = optimizer_step(*step, batches, skipping, guard, 1)
+    optimization.skip_bad = True
+    statistics = step(batches, guard, 1)
     assert statistics["skipped_steps"] == 1
     assert all(map(torch.equal, parameters, before)) and not optimizer.state and guard.start_norm is None
     assert schedule.last_epoch == 1  # the schedule counts steps, taken or not
@@ -205,20 +214,24 @@ def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
     expected, _ = accumulate(accelerator, policy_pipeline().transformer, good, cfg)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
-    assert optimizer_step(*step, good, skipping, guard, 2)["skipped_steps"] == 0
+    assert step(good, guard, 2)["skipped_steps"] == 0
     norm = torch.cat([g.flatten() for g in expected]).norm()
     torch.testing.assert_close(seen, [g * min(1.0, cfg.max_grad_norm / norm.item()) for g in expected])
 
 
 def test_collapse_guard_watches_the_norm_in_both_directions():
     guard = CollapseGuard(factor=2.0)
+    values = {"loss": 0.5, "grad_norm": 1.0}
     for norm in (1.0, 1.9, 0.6):
-        guard.check(0.5, norm, 1.0, 1)
+        guard.check(values | {"x0_norm": norm}, 1)
     with pytest.raises(UserError, match="2.10 times.*collapse_factor=2"):
-        guard.check(0.5, 2.1, 1.0, 2)
+        guard.check(values | {"x0_norm": 2.1}, 2)
     with pytest.raises(UserError, match="0.40 times"):
-        guard.check(0.5, 0.4, 1.0, 2)
-    CollapseGuard(factor=0, start_norm=1.0).check(0.5, 100.0, 1.0, 1)
+        guard.check(values | {"x0_norm": 0.4}, 2)
+    CollapseGuard(factor=0, start_norm=1.0).check(values | {"x0_norm": 100.0}, 1)
+    guard.check(values, 3)  # of an algorithm that predicts no videos
+    with pytest.raises(UserError, match="step 3: the loss is nan"):
+        guard.check(values | {"loss": float("nan")}, 3)
 
 
 def test_training_sigmas_are_the_samplers(pipe):
@@ -243,16 +256,14 @@ def test_noise_belongs_to_the_sample():
 
     def noise(part):
         batch = VideoBatch(samples[part], torch.zeros(8, 1, 1)[part], latents[part], None)
-        advantages, weights = torch.linspace(-6, 6, 8)[part], torch.ones(8)[part]
-        return noise_batch(batch, sigmas, advantages, weights, weights, True, 5.0)
+        return noise_batch(batch, sigmas)
 
     whole, parts = noise(slice(0, 8)), [noise(slice(0, 3)), noise(slice(3, 8))]
-    for name in ("clean", "noisy", "sigma", "timestep", "prompt_embeds", "optimality", "weight"):
+    for name in ("clean", "noisy", "sigma", "timestep", "prompt_embeds"):
         value = getattr(whole, name)
         assert torch.equal(value, torch.cat([getattr(part, name) for part in parts])), name
     assert len(set(whole.sigma.tolist())) > 1
     torch.testing.assert_close(whole.timestep, 1000 * whole.sigma)
-    assert whole.optimality[0] == 0 and whole.optimality[-1] == 1
     one = whole.sigma == 1
     noise_only = (whole.noisy - (1 - whole.sigma).view(-1, 1, 1, 1, 1) * latents) / whole.sigma.view(-1, 1, 1, 1, 1)
     assert abs(noise_only.std() - 1) < 0.05 and (not one.any() or not torch.equal(whole.noisy[one], latents[one]))
@@ -265,8 +276,7 @@ def test_dropout_acts_on_the_current_policy_only():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout = torch.nn.ModuleDict({name: torch.nn.Dropout(0.5) for name in ("default", OLD)})
     pipe.transformer.train()
-    with use_policy(pipe.transformer, "old"):
-        first, second = (predict_window(pipe.transformer, batch) for _ in range(2))
+    first, second = (predict_window(pipe.transformer, batch, "old") for _ in range(2))
     assert torch.equal(first, second)
-    first, second = (predict_window(pipe.transformer, batch) for _ in range(2))
+    first, second = (predict_window(pipe.transformer, batch, "current") for _ in range(2))
     assert not torch.equal(first, second)
