@@ -40,7 +40,7 @@ def policy_pipeline(rank: int = 4, randomize: bool = True, **overrides):
 
 
 def randomize_adapters(transformer):
-    """B starts at zero, where all policies are equal and A has no gradient: move both adapters away from there."""
+    """B starts at zero, where all policies are equal and A has no gradient: move the adapters away from there."""
     generator = torch.Generator().manual_seed(1)
     for adapter, scale in (("default", 0.15), (OLD, 0.1)):
         for parameter in policy_parameters(transformer, adapter):
@@ -88,8 +88,8 @@ def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> RewardWo
     return RewardWorker(pipe.vae, RewardSet({rewards: 1.0}), watched, **options)
 
 
-def tiny_arguments(model, output_dir, **values) -> list[str]:
-    """Command line of a run of two steps that takes seconds."""
+def tiny_settings(model, output_dir, **values) -> dict:
+    """Settings of a run of two steps that takes seconds."""
     defaults = {
         "model": model,
         "output_dir": output_dir,
@@ -112,7 +112,13 @@ def tiny_arguments(model, output_dir, **values) -> list[str]:
         "checkpointing_steps": 1,
         "mixed_precision": "no",
     }
-    return [part for name, value in (defaults | values).items() for part in (f"--{name}", str(value))]
+    return defaults | values
+
+
+def tiny_arguments(model, output_dir, **values) -> list[str]:
+    """The same as a command line."""
+    settings = tiny_settings(model, output_dir, **values)
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def numbers_of_run(folder: Path) -> dict:
