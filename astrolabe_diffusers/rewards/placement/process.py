@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..frame_request import FrameRequest
+from ..closing import Closing
+from ..frames import FrameRequest
 from ..reward import RewardError, RewardOutput, RewardPlaceError
 from .local import LocalRewards
 from .wire import Job, outputs_from_json, outputs_to_json, pack_job, unpack_job
@@ -31,7 +32,7 @@ class _Died(Exception):
     """The process is gone."""
 
 
-class WorkerRewards:
+class ProcessRewards(Closing):
     """
     Rewards in a process of their own, with a CUDA context and a Python interpreter of their own: they neither wait for
     the trainer nor does it wait for them.
@@ -55,7 +56,7 @@ class WorkerRewards:
         defaults: dict[str, Any] | None = None,
     ):
         self.names, self.timeout = list(names), timeout
-        self._rewards = {"names": self.names, "options": options, "device": device, "defaults": defaults}
+        self._rewards = {"rewards": self.names, "options": options, "device": device, "defaults": defaults}
         self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
         self._numbers = itertools.count()
         self._closed = False

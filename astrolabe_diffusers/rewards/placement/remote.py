@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..frame_request import FrameRequest
+from ..closing import Closing
+from ..frames import FrameRequest
 from ..http_client import HttpClient, UnreachableError
 from ..reward import RewardError, RewardOutput, RewardPlaceError
 from .wire import VERSION, Job, outputs_from_json, pack_job, read_json, requests_from_json
@@ -25,7 +26,7 @@ _PAUSE_SECONDS = 1.0
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 
-class RemoteRewards:
+class RemoteRewards(Closing):
     """
     Rewards that a server scores. One that is busy is asked again until `timeout` seconds have passed, and one that
     cannot be reached for 45 of them; one that takes longer to answer, or answers nonsense, is not.

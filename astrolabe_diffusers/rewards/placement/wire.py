@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..frame_request import FrameRequest, prepare_frames
+from ..frames import FrameRequest, prepare_frames
 from ..reward import RewardOutput
 
 
