@@ -16,13 +16,13 @@ from ..reporting.videos import save_video
 from ..rewards.frames import to_uint8
 from ..rollout.samples import Sample, process_batches
 from ..rollout.sampling import PromptEncoder, generate, sample_latents
-from ..rollout.scoring import RewardWorker, decode_videos, gather_scores
+from ..rollout.scoring import ScoringThread, decode_videos, gather_scores
 
 
 def evaluate(
     pipeline,
     encoder: PromptEncoder,
-    worker: RewardWorker,
+    worker: ScoringThread,
     samples: Sequence[Sample],
     size: dict[str, int],
     batch_size: int,

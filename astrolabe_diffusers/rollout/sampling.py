@@ -9,7 +9,7 @@ import torch
 from ..errors import as_user_error
 from .group_sampling import GroupSampler
 from .samples import Sample, VideoBatch
-from .scoring import RewardWorker
+from .scoring import ScoringThread
 from .seeds import seeded_generator
 
 
@@ -54,7 +54,7 @@ def sample_latents(
 def generate(
     pipeline,
     encoder: PromptEncoder,
-    worker: RewardWorker,
+    worker: ScoringThread,
     batches: Iterable[Sequence[Sample]],
     size: dict[str, int],
     watched: bool = False,
@@ -68,7 +68,7 @@ def generate(
     [`UserError`] at once.
 
     Args:
-        watched, keep: as in [`RewardWorker.submit`].
+        watched, keep: as in [`ScoringThread.submit`].
         window_start: latent frame from which on the videos are scored.
         shared_past: a batch is of one group, whose videos have the frames before `window_start` in common.
     """

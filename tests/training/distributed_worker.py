@@ -43,7 +43,7 @@ def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNES
         weight = torch.ones(len(advantages))
         noised = noise_batch(batch, SIGMAS, advantages, weight, weight, True, 5.0)
         accumulate_gradients(accelerator, model, noised, config(), count, synchronize=i == len(batches) - 1)
-    worker.shutdown()
+    worker.close()
     return pipe.transformer, scores, [p.grad.clone() for p in policy_parameters(pipe.transformer)]
 
 
@@ -57,7 +57,7 @@ def gradients_without_synchronisation(accelerator, batch_size: int):
     with use_policy(pipe.transformer, "old"):
         batches = process_batches(SAMPLES, batch_size, accelerator.process_index, accelerator.num_processes)
         batch = next(generate(pipe, PromptEncoder(pipe), worker, batches, SIZE))
-    worker.shutdown()
+    worker.close()
     noised = noise_batch(batch, SIGMAS, *[torch.ones(batch_size)] * 3, True, 5.0)
     accumulate_gradients(accelerator, model, noised, config(), batch_size, synchronize=True)
     return [p.grad.clone() for p in policy_parameters(pipe.transformer)]

@@ -13,7 +13,7 @@ from ..closing import Closing
 from ..frames import FrameRequest, prepare_frames
 from ..registry import make_reward
 from ..reward import Reward, RewardOutput, check_device
-from .wire import Job
+from .wire import ScoringJob
 
 
 class LocalRewards(Closing):
@@ -69,7 +69,7 @@ class LocalRewards(Closing):
         }
         return self._score({name: frames[request] for name, request in requests.items()}, prompts, metadata)
 
-    def score_job(self, job: Job) -> dict[str, RewardOutput]:
+    def score_job(self, job: ScoringJob) -> dict[str, RewardOutput]:
         """The output of those rewards that a job asks.
 
         Raises:

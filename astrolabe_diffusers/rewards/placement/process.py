@@ -19,7 +19,7 @@ from ..closing import Closing
 from ..frames import FrameRequest
 from ..reward import RewardError, RewardOutput, RewardPlaceError
 from .local import LocalRewards
-from .wire import Job, outputs_from_json, outputs_to_json, pack_job, unpack_job
+from .wire import ScoringJob, outputs_from_json, outputs_to_json, pack_job, unpack_job
 
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class ProcessRewards(Closing):
         shape = (videos.shape[1], *videos.shape[-2:])
         if shape not in self._requests:
             self._requests[shape] = self._ask("requests", shape)
-        data = pack_job(Job.make(videos, self._requests[shape], prompts, metadata))
+        data = pack_job(ScoringJob.make(videos, self._requests[shape], prompts, metadata))
         return outputs_from_json(self._ask("score", data), self.names, len(prompts))
 
     def _ask(self, question: str, content: Any) -> Any:

@@ -14,7 +14,7 @@ from ..closing import Closing
 from ..frames import FrameRequest
 from ..http_client import HttpClient, UnreachableError
 from ..reward import RewardError, RewardOutput, RewardPlaceError
-from .wire import VERSION, Job, outputs_from_json, pack_job, read_json, requests_from_json
+from .wire import VERSION, ScoringJob, outputs_from_json, pack_job, read_json, requests_from_json
 
 
 # The secret that server and clients share, if they do.
@@ -71,7 +71,7 @@ class RemoteRewards(Closing):
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
-        data = pack_job(Job.make(videos, self._requests_for(videos), prompts, metadata))
+        data = pack_job(ScoringJob.make(videos, self._requests_for(videos), prompts, metadata))
         if len(data) > self.max_request_bytes:
             raise RewardPlaceError(
                 f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self} takes "
