@@ -26,8 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from astrolabe_diffusers.cli.arguments import ArgumentParser
-from astrolabe_diffusers.rewards.frame_request import prepare_frames, to_uint8
-from astrolabe_diffusers.rewards.frame_selection import top_fraction_mean
+from astrolabe_diffusers.rewards.frames import prepare_frames, to_uint8, top_fraction_mean
 from astrolabe_diffusers.rewards.models.hpsv3 import HPSv3
 from astrolabe_diffusers.rewards.models.model_reward import CLIP_MEAN, CLIP_STD
 from astrolabe_diffusers.rewards.models.videoalign import VideoAlignMQ, VideoAlignTA, VideoAlignVQ

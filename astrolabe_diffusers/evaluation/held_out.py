@@ -13,7 +13,7 @@ from ..distributed.agreement import raise_together
 from ..distributed.sharding import is_sharded
 from ..reporting.comparison import Evaluation
 from ..reporting.videos import save_video
-from ..rewards.frame_request import to_uint8
+from ..rewards.frames import to_uint8
 from ..rollout.samples import Sample, process_batches
 from ..rollout.sampling import Rollout, Sampler
 from ..rollout.scoring import decode_videos, gather_scores

@@ -32,7 +32,7 @@ from ..rewards.config import RewardConfig
 from ..rollout.prompts import PromptSource, prompt_path, spread
 from ..rollout.samples import eval_samples, process_batches
 from ..rollout.sampling import Rollout
-from ..rollout.scoring import RewardWorker
+from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
 from .held_out import evaluate, generate_columns
 
@@ -176,8 +176,8 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
             f"{accelerator.mixed_precision}; output in {output_dir}",
             flush=True,
         )
-    rollout = Rollout(pipeline, RewardWorker(pipeline.vae, rewards, timeout=config.reward_timeout))
-    resources.callback(rollout.scoring.shutdown)
+    rollout = Rollout(pipeline, ScoringThread(pipeline.vae, rewards, timeout=config.reward_timeout))
+    resources.callback(rollout.scoring.close)
     batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
     progress = tqdm(
         total=len(config.columns) * len(batches),

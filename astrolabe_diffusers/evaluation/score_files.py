@@ -71,7 +71,7 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
 
     with ExitStack() as resources:
         thread = RewardThread(config.reward_timeout)
-        resources.callback(thread.shutdown)
+        resources.callback(thread.close)
         rewards = last_fps = None
         for file, prompt in videos:
             entry = {"file": file.name, "prompt": prompt or ""}

@@ -26,7 +26,7 @@ from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rewards import RewardSet
 from ..rollout.prompts import Prompt, PromptSource
-from ..rollout.scoring import RewardWorker
+from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
 from .config import GenerationConfig
 from .jobs import Job, batches, make_jobs
@@ -83,8 +83,8 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
 
     worker = None
     if rewards:
-        worker = RewardWorker(pipe.vae, rewards, timeout=config.reward_timeout)
-        resources.callback(worker.shutdown)
+        worker = ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout)
+        resources.callback(worker.close)
 
     pending = None
     with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
@@ -176,7 +176,7 @@ def run_jobs(
     pending: list[Job],
     settings: dict[str, Any],
     manifest: Manifest,
-    worker: RewardWorker | None,
+    worker: ScoringThread | None,
     batch_size: int,
     accelerator: Accelerator,
 ):

@@ -1,6 +1,6 @@
 """Rewards for generated videos. Importing this registers the built-in ones."""
 
-from .frame_request import FrameRequest, prepare_frames
+from .frames import FrameRequest, prepare_frames
 from .metrics.brisque import Brisque
 from .metrics.dynamic_degree import DynamicDegree
 from .metrics.tiny_shapes import TinyShapesPromptMatch
@@ -10,15 +10,8 @@ from .models.hpsv2 import HPSv2
 from .models.hpsv3 import HPSv3
 from .models.judge import UnifiedReward
 from .models.videoalign import VideoAlign
-from .reward import (
-    FunctionReward,
-    Reward,
-    RewardError,
-    RewardOutput,
-    RewardPlaceError,
-    get_reward,
-    register_reward,
-)
+from .registry import get_reward, named_reward_funcs, register_reward
+from .reward import FunctionReward, Reward, RewardError, RewardOutput, RewardPlaceError
 from .reward_set import RewardSet, RewardSetOutput
 
 
@@ -43,6 +36,7 @@ __all__ = [
     "UnifiedReward",
     "VideoAlign",
     "get_reward",
+    "named_reward_funcs",
     "prepare_frames",
     "register_reward",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, option
-from .reward_set import PLACES
+from .reward_set import PLACEMENTS
 
 
 @dataclass
@@ -16,7 +16,7 @@ class RewardConfig(Config):
     reward_options: dict[str, dict[str, Any]] = option(
         {}, "arguments of rewards: name.argument=value,name.argument=value; in YAML {name: {argument: value}}"
     )
-    reward_placement: dict[str, str] = option({}, f"where rewards are scored, name=place: {PLACES}")
+    reward_placement: dict[str, str] = option({}, f"where rewards are scored, name=place: {PLACEMENTS}")
     reward_timeout: float = option(
         600, "seconds after which a batch's rewards count as hung, wherever they are, and the run ends", minimum=1e-3
     )

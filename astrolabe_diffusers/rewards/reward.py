@@ -1,22 +1,16 @@
-"""What a reward is, and how a name finds one."""
+"""What a reward is."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import math
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..spelling import close_matches
-from .frame_request import FrameRequest, prepare_frames
+from .frames import FrameRequest, prepare_frames
 
 
 class RewardError(RuntimeError):
@@ -104,135 +98,25 @@ class Reward(ABC):
 
 
 class FunctionReward(Reward):
-    """A plain function `fn(videos, prompts, metadata) -> (scores, info)` as a reward; arguments as in `Reward.score`.
-    Further arguments of the function are its options.
+    """A plain function as a reward: `function(videos, prompts, metadata)`, with arguments as in `Reward.score` and
+    `options` as further keywords.
 
-    `scores` and each value of `info` (which may be `None`) are B numbers in a tensor, an array or a list.
+    It returns the scores, or a pair of them and an `info`, which may be `None`; scores and each value of `info` are B
+    numbers in a tensor, an array or a list.
     """
 
-    def __init__(self, function: Callable):
-        self.function = function
+    def __init__(self, function: Callable, **options: Any):
+        self.function, self.options = function, options
 
     def score(self, videos, prompts, metadata=None):
-        scores, info = self.function(videos, prompts, metadata)
+        result = self.function(videos, prompts, metadata, **self.options)
+        pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict | None)
+        scores, info = result if pair else (result, None)
         return RewardOutput(_float_tensor(scores), {name: _float_tensor(part) for name, part in (info or {}).items()})
 
 
 def _float_tensor(values) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.float32, device="cpu")
-
-
-_REGISTRY: dict[str, type[Reward]] = {}
-
-
-def register_reward(name: str) -> Callable[[type[Reward]], type[Reward]]:
-    """Class decorator: makes a `Reward` known by `name`. A name that is taken raises `ValueError`."""
-
-    def register(cls: type[Reward]) -> type[Reward]:
-        if name in _REGISTRY:
-            raise ValueError(f"the reward name {name!r} is taken by {_REGISTRY[name].__qualname__}.")
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any) -> Reward:
-    """
-    Makes the reward that `name` means, with these options.
-
-    Args:
-        name: a registered name, or the dotted path "package.module:Name" or "package.module.Name" of a `Reward`
-            subclass or of a function `fn(videos, prompts, metadata) -> (scores, info)`.
-        defaults: further options, for a reward that has them: `{"fps": 16.0}`, frames a second of the videos.
-
-    Raises:
-        ValueError: nothing has that name, or it has no such option; the message lists those that there are.
-    """
-    if name in _REGISTRY:
-        return _make(name, _REGISTRY[name], options, defaults)
-    module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
-    if not module_name or not attribute:
-        raise ValueError(
-            f"unknown reward {name!r}{close_matches(name, _REGISTRY)}; known: {', '.join(sorted(_REGISTRY))}, or a "
-            "dotted path 'package.module:Name'."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that exists but misses one of its own imports must say so itself.
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
-        raise ValueError(
-            f"unknown reward {name!r}: no module named {error.name!r} (is its folder on PYTHONPATH?); "
-            f"known: {', '.join(sorted(_REGISTRY))}."
-        ) from None
-    target = getattr(module, attribute, None)
-    if isinstance(target, type) and issubclass(target, Reward):
-        return _make(name, target, options, defaults)
-    if callable(target) and not isinstance(target, type):
-        # The first three arguments are videos, prompts and metadata.
-        parameters = list(inspect.signature(target).parameters.values())[3:]
-        return FunctionReward(partial(target, **_all_options(name, parameters, _hints(target), options, defaults)))
-    problem = f"holds a {type(target).__name__} there"
-    if target is None:
-        problem = f"has no such attribute{close_matches(attribute, vars(module))}"
-    raise ValueError(f"reward {name!r} is neither a Reward subclass nor a function: {module_name} {problem}.")
-
-
-def _make(name: str, cls: type[Reward], options: dict[str, Any], defaults: dict[str, Any] | None) -> Reward:
-    parameters = list(inspect.signature(cls).parameters.values())
-    return cls(**_all_options(name, parameters, _hints(cls.__init__), options, defaults))
-
-
-def _hints(function: Callable) -> dict[str, Any]:
-    try:
-        return get_type_hints(function)
-    except (NameError, TypeError):
-        # Names that are only imported for type checkers, and callables that are no functions.
-        return {}
-
-
-def _all_options(
-    name: str,
-    parameters: list[inspect.Parameter],
-    hints: dict[str, Any],
-    options: dict[str, Any],
-    defaults: dict[str, Any] | None,
-) -> dict[str, Any]:
-    known = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    unknown = [option for option in options if option not in known]
-    if unknown and len(known) == len(parameters):
-        raise ValueError(f"reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
-    for parameter in parameters:
-        if parameter.name in options:
-            _check_option(name, parameter, hints.get(parameter.name), options[parameter.name])
-    return {option: value for option, value in (defaults or {}).items() if option in known} | options
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-
-
-def _check_option(name: str, parameter: inspect.Parameter, hint: Any, value: Any):
-    """`ValueError` unless a value is of the type that is declared, or, where none is, of the kind of the default."""
-    if hint is None:
-        kind = type(parameter.default)
-        # Who writes 1 as a default need not mean whole numbers.
-        hint = float if kind in (int, float) else kind if kind in (str, bool) else Any
-    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if not any(_is_a(value, choice) for choice in choices):
-        wanted = " or ".join(_KINDS.get(choice, getattr(choice, "__name__", str(choice))) for choice in choices)
-        raise ValueError(f"the option {parameter.name!r} of reward {name!r} must be {wanted}, not {value!r}.")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    kind = get_origin(hint) or hint
-    # What is no class, such as `Any`, is not for us to check.
-    return not isinstance(kind, type) or kind is Any or isinstance(value, kind)
 
 
 def check_device(name: str | torch.device) -> torch.device:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..spelling import close_matches
+from .closing import Closing
 from .http_client import split_url
 from .placement.local import LocalRewards
-from .placement.process import WorkerRewards
+from .placement.process import ProcessRewards
 from .placement.remote import RemoteRewards
-from .reward import RewardError, check_device
+from .reward import Reward, RewardError, check_device
 
 
-PLACES = (
+PLACEMENTS = (
     "'trainer', 'offload', a device such as 'cuda:1', 'process', 'process:cuda:1' or 'http://host:port'; of several, "
     "'process:cuda:6|process:cuda:7', each training process takes one in turn"
 )
@@ -37,26 +40,29 @@ class RewardSetOutput:
     info: dict[str, torch.Tensor]
 
 
-class RewardSet:
+class RewardSet(Closing):
     """
-    Scores videos by several rewards and adds them up, each on its raw scale.
+    Scores videos by several rewards and adds them up, each on its raw scale. As a context manager it is closed at
+    the end.
 
     Args:
         weights: reward name or dotted path (see `get_reward`) -> weight. A reward of weight 0 is measured and logged
             but does not count.
         options: for some of them, keyword arguments.
-        placement: for some of them, where they are scored; those of one place are together, and places work at the
-            same time:
+        placement: for some of them, where they are scored; those of one are together, and several work at the same
+            time:
 
             - `"trainer"`, the default: in this process, on the device that each chooses.
             - `"offload"`: in this process, on the GPU only while they score; `takes_turns` is true then.
             - `"cpu"`, `"cuda:1"`, ...: in this process, on that device.
-            - `"process"`, `"process:cuda:1"`: in a process of their own, see `WorkerRewards`.
+            - `"process"`, `"process:cuda:1"`: in a process of their own, see `ProcessRewards`.
             - `"http://host:port"`: on a server, see `RemoteRewards`. It has its own options.
             - `"process:cuda:6|process:cuda:7"`: of several places the one whose turn it is for `process_index`.
         timeout: seconds that another process or a server may take for a batch.
         fps: frames a second of the videos, the option `fps` of rewards that have it and are not given another.
         process_index: of this process among those of a run.
+        rewards: for some of them, what their name means: a function, or a `Reward` or its class (see `make_reward`),
+            which is scored in this process.
 
     Raises:
         ValueError: a name, an option or a place does not exist, an option is of another type than the reward
@@ -72,42 +78,42 @@ class RewardSet:
         timeout: float = 300.0,
         fps: float | None = None,
         process_index: int = 0,
+        rewards: Mapping[str, str | Reward | Callable] | None = None,
     ):
         if not weights:
             raise ValueError("no reward is named; give at least one, such as {'motion_smoothness': 1.0}.")
         for name, weight in weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of {name!r} must be a finite number, not {weight}.")
-        options, placement = options or {}, placement or {}
-        for name in (*options, *placement):
+        options, placement, rewards = options or {}, placement or {}, rewards or {}
+        for name in (*options, *placement, *rewards):
             if name not in weights:
                 close = close_matches(name, weights)
                 raise ValueError(f"{name!r}{close} is none of the rewards {', '.join(weights)}.")
         self.weights = dict(weights)
-        names: dict[str, list[str]] = {}
+        groups: dict[Placement, dict[str, str | Reward | Callable]] = {}
         for name in weights:
-            places = placement.get(name, "trainer").split("|")
-            for place in places:
-                _check_place(place)
-            names.setdefault(places[process_index % len(places)], []).append(name)
-        self.takes_turns = "offload" in names
+            source = rewards.get(name, name)
+            choices = [Placement.parse(text, name, source) for text in placement.get(name, "trainer").split("|")]
+            groups.setdefault(choices[process_index % len(choices)], {})[name] = source
+        self.takes_turns = any(group.kind == "offload" for group in groups)
         defaults = {"fps": fps} if fps else {}
-        self._executor, self._places = None, []
-        try:
-            for place, group in names.items():
-                chosen = {name: options[name] for name in group if name in options}
-                self._places.append(_make_place(place, group, chosen, timeout, defaults))
-        except BaseException:
-            self.close()  # the processes that have been started
-            raise
-        away = [place for place in self._places if not isinstance(place, LocalRewards)]
-        if away:
-            self._executor = ThreadPoolExecutor(len(away), thread_name_prefix="reward-places")
+        self._here: list[LocalRewards] = []
+        self._away: list[ProcessRewards | RemoteRewards] = []
+        with ExitStack() as resources:
+            for group, sources in groups.items():
+                chosen = {name: options[name] for name in sources if name in options}
+                placed = resources.enter_context(group.make(sources, chosen, timeout, defaults))
+                (self._here if group.is_here else self._away).append(placed)
+            if self._away:
+                self._executor = ThreadPoolExecutor(len(self._away), thread_name_prefix="reward-placements")
+                resources.callback(self._executor.shutdown, wait=False, cancel_futures=True)
+            self._resources = resources.pop_all()
 
     @property
     def using_prompts(self) -> list[str]:
         """The names of those rewards that look at the prompt."""
-        return [name for place in self._places for name in place.using_prompts]
+        return [name for placed in (*self._here, *self._away) for name in placed.using_prompts]
 
     def __call__(
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None
@@ -152,51 +158,65 @@ class RewardSet:
         return RewardSetOutput(total=total, scores=scores, info=info)
 
     def _score(self, videos, prompts, metadata):
-        away = [
-            self._executor.submit(place.score, videos, prompts, metadata)
-            for place in self._places
-            if not isinstance(place, LocalRewards)
-        ]
+        answers = [self._executor.submit(placed.score, videos, prompts, metadata) for placed in self._away]
+        outputs = {}
         try:
-            outputs = {}
-            for place in self._places:
-                if isinstance(place, LocalRewards):
-                    outputs |= place.score(videos, prompts, metadata)
+            for placed in self._here:
+                outputs |= placed.score(videos, prompts, metadata)
         finally:
-            wait(away)  # no place is asked anew before it has answered
-        for future in away:
-            outputs |= future.result()
+            wait(answers)  # none is asked anew before it has answered
+        for answer in answers:
+            outputs |= answer.result()
         return outputs
 
     def close(self):
         """Ends the processes and threads of rewards."""
-        for place in self._places:
-            place.close()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        self._resources.close()
 
 
-def _check_place(place: str):
-    kind, _, device = place.partition(":")
-    if kind in ("http", "https"):
-        return
-    try:
-        if place not in ("trainer", "offload", "process"):
-            torch.device(device if kind == "process" else place)
-    except RuntimeError:
-        raise ValueError(f"there is no place {place!r} for rewards; it can be {PLACES}.") from None
-    if device or place not in ("trainer", "offload", "process"):
-        check_device(device if kind == "process" else place)
+@dataclass(frozen=True)
+class Placement:
+    """Where rewards are scored: `kind` is "trainer", "offload", "device", "process" or "server", with the `device` of
+    a device or a process and the `address` of a server."""
 
+    kind: str
+    device: str | None = None
+    address: str | None = None
 
-def _make_place(place, names, options, timeout, defaults):
-    kind, _, device = place.partition(":")
-    if kind in ("http", "https"):
-        if options:
-            address, _ = split_url(place)
-            raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {address}.")
-        return RemoteRewards(place, names, timeout)
-    if kind == "process":
-        return WorkerRewards(names, options, device or None, timeout, defaults)
-    device = None if kind in ("trainer", "offload") else place
-    return LocalRewards(names, options, device, kind == "offload", defaults)
+    @classmethod
+    def parse(cls, text: str, name: str, source: str | Reward | Callable) -> Placement:
+        """`ValueError` unless the reward `name`, which `source` says, can be scored there."""
+        kind, _, device = text.partition(":")
+        if kind in ("http", "https"):
+            placement = cls("server", address=text)
+        elif text in ("trainer", "offload", "process"):
+            placement = cls(text)
+        else:
+            placement = cls("process", device) if kind == "process" else cls("device", text)
+            try:
+                torch.device(placement.device)
+            except RuntimeError:
+                raise ValueError(f"there is no place {text!r} for rewards; it can be {PLACEMENTS}.") from None
+            check_device(placement.device)
+        if not placement.is_here and not isinstance(source, str):
+            raise ValueError(
+                f"reward {name!r} is an object of this process: it cannot be scored by another, {text!r}, only at "
+                "'trainer', 'offload' or a device such as 'cuda:1'."
+            )
+        return placement
+
+    @property
+    def is_here(self) -> bool:
+        """In this process."""
+        return self.kind in ("trainer", "offload", "device")
+
+    def make(self, sources, options, timeout, defaults) -> LocalRewards | ProcessRewards | RemoteRewards:
+        """Rewards at this placement; arguments as those of [`RewardSet`]."""
+        if self.kind == "server":
+            if options:
+                shown, _ = split_url(self.address)
+                raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {shown}.")
+            return RemoteRewards(self.address, sources, timeout)
+        if self.kind == "process":
+            return ProcessRewards(sources, options, self.device, timeout, defaults)
+        return LocalRewards(sources, options, self.device, self.kind == "offload", defaults)

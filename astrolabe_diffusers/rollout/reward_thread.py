@@ -10,12 +10,13 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
 from ..errors import UserError
+from ..rewards.closing import Closing
 
 
 PATIENCE = 10
 
 
-class RewardThread:
+class RewardThread(Closing):
     """Runs calls one after the other in a background thread.
 
     Python waits for the threads of a `ThreadPoolExecutor` before it exits, so that a reward that hangs would keep a
@@ -32,30 +33,27 @@ class RewardThread:
         self._calls = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(initializer,), name="rewards", daemon=True)
         self._thread.start()
-        atexit.register(self.shutdown)
+        atexit.register(self.close)
 
     def submit(self, function: Callable, *arguments) -> Future:
         future = Future()
         self._calls.put((future, function, arguments))
         return future
 
-    def shutdown(self):
-        """End the thread after the calls so far; waits for them no longer than `PATIENCE` seconds."""
-        atexit.unregister(self.shutdown)
+    def close(self):
+        """Ends the thread after the calls so far; waits for them no longer than `PATIENCE` seconds."""
+        atexit.unregister(self.close)
         self._calls.put(None)
         self._thread.join(PATIENCE)
 
     def _work(self, initializer: Callable[[], object] | None):
         if initializer is not None:
             initializer()
-        while self._run_next():
-            pass
+        while (call := self._calls.get()) is not None:
+            self._run(*call)
+            del call  # its videos, while the next one is waited for
 
-    def _run_next(self) -> bool:
-        call = self._calls.get()
-        if call is None:
-            return False
-        future, function, arguments = call
+    def _run(self, future: Future, function: Callable, arguments: tuple):
         watchdog = threading.Timer(self.timeout, self._give_up, (future,))
         watchdog.daemon = True
         watchdog.start()
@@ -68,7 +66,6 @@ class RewardThread:
             except BaseException as error:  # sys.exit() in a reward must not end the run with its code
                 future.set_exception(UserError(f"a reward ended with {error!r}."))
         watchdog.cancel()
-        return True
 
     def _give_up(self, future: Future):
         with suppress(InvalidStateError):

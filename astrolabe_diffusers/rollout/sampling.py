@@ -11,7 +11,7 @@ from ..errors import as_user_error
 from ..pipelines.block_generation import BlockGenerator, Sampling
 from .past import Past
 from .samples import Sample, Trajectory, VideoBatch
-from .scoring import RewardWorker
+from .scoring import ScoringThread
 from .seeds import seeded_generator
 
 
@@ -153,7 +153,7 @@ class Rollout:
     """
 
     pipeline: object
-    scoring: RewardWorker
+    scoring: ScoringThread
 
     def __post_init__(self):
         self.encoder = PromptEncoder(self.pipeline)
@@ -177,7 +177,7 @@ class Rollout:
             size: `height`, `width` and `num_frames` of the videos, past included.
             past: what of the videos is not scored.
             keep_trajectory: as in [`Sampler`].
-            watched, keep: as in [`RewardWorker.submit`].
+            watched, keep: as in [`ScoringThread.submit`].
         """
         if past.shared:
             sampler = SharedPastSampler(self.pipeline, size, keep_trajectory, num_past_frames=past.num_frames)

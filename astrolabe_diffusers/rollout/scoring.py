@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object
@@ -17,6 +18,7 @@ from ..distributed.agreement import raise_together
 from ..errors import UserError, one_line, summarize_exception
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
 from ..rewards import RewardError, RewardPlaceError, RewardSet
+from ..rewards.closing import Closing
 from .reward_thread import RewardThread
 from .samples import Sample, VideoBatch
 
@@ -37,8 +39,9 @@ class Scores:
     seconds: float
 
 
-class RewardWorker:
-    """Decodes and scores videos in one background thread; in turn with sampling if rewards are offloaded meanwhile.
+class ScoringThread(Closing):
+    """Decodes and scores videos in one background thread while the next ones are sampled, or in turn with sampling if
+    rewards are offloaded meanwhile. Its [`close`] closes the rewards too.
 
     Args:
         vae ([`AutoencoderKLWan`]): decodes the latents; nothing else should use it meanwhile.
@@ -63,8 +66,7 @@ class RewardWorker:
         self._reward_sets = [reward_set for reward_set in (rewards, watched) if reward_set is not None]
         # The current CUDA device belongs to a thread.
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        initializer = None if device is None else (lambda: torch.cuda.set_device(device))
-        self._thread = RewardThread(timeout, initializer)
+        self._thread = RewardThread(timeout, None if device is None else partial(torch.cuda.set_device, device))
 
     def submit(
         self,
@@ -102,7 +104,7 @@ class RewardWorker:
     def _score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool) -> dict[str, torch.Tensor]:
         values = self._call(self.rewards, videos, samples)
         if watched and self.watched is not None:
-            values |= {n: v for n, v in self._call(self.watched, videos, samples).items() if n not in values}
+            values = values | self._call(self.watched, videos, samples) | values
         return values
 
     def _call(self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -124,10 +126,11 @@ class RewardWorker:
             raise UserError(f"a reward failed on {prompts[0]!r}: {summarize_exception(error)}") from error
         return {"reward": output.total, **output.scores, **output.info}
 
-    def shutdown(self):
-        self._thread.shutdown()
+    def close(self):
+        """Ends the rewards, which a call may be waiting for, and then the thread."""
         for reward_set in self._reward_sets:
             reward_set.close()
+        self._thread.close()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..errors import UserError, as_user_error
 from ..reporting.trackers import tracker_names
-from ..rewards import RewardSet
+from ..rewards import RewardSet, named_reward_funcs
 from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, prompt_path, train_and_eval_prompts
 from .config import OnlineConfig
 
@@ -73,8 +73,6 @@ def name_rewards(config: OnlineConfig, reward_funcs: Sequence | None) -> tuple[O
     """The settings with the names of `reward_funcs` as rewards, and what is called so."""
     if reward_funcs is None:
         return config, {}
-    from ..rewards import named_reward_funcs
-
     with as_user_error("reward_funcs"):
         named = named_reward_funcs(reward_funcs)
     return replace(config, rewards={name: config.rewards.get(name, 1.0) for name in named}), named
@@ -99,8 +97,7 @@ def make_rewards(
         placement = {name: value for name, value in config.reward_placement.items() if name in weights}
         with as_user_error(field):
             given = {name: reward for name, reward in (named or {}).items() if name in weights}
-            extra = {"rewards": given} if given else {}
-            return RewardSet(weights, options, placement, config.reward_timeout, fps, process_index, **extra)
+            return RewardSet(weights, options, placement, config.reward_timeout, fps, process_index, given)
 
     rewards = reward_set("rewards", config.rewards)
     with ExitStack() as stack:

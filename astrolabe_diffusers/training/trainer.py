@@ -26,7 +26,7 @@ from ..reporting.trackers import closing_trackers
 from ..rollout.past import make_windows
 from ..rollout.samples import Sample, VideoBatch, epoch_samples, eval_samples, process_batches
 from ..rollout.sampling import Rollout
-from ..rollout.scoring import RewardWorker, gather_scores
+from ..rollout.scoring import ScoringThread, gather_scores
 from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
 from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
@@ -177,10 +177,10 @@ class OnlineTrainer:
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)
-        self.rewards = RewardWorker(
+        self.rewards = ScoringThread(
             self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip", timeout=config.reward_timeout
         )
-        self.resources.callback(self.rewards.shutdown)
+        self.resources.callback(self.rewards.close)
         self.rollouts = Rollout(self.pipeline, self.rewards)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.eval_size = video_size(

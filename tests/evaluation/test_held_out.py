@@ -28,7 +28,7 @@ def run(pipe, batch_size, folder=None, num_videos=0):
     worker = reward_worker(pipe, watched="tests.training.rewards:contrast")
     with use_policy(pipe.transformer, "current"):
         result = evaluate(Rollout(pipe, worker), SAMPLES, SIZE, batch_size, 5, 0, 1, folder, num_videos)
-    worker.shutdown()
+    worker.close()
     return result
 
 
@@ -58,7 +58,7 @@ def test_first_videos_are_kept_and_written(pipe, tmp_path):
 def test_batches_are_reported(pipe):
     worker, calls = reward_worker(pipe), []
     evaluate(Rollout(pipe, worker), SAMPLES, SIZE, 4, None, 0, 1, on_batch=lambda *call: calls.append(call))
-    worker.shutdown()
+    worker.close()
     assert calls == [(1, 2), (2, 2)]
 
 

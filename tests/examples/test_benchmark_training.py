@@ -22,7 +22,7 @@ def test_sizes_and_rewards_are_those_of_the_published_run(model_folder, capsys):
 
 
 def test_rewards_of_published_runs_exist():
-    from astrolabe_diffusers.rewards.reward import _REGISTRY
+    from astrolabe_diffusers.rewards.registry import _REGISTRY
     from tests.training.test_published_runs import RUNS
 
     assert {reward for _, rewards, *_ in RUNS.values() for reward in rewards} <= set(_REGISTRY)

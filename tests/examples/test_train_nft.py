@@ -139,7 +139,7 @@ def test_reloaded_adapter_reproduces_the_evaluation(finished, model_folder):
     size = {"height": 32, "width": 32, "num_frames": 21}
     with torch.no_grad():
         evaluation, _ = evaluate(pipe, PromptEncoder(pipe), worker, samples, size, 4, 4, 0, 1)
-    worker.shutdown()
+    worker.close()
     first, *_, last = read_jsonl(folder / "eval.jsonl")
     assert evaluation.scores["reward"] == pytest.approx(last["scores"]["reward"], abs=1e-6)
     differences = [abs(a - b) for a, b in zip(first["scores"]["reward"], last["scores"]["reward"])]

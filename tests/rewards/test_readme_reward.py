@@ -62,11 +62,11 @@ def test_every_place_of_the_table_is_one(monkeypatch):
     table = SECTION.split("reward_placement name=place")[1].split("\n\n")[0]
     places = [place for row in table.splitlines()[2:] for place in re.findall(r"`([^`]+)`", row.split("|")[1])]
     assert places == ["trainer", "offload", "cuda:1", "cpu", "process", "process:cuda:1", "http://host:port"]
-    from astrolabe_diffusers.rewards.reward_set import PLACES, _check_place
+    from astrolabe_diffusers.rewards.reward_set import PLACEMENTS, Placement
 
     for place in places:
-        _check_place(place)
-        assert f"'{place}'" in PLACES or place == "cpu"
+        Placement.parse(place, "sharpness", "sharpness")
+        assert f"'{place}'" in PLACEMENTS or place == "cpu"
 
 
 def test_score_command(checkout):

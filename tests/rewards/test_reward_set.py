@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.rewards import RewardError, RewardSet, get_reward
-from tests.rewards.placed_rewards import make_batch
+from tests.rewards.placed_rewards import Bright, make_batch
 
 
 PATH = "tests.rewards.test_reward_set"
@@ -67,14 +67,32 @@ def test_metadata_reaches_the_rewards():
 
     def remember(videos, prompts, metadata):
         seen.append(metadata)
-        return torch.zeros(len(prompts)), {}
+        return torch.zeros(len(prompts))
 
-    globals()["remember"] = remember
-    try:
-        RewardSet({f"{PATH}:remember": 1.0})(torch.rand(2, 1, 3, 8, 8), CAPTIONS, [{"a": 1}, {"a": 2}])
-    finally:
-        del globals()["remember"]
+    rewards = RewardSet({"remember": 1.0}, rewards={"remember": remember})
+    rewards(torch.rand(2, 1, 3, 8, 8), CAPTIONS, [{"a": 1}, {"a": 2}])
     assert seen == [[{"a": 1}, {"a": 2}]]
+
+
+def test_functions_and_objects_are_rewards_of_this_process():
+    def brightness(videos, prompts, metadata, fps, scale=1.0):
+        return fps * scale * videos.mean((1, 2, 3, 4))
+
+    videos, weights = torch.rand(2, 4, 3, 16, 16), {"brightness": 2.0, "bright": 1.0, "sharpness": 1.0}
+    objects = {"brightness": brightness, "bright": Bright(), "sharpness": "sharpness"}
+    placement = {"brightness": "cpu", "bright": "offload"}
+    options = {"brightness": {"scale": 3.0}}
+    with RewardSet(weights, options, placement, fps=8.0, rewards=objects) as rewards:
+        output = rewards(videos, CAPTIONS)
+    means = videos.mean((1, 2, 3, 4))
+    torch.testing.assert_close(output.scores["brightness"], 24 * means)
+    torch.testing.assert_close(output.total, 49 * means + get_reward("sharpness").score(videos, CAPTIONS).scores)
+    for text in ("process", "http://127.0.0.1:9", "trainer|process:cpu"):
+        with pytest.raises(ValueError, match=r"'bright' is an object of this process: it cannot be ") as error:
+            RewardSet(weights, placement={"bright": text}, rewards=objects)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"'brigth' \(did you mean bright.*\) is none of the rewards"):
+        RewardSet(weights, rewards={"brigth": Bright()})
 
 
 def test_scoring_in_a_worker_thread_records_no_gradients_and_its_scores_may_enter_a_loss():

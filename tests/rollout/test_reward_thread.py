@@ -14,7 +14,7 @@ def test_calls_run_in_order_in_another_thread():
     here = threading.get_ident()
     futures = [thread.submit(lambda i=i: (i, threading.get_ident() == here)) for i in range(5)]
     assert [future.result() for future in futures] == [(i, False) for i in range(5)]
-    thread.shutdown()
+    thread.close()
 
 
 def test_an_error_belongs_to_its_call():
@@ -24,7 +24,7 @@ def test_an_error_belongs_to_its_call():
     with pytest.raises(UserError, match=r"ended with SystemExit\(3\)"):
         thread.submit(sys.exit, 3).result()
     assert thread.submit(lambda: 1).result() == 1
-    thread.shutdown()
+    thread.close()
 
 
 def test_a_call_that_hangs_is_given_up_and_its_result_comes_too_late():
@@ -35,7 +35,7 @@ def test_a_call_that_hangs_is_given_up_and_its_result_comes_too_late():
     release.set()
     assert thread.submit(lambda: 1).result() == 1
     assert isinstance(future.exception(), UserError)
-    thread.shutdown()
+    thread.close()
 
 
 def test_a_call_that_hangs_does_not_keep_the_process():

@@ -50,7 +50,7 @@ def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNES
     for i, (batch, advantages) in enumerate(zip(batches, split(ADVANTAGES))):
         noised = nft_batch(batch, advantages)
         accumulate_gradients(accelerator, model, noised, config(), count, synchronize=i == len(batches) - 1)
-    worker.shutdown()
+    worker.close()
     return pipe.transformer, scores, [p.grad.clone() for p in policy_parameters(pipe.transformer)]
 
 
@@ -64,7 +64,7 @@ def gradients_without_synchronisation(accelerator, batch_size: int):
     with use_policy(pipe.transformer, "old"):
         batches = process_batches(SAMPLES, batch_size, accelerator.process_index, accelerator.num_processes)
         batch = next(Rollout(pipe, worker).generate(batches, SIZE))
-    worker.shutdown()
+    worker.close()
     noised = nft_batch(batch, torch.ones(batch_size))
     accumulate_gradients(accelerator, model, noised, config(), batch_size, synchronize=True)
     return [p.grad.clone() for p in policy_parameters(pipe.transformer)]

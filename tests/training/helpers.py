@@ -18,7 +18,7 @@ from astrolabe_diffusers.files.output_folder import list_checkpoints
 from astrolabe_diffusers.rewards import RewardSet
 from astrolabe_diffusers.rollout.prompts import Prompt
 from astrolabe_diffusers.rollout.samples import Sample
-from astrolabe_diffusers.rollout.scoring import RewardWorker
+from astrolabe_diffusers.rollout.scoring import ScoringThread
 from astrolabe_diffusers.training.nft import NFTConfig
 from astrolabe_diffusers.training.nft.gradient import NFTBatch
 from astrolabe_diffusers.training.policies import OLD, add_policies, policy_parameters
@@ -83,9 +83,9 @@ def config(**values) -> NFTConfig:
     return NFTConfig(**{"rewards": {BRIGHTNESS: 1.0}, "beta": 0.7, "kl_weight": 0.3, **values})
 
 
-def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> RewardWorker:
+def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> ScoringThread:
     watched = RewardSet({watched: 1.0}) if watched else None
-    return RewardWorker(pipe.vae, RewardSet({rewards: 1.0}), watched, **options)
+    return ScoringThread(pipe.vae, RewardSet({rewards: 1.0}), watched, **options)
 
 
 def tiny_settings(model, output_dir, **values) -> dict:

@@ -9,7 +9,7 @@ import yaml
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rollout.sampling import Rollout
-from astrolabe_diffusers.rollout.scoring import RewardWorker, gather_scores
+from astrolabe_diffusers.rollout.scoring import ScoringThread, gather_scores
 from astrolabe_diffusers.training.build import make_rewards
 from astrolabe_diffusers.training.nft import NFTConfig
 from tests.training.helpers import SIZE, make_samples, policy_pipeline
@@ -116,7 +116,7 @@ def test_a_rollout_is_scored_wherever_its_rewards_are():
         config = NFTConfig(
             rewards={name: 1.0, ends: 0.5}, reward_placement=dict.fromkeys([name, ends], place), reward_timeout=60
         )
-        worker = RewardWorker(pipe.vae, *make_rewards(config, 16))
+        worker = ScoringThread(pipe.vae, *make_rewards(config, 16))
         generated = rollout(worker, samples)
         if place == "offload":
             assert all(batch.scores.done() for batch in generated)
@@ -126,7 +126,7 @@ def test_a_rollout_is_scored_wherever_its_rewards_are():
             with pytest.raises(UserError, match="ended twice over the same videos by SIGKILL") as error:
                 gather_scores(rollout(worker, [*samples[:2], deadly, samples[3]]), samples)
             assert "\n" not in str(error.value)
-        worker.shutdown()
+        worker.close()
     torch.testing.assert_close(scores["offload"], scores["trainer"])
     # Frames travel with 256 steps.
     travelled = (scores["trainer"][name] * 255).round() / 255

@@ -20,7 +20,7 @@ def trainer(model_folder, tmp_path_factory):
     randomize_adapters(trainer.transformer)
     trainer.start()
     yield trainer
-    trainer.rewards.shutdown()
+    trainer.rewards.close()
     trainer.accelerator.end_training()
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path):
     arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1, rank=2, init_lora=first)
     again = NFTTrainer(config=parse_args(arguments))
     again.train()
-    again.rewards.shutdown()
+    again.rewards.close()
     trainer.evaluate()
     before = trainer.report.evaluations[-1].scores["reward"]
     assert again.report.evaluations[0].scores["reward"] == pytest.approx(before, abs=1e-5)

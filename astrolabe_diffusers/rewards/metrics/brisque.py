@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..frame_request import FrameRequest
-from ..frame_selection import FrameSelection
-from ..reward import Reward, RewardOutput, register_reward
+from ..frames import FrameRequest, FrameSelection
+from ..registry import register_reward
+from ..reward import Reward, RewardOutput
 
 
 @register_reward("brisque")

@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from ..frame_request import FrameRequest
-from ..reward import Reward, RewardOutput, register_reward
+from ..frames import FrameRequest
+from ..registry import register_reward
+from ..reward import Reward, RewardOutput
 from .video_quality import luminance
 
 

@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 
-from ..reward import Reward, RewardOutput, register_reward
+from ..registry import register_reward
+from ..reward import Reward, RewardOutput
 
 
 # RGB in [0, 1]. Any two differ by at least 0.45 (Euclidean), an object and its background by at least 0.57.

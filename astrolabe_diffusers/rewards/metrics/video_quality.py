@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..reward import Reward, RewardOutput, register_reward
+from ..registry import register_reward
+from ..reward import Reward, RewardOutput
 
 
 def luminance(videos: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ from torch import nn
 
 from ...layouts.tensor_files import find_weights
 from ...layouts.wan_checkpoints import misfits
-from ..reward import register_reward
-from .model_reward import FrameReward, normalize, place
+from ..registry import register_reward
+from .model_reward import FrameReward, device_and_dtype, normalize
 from .published_files import fetch, read_weights
 
 
@@ -55,7 +55,7 @@ class Aesthetic(FrameReward):
         super().__init__(frames, fps, top_fraction, batch_size)
         from transformers import CLIPModel
 
-        device, dtype = place(device, dtype)
+        device, dtype = device_and_dtype(device, dtype)
         path = fetch(checkpoint, list(_WEIGHTS))
         weights = read_weights(find_weights(path, _WEIGHTS))
         folder = fetch(base, ["config.json", "model.safetensors"])

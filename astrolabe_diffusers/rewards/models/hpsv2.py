@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from ...layouts.tensor_files import find_weights
 from ...layouts.wan_checkpoints import misfits
-from ..reward import register_reward
-from .model_reward import FrameReward, place, standardize
+from ..registry import register_reward
+from .model_reward import FrameReward, device_and_dtype, standardize
 from .published_files import fetch, read_weights
 
 
@@ -59,7 +59,7 @@ class HPSv2(FrameReward):
         if architecture not in open_clip.list_models():
             raise ValueError(f"open_clip has no architecture {architecture!r}.")
         self.tokenize = open_clip.get_tokenizer(architecture)
-        device, dtype = place(device, dtype)
+        device, dtype = device_and_dtype(device, dtype)
         self.model = open_clip.create_model(architecture, pretrained=None, output_dict=True)
         if found := misfits(weights, {name: tensor.shape for name, tensor in self.model.state_dict().items()}):
             raise ValueError(f"this checkpoint does not fit {architecture}: {found}.")

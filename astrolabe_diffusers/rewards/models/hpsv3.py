@@ -10,8 +10,8 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ...layouts.tensor_files import find_weights
-from ..reward import register_reward
-from .model_reward import FrameReward, place
+from ..registry import register_reward
+from .model_reward import FrameReward, device_and_dtype
 from .published_files import fetch, read_constants, read_weights
 from .qwen2_vl_inputs import RewardPrompt, resized_size
 
@@ -74,7 +74,7 @@ class HPSv3(FrameReward):
         config = Qwen2VLConfig.from_pretrained(folder)
         with init_empty_weights():
             head = _head(config.text_config.hidden_size)
-        self.model = load_reward_model(weights, base, config, head, self.prompt, *place(device, dtype))
+        self.model = load_reward_model(weights, base, config, head, self.prompt, *device_and_dtype(device, dtype))
 
     def frame_size(self, height, width):
         return resized_size(height, width, _PIXELS, _PIXELS)

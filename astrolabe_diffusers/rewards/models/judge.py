@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from PIL import Image
 
-from ..frame_request import FrameRequest
-from ..frame_selection import FrameSelection
+from ..frames import FrameRequest, FrameSelection
 from ..http_client import HttpClient
 from ..placement.wire import read_json
-from ..reward import Reward, RewardError, RewardOutput, RewardPlaceError, register_reward
+from ..registry import register_reward
+from ..reward import Reward, RewardError, RewardOutput, RewardPlaceError
 
 
 INSTRUCTION = """These are {count} frames of one video, in order. A model was asked to make it from the caption below.

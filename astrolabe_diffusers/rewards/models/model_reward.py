@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..frame_request import FrameRequest
-from ..frame_selection import FrameSelection, top_fraction_mean
+from ..frames import FrameRequest, FrameSelection, top_fraction_mean
 from ..reward import Reward, RewardOutput, check_device
 
 
@@ -18,7 +17,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of a reward's weights: by default the GPU if there is one, in bfloat16, or else the CPU."""
     device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")

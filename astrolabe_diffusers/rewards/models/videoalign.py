@@ -12,10 +12,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ...layouts.tensor_files import find_weights
-from ..frame_request import FrameRequest
-from ..frame_selection import FrameSelection
-from ..reward import RewardOutput, register_reward
-from .model_reward import ModelReward, place
+from ..frames import FrameRequest, FrameSelection
+from ..registry import register_reward
+from ..reward import RewardOutput
+from .model_reward import ModelReward, device_and_dtype
 from .published_files import fetch, read_constants, read_weights
 from .qwen2_vl_inputs import RewardPrompt, resized_size
 
@@ -76,7 +76,7 @@ class VideoReward:
         config = Qwen2VLConfig.from_pretrained(base_folder)
         with init_empty_weights():
             head = nn.Linear(config.text_config.hidden_size, outputs, bias=False)
-        self.model = load_reward_model(weights, base, config, head, self.prompt, *place(device, dtype))
+        self.model = load_reward_model(weights, base, config, head, self.prompt, *device_and_dtype(device, dtype))
         self._passes: dict[bool, tuple] = {}
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from ..reward import RewardOutput
 from .local import LocalRewards
-from .wire import Job
+from .wire import ScoringJob
 
 
 class CachedRewards(LocalRewards):
@@ -47,7 +47,7 @@ class CachedRewards(LocalRewards):
         return outputs
 
 
-def _content_keys(job: Job, names: list[str]) -> list[tuple]:
+def _content_keys(job: ScoringJob, names: list[str]) -> list[tuple]:
     """For each video of a job the rewards and a digest of what they look at."""
     tensors = {id(tensor): tensor for tensor in (job.frames[name] for name in names)}
     digests = {

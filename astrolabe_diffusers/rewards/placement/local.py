@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from ..frame_request import FrameRequest, prepare_frames
-from ..reward import Reward, RewardOutput, check_device, get_reward
-from .wire import Job
+from ..closing import Closing
+from ..frames import FrameRequest, prepare_frames
+from ..registry import make_reward
+from ..reward import Reward, RewardOutput, check_device
+from .wire import ScoringJob
 
 
-class LocalRewards:
+class LocalRewards(Closing):
     """
     Rewards that are scored in this process.
 
     Args:
-        names: as in `get_reward`.
+        rewards: names as in `get_reward`; or what `make_reward` makes rewards of, by the names that they are to have.
         options: by name, the keyword arguments of a reward.
         device: where the weights are; where each reward puts them itself if not given.
         offload: keep the weights in the CPU's memory and copy them to the GPU only while videos are scored.
@@ -28,7 +30,7 @@ class LocalRewards:
 
     def __init__(
         self,
-        names: Iterable[str],
+        rewards: Iterable[str] | Mapping[str, str | Reward | Callable],
         options: dict[str, dict[str, Any]] | None = None,
         device: str | None = None,
         offload: bool = False,
@@ -40,8 +42,9 @@ class LocalRewards:
             check_device(device)
         # A reward that takes the GPU by default takes this one, not the trainer's.
         with torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext():
-            for name in names:
-                self.rewards[name] = get_reward(name, defaults, **(options or {}).get(name, {}))
+            for name in rewards:
+                source = rewards[name] if isinstance(rewards, Mapping) else name
+                self.rewards[name] = make_reward(name, source, (options or {}).get(name, {}), defaults)
         if device:
             for reward in self.rewards.values():
                 reward.to(device)
@@ -66,7 +69,7 @@ class LocalRewards:
         }
         return self._score({name: frames[request] for name, request in requests.items()}, prompts, metadata)
 
-    def score_job(self, job: Job) -> dict[str, RewardOutput]:
+    def score_job(self, job: ScoringJob) -> dict[str, RewardOutput]:
         """The output of those rewards that a job asks.
 
         Raises:
@@ -94,7 +97,7 @@ class LocalRewards:
         return {name: output.checked(name, len(prompts)) for name, output in outputs.items()}
 
     def close(self):
-        """Nothing here outlives the process."""
+        """Nothing here has to be ended."""
 
 
 class OffloadedWeights:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..frame_request import FrameRequest
+from ..closing import Closing
+from ..frames import FrameRequest
 from ..reward import RewardError, RewardOutput, RewardPlaceError
 from .local import LocalRewards
-from .wire import Job, outputs_from_json, outputs_to_json, pack_job, unpack_job
+from .wire import ScoringJob, outputs_from_json, outputs_to_json, pack_job, unpack_job
 
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class _Died(Exception):
     """The process is gone."""
 
 
-class WorkerRewards:
+class ProcessRewards(Closing):
     """
     Rewards in a process of their own, with a CUDA context and a Python interpreter of their own: they neither wait for
     the trainer nor does it wait for them.
@@ -55,7 +56,7 @@ class WorkerRewards:
         defaults: dict[str, Any] | None = None,
     ):
         self.names, self.timeout = list(names), timeout
-        self._rewards = {"names": self.names, "options": options, "device": device, "defaults": defaults}
+        self._rewards = {"rewards": self.names, "options": options, "device": device, "defaults": defaults}
         self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
         self._numbers = itertools.count()
         self._closed = False
@@ -84,7 +85,7 @@ class WorkerRewards:
         shape = (videos.shape[1], *videos.shape[-2:])
         if shape not in self._requests:
             self._requests[shape] = self._ask("requests", shape)
-        data = pack_job(Job.make(videos, self._requests[shape], prompts, metadata))
+        data = pack_job(ScoringJob.make(videos, self._requests[shape], prompts, metadata))
         return outputs_from_json(self._ask("score", data), self.names, len(prompts))
 
     def _ask(self, question: str, content: Any) -> Any:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..frame_request import FrameRequest
+from ..closing import Closing
+from ..frames import FrameRequest
 from ..http_client import HttpClient, UnreachableError
 from ..reward import RewardError, RewardOutput, RewardPlaceError
-from .wire import VERSION, Job, outputs_from_json, pack_job, read_json, requests_from_json
+from .wire import VERSION, ScoringJob, outputs_from_json, pack_job, read_json, requests_from_json
 
 
 # The secret that server and clients share, if they do.
@@ -25,7 +26,7 @@ _PAUSE_SECONDS = 1.0
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 
-class RemoteRewards:
+class RemoteRewards(Closing):
     """
     Rewards that a server scores. One that is busy is asked again until `timeout` seconds have passed, and one that
     cannot be reached for 45 of them; one that takes longer to answer, or answers nonsense, is not.
@@ -70,7 +71,7 @@ class RemoteRewards:
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
-        data = pack_job(Job.make(videos, self._requests_for(videos), prompts, metadata))
+        data = pack_job(ScoringJob.make(videos, self._requests_for(videos), prompts, metadata))
         if len(data) > self.max_request_bytes:
             raise RewardPlaceError(
                 f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self} takes "

@@ -34,7 +34,7 @@ from .cached_rewards import CachedRewards
 from .local import LocalRewards
 from .process import describe_failure
 from .remote import TOKEN_VARIABLE
-from .wire import VERSION, Job, outputs_to_json, requests_to_json, unpack_job
+from .wire import VERSION, ScoringJob, outputs_to_json, requests_to_json, unpack_job
 
 
 try:
@@ -72,11 +72,11 @@ class Batcher:
     def __init__(self, rewards: LocalRewards, max_batch: int, max_waiting: int):
         self.rewards, self.max_batch, self.max_waiting = rewards, max_batch, max_waiting
         self.counters: Counter[str] = Counter()
-        self._waiting: deque[tuple[Job, Future]] = deque()
+        self._waiting: deque[tuple[ScoringJob, Future]] = deque()
         self._changed = threading.Condition()
         threading.Thread(target=self._work, name="rewards", daemon=True).start()
 
-    def submit(self, job: Job) -> Future | None:
+    def submit(self, job: ScoringJob) -> Future | None:
         """The outputs by reward as a future; `None` if too many jobs are waiting."""
         with self._changed:
             if len(self._waiting) >= self.max_waiting:
@@ -105,14 +105,14 @@ class Batcher:
             self.counters["videos"] += sum(len(job.prompts) for job, _ in batch)
             self.counters["seconds"] += time.perf_counter() - started
 
-    def _score_each(self, batch: list[tuple[Job, Future]]):
+    def _score_each(self, batch: list[tuple[ScoringJob, Future]]):
         for job, future in batch:
             try:
                 self._score([job], [future])
             except Exception as error:
                 future.set_exception(error)
 
-    def _next_batch(self) -> list[tuple[Job, Future]]:
+    def _next_batch(self) -> list[tuple[ScoringJob, Future]]:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
             batch, rest, size = [], deque(), 0
@@ -126,8 +126,8 @@ class Batcher:
             self._waiting = rest
             return batch
 
-    def _score(self, jobs: list[Job], futures: list[Future]):
-        outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else Job.join(jobs))
+    def _score(self, jobs: list[ScoringJob], futures: list[Future]):
+        outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else ScoringJob.join(jobs))
         start = 0
         for job, future in zip(jobs, futures):
             end = start + len(job.prompts)
@@ -135,7 +135,7 @@ class Batcher:
             start = end
 
 
-def _kind(job: Job):
+def _kind(job: ScoringJob):
     """Jobs of one kind can be scored together."""
     return job.whole, {name: tensor.shape[1:] for name, tensor in job.frames.items()}
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..frame_request import FrameRequest, prepare_frames
+from ..frames import FrameRequest, prepare_frames
 from ..reward import RewardOutput
 
 
@@ -21,7 +21,7 @@ VERSION = 2
 
 
 @dataclass
-class Job:
+class ScoringJob:
     """
     Videos to be scored, as they travel.
 
@@ -44,14 +44,14 @@ class Job:
         requests: dict[str, FrameRequest | None],
         prompts: list[str],
         metadata: list[dict[str, Any]] | None,
-    ) -> Job:
+    ) -> ScoringJob:
         """The job for videos [B, F, 3, H, W] in [0, 1]; `requests` as `LocalRewards.requests` gives them."""
         every = FrameRequest(tuple(range(videos.shape[1])))
         prepared = {request: prepare_frames(videos, request or every).cpu() for request in set(requests.values())}
         whole = frozenset(name for name, request in requests.items() if request is None)
         return cls({name: prepared[request] for name, request in requests.items()}, whole, list(prompts), metadata)
 
-    def select(self, names: Sequence[str], rows: Sequence[int] | None = None) -> Job:
+    def select(self, names: Sequence[str], rows: Sequence[int] | None = None) -> ScoringJob:
         """The job of some of the rewards, and of some of the videos."""
         tensors = {id(self.frames[name]): self.frames[name] for name in names}
         if rows is not None:
@@ -59,10 +59,10 @@ class Job:
         frames = {name: tensors[id(self.frames[name])] for name in names}
         rows = range(len(self.prompts)) if rows is None else rows
         metadata = self.metadata and [self.metadata[i] for i in rows]
-        return Job(frames, self.whole & frames.keys(), [self.prompts[i] for i in rows], metadata)
+        return ScoringJob(frames, self.whole & frames.keys(), [self.prompts[i] for i in rows], metadata)
 
     @classmethod
-    def join(cls, jobs: Sequence[Job]) -> Job:
+    def join(cls, jobs: Sequence[ScoringJob]) -> ScoringJob:
         """One job of several that ask the same rewards about videos of one shape."""
         joined, frames = {}, {}
         for name in jobs[0].frames:
@@ -76,7 +76,7 @@ class Job:
         return cls(frames, jobs[0].whole, prompts, metadata)
 
 
-def pack_job(job: Job) -> bytes:
+def pack_job(job: ScoringJob) -> bytes:
     tensors = {id(tensor): tensor for tensor in job.frames.values()}
     place = {key: str(i) for i, key in enumerate(tensors)}
     text = {
@@ -90,7 +90,7 @@ def pack_job(job: Job) -> bytes:
     return save({"header": header, **{place[key]: tensor.contiguous() for key, tensor in tensors.items()}})
 
 
-def unpack_job(data: bytes) -> Job:
+def unpack_job(data: bytes) -> ScoringJob:
     """Raises `ValueError` unless `data` is a job of which everything fits together."""
     try:
         tensors = load(data)
@@ -114,7 +114,7 @@ def unpack_job(data: bytes) -> Job:
                 f"the frames for {name!r} must be uint8 [{len(prompts)}, F, 3, H, W], one video a prompt and none of "
                 f"them empty, not {tensor.dtype} {list(tensor.shape)}."
             )
-    return Job(frames, whole, prompts, metadata)
+    return ScoringJob(frames, whole, prompts, metadata)
 
 
 def read_json(data: bytes) -> Any:

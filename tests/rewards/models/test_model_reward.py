@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from astrolabe_diffusers.rewards.frame_request import FrameRequest, prepare_frames, to_uint8
+from astrolabe_diffusers.rewards.frames import FrameRequest, prepare_frames, to_uint8
 from astrolabe_diffusers.rewards.models.model_reward import as_pillow
 
 

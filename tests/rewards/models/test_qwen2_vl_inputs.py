@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from astrolabe_diffusers.rewards.frame_request import FrameRequest, prepare_frames
+from astrolabe_diffusers.rewards.frames import FrameRequest, prepare_frames
 from astrolabe_diffusers.rewards.models.model_reward import as_pillow
 from astrolabe_diffusers.rewards.models.qwen2_vl_inputs import RewardPrompt, patchify, resized_size
 from tests.rewards.published_checkpoints import tokenizer

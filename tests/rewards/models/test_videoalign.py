@@ -79,7 +79,7 @@ def test_gray_is_the_colour_pass_of_frames_that_were_gray_before_they_were_resiz
     assert list(output.info) == ["VQ", "MQ"]
     uint8 = (videos * 255).round().to(torch.uint8)
     places = torch.linspace(0, 11, 4).round().int().tolist()
-    # As torchvision resizes frames of 256 steps; `test_frame_request.py` has it from the formula.
+    # As torchvision resizes frames of 256 steps; `test_frames.py` has it from the formula.
     small = F.interpolate(drained(uint8[:, places]).float().flatten(0, 1), (252, 448), mode="bicubic", antialias=True)
     published = small.clamp(0, 255).round().to(torch.uint8).unflatten(0, (2, 4))
     torch.testing.assert_close(output.scores, in_color.score(published, PROMPTS).scores, atol=1e-5, rtol=0)

@@ -3,7 +3,7 @@ import torch
 
 from astrolabe_diffusers.rewards.placement.cached_rewards import CachedRewards
 from astrolabe_diffusers.rewards.placement.local import LocalRewards, OffloadedWeights
-from astrolabe_diffusers.rewards.placement.wire import Job
+from astrolabe_diffusers.rewards.placement.wire import ScoringJob
 from astrolabe_diffusers.rewards.reward_set import RewardSet
 from tests.rewards.placed_rewards import Bright, Learned, make_batch
 
@@ -14,7 +14,7 @@ LEARNED, BRIGHT, FIRST = f"{PATH}:Learned", f"{PATH}:Bright", f"{PATH}:first_pix
 
 def make_job(rewards, videos):
     _, prompts, metadata = make_batch(range(len(videos)))
-    return Job.make(videos, rewards.requests(*videos.shape[1:2], *videos.shape[-2:]), prompts, metadata)
+    return ScoringJob.make(videos, rewards.requests(*videos.shape[1:2], *videos.shape[-2:]), prompts, metadata)
 
 
 def test_a_reward_gets_what_it_requested():

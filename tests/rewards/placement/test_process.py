@@ -23,14 +23,14 @@ OPTIONS = {FIRST: {"scale": 2.0}}
 def rewards():
     rewards = RewardSet(NAMES, OPTIONS, dict.fromkeys(NAMES, "process"), timeout=60)
     yield rewards
-    process = rewards._places[0]._process
+    process = rewards._away[0]._process
     rewards.close()
     assert not process.is_alive()
 
 
 @pytest.fixture
 def worker(rewards):
-    return rewards._places[0]
+    return rewards._away[0]
 
 
 def test_scores_are_those_of_this_process_from_another_one(rewards):

@@ -16,7 +16,7 @@ from astrolabe_diffusers.rewards.placement.bounded_protocol import ConnectionLim
 from astrolabe_diffusers.rewards.placement.cached_rewards import CachedRewards
 from astrolabe_diffusers.rewards.placement.local import LocalRewards
 from astrolabe_diffusers.rewards.placement.server import Batcher, bind, check_binding, create_app, make_server
-from astrolabe_diffusers.rewards.placement.wire import Job, pack_job
+from astrolabe_diffusers.rewards.placement.wire import ScoringJob, pack_job
 from tests.rewards.http_server import serving
 from tests.rewards.placed_rewards import assert_own_scores, make_batch
 
@@ -74,7 +74,7 @@ def count(metrics, name):
 
 def make_job(numbers, act="", size=4):
     videos, prompts, metadata = make_batch(numbers, size=size, act=act)
-    return Job.make(videos, {OBEYS: None}, prompts, metadata)
+    return ScoringJob.make(videos, {OBEYS: None}, prompts, metadata)
 
 
 class Recorded(LocalRewards):
@@ -153,7 +153,7 @@ def test_a_slow_server_is_one_error(url):
 
 
 def empty_job(*shape):
-    return pack_job(Job({OBEYS: torch.zeros(shape, dtype=torch.uint8)}, frozenset(), ["p"] * shape[0], None))
+    return pack_job(ScoringJob({OBEYS: torch.zeros(shape, dtype=torch.uint8)}, frozenset(), ["p"] * shape[0], None))
 
 
 def test_requests_are_checked_before_they_are_scored(url):
@@ -162,7 +162,7 @@ def test_requests_are_checked_before_they_are_scored(url):
         return answer.status_code, answer.json()["error"]
 
     assert post(b"nonsense")[0] == 400
-    status, error = post(pack_job(Job.make(torch.rand(1, 2, 3, 4, 4), {"another": None}, ["p"], None)))
+    status, error = post(pack_job(ScoringJob.make(torch.rand(1, 2, 3, 4, 4), {"another": None}, ["p"], None)))
     assert status == 400 and "no reward 'another'; there are" in error
     assert post(bytes(2**20 + 1)) == (413, "a request may have 1048576 bytes")
     assert post(iter([bytes(2**19)] * 3)) == (413, "a request may have 1048576 bytes")  # its length is not announced

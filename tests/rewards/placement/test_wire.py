@@ -8,7 +8,7 @@ from safetensors.torch import save
 from astrolabe_diffusers.rewards import FrameRequest, RewardOutput
 from astrolabe_diffusers.rewards.placement.wire import (
     VERSION,
-    Job,
+    ScoringJob,
     outputs_from_json,
     outputs_to_json,
     pack_job,
@@ -24,7 +24,7 @@ PROMPTS = ["a cat", "ein Kätzchen <|im_end|>"]
 def make_job():
     ends = FrameRequest((0, 4))
     requests = {"whole": None, "first": ends, "second": ends}
-    return Job.make(torch.rand(2, 5, 3, 4, 6), requests, PROMPTS, [{"a": 1}, {}])
+    return ScoringJob.make(torch.rand(2, 5, 3, 4, 6), requests, PROMPTS, [{"a": 1}, {}])
 
 
 def test_a_job_arrives_as_it_was():
@@ -38,7 +38,7 @@ def test_a_job_arrives_as_it_was():
 def test_shared_frames_travel_once_and_stay_shared():
     job = make_job()
     assert len(pack_job(job)) < 2 * (5 + 2) * 3 * 4 * 6 + 600
-    for same in (job, unpack_job(pack_job(job)), job.select(["second", "first"], [1]), Job.join([job, job])):
+    for same in (job, unpack_job(pack_job(job)), job.select(["second", "first"], [1]), ScoringJob.join([job, job])):
         assert same.frames["first"] is same.frames["second"]
 
 
@@ -47,8 +47,8 @@ def test_part_and_joined_jobs_keep_what_belongs_together():
     part = job.select(["whole"], [1])
     assert (part.prompts, part.metadata, part.whole) == (PROMPTS[1:], [{}], {"whole"})
     assert torch.equal(part.frames["whole"], job.frames["whole"][1:])
-    other = Job.make(torch.rand(1, 5, 3, 4, 6), {"whole": None}, ["other"], None)
-    joined = Job.join([part, other])
+    other = ScoringJob.make(torch.rand(1, 5, 3, 4, 6), {"whole": None}, ["other"], None)
+    joined = ScoringJob.join([part, other])
     assert joined.prompts == [PROMPTS[1], "other"] and joined.metadata == [{}, {}]
     assert torch.equal(joined.frames["whole"][1:], other.frames["whole"])
 

@@ -1,12 +1,24 @@
-"""Registration and the finding of rewards by name."""
+"""Registration, the finding of rewards by name, and the naming of those that are objects."""
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from astrolabe_diffusers.rewards import Flicker, Reward, RewardOutput, get_reward, register_reward
+from astrolabe_diffusers.rewards import (
+    Flicker,
+    FunctionReward,
+    Reward,
+    RewardOutput,
+    Sharpness,
+    get_reward,
+    named_reward_funcs,
+    register_reward,
+)
+from astrolabe_diffusers.rewards.registry import make_reward
+from tests.rewards.placed_rewards import EndFrames, first_pixel
 
 
 MODULE = """
@@ -140,3 +152,53 @@ def test_what_fits_is_given_as_it_is(user_module):
         get_reward("dynamic_degree", fps="abc")
     with pytest.raises(ValueError, match="must be positive, not inf"):
         get_reward("dynamic_degree", fps=float("inf"))
+
+
+def test_functions_may_return_bare_scores():
+    videos = torch.rand(2, 3, 3, 4, 4)
+    means = videos.mean((1, 2, 3, 4))
+    for scores in (means, means.double().numpy(), means.tolist(), tuple(means.tolist()), [*means], (means, None)):
+        output = make_reward("mine", lambda *videos, scores=scores: scores, {}).score(videos, ["", ""])
+        torch.testing.assert_close(output.scores, means)
+        assert output.info == {}
+    output = make_reward("mine", lambda *videos: (means.tolist(), {"length": [1, 2]}), {}).score(videos, ["", ""])
+    assert output.info["length"].tolist() == [1.0, 2.0]
+
+
+def test_options_of_functions_and_objects():
+    def by_rate(videos, prompts, metadata, fps, scale: float = 1.0):
+        return [fps * scale] * len(videos)
+
+    reward = make_reward("mine", by_rate, {"scale": 2.0}, {"fps": 8.0, "other": 1})
+    assert reward.score(torch.rand(2, 1, 3, 4, 4), ["", ""]).scores.tolist() == [16.0, 16.0]
+    with pytest.raises(ValueError, match="reward 'mine' has no option 'size'; it has fps, scale"):
+        make_reward("mine", by_rate, {"size": 1})
+    with pytest.raises(ValueError, match="cannot be called with .videos, prompts, metadata.: missing .*'fps'"):
+        make_reward("mine", by_rate, {})
+    with pytest.raises(ValueError, match="cannot be called with .videos, prompts, metadata.: too many positional"):
+        make_reward("mine", lambda videos, prompts: videos, {})
+    made = Sharpness()
+    assert make_reward("mine", made, {}, {"fps": 8.0}) is made
+    assert isinstance(make_reward("mine", Sharpness, {}), Sharpness)
+    with pytest.raises(ValueError, match="'mine' is made already and takes no option 'fps'"):
+        make_reward("mine", made, {"fps": 8.0})
+
+
+def test_a_list_of_rewards_gets_names():
+    def brightness(videos, prompts, metadata):
+        return videos.mean((1, 2, 3, 4))
+
+    ends, sharp = EndFrames(), Sharpness()
+    of_function = FunctionReward(first_pixel)
+    named = named_reward_funcs([brightness, "flicker", sharp, ends, "package.module:fn", of_function, lambda *a: a[0]])
+    assert list(named) == [
+        "brightness", "flicker", "sharpness", "end_frames", "package.module:fn", "first_pixel", "lambda"
+    ]  # fmt: skip
+    assert named["brightness"] is brightness and named["sharpness"] is sharp and named["flicker"] == "flicker"
+    assert list(named_reward_funcs([partial(brightness), Sharpness])) == ["brightness", "sharpness"]
+    for twice in ([sharp, "sharpness"], [brightness, partial(brightness)]):
+        with pytest.raises(ValueError, match="two rewards are called '(sharpness|brightness)'"):
+            named_reward_funcs(twice)
+    for wrong in (3, dict):
+        with pytest.raises(ValueError, match="is neither a name, nor a function, nor a Reward"):
+            named_reward_funcs([wrong])
