@@ -1,0 +1,143 @@
+"""A run from Python: functions, objects and names as rewards, prompts from lists, callbacks."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.rewards import Reward, RewardOutput
+from astrolabe_diffusers.training import NFTConfig, NFTTrainer, TrainerCallback
+from tests.training.helpers import BRIGHTNESS, tiny_settings
+from tests.training.rewards import brightness
+
+
+PROMPTS = [f"a {color} circle moves left on a black background" for color in ("red", "green", "blue", "white")]
+
+
+def red(videos, prompts, metadata):
+    return videos[:, :, 0].mean(dim=(1, 2, 3))
+
+
+class Darkness(Reward):
+    def score(self, videos, prompts, metadata=None):
+        return RewardOutput(1 - videos.flatten(1).mean(1))
+
+
+def settings(model_folder, folder, **values):
+    lean = {"eval_rewards": [], "eval_steps": 2, "num_eval_videos": 0, "report_to": "none"}
+    values = tiny_settings(model_folder, folder, **{**lean, **values})
+    values.pop("rewards")
+    return values
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.calls = []
+
+    def on_epoch_end(self, trainer, metrics):
+        self.calls.append(("epoch", metrics["step"]))
+        return {"twice_the_reward": 2 * metrics["reward"]}
+
+    def on_evaluate(self, trainer, evaluation):
+        self.calls.append(("evaluation", evaluation.step))
+
+    def on_checkpoint(self, trainer, path):
+        self.calls.append(("checkpoint", path.name))
+
+    def on_train_end(self, trainer, results):
+        self.calls.append(("end", results["steps"]))
+
+
+def test_a_run_from_python(model_folder, tmp_path):
+    pipeline, recorder = DiffusionPipeline.from_pretrained(model_folder), Recorder()
+    config = NFTConfig(**settings(model_folder, tmp_path), rewards={"red": 0.5})
+    trainer = NFTTrainer(
+        pipeline,
+        config,
+        reward_funcs=[red, BRIGHTNESS, Darkness()],
+        train_prompts=PROMPTS,
+        eval_prompts=[{"prompt": PROMPTS[3], "number": 7}],
+        callbacks=[recorder],
+    )
+    # The weight of a name is the settings', and 1 without one.
+    assert trainer.config.rewards == {"red": 0.5, BRIGHTNESS: 1.0, "darkness": 1.0}
+    assert [p.text for p in trainer.prompts] == PROMPTS[:3]  # what is held out is not trained on
+    assert trainer.eval_prompts[0].metadata == {"number": 7}
+    results = trainer.train()
+    assert set(results["scores"]) >= {"reward", "red", BRIGHTNESS, "darkness"}
+    for metrics in metrics_of(tmp_path):
+        assert metrics["darkness"] == pytest.approx(1 - metrics[BRIGHTNESS], abs=1e-5)
+        assert metrics["reward"] == pytest.approx(0.5 * metrics["red"] + 1, abs=1e-5)
+        assert metrics["twice_the_reward"] == 2 * metrics["reward"]
+    assert recorder.calls == [
+        ("evaluation", 0),
+        ("epoch", 1),
+        ("checkpoint", "checkpoint-1"),
+        ("epoch", 2),
+        ("evaluation", 2),
+        ("checkpoint", "checkpoint-2"),
+        ("end", 2),
+    ]
+
+
+def test_function_and_name_train_the_same(model_folder, tmp_path):
+    """The dotted path of a function and the function itself, a dataset and the file: one run."""
+    adapters = []
+    for folder, reward, prompts in (("a", brightness, None), ("b", BRIGHTNESS, Dataset.from_dict({"prompt": PROMPTS}))):
+        config = NFTConfig(**settings(model_folder, tmp_path / folder, num_eval_prompts=2))
+        if prompts is None:
+            (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+            config.prompts = str(tmp_path / "prompts.txt")
+        NFTTrainer(str(model_folder), config, reward_funcs=[reward], train_prompts=prompts).train()
+        adapters.append(load_file(tmp_path / folder / "pytorch_lora_weights.safetensors"))
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"reward_funcs": [red, red]}, "two rewards are called 'red'"),
+        ({"reward_funcs": []}, "rewards is empty"),
+        ({"train_prompts": []}, "no prompts"),
+        ({"train_prompts": PROMPTS, "eval_prompts": [5]}, "prompt 0 must be a text"),
+        ({"train_prompts": PROMPTS[:2]}, "has 2 different prompts, but num_eval_prompts=2"),
+        ({"eval_prompts": PROMPTS}, "go with train_prompts"),
+        ({"model": "/no/model"}, "no folder /no/model/prompts"),
+    ],
+)
+def test_mistakes_are_one_line(model_folder, tmp_path, arguments, words):
+    arguments = {"config": NFTConfig(**settings(model_folder, tmp_path)), **arguments}
+    with pytest.raises(UserError, match=words) as error:
+        NFTTrainer(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_the_best_adapter_is_kept(model_folder, tmp_path):
+    """Of evaluations whose results are set."""
+    scores = iter([0.1, 0.5, 0.3, 0.4])
+
+    config = NFTConfig(**settings(model_folder, tmp_path, max_train_steps=3, eval_steps=1))
+    trainer = NFTTrainer(config=config, reward_funcs=[red])
+    offer = trainer.best.offer
+
+    def scripted(evaluation):
+        evaluation.scores["reward"] = [next(scores)]
+        offer(evaluation)
+
+    trainer.best.offer = scripted
+    results = trainer.train()
+    assert results["best"] == {"step": 1, "reward": 0.5}
+    best = load_file(tmp_path / "best" / "pytorch_lora_weights.safetensors")
+    saved = {n: load_file(tmp_path / f"checkpoints/checkpoint-{n}/pytorch_lora_weights.safetensors") for n in (1, 3)}
+    assert all(torch.equal(value, saved[1][name]) for name, value in best.items())
+    assert any(not torch.equal(value, saved[3][name]) for name, value in best.items())
+    pipe = DiffusionPipeline.from_pretrained(model_folder)
+    pipe.load_lora_weights(tmp_path / "best")
