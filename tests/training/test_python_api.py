@@ -90,8 +90,8 @@ def test_a_run_from_python(model_folder, tmp_path):
 
 def test_function_and_name_train_the_same(model_folder, tmp_path):
     """The dotted path of a function and the function itself, a dataset and the file: one run."""
-    adapters = []
-    for folder, reward, prompts in (("a", brightness, None), ("b", BRIGHTNESS, Dataset.from_dict({"prompt": PROMPTS}))):
+    adapters, dataset = [], Dataset.from_dict({"prompt": PROMPTS})
+    for folder, reward, prompts in (("a", brightness, None), ("b", BRIGHTNESS, dataset)):
         config = NFTConfig(**settings(model_folder, tmp_path / folder, num_eval_prompts=2))
         if prompts is None:
             (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
