@@ -88,10 +88,10 @@ def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> ScoringT
     return ScoringThread(pipe.vae, RewardSet({rewards: 1.0}), watched, **options)
 
 
-def tiny_settings(model, output_dir, **values) -> dict:
+def tiny_settings(model_folder, output_dir, **values) -> dict:
     """Settings of a run of two steps that takes seconds."""
     defaults = {
-        "model": model,
+        "model": model_folder,
         "output_dir": output_dir,
         "rewards": BRIGHTNESS,
         "eval_rewards": "tests.training.rewards:contrast",
@@ -115,9 +115,9 @@ def tiny_settings(model, output_dir, **values) -> dict:
     return defaults | values
 
 
-def tiny_arguments(model, output_dir, **values) -> list[str]:
+def tiny_arguments(model_folder, output_dir, **values) -> list[str]:
     """The same as a command line."""
-    settings = tiny_settings(model, output_dir, **values)
+    settings = tiny_settings(model_folder, output_dir, **values)
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
