@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.reporting import trackers as trackers_module
 from astrolabe_diffusers.reporting.trackers import (
@@ -19,11 +18,8 @@ from astrolabe_diffusers.reporting.trackers import (
     tracker_names,
 )
 from astrolabe_diffusers.reporting.videos import gif_bytes, video_images
-from astrolabe_diffusers.training import NFTTrainer
-from tests.training.helpers import BRIGHTNESS, tiny_arguments
 
 
-CONTRAST = "tests.training.rewards:contrast"
 SCORES = torch.tensor([0.0, 1.0, 1.0, math.nan])
 FRAMES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -139,32 +135,3 @@ def test_errors_of_the_network_and_of_the_disk(tmp_path, name, error, told):
     with pytest.raises(UserError if told else type(error), match=told) as raised:
         log_numbers(accelerator, {"train/kl": 0.5}, step=1)
     assert ("write" in str(raised.value)) == (name == "tensorboard" and bool(told))
-
-
-def test_what_a_run_logs(model_folder, tmp_path):
-    """Every loss part, KL, groups of no spread, statistics and distributions of rewards, speeds and videos."""
-    trainer = NFTTrainer(config=parse_args(tiny_arguments(model_folder, tmp_path, max_train_steps=1)))
-    trainer.train()
-    events = events_of(tmp_path / "logs")
-    scalars = set(events.Tags()["scalars"])
-    train = ("loss", "policy_loss", "kl", "zero_spread_groups", "grad_norm", "peak_memory_gb")
-    parts = ("sampling", "scoring", "training")
-    speed = [name for part in parts for name in (f"seconds_{part}", f"samples_per_second_{part}")]
-    expected = {f"train/{name}" for name in train} | {f"speed/{name}" for name in speed}
-    rewards = ("reward", BRIGHTNESS, f"{BRIGHTNESS}/red")
-    expected |= {f"reward/{name}/{key}" for name in rewards for key in ("mean", "std", "min", "max", "group_std")}
-    expected |= {f"eval/{name}/{key}" for name in ("reward", CONTRAST) for key in ("mean", "std", "min", "max")}
-    assert expected <= scalars, expected - scalars
-    assert not any(name.startswith("train/reward") or BRIGHTNESS in name and "train/" in name for name in scalars)
-    assert {f"reward/{name}" for name in rewards} <= set(events.Tags()["histograms"])
-    assert events.Histograms("reward/reward")[0].histogram_value.num == 8
-    assert [image.step for image in events.Images("eval/videos")] == [0, 1]
-
-    record = json.loads((tmp_path / "metrics.jsonl").read_text())
-    statistics = record["statistics"]["reward"]
-    assert statistics["mean"] == pytest.approx(record["reward"])
-    assert statistics["group_std"] == pytest.approx(record["group_std"], rel=1e-4)
-    seconds = record["seconds_sampling"]
-    assert record["samples_per_second_sampling"] == pytest.approx(8 / seconds)
-    logged = events.Scalars(f"reward/{BRIGHTNESS}/max")[0].value
-    assert logged == pytest.approx(record["statistics"][BRIGHTNESS]["max"])
