@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 
 # The longer marks first: that of UTF-32 begins with that of UTF-16.
@@ -46,3 +48,21 @@ def read_text(path: str | Path) -> str:
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file; see [`read_text`]."""
     return _LINE_END.split(read_text(path))
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; see [`read_text`] and [`parse_json`]."""
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str | bytes, what: str | Path) -> Any:
+    """
+    What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that it cannot be read; the message begins with `what`.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is no JSON: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,58 +12,49 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 
-from ..files.text import read_text
+from ..files.text import parse_json, read_text
+from ..spelling import close_matches
 from .tensor_files import fetch_link, load_tensors
 
 
 # The names that diffusers and peft write, in the order of preference.
 _NAMES = [f"{stem}{end}" for stem in ("pytorch_lora_weights", "adapter_model") for end in (".safetensors", ".bin")]
 _CONFIG = "adapter_config.json"
+HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "proxies", "local_files_only")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def find_lora_file(
-    name: str | Path,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    force_download: bool = False,
-    proxies: dict[str, str] | None = None,
-    local_files_only: bool | None = None,
-) -> Path:
+def find_lora_file(name: str | Path, weight_name: str | None = None, **hub) -> Path:
     """
     The file of a LoRA, downloaded if it is on the Hub, with peft's config beside it.
 
     Args:
-        name: a file, a folder or a Hub id; the other arguments are those of `load_lora_weights`.
+        name: a file, a folder or a Hub id.
+        weight_name: the file, where there are several.
+        hub: any of `HUB`, as diffusers has them.
 
     Raises:
         FileNotFoundError: there is no such file here.
         OSError: nor on the Hub.
         ValueError: there are several, or none.
     """
-    hub = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
-    hub |= {"proxies": proxies, "local_files_only": local_files_only, "user_agent": None}
-    name = fetch_link(name, revision, subfolder=None, **hub)
+    if unknown := [argument for argument in hub if argument not in HUB]:
+        raise TypeError(f"there is no argument {unknown[0]!r}{close_matches(unknown[0], HUB)}.")
+    subfolder = hub.pop("subfolder", None)
+    name = fetch_link(name, **hub)
     path = Path(name, subfolder or "")
     if path.is_dir():
         names = [file.name for file in path.iterdir() if file.is_file()]
         return path / (weight_name or _choose(names, path))
-    if path.is_file() or isinstance(name, Path) or Path(name).suffix in (".safetensors", ".pt", ".pth", ".bin"):
+    if path.is_file() or isinstance(name, Path) or Path(name).suffix in _SUFFIXES:
         return path
 
     def download(file: str) -> Path:
-        return Path(_get_model_file(name, weights_name=file, subfolder=subfolder, revision=revision, **hub))
+        return Path(_get_model_file(name, weights_name=file, subfolder=subfolder, **hub))
 
     if weight_name is None:
-        if HF_HUB_OFFLINE or local_files_only:
-            folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
-            names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
-        else:
-            names = list_repo_files(name, revision=revision, token=token)
         start = f"{subfolder}/" if subfolder else ""
-        names = [file.removeprefix(start) for file in names if file.startswith(start)]
+        names = [file.removeprefix(start) for file in _names_on_hub(name, **hub) if file.startswith(start)]
         weight_name = _choose([file for file in names if "/" not in file], name)
         if _CONFIG in names:
             download(_CONFIG)
@@ -73,11 +63,19 @@ def find_lora_file(
     return download(weight_name)
 
 
+def _names_on_hub(repo: str, revision=None, token=None, cache_dir=None, local_files_only=None, **_) -> list[str]:
+    """All files of a repository, or without the Hub those that are here."""
+    if not (HF_HUB_OFFLINE or local_files_only):
+        return list_repo_files(repo, revision=revision, token=token)
+    folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+
+
 def _choose(names: list[str], where: str | Path) -> str:
     for name in _NAMES:
         if name in names:
             return name
-    for ends in (".safetensors", (".pt", ".pth", ".bin")):
+    for ends in (_SUFFIXES[:1], _SUFFIXES[1:]):
         found = sorted(name for name in names if name.endswith(ends))
         if len(found) == 1:
             return found[0]
@@ -103,10 +101,7 @@ def read_lora_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if text is None:
         source = path.parent / _CONFIG
         text = read_text(source) if source.is_file() else "{}"
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"the config of the LoRA in {source} is no JSON: {error}") from None
+    config = parse_json(text, f"the config of the LoRA in {source}")
     if not isinstance(config, dict):
         raise ValueError(f"the config of the LoRA in {source} is no dict.")
     return tensors, {name.removeprefix("transformer."): value for name, value in config.items()}

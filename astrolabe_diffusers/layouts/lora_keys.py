@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .wan_checkpoints import _WRAPPERS, diffusers_name
+from .wan_checkpoints import IN_BLOCK, OUTSIDE, WRAPPERS, diffusers_name
 
 
 # Around the name of a module: peft's and trainers' wrappers, diffusers, ComfyUI, DiffSynth.
@@ -37,15 +37,9 @@ _OTHERS = {
     "vera_lambda": "VeRA",
 }
 
-_ATTENTION = [f"self_attn.{x}" for x in ("q", "k", "v", "o", "norm_q", "norm_k")]
-_ATTENTION += [f"cross_attn.{x}" for x in ("q", "k", "v", "o", "norm_q", "norm_k", "k_img", "v_img", "norm_k_img")]
-_ATTENTION += [f"attn{i}.{x}" for i in (1, 2) for x in ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")]
-_IN_BLOCK = [*_ATTENTION, "ffn.0", "ffn.2", "ffn.net.0.proj", "ffn.net.2", "norm2", "norm3", "modulation"]
-_OUTSIDE = ["patch_embedding", "time_projection.1", "head", "head.head", "head.modulation", "proj_out"]
-_OUTSIDE += [f"{x}_embedding.{i}" for x in ("text", "time") for i in (0, 2)]
-_OUTSIDE += [f"condition_embedder.{x}_embedder.linear_{i}" for x in ("text", "time") for i in (1, 2)]
-_OUTSIDE += ["condition_embedder.time_proj"]
-_DOTTED = {name.replace(".", "_"): name for name in (*_IN_BLOCK, *_OUTSIDE)}
+_NAMES = {*IN_BLOCK, *IN_BLOCK.values(), *OUTSIDE, *OUTSIDE.values(), "patch_embedding", "head"}
+_NAMES |= {f"cross_attn.{name}_img" for name in ("k", "v", "norm_k")}
+_DOTTED = {name.replace(".", "_"): name for name in _NAMES if name != "scale_shift_table"}
 
 
 def parse_key(key: str) -> tuple[str, str, str]:
@@ -67,7 +61,7 @@ def parse_key(key: str) -> tuple[str, str, str]:
         match = pattern.match(key)
         module = match and _module(match[1], kind)
         if module:
-            return module, "diff" if kind == "diff_m" else kind, _WRAPPERS.sub("", match[1])
+            return module, "diff" if kind == "diff_m" else kind, WRAPPERS.sub("", match[1])
     raise ValueError(f"this is no LoRA of Wan, or not only: it holds {key}.")
 
 
@@ -82,7 +76,5 @@ def _module(name: str, kind: str) -> str | None:
         name = head.removesuffix(".") if rest is None else head + _DOTTED[rest]
     if kind == "diff_m":
         name += ".modulation"
-    if name.endswith("modulation"):
-        # Ours is `modulation`, in a block or in the transformer itself.
-        return diffusers_name("head.modulation" if name == "modulation" else name)
-    return diffusers_name(name + ".").removesuffix(".")
+    # Ours is `modulation`, in a block or in the transformer itself.
+    return diffusers_name("head.modulation" if name == "modulation" else name)

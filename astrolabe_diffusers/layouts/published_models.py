@@ -8,9 +8,6 @@ from typing import Any
 from ..spelling import close_matches
 
 
-_FOUR_STEPS = [1.0, 0.75, 0.5, 0.25]
-
-
 @dataclass(frozen=True)
 class PublishedModel:
     """
@@ -29,37 +26,34 @@ class PublishedModel:
     pipeline: dict[str, Any] = field(default_factory=dict)
 
 
+_FOUR_STEPS = [1.0, 0.75, 0.5, 0.25]
+_AVERAGE, _LAST = ("generator_ema", "generator"), ("generator", "generator_ema")
+_FRAMEWISE = {"num_frames_per_block": 1}
+
 PUBLISHED_MODELS = {
-    "self-forcing": PublishedModel(
-        "gdhe17/Self-Forcing, checkpoints/self_forcing_dmd.pt", "1.3B", ("generator_ema", "generator")
-    ),
-    "causal-forcing-chunkwise": PublishedModel(
-        "zhuhz22/Causal-Forcing, chunkwise/causal_forcing.pt", "1.3B", ("generator", "generator_ema")
-    ),
+    "self-forcing": PublishedModel("gdhe17/Self-Forcing, checkpoints/self_forcing_dmd.pt", "1.3B", _AVERAGE),
+    "causal-forcing-chunkwise": PublishedModel("zhuhz22/Causal-Forcing, chunkwise/causal_forcing.pt", "1.3B", _LAST),
     "causal-forcing-framewise": PublishedModel(
-        "zhuhz22/Causal-Forcing, framewise/causal_forcing.pt",
-        "1.3B",
-        ("generator_ema", "generator"),
-        {"num_frames_per_block": 1},
+        "zhuhz22/Causal-Forcing, framewise/causal_forcing.pt", "1.3B", _AVERAGE, _FRAMEWISE
     ),
     "causal-forcing-framewise-2step": PublishedModel(
         "zhuhz22/Causal-Forcing, causal-forcing++/framewise-2step.pt",
         "1.3B",
-        ("generator_ema", "generator"),
-        {"num_frames_per_block": 1},
+        _AVERAGE,
+        _FRAMEWISE,
         {"sigmas": [1.0, 0.5], "first_block_sigmas": _FOUR_STEPS},
     ),
     "causal-forcing-framewise-1step": PublishedModel(
         "zhuhz22/Causal-Forcing, causal-forcing++/framewise-1step.pt",
         "1.3B",
-        ("generator_ema", "generator"),
-        {"num_frames_per_block": 1},
+        _AVERAGE,
+        _FRAMEWISE,
         {"sigmas": [1.0], "first_block_sigmas": _FOUR_STEPS},
     ),
     "longlive": PublishedModel(
         "Efficient-Large-Model/LongLive-1.3B, models/longlive_base.pt and lora.pt",
         "1.3B",
-        ("generator", "generator_ema", "model"),
+        (*_LAST, "model"),
         {"sink_size": 3, "local_attn_size": 12},
         {"num_frames": 477},
     ),

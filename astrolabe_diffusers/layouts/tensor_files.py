@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import pickle
@@ -17,7 +16,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.hub_utils import _get_model_file
 from safetensors import safe_open
 
-from ..files.text import read_text
+from ..files.text import parse_json, read_json
 
 
 _LINK = re.compile(
@@ -36,20 +35,11 @@ _NO_TENSORS = {
 }
 
 _SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz},
+    **{"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
 }
 
 
@@ -121,7 +111,7 @@ def _index_files(index: Path) -> list[Path]:
     if not index.is_file():
         raise FileNotFoundError(f"no such file: {index}")
     try:
-        shards = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
         elsewhere = [shard for shard in shards if Path(shard).name != shard]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is no index of weight files: it has no weight_map by name.") from None
@@ -154,9 +144,7 @@ def _load_file(path: Path, map_file: bool) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         words = f"{found[1]} beside tensors" if found else "what are no tensors"
-        raise ValueError(
-            f"{path} holds {words}: loading it would run code from the file, which is refused."
-        ) from None
+        raise ValueError(f"{path} holds {words}: loading it would run code from the file, which is refused.") from None
     except Exception as error:  # there is a class for each way to be damaged
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
@@ -173,7 +161,7 @@ def _map_safetensors(path: Path, map_file: bool) -> dict[str, torch.Tensor]:
         pass  # checks the header against the length of the file
     with open(path, "rb") as file:
         (header_size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_size))
+        header = parse_json(file.read(header_size), "its header")
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if map_file else path.read_bytes()
     header.pop("__metadata__", None)
     tensors = {}

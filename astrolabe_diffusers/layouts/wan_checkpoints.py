@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from ..files.text import parse_json
 from .published_models import PublishedModel
 from .tensor_files import load_tensors
 
 
 # Wrappers (FSDP, activation checkpointing, torch.compile) leave these anywhere in a name, modules at its beginning.
-_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _LEADING = re.compile(r"^(?:(?:module|model|diffusion_model|transformer|pipe|dit|net)\.)+")
 
 # Entries of a training checkpoint that may be the generator.
@@ -30,42 +31,40 @@ _FORMAT = ".comfy_quant"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _SCALED_FILE = "scaled_fp8"
 
-# Original Wan2.1 names to those of diffusers. No tensor changes. Wan's norm3 is diffusers' norm2; Wan's norm1 and
-# norm2 have no parameters.
-_RENAMES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-        (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-        (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-        (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-        (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-        (r"^(blocks\.\d+)\.self_attn\.([qkv])\.", r"\1.attn1.to_\2."),
-        (r"^(blocks\.\d+)\.self_attn\.o\.", r"\1.attn1.to_out.0."),
-        (r"^(blocks\.\d+)\.self_attn\.norm_([qk])\.", r"\1.attn1.norm_\2."),
-        (r"^(blocks\.\d+)\.cross_attn\.([qkv])\.", r"\1.attn2.to_\2."),
-        (r"^(blocks\.\d+)\.cross_attn\.o\.", r"\1.attn2.to_out.0."),
-        (r"^(blocks\.\d+)\.cross_attn\.norm_([qk])\.", r"\1.attn2.norm_\2."),
-        (r"^(blocks\.\d+)\.norm3\.", r"\1.norm2."),
-        (r"^(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
-        (r"^(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
-        (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-        (r"^head\.head\.", "proj_out."),
-        (r"^head\.modulation$", "scale_shift_table"),
+# Names of Wan2.1's modules and tables in the original files and in diffusers, of a block and of the rest. No tensor
+# changes. Wan's norm3 is diffusers' norm2; Wan's norm1 and norm2 have no parameters.
+IN_BLOCK = {
+    f"{kind}_attn.{old}": f"attn{number}.{new}"
+    for kind, number in (("self", 1), ("cross", 2))
+    for old, new in (
+        ("q", "to_q"),
+        ("k", "to_k"),
+        ("v", "to_v"),
+        ("o", "to_out.0"),
+        *[(f"norm_{x}",) * 2 for x in "qk"],
     )
-]
+}
+IN_BLOCK |= {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table"}
+OUTSIDE = {
+    f"{what}_embedding.{2 * i}": f"condition_embedder.{what}_embedder.linear_{i + 1}"
+    for what in ("text", "time")
+    for i in (0, 1)
+}
+OUTSIDE |= {"time_projection.1": "condition_embedder.time_proj"}
+OUTSIDE |= {"head.head": "proj_out", "head.modulation": "scale_shift_table"}
 
 # (width, layers) of the models that checkpoints are published for.
 _KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B"}
 
 
 def diffusers_name(name: str) -> str:
-    """The name of a parameter, or of a LoRA matrix of it, in diffusers' Wan; other names stay as they are."""
-    name = _LEADING.sub("", _WRAPPERS.sub("", name))
-    for pattern, replacement in _RENAMES:
-        name, count = pattern.subn(replacement, name)
-        if count:
-            break
+    """The name of a module, a parameter or a LoRA matrix of one in diffusers' Wan; other names stay as they are."""
+    name = _LEADING.sub("", WRAPPERS.sub("", name))
+    block = re.match(r"blocks\.\d+\.|", name)[0]
+    rest = name.removeprefix(block)
+    for old, new in (IN_BLOCK if block else OUTSIDE).items():
+        if f"{rest}.".startswith(f"{old}."):
+            return block + new + rest.removeprefix(old)
     return name
 
 
@@ -170,7 +169,7 @@ def _split_scales(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Ten
         module, dot, last = name.rpartition(".")
         weight, what = f"{module}.weight", dot + last
         if what == _FORMAT:
-            kind = json.loads(bytes(tensor.tolist()))["format"]
+            kind = parse_json(bytes(tensor.tolist()), name)["format"]
             if kind not in _FORMATS:
                 raise ValueError(f"{weight} is quantised as {kind}; what is supported is {', '.join(_FORMATS)}.")
         elif what in _WEIGHT_SCALES and weight in tensors:
@@ -211,7 +210,8 @@ def describe(weights: dict[str, torch.Tensor]) -> str:
 def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128) -> dict[str, Any]:
     """The sizes of the transformer that tensors in Diffusers layout belong to; those of the heads, no shape tells."""
     try:
-        width, layers = weights["patch_embedding.weight"].shape[0], _num_layers(weights)
+        shape = weights["patch_embedding.weight"].shape
+        width, patch_size = shape[0], tuple(shape[2:])
         if width % attention_head_dim:
             raise ValueError(
                 f"a width of {width} is no whole number of heads of {attention_head_dim}: give "
@@ -220,10 +220,10 @@ def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128
         return {
             "num_attention_heads": width // attention_head_dim,
             "attention_head_dim": attention_head_dim,
-            "num_layers": layers,
-            "in_channels": weights["patch_embedding.weight"].shape[1],
-            "out_channels": weights["proj_out.weight"].shape[0] // weights["patch_embedding.weight"].shape[2:].numel(),
-            "patch_size": tuple(weights["patch_embedding.weight"].shape[2:]),
+            "num_layers": _num_layers(weights),
+            "in_channels": shape[1],
+            "out_channels": weights["proj_out.weight"].shape[0] // math.prod(patch_size),
+            "patch_size": patch_size,
             "text_dim": weights["condition_embedder.text_embedder.linear_1.weight"].shape[1],
             "freq_dim": weights["condition_embedder.time_embedder.linear_1.weight"].shape[1],
             "ffn_dim": weights["blocks.0.ffn.net.0.proj.weight"].shape[0],

@@ -47,7 +47,7 @@ def push_to_hub(config: Config, repo_id: str, results: dict[str, Any]) -> str:
             repo_id=repo_id,
             folder_path=config.output_dir,
             allow_patterns=patterns,
-            commit_message=f"{results['steps']} steps of NFT",
+            commit_message=f"{results['steps']} steps of {config.algorithm}",
         )
         return f"pushed to {commit.repo_url}"
     except Exception as error:

@@ -19,7 +19,9 @@ from .markdown import code, code_block, escape, escape_line, plain_line, python_
 from .tables import change_text, duration, markdown_table
 
 
+TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["text-to-video", "diffusers", "lora", "reinforcement-learning", "astrolabe"]
+PAPERS = {"https://arxiv.org/abs/2603.17051": "Astrolabe"}  # names of papers; the others' are their addresses
 # What says nothing about the adapter, or is no one else's business.
 LEFT_OUT = ("output_dir", "overwrite_output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
 
@@ -28,12 +30,42 @@ def write_card(config: Config, results: dict[str, Any], prompts: Sequence[str], 
     """Writes the card of a finished run as `README.md` into its folder; no path of this machine is in it.
 
     Args:
-        results: what the trainer writes to results.json.
+        config: the settings of any algorithm, whose class says its name, `algorithm`, and the address of its `paper`.
+        results: what a run writes to results.json.
         prompts: those of the videos in `eval_videos/step-N/`, in their order.
         repo_id: where the adapter will be; by default it is loaded from a folder of the run's name.
     """
     name = repo_id or config.hub_model_id or Path(config.output_dir).resolve().name
-    data = ModelCardData(
+    title = name.split("/")[-1]
+    # What is given here is put into the template as it is: users' texts are escaped.
+    card = ModelCard.from_template(
+        card_data(config, results, prompts, title),
+        TEMPLATE,
+        config=config,
+        results=results,
+        title=escape(title),
+        base=code(config.hub_base_model or shareable_name(config.model)),
+        algorithm=algorithm_text(config),
+        rewards=", ".join(f"{code(reward)} (weight {weight:g})" for reward, weight in config.rewards.items()),
+        example=code_block(example(config, results["size"], name, prompts), "python"),
+        findings="\n".join(f"- {line}" for line in findings(results["scores"], config.rewards)),
+        table=score_table(results["scores"], config.rewards),
+        start=config.init_lora and code(shareable_name(config.init_lora)),
+        prompts="\n".join(f"{i}. {escape_line(prompt)}" for i, prompt in enumerate(prompts, 1)),
+        train_time=duration(results["train_seconds"]),
+        versions=", ".join(f"{package} {version}" for package, version in results["versions"].items()),
+        settings=code_block(yaml.safe_dump(shareable_settings(config), sort_keys=False, allow_unicode=True), "yaml"),
+        licence=escape_line(config.hub_license or "None was stated"),
+    )
+    path = Path(config.output_dir) / "README.md"
+    with replacing(path) as partial:
+        card.save(partial)
+    return path
+
+
+def card_data(config: Config, results: dict[str, Any], prompts: Sequence[str], name: str) -> ModelCardData:
+    """What the Hub reads of a card."""
+    return ModelCardData(
         base_model=base_on_hub(config),
         library_name="diffusers",
         license=config.hub_license,
@@ -43,7 +75,7 @@ def write_card(config: Config, results: dict[str, Any], prompts: Sequence[str], 
             {"text": plain_line(prompt), "output": {"url": f"{video_folder(results)}/{i:03d}.mp4"}}
             for i, prompt in enumerate(prompts)
         ],
-        model_name=name.split("/")[-1],
+        model_name=name,
         eval_results=[
             EvalResult(
                 task_type="text-to-video",
@@ -57,10 +89,39 @@ def write_card(config: Config, results: dict[str, Any], prompts: Sequence[str], 
             if math.isfinite(score["after"])
         ],
     )
-    path = Path(config.output_dir) / "README.md"
-    with replacing(path) as partial:
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(config, results, prompts, name)}").save(partial)
-    return path
+
+
+def algorithm_text(config: Config) -> str:
+    """The algorithm and its paper, if it has one."""
+    if config.paper is None:
+        return escape(config.algorithm)
+    name = PAPERS.get(config.paper, config.paper.removeprefix("https://"))
+    return f"{escape(config.algorithm)}, as in [{escape(name)}]({config.paper})"
+
+
+def example(config: Config, size: dict[str, int], name: str, prompts: Sequence[str]) -> str:
+    """Code that generates a video with the adapter."""
+    base = config.model
+    model = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else python_text(shareable_name(base))
+    revision = f", revision={python_text(config.revision)}" if config.revision else ""
+    arguments = ", ".join(f"{key}={value}" for key, value in size.items())
+    return f"""import {", ".join(["astrolabe_diffusers", *config.import_modules])}
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_video
+
+pipe = DiffusionPipeline.from_pretrained({model}{revision})
+pipe.load_lora_weights({python_text(name)})
+video = pipe({python_text(next(iter(prompts), "a prompt"))}, {arguments}).frames[0]
+export_to_video(video, "video.mp4", fps=pipe.config.frame_rate)"""
+
+
+def score_table(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> str:
+    rows = [["", "weight", "before", "after", "change (95 % interval)"]]
+    for name, score in scores.items():
+        weight = f"{rewards[name]:g}" if name in rewards else ""
+        change = change_text(score["change"], score["half_width_95"])
+        rows.append([name, weight, f"{score['before']:.4f}", f"{score['after']:.4f}", change])
+    return markdown_table(rows)
 
 
 def base_on_hub(config: Config) -> str | None:
@@ -119,87 +180,3 @@ def shareable_settings(config: Config) -> dict[str, Any]:
         for name, value in shareable(config).items()
         if getattr(config, name) != defaults[name] and name not in LEFT_OUT
     }
-
-
-def _body(config: Config, results: dict[str, Any], prompts: Sequence[str], name: str) -> str:
-    base = config.model
-    base_name = config.hub_base_model or shareable_name(base)
-    base_code = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else python_text(shareable_name(base))
-    revision = f", revision={python_text(config.revision)}" if config.revision else ""
-    imports = "".join(f", {module}" for module in config.import_modules)
-    size = ", ".join(f"{key}={value}" for key, value in results["size"].items())
-    start = "the base model"
-    if config.init_lora:
-        start = f"the LoRA {code(shareable_name(config.init_lora))} it started from"
-    rows = [["", "weight", "before", "after", "change (95 % interval)"]]
-    for reward, score in results["scores"].items():
-        weight = f"{config.rewards[reward]:g}" if reward in config.rewards else ""
-        change = change_text(score["change"], score["half_width_95"])
-        rows.append([reward, weight, f"{score['before']:.4f}", f"{score['after']:.4f}", change])
-    rewards = ", ".join(f"{code(reward)} (weight {weight:g})" for reward, weight in config.rewards.items())
-    shown = ""
-    if prompts:
-        listing = "\n".join(f"{i + 1}. {escape_line(prompt)}" for i, prompt in enumerate(prompts))
-        shown = f"""## Videos
-
-<Gallery />
-
-![Videos without and with the LoRA](before_after.gif)
-
-Without (before) and with this LoRA (after), from the same seeds: the first held-out prompts, not chosen by hand. At
-full size in [before_after.mp4](before_after.mp4).
-
-{listing}
-
-![Frames of these videos](before_after.png)
-
-"""
-    license_text = escape_line(config.hub_license or "None was stated")
-    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    settings = yaml.safe_dump(shareable_settings(config), sort_keys=False, allow_unicode=True)
-    call = f"{python_text(prompts[0] if prompts else 'a prompt')}, {size}"
-    example = f"""import astrolabe_diffusers{imports}
-from diffusers import DiffusionPipeline
-from diffusers.utils import export_to_video
-
-pipe = DiffusionPipeline.from_pretrained({base_code}{revision})
-pipe.load_lora_weights({python_text(name)})
-video = pipe({call}).frames[0]
-export_to_video(video, "video.mp4", fps=pipe.config.frame_rate)"""
-    processes = results["num_processes"]
-    return f"""# {escape(name.split("/")[-1])}
-
-A LoRA for the causal video model {code(base_name)}, trained by reinforcement learning (NFT, as in
-[Astrolabe](https://arxiv.org/abs/2603.17051)) on {rewards}, with
-astrolabe_diffusers.
-
-{code_block(example, "python")}
-
-## What it changes
-
-{chr(10).join(f"- {line}" for line in findings(results["scores"], config.rewards))}
-
-{markdown_table(rows)}
-
-Means over {results["num_videos"]} videos of prompts that were not trained on ({results["num_prompts"]} prompts x
-{config.eval_seeds} seeds). "before" is {start}, with the same seeds. `reward` is the weighted sum, what has no weight
-was only watched. The intervals are those of the paired differences; they say nothing about a run with another seed.
-
-![Reward over the optimizer steps](rewards.png)
-
-{shown}## Training
-
-- {results["steps"]} optimizer steps on {results["num_samples"]} sampled videos in groups of \
-{config.samples_per_prompt}; seed {config.seed}, held-out seeds 0 to {config.eval_seeds - 1}.
-- {processes} x {results["device"]}, {duration(results["train_seconds"])} without evaluations, peak memory \
-{results["peak_memory_gb"]:.1f} GB a process.
-- {versions}.
-
-Settings that are not the defaults:
-
-{code_block(settings, "yaml")}
-
-## Licence
-
-{license_text}. The licence of the base model applies to it too.
-"""

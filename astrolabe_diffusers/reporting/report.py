@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..config import Config
@@ -18,15 +20,23 @@ from ..shareable import shareable
 from .charts import draw_curves
 from .comparison import Evaluation, comparison_rows
 from .tables import comparison_table, duration
-from .trackers import log_distributions, log_video, start_trackers
+from .trackers import log_distributions, log_numbers, log_video, start_trackers
 from .videos import side_by_side
 
 
+# Figures of an epoch that its line shows, of those that the algorithm has: how they are called there, and their form.
+LINE = {"loss": ("loss", ".4f"), "grad_norm": ("grad", ".2g")}
+
+
 class RunReport:
-    """Everything a run says about itself; only the main process writes.
+    """Everything a run says about itself, whatever its algorithm; only the main process writes.
 
     `metrics.jsonl` has a line an epoch, `eval.jsonl` one an evaluation with the score of every held-out video;
     `rewards.png` is drawn from both.
+
+    Args:
+        config: the run's settings, of which the report takes `algorithm`, `output_dir`, `logging_dir`, `report_to`,
+            `rewards` (those trained on), `samples_per_prompt` (the size of a group), `max_train_steps` and `save`.
 
     Attributes:
         evaluations: all so far, in every process.
@@ -50,17 +60,14 @@ class RunReport:
             )
             self.curve = [(record["step"], record["reward"]) for record in epochs]
             self.evaluations = [Evaluation(record["step"], record["scores"]) for record in evaluations]
-        if torch.distributed.is_initialized():
-            holder = [self.evaluations]
-            torch.distributed.broadcast_object_list(holder, src=0)
-            self.evaluations = holder[0]
-        settings = {name: str(value) for name, value in shareable(self.config).items()}
+        self.evaluations = broadcast_object_list([self.evaluations])[0]
         start_trackers(
             self.accelerator,
             self.config.report_to,
-            settings,
-            self.output_dir.resolve().name,
-            self.output_dir / self.config.logging_dir,
+            project=re.sub(r"\W+", "-", self.config.algorithm.lower()),
+            settings={name: str(value) for name, value in shareable(self.config).items()},
+            run_name=self.output_dir.resolve().name,
+            folder=self.output_dir / self.config.logging_dir,
             resume=step is not None,
         )
         # disable=None: no bar in a log file, where it would be noise. The lines of the epochs are there in any case.
@@ -84,41 +91,32 @@ class RunReport:
         """Log an epoch.
 
         Args:
-            metrics: numbers, among them `step`, `reward`, `loss`, `grad_norm` and `seconds`.
+            metrics: numbers of any algorithm, among them `step`, `reward` and `seconds`; docs/logged_metrics.md.
             distributions: the scores `(N,)` of all samples by name, group after group.
         """
-        step = metrics["step"]
-        statistics = {
-            name: score_statistics(scores, self.config.samples_per_prompt) for name, scores in distributions.items()
-        }
+        step, group_size = metrics["step"], self.config.samples_per_prompt
+        statistics = {name: score_statistics(scores, group_size) for name, scores in distributions.items()}
         # The mean of a score is one of its statistics.
-        numbers = {name: value for name, value in metrics.items() if name not in distributions}
-        # What a tracker was given it writes in a thread, and only says later that it could not.
-        with writing(self.output_dir / self.config.logging_dir):
-            self.accelerator.log(
-                {tag(name): value for name, value in numbers.items()} | tags("reward", statistics), step
-            )
+        numbers = {tag(name): value for name, value in metrics.items() if name not in distributions}
+        log_numbers(self.accelerator, numbers | tags("reward", statistics), step)
         if self.accelerator.is_main_process:
             self.curve.append((step, metrics["reward"]))
             append_jsonl(self.output_dir / "metrics.jsonl", metrics | {"statistics": statistics})
-            with writing(self.output_dir / self.config.logging_dir):
-                log_distributions(
-                    self.accelerator, {f"reward/{name}": scores for name, scores in distributions.items()}, step
-                )
+            histograms = {f"reward/{name}": scores for name, scores in distributions.items()}
+            log_distributions(self.accelerator, histograms, step)
         latest = self.evaluations[-1]
+        shown = (f"{label} {metrics[name]:{form}}  " for name, (label, form) in LINE.items() if name in metrics)
         self.print(
             f"step {step}/{self.config.max_train_steps}  reward {metrics['reward']:.4f}  "
             f"held-out {latest.mean():.4f} ({latest.mean() - self.evaluations[0].mean():+.4f} at step {latest.step})  "
-            f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2g}  "
-            f"{metrics['seconds']:.1f} s/epoch  ETA {duration(seconds_left)}"
+            f"{''.join(shown)}{metrics['seconds']:.1f} s/epoch  ETA {duration(seconds_left)}"
         )
 
     def add_evaluation(self, evaluation: Evaluation, videos: Sequence[torch.Tensor], frame_rate: int):
         """Log an evaluation, redraw the curves and show `videos` in the trackers."""
         self.evaluations.append(evaluation)
         statistics = {name: score_statistics(torch.tensor(scores)) for name, scores in evaluation.scores.items()}
-        with writing(self.output_dir / self.config.logging_dir):
-            self.accelerator.log(tags("held-out", statistics), step=evaluation.step)
+        log_numbers(self.accelerator, tags("eval", statistics), evaluation.step)
         self.print(f"step {evaluation.step}: held-out reward {evaluation.mean():.4f}")
         if not self.accelerator.is_main_process:
             return
@@ -126,8 +124,7 @@ class RunReport:
         self.draw_curves()
         if videos:
             images = side_by_side(videos, columns=min(4, len(videos)))
-            with writing(self.output_dir / self.config.logging_dir):
-                log_video(self.accelerator, "held-out/videos", images, frame_rate, evaluation.step)
+            log_video(self.accelerator, "eval/videos", images, frame_rate, evaluation.step)
 
     def draw_curves(self):
         held_out = [(evaluation.step, evaluation.mean()) for evaluation in self.evaluations]
@@ -149,17 +146,14 @@ class RunReport:
             name: {"before": old, "after": new, "change": change, "half_width_95": half}
             for name, old, new, change, half in rows
         }
-        table = comparison_table(rows, list(self.config.rewards))
         number = len(after.scores["reward"])
-        table = (
-            f"{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
-            f"{after.step} steps\n{table}"
-        )
         with replacing(self.output_dir / "results.json") as partial:
             partial.write_text(json.dumps(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
         self.print(
-            f"\n{table}\n\ntraining took {duration(results['train_seconds'])} without evaluations, "
+            f"\n{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
+            f"{after.step} steps\n{comparison_table(rows, list(self.config.rewards))}\n\n"
+            f"training took {duration(results['train_seconds'])} without evaluations, "
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
             f"\n{files}"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from PIL import Image
 
 from ..errors import UserError, one_line
@@ -40,11 +40,12 @@ def tracker_names(report_to: str) -> list[str]:
 
 
 def start_trackers(
-    accelerator: Accelerator, report_to: str, settings: dict, run_name: str, folder: Path, resume: bool
+    accelerator: Accelerator, report_to: str, project: str, settings: dict, run_name: str, folder: Path, resume: bool
 ):
-    """Open the trackers of a run, or go on with those of one that is resumed.
+    """Open the trackers of a run, or go on with those of one that is resumed. [`closing_trackers`] closes them.
 
     Args:
+        project: what runs of one kind have in common; a folder's name too.
         settings: what is shown as the run's hyperparameters.
         folder: of all that the trackers write.
     """
@@ -58,7 +59,7 @@ def start_trackers(
         run = {"dir": folder, "name": run_name, "id": id_file.read_text(), "resume": "allow"}
         init_kwargs["wandb"] = run | {"settings": WANDB_SETTINGS}
     try:
-        accelerator.init_trackers("nft", config=settings, init_kwargs=init_kwargs)
+        accelerator.init_trackers(project, config=settings, init_kwargs=init_kwargs)
     except Exception as error:  # each tracker has its own: no key, no network, ...
         raise UserError(f"report_to={report_to}: {one_line(error)}") from error
 
@@ -91,20 +92,40 @@ def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
         threading.excepthook = before
 
 
+def log_numbers(accelerator: Accelerator, values: dict[str, float], step: int):
+    for tracker in accelerator.trackers:
+        with _failing_in_one_line(accelerator, tracker):
+            tracker.log(values, step=step)
+
+
 def log_distributions(accelerator: Accelerator, values: dict[str, torch.Tensor], step: int):
     """Histograms of the finite values of every tensor `(N,)`, by its tag. For the main process."""
-    for tag, tensor in values.items():
-        tensor = tensor[tensor.isfinite()]
-        if len(tensor):
-            for tracker in accelerator.trackers:
-                HISTOGRAMS[tracker.name](tracker.tracker, tag, tensor, step)
+    finite = {tag: tensor[tensor.isfinite()] for tag, tensor in values.items()}
+    for tracker in accelerator.trackers:
+        with _failing_in_one_line(accelerator, tracker):
+            for tag in (tag for tag, tensor in finite.items() if len(tensor)):
+                HISTOGRAMS[tracker.name](tracker.tracker, tag, finite[tag], step)
 
 
 def log_video(accelerator: Accelerator, tag: str, images: Sequence[Image.Image], frame_rate: int, step: int):
     """A video as an animated GIF, which browsers play and which needs no moviepy. For the main process."""
     gif = gif_bytes(images, frame_rate)
     for tracker in accelerator.trackers:
-        GIFS[tracker.name](tracker.tracker, tag, gif, images[0].size, step)
+        with _failing_in_one_line(accelerator, tracker):
+            GIFS[tracker.name](tracker.tracker, tag, gif, images[0].size, step)
+
+
+@contextmanager
+def _failing_in_one_line(accelerator: Accelerator, tracker: GeneralTracker) -> Iterator[None]:
+    """TensorBoard writes in a thread, and only says at a later call that it could not. An error of wandb, which may be
+    an `OSError` too, is mostly one of the network."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("wandb."):
+            raise
+        problem = {"tensorboard": f"cannot write {accelerator.logging_dir}", "wandb": "report_to=wandb"}
+        raise UserError(f"{problem[tracker.name]}: {one_line(error)}") from error
 
 
 def _tensorboard_histogram(writer, tag: str, values: torch.Tensor, step: int):

@@ -2,7 +2,7 @@ import codecs
 
 import pytest
 
-from astrolabe_diffusers.files.text import read_lines, read_text
+from astrolabe_diffusers.files.text import parse_json, read_json, read_lines, read_text
 
 
 TEXT = "a red circle\nein grünes Dreieck\n円"
@@ -43,3 +43,21 @@ def test_other_encodings_and_other_files_are_named(tmp_path, data, words):
     with pytest.raises(ValueError, match=words) as error:
         read_text(tmp_path / "file")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "is no JSON: Expecting value"), ('{"a": 1', "is no JSON: "), ("[" * 100_000, "is no JSON: .*recursion")],
+)
+def test_what_is_no_json_is_named(tmp_path, text, words):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} {words}"):
+        read_json(path)
+    with pytest.raises(ValueError, match=f"the header {words}"):
+        parse_json(text.encode(), "the header")
+
+
+def test_json(tmp_path):
+    (tmp_path / "file").write_bytes(codecs.BOM_UTF8 + '{"a": [1, "ü"]}'.encode())
+    assert read_json(tmp_path / "file") == {"a": [1, "ü"]}

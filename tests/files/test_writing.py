@@ -47,7 +47,7 @@ WRITERS = {
     "model card": lambda folder: write_card(config(output_dir=folder, rewards={MATCH: 1.0}), results(), []),
 }
 TRACKERS = {
-    "wandb": lambda folder: start_trackers(Accelerator(), "wandb", {}, "a run", folder / "logs", resume=False),
+    "wandb": lambda folder: start_trackers(Accelerator(), "wandb", "nft", {}, "a run", folder / "logs", resume=False),
 }
 
 

@@ -1,61 +1,40 @@
-import io
+"""Where the marks of charts are, read from the pixels."""
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from astrolabe_diffusers.reporting.charts import COLORS, draw_curves, draw_means, nice_ticks
-from astrolabe_diffusers.reporting.videos import (
-    comparison_video,
-    contact_sheet,
-    gif_bytes,
-    side_by_side,
-    small_gif_bytes,
-    video_images,
-)
+from astrolabe_diffusers.reporting.charts import draw_curves, draw_means
 
 
-def colored(color, frames=5, height=32, width=48):
-    return torch.tensor(color).view(1, 3, 1, 1).expand(frames, 3, height, width)
+BLUE, RED = (31, 119, 180), (214, 39, 40)  # of the first and the second
+NAN = float("nan")
 
 
-RED, GREEN = colored([1.0, 0.0, 0.0]), colored([0.0, 1.0, 0.0])
+def pixels_of(path):
+    return np.array(Image.open(path).convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.711, 0.763, [0.72, 0.73, 0.74, 0.75, 0.76]),
-        (-30, 80, [-20, 0, 20, 40, 60, 80]),
-    ],
-)
-def test_ticks_are_round(low, high, ticks):
-    assert nice_ticks(low, high) == pytest.approx(ticks)
-
-
-def test_step_axis_has_whole_ticks():
-    assert nice_ticks(0, 4, 8, smallest_step=1) == [0, 1, 2, 3, 4]
+def drawn(pixels, color):
+    """Rows and columns of the pixels that have just this color."""
+    return np.nonzero((pixels == color).all(-1))
 
 
 def test_curves_go_where_the_numbers_are(tmp_path):
     path = tmp_path / "curves.png"
-    rising = [(step, step / 80) for step in range(81)]
-    draw_curves({"train": rising, "held-out": [(0, 1.0), (40, float("nan")), (80, 0.0)]}, path, "title", "step", "y")
-    pixels = np.array(Image.open(path)).astype(int)
-    assert path.stat().st_size < 40_000
-
-    def heights(color):
-        rows, columns = np.nonzero((pixels[60:390] == color).all(-1))
-        return rows[columns < 120].mean(), rows[(columns > 720) & (columns < 780)].mean()
-
-    for color, rises in zip(COLORS, (True, False)):
-        left, right = heights(color)
-        assert (right < left) == rises and abs(left - right) > 200
+    rising = [(step, 0.4 + step / 160) for step in range(81)]
+    draw_curves({"train": rising, "held-out": [(0, 0.3), (40, NAN), (80, 0.1)]}, path, "title", "step", "y")
+    pixels = pixels_of(path)
+    assert pixels.shape == (450, 800, 3) and path.stat().st_size < 40_000
+    blue, red = (dict(zip(*reversed(drawn(pixels[:, 250:], color)))) for color in (BLUE, RED))
+    # The values 0.4 + x / 160 and 0.3 - x / 400 at every column: one scale for both.
+    ends = [(rows[min(rows)], rows[max(rows)]) for rows in (blue, red)]
+    rise, fall = ends[0][0] - ends[0][1], ends[1][1] - ends[1][0]
+    assert rise / fall == pytest.approx(160 / 64, rel=0.1) and rise > 100
+    assert max(blue.values()) < min(red.values())
 
 
-@pytest.mark.parametrize("points", [[], [(0, float("nan"))], [(0, 0.5)], [(0, 0.5), (1, 0.5)], [(3, 0.0)]])
+@pytest.mark.parametrize("points", [[], [(0, NAN)], [(0, 0.5)], [(0, 0.5), (1, 0.5)], [(3, 0.0)]])
 def test_degenerate_curves(tmp_path, points):
     draw_curves({"train": points, "held-out": []}, tmp_path / "curves.png", "title", "step", "y")
     assert (tmp_path / "curves.png").exists() == bool(points and points[0][1] == points[0][1])
@@ -64,82 +43,37 @@ def test_degenerate_curves(tmp_path, points):
 def test_means_go_where_the_numbers_are(tmp_path):
     """Two charts of very different scale: the second mean above the first one, then below it."""
     path = tmp_path / "means.png"
-    nan = float("nan")
-    draw_means({"a/part": [(0.5, 0.0), (0.9, 0.1)], "b": [(300, nan), (100, nan)]}, ["base", "lora"], path, "title")
-    pixels = np.array(Image.open(path)).astype(int)[62:]
-    assert pixels.shape[:2] == (210, 2 * 240 + 10)
-    for chart, rises in ((pixels[:, 62:240], True), (pixels[:, 302:480], False)):
-        # A column beside the marks has the base's line; the LoRA's mark is the middle of its own pixels.
-        line = (chart[:, 2] == COLORS[0]).nonzero()[0].mean()
-        mark = (chart == COLORS[1]).all(-1).nonzero()[0].mean()
-        assert (mark < line) == rises and abs(mark - line) > 60
-    whiskers = [(half == COLORS[1]).all(-1).any(1).sum() for half in (pixels[:, 62:240], pixels[:, 302:480])]
-    assert whiskers[0] > 50 and whiskers[1] < 15
+    draw_means({"a/part": [(0.5, 0.0), (0.9, 0.1)], "b": [(300, NAN), (100, NAN)]}, ["base", "lora"], path, "title")
+    pixels = pixels_of(path)[:-45]  # the legend is below
+    middle = pixels.shape[1] // 2
+    whiskers = []
+    for chart, rises in ((pixels[:, :middle], True), (pixels[:, middle:], False)):
+        rows, columns = drawn(chart, BLUE)
+        assert np.ptp(columns) > 150  # the base's line, through the whole chart
+        line, (marks, _) = np.bincount(rows).argmax(), drawn(chart, RED)
+        assert (marks.mean() < line) == rises and abs(marks.mean() - line) > 60
+        whiskers.append(np.ptp(marks))
+    assert whiskers[0] > 45 and whiskers[1] < 15
 
 
-@pytest.mark.parametrize("mark", [(float("nan"), float("nan")), (0.0, 0.0)])
+@pytest.mark.parametrize("number", [1, 5, 9])
+def test_every_score_has_its_chart(tmp_path, number):
+    draw_means({str(i): [(i, 0.1), (i + 1, 0.1)] for i in range(number)}, ["one", "two"], tmp_path / "means.png", "")
+    height, width = pixels_of(tmp_path / "means.png").shape[:2]
+    assert round(width / 240) == min(number, 4) and round((height - 60) / 210) == -(-number // 4)
+
+
+@pytest.mark.parametrize("mark", [(NAN, NAN), (0.0, 0.0)])
 def test_degenerate_means(tmp_path, mark):
     draw_means({"a": [mark]}, ["base"], tmp_path / "means.png", "a title that is wider than the only chart below it")
-    assert Image.open(tmp_path / "means.png").width > 300
+    assert pixels_of(tmp_path / "means.png").shape[1] > 300
 
 
-def test_video_images_are_the_frames():
-    video = torch.rand(2, 3, 8, 8)
-    images = video_images(video, (16, 16))
-    assert len(images) == 2 and images[0].size == (16, 16)
-    expected = (video[1] * 255).round().permute(1, 2, 0).numpy()
-    assert np.array_equal(np.array(images[1])[::2, ::2], expected)
-
-
-def test_gif_moves():
-    videos = [torch.rand(5, 3, 32, 32), torch.rand(5, 3, 32, 32)]
-    gif = Image.open(io.BytesIO(gif_bytes(side_by_side(videos), 16)))
-    assert gif.n_frames == 5 and gif.info["loop"] == 0 and 50 <= gif.info["duration"] <= 70
-    assert gif.size == (2 * 132, 132)
-
-
-def test_small_gif_keeps_the_pace():
-    images = video_images(torch.rand(16, 3, 100, 800))
-    gif = Image.open(io.BytesIO(small_gif_bytes(images, 16)))
-    assert (gif.size, gif.n_frames, gif.info["duration"]) == ((640, 80), 8, 120)  # hundredths of a second, rounded
-    small = Image.open(io.BytesIO(small_gif_bytes(images[:4], 8, max_width=1000)))
-    assert (small.size, small.n_frames) == ((800, 100), 4)
-
-
-@pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("size", [(32, 48), (480, 832)])
-def test_before_and_after_are_side_by_side(number, size):
-    red, green = (colored(c, 3, *size) for c in ([1.0, 0, 0], [0, 1.0, 0]))
-    frames = comparison_video({"before": [red] * number, "after": [green] * number})
-    assert len(frames) == 3 and frames[0].width % 16 == 0 and frames[0].height % 16 == 0
-    pixels = np.array(frames[1])
-    is_red, is_green = ((pixels == c).all(-1) for c in ([255, 0, 0], [0, 255, 0]))
-    assert is_red.sum() == is_green.sum() > 0
-    row = is_red.any(1).nonzero()[0][0]
-    assert is_red[row].nonzero()[0][0] < is_green[row].nonzero()[0][0]
-
-
-def test_any_number_of_columns():
-    blue = colored([0.0, 0.0, 1.0])
-    columns = {"base": [RED] * 3, "a name that is far too long for its column": [GREEN] * 3, "last": [blue] * 3}
-    frame = np.array(comparison_video(columns)[0])
-    sheet = np.array(contact_sheet(columns, ["one", "two", "three"]))
-    for picture, edges in ((frame, 4), (sheet, 3)):
-        # From left to right; the video has two groups of three tiles in its first row.
-        row = (picture == [255, 0, 0]).all(-1).any(1).nonzero()[0][0]
-        shown = [tuple(color) for color in picture[row] if tuple(color) != (255, 255, 255)]
-        order = [color for i, color in enumerate(shown) if i == 0 or color != shown[i - 1]]
-        one_group = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-        assert order == (2 * one_group if edges == 4 else one_group)
-
-
-def test_contact_sheet_has_a_row_a_pair():
-    columns = {"before": [RED, RED, RED], "after": [GREEN, GREEN, GREEN]}
-    sheet = contact_sheet(columns, ["short", "a very long caption " * 30, "last"], num_frames=4)
-    pixels = np.array(sheet)
-    left, right = pixels[:, : sheet.width // 2], pixels[:, sheet.width // 2 :]
-    for half, color in ((left, [255, 0, 0]), (right, [0, 255, 0])):
-        mask = (half == color).all(-1)
-        assert mask.sum() == 3 * 4 * 96 * 64
-    middle = (left == [255, 0, 0]).all(-1).any(1)
-    assert np.diff(middle.astype(int)).clip(0).sum() == 3
+def test_names_show_as_they_are(tmp_path):
+    """Neither formulas, which matplotlib would refuse to draw, nor hidden, which `_` is for it."""
+    draw_curves({"train": [(0, 1.0)]}, tmp_path / "curves.png", r"$\nonsense$", "step", "y")
+    sizes = []
+    for name in ("_", "_" + 40 * "m", r"$\nonsense$"):
+        draw_means({name: [(0.5, 0.1)]}, [name], tmp_path / "means.png", name)
+        sizes.append(pixels_of(tmp_path / "means.png").shape[1])
+    assert sizes[1] > sizes[0]

@@ -1,6 +1,7 @@
 import ast
 import math
 import re
+from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -151,13 +152,14 @@ def test_card_names_no_place_of_a_reward(tmp_path):
 def test_whatever_is_in_prompts_and_names_shows_as_it_is(tmp_path):
     """Read by other parsers: of YAML by huggingface_hub, of Markdown by markdown-it, of the code by Python."""
     prompts = ["```\n# a heading\n---\nlicense: mit", "- a [link](javascript:alert(1)) | <img src=x>", '"); exit() #']
+    prompts += ["{{ 7 * 7 }} {% raw %} {# gone #}"]
     name = "`rm` |</code>\n```"
     cfg = config(
         model="someone/a`b",
         revision='"), exit("',
         rewards={MATCH: 1.0},
         output_dir=tmp_path,
-        hub_model_id='me/a"b<i>`',
+        hub_model_id='me/a"b<i>`{{ title }}',
         hub_license="mit\n---\n# <b>owned</b>",
         prompt_column=name,
     )
@@ -168,7 +170,7 @@ def test_whatever_is_in_prompts_and_names_shows_as_it_is(tmp_path):
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text)
     titles = [tokens[i + 1] for i, token in enumerate(tokens) if token.type == "heading_open"]
     own = ["What it changes", "Videos", "Training", "Licence"]
-    assert [shown(title) for title in titles] == ['a"b<i>`', *own]
+    assert [shown(title) for title in titles] == ['a"b<i>`{{ title }}', *own]
     items = [tokens[i + 2] for i, token in enumerate(tokens) if token.type == "list_item_open"]
     assert [shown(item) for item in items if shown(item) in lines] == lines
     inside = [token for inline in tokens for token in inline.children or ()]
@@ -186,6 +188,31 @@ def test_whatever_is_in_prompts_and_names_shows_as_it_is(tmp_path):
 def shown(inline):
     """The text of a line without what Markdown makes of it."""
     return "".join(token.content for token in inline.children)
+
+
+@dataclass
+class OtherConfig(NFTConfig):
+    algorithm = "my *best* algorithm"
+    paper = None
+
+
+@dataclass
+class PublishedConfig(NFTConfig):
+    algorithm = "AWM"
+    paper = "https://arxiv.org/abs/2509.25050"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (NFTConfig, "NFT, as in [Astrolabe](https://arxiv.org/abs/2603.17051)"),
+        (OtherConfig, r"my \*best\* algorithm"),
+        (PublishedConfig, "AWM, as in [arxiv.org/abs/2509.25050](https://arxiv.org/abs/2509.25050)"),
+    ],
+)
+def test_card_names_the_algorithm(tmp_path, kind, words):
+    card = card_of(kind(rewards={MATCH: 1.0}, output_dir=tmp_path), results())
+    assert f"trained by reinforcement learning ({words}) on" in card.text
 
 
 def test_card_without_videos(tmp_path):

@@ -5,18 +5,21 @@ import struct
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.reporting import trackers as trackers_module
-from astrolabe_diffusers.reporting.trackers import log_distributions, log_video, start_trackers, tracker_names
+from astrolabe_diffusers.reporting.trackers import (
+    log_distributions,
+    log_numbers,
+    log_video,
+    start_trackers,
+    tracker_names,
+)
 from astrolabe_diffusers.reporting.videos import gif_bytes, video_images
-from astrolabe_diffusers.training import NFTTrainer
-from tests.training.helpers import BRIGHTNESS, tiny_arguments
 
 
-CONTRAST = "tests.training.rewards:contrast"
 SCORES = torch.tensor([0.0, 1.0, 1.0, math.nan])
 FRAMES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -24,10 +27,10 @@ FRAMES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def run_trackers(report_to, folder, resume=False):
     """Opens the trackers, logs a number, a distribution and a video, and closes them."""
     accelerator = Accelerator(log_with=tracker_names(report_to), project_dir=folder)
-    start_trackers(accelerator, report_to, {"rank": "4"}, "a run", folder, resume)
+    start_trackers(accelerator, report_to, "nft", {"rank": "4"}, "a run", folder, resume)
     accelerator.log({"train/kl": 0.25}, step=7)
     log_distributions(accelerator, {"reward/match": SCORES, "reward/nothing": SCORES[3:]}, step=7)
-    log_video(accelerator, "held-out/videos", video_images(FRAMES), 16, step=7)
+    log_video(accelerator, "eval/videos", video_images(FRAMES), 16, step=7)
     accelerator.end_training()
 
 
@@ -38,7 +41,7 @@ def events_of(folder):
 def test_tensorboard(tmp_path):
     run_trackers("tensorboard", tmp_path)
     events = events_of(tmp_path)
-    (image,) = events.Images("held-out/videos")
+    (image,) = events.Images("eval/videos")
     assert (image.step, image.encoded_image_string) == (7, gif_bytes(video_images(FRAMES), 16))
     assert events.Tags()["histograms"] == ["reward/match"]
     (histogram,) = events.Histograms("reward/match")
@@ -100,33 +103,35 @@ def test_a_tracker_that_cannot_start(tmp_path, monkeypatch):
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_: 1 / 0)
     with pytest.raises(UserError, match="report_to=tensorboard: division by zero"):
-        start_trackers(accelerator, "tensorboard", {}, "a run", tmp_path, resume=False)
+        start_trackers(accelerator, "tensorboard", "nft", {}, "a run", tmp_path, resume=False)
 
 
-def test_what_a_run_logs(model_folder, tmp_path):
-    """Every loss part, KL, groups of no spread, statistics and distributions of rewards, speeds and videos."""
-    trainer = NFTTrainer(config=parse_args(tiny_arguments(model_folder, tmp_path, max_train_steps=1)))
-    trainer.train()
-    events = events_of(tmp_path / "logs")
-    scalars = set(events.Tags()["scalars"])
-    train = ("loss", "policy_loss", "kl", "zero_spread_groups", "grad_norm", "peak_memory_gb")
-    parts = ("sampling", "scoring", "training")
-    speed = [name for part in parts for name in (f"seconds_{part}", f"samples_per_second_{part}")]
-    expected = {f"train/{name}" for name in train} | {f"speed/{name}" for name in speed}
-    rewards = ("reward", BRIGHTNESS, f"{BRIGHTNESS}/red")
-    expected |= {f"reward/{name}/{key}" for name in rewards for key in ("mean", "std", "min", "max", "group_std")}
-    expected |= {f"held-out/{name}/{key}" for name in ("reward", CONTRAST) for key in ("mean", "std", "min", "max")}
-    assert expected <= scalars, expected - scalars
-    assert not any(name.startswith("train/reward") or BRIGHTNESS in name and "train/" in name for name in scalars)
-    assert {f"reward/{name}" for name in rewards} <= set(events.Tags()["histograms"])
-    assert events.Histograms("reward/reward")[0].histogram_value.num == 8
-    assert [image.step for image in events.Images("held-out/videos")] == [0, 1]
+class NoNetwork(GeneralTracker):
+    """A tracker of which nothing arrives."""
 
-    record = json.loads((tmp_path / "metrics.jsonl").read_text())
-    statistics = record["statistics"]["reward"]
-    assert statistics["mean"] == pytest.approx(record["reward"])
-    assert statistics["group_std"] == pytest.approx(record["group_std"], rel=1e-4)
-    seconds = record["seconds_sampling"]
-    assert record["samples_per_second_sampling"] == pytest.approx(8 / seconds)
-    logged = events.Scalars(f"reward/{BRIGHTNESS}/max")[0].value
-    assert logged == pytest.approx(record["statistics"][BRIGHTNESS]["max"])
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self, name, error):
+        self.name, self.error = name, error
+        super().__init__()
+
+    def log(self, values, step):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [
+        ("wandb", ConnectionError("no route to host"), "report_to=wandb: no route to host"),
+        ("wandb", type("CommError", (Exception,), {"__module__": "wandb.errors.errors"})("a\nb"), "wandb: a b"),
+        ("tensorboard", OSError(28, "No space left on device"), "cannot write .*logs: .*No space left"),
+        ("tensorboard", ValueError("a bug"), None),
+    ],
+)
+def test_errors_of_the_network_and_of_the_disk(tmp_path, name, error, told):
+    accelerator = Accelerator(project_dir=tmp_path / "logs")
+    accelerator.trackers = [NoNetwork(name, error)]
+    with pytest.raises(UserError if told else type(error), match=told) as raised:
+        log_numbers(accelerator, {"train/kl": 0.5}, step=1)
+    assert ("write" in str(raised.value)) == (name == "tensorboard" and bool(told))

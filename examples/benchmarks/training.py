@@ -1,11 +1,11 @@
 """Measures an epoch of NFT on this machine, at full size with random weights and a reward that costs nothing.
 
-    accelerate launch -q --config_file accelerate_configs/1gpu.yaml examples/benchmark_training.py \\
-        --model self-forcing --samples_per_prompt 8 --train_batch_size 4 --batches_per_epoch 2 [--any_field value]
+    accelerate launch -q --config_file accelerate_configs/1gpu.yaml examples/benchmarks/training.py \\
+        --recipe self-forcing --samples_per_prompt 8 --train_batch_size 4 --batches_per_epoch 2 [--any_field value]
 
 The fields are those of train_nft.py, and so is `--config`, for a published run's sizes and rewards:
 
-    ... examples/benchmark_training.py --model self-forcing --config self_forcing_video_hpsv3 --num_train_epochs 2
+    ... examples/benchmarks/training.py --recipe self-forcing --config self_forcing_video_hpsv3 --num_train_epochs 2
 
 The last lines say what each process used and whether all have the same LoRA.
 """
@@ -20,16 +20,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from random_models import random_pipeline, recipe_of
 
 from astrolabe_diffusers import TINY_SHAPES
-from astrolabe_diffusers.benchmark import random_pipeline
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.cli.train import parse_settings
 from astrolabe_diffusers.distributed.sharding import full_tensor
+from astrolabe_diffusers.errors import exit_code
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
-from astrolabe_diffusers.training import NFTConfig, NFTTrainer, exit_code
+from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.policies import policy_parameters
 
 
@@ -58,14 +58,12 @@ def checksum(parameters: list[torch.Tensor]) -> str:
 
 def benchmark(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
-    arguments = parse_settings(parser, argv, Path(__file__).parent / "configs")
-    model, settings = arguments.pop("model"), arguments.pop("config")
+    parser.add_argument("--recipe", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
+    arguments = parse_settings(parser, argv, Path(__file__).parents[1] / "configs")
+    recipe, settings = recipe_of(arguments.pop("recipe"), arguments.get("model")), arguments.pop("config")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    pipeline = None
-    if model:
-        tokenizer = AutoTokenizer.from_pretrained(TINY_SHAPES, subfolder="tokenizer")
-        pipeline = random_pipeline(model, tokenizer, device)
+    pipeline = random_pipeline(recipe, device) if recipe else None
+    if pipeline:
         # A server's recipe cannot be trained; the plain loop has the same model.
         pipeline.register_to_config(num_context_frames=None)
         pipeline.vae.float()

@@ -2,11 +2,11 @@
 
 import pytest
 
-from examples.benchmark_rewards import main
-
 
 @pytest.mark.parametrize("name, rows", [("hpsv3", 3), ("videoalign", 2)])
 def test_both_ways_give_the_same_scores(name, rows, capsys):
+    from rewards import main
+
     size = ["--num_frames", "5", "--height", "60", "--width", "100", "--clips", "2", "--repetitions", "1"]
     lines = main(["--tiny", "--device", "cpu", "--rewards", name, *size])
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")][2:]

@@ -7,10 +7,10 @@ masked, the head on every token; and for VideoAlign a model of its own for each 
 
 import argparse
 import copy
+import functools
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,17 +20,19 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
+from measuring import clock, forget_peak, gpu_peak
 from PIL import Image
+from random_models import random_weights
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.errors import exit_code
 from astrolabe_diffusers.rewards.frames import prepare_frames, to_uint8, top_fraction_mean
 from astrolabe_diffusers.rewards.models.hpsv3 import HPSv3
 from astrolabe_diffusers.rewards.models.model_reward import CLIP_MEAN, CLIP_STD
 from astrolabe_diffusers.rewards.models.videoalign import VideoAlignMQ, VideoAlignTA, VideoAlignVQ
-from astrolabe_diffusers.training import exit_code
 
 
 # Qwen2-VL's three sizes of interest: language model, then vision.
@@ -47,20 +49,16 @@ SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_en
 PROMPT = "a boat on a lake"
 
 
-def filler(tokens: int) -> str:
-    """A text of so many tokens of the tokenizer below, in the place of the published ones, which have as many."""
-    return "x" * tokens
-
-
-HPSV3_TEXT = f"INSTRUCTION = '{filler(560)}{{text_prompt}}'\nprompt_with_special_token = '<|Reward|> END'\n"
+# In the place of the published texts, with as many tokens, one a letter here.
+HPSV3_TEXT = f"INSTRUCTION = '{'x' * 560}{{text_prompt}}'\nprompt_with_special_token = '<|Reward|> END'\n"
 VIDEOALIGN_TEXT = (
-    f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = '{filler(300)}<|VQ_reward|>{filler(310)}<|MQ_reward|>{filler(250)}"
+    f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = '{'x' * 300}<|VQ_reward|>{'x' * 310}<|MQ_reward|>{'x' * 250}"
     "{text_prompt}<|TA_reward|>END'\n"
 )
 
 
-def write_base(folder: Path, size: str, reward_tokens: tuple[str, ...]) -> tuple[Qwen2VLConfig, int]:
-    """Configuration and tokenizer of the base model; the config, and the rows of the vocabulary with reward tokens."""
+def write_base(folder: Path, size: str, num_reward_tokens: int) -> Qwen2VLConfig:
+    """Configuration and tokenizer of the base model, whose vocabulary has rows for reward tokens."""
     language, vision, words = SIZES[size]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: i for i, word in enumerate(alphabet + [f"unused{i}" for i in range(words - len(alphabet))])}
@@ -69,69 +67,51 @@ def write_base(folder: Path, size: str, reward_tokens: tuple[str, ...]) -> tuple
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
-    ids = {f"{name}_token_id": words + SPECIAL.index(name) for name in ("image_pad", "video_pad", "vision_start")}
-    rows = len(tokenizer) + len(reward_tokens)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text = dict(rope_parameters=rope, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None)
+    ids = {"image_token": "image_pad", "video_token": "video_pad", "vision_start_token": "vision_start"}
     config = Qwen2VLConfig(
-        text_config=dict(
-            **language, vocab_size=rows, rope_parameters=rope, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None
-        ),
+        text_config={**language, **text, "vocab_size": len(tokenizer) + num_reward_tokens},
         vision_config=vision,
-        image_token_id=ids["image_pad_token_id"],
-        video_token_id=ids["video_pad_token_id"],
-        vision_start_token_id=ids["vision_start_token_id"],
         vision_end_token_id=words + SPECIAL.index("vision_end"),
+        **{f"{field}_id": words + SPECIAL.index(name) for field, name in ids.items()},
     )
     config.save_pretrained(folder)
-    return config, rows
+    return config
 
 
-def random_weights(config: Qwen2VLConfig, head: torch.nn.Module, device: str) -> dict[str, torch.Tensor]:
+def random_tensors(config: Qwen2VLConfig, head: torch.nn.Module, device: str) -> dict[str, torch.Tensor]:
     """Random bfloat16 weights on the CPU, named as transformers 4 did, the head as `rm_head`."""
     with init_empty_weights():
         model = Qwen2VLForConditionalGeneration(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    shapes |= {f"rm_head.{name}": tensor.shape for name, tensor in head.state_dict().items()}
-    weights = {}
-    for name, shape in shapes.items():
-        value = torch.empty(shape, device=device, dtype=torch.bfloat16)
-        if len(shape) > 1:
-            value.normal_(0, shape[1:].numel() ** -0.5)
-        else:
-            value.fill_(1.0 if name.endswith("weight") else 0.0)
-        weights[name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")] = value.cpu()
-    return weights
+    model.rm_head = head
+    tensors = random_weights(model, device, torch.bfloat16).state_dict()
+    renamed = {"model.language_model.": "model.", "model.visual.": "visual."}
+    for new, old in renamed.items():
+        tensors = {name.replace(new, old): tensor.cpu() for name, tensor in tensors.items()}
+    return tensors
 
 
-def write_hpsv3(folder: Path, size: str, device: str) -> dict[str, str]:
-    """The options with which HPSv3 loads what is written, or what an earlier call has written."""
-    options = {"checkpoint": str(folder), "base": str(folder / "base"), "device": device}
-    if (folder / "HPSv3.safetensors").exists():
-        return options
-    config, _ = write_base(folder / "base", size, ("<|Reward|>",))
-    width = config.text_config.hidden_size
+def write_hpsv3(folder: Path, size: str, device: str):
+    config = write_base(folder / "base", size, 1)
     head = torch.nn.Sequential(
-        torch.nn.Linear(width, 1024), torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.Linear(1024, 16),
-        torch.nn.ReLU(), torch.nn.Linear(16, 2),
+        torch.nn.Linear(config.text_config.hidden_size, 1024), torch.nn.ReLU(), torch.nn.Dropout(),
+        torch.nn.Linear(1024, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2),
     )  # fmt: skip
     (folder / "data_collator_qwen.py").write_text(HPSV3_TEXT)
-    save_file(random_weights(config, head, device), folder / "HPSv3.safetensors")
-    return options
+    safetensors.torch.save_file(random_tensors(config, head, device), folder / "HPSv3.safetensors")
 
 
-def write_videoalign(folder: Path, size: str, device: str) -> dict[str, str]:
-    """As `write_hpsv3`, for VideoAlign's rewards: full weights and a LoRA, wrapped by PEFT."""
-    options = {"checkpoint": str(folder), "base": str(folder / "base"), "device": device}
-    if (folder / "checkpoint-1" / "model.pth").exists():
-        return options
-    config, _ = write_base(folder / "base", size, ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"))
+def write_videoalign(folder: Path, size: str, device: str):
+    """Full weights and a LoRA, wrapped by PEFT."""
+    config = write_base(folder / "base", size, 3)
     head = torch.nn.Linear(config.text_config.hidden_size, 1, bias=False)
     (folder / "prompt_template.py").write_text(VIDEOALIGN_TEXT)
     norms = {f"{name}_{what}": value for name in ("VQ", "MQ", "TA") for what, value in (("mean", 0), ("std", 1))}
     settings = {"inference_config": norms, "peft_lora_config": {"lora_r": 64, "lora_alpha": 128}}
     (folder / "model_config.json").write_text(json.dumps(settings))
     wrapped = {}
-    for name, tensor in random_weights(config, head, device).items():
+    for name, tensor in random_tensors(config, head, device).items():
         module, _, leaf = name.rpartition(".")
         adapted = name.startswith("model.layers.") and "norm" not in name
         wrapped[f"base_model.model.{module}{'.base_layer' if adapted else ''}.{leaf}"] = tensor
@@ -140,15 +120,7 @@ def write_videoalign(folder: Path, size: str, device: str) -> dict[str, str]:
                 small = torch.randn(shape, dtype=torch.bfloat16) * 0.01
                 wrapped[f"base_model.model.{module}.lora_{part}.default.weight"] = small
     (folder / "checkpoint-1").mkdir(exist_ok=True)
-    save_file(wrapped, folder / "checkpoint-1" / "model.pth")
-    return options
-
-
-def save_file(weights: dict[str, torch.Tensor], path: Path):
-    """Under another name until it is whole."""
-    save = safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save
-    save(weights, path.with_suffix(".partial"))
-    path.with_suffix(".partial").rename(path)
+    torch.save(wrapped, folder / "checkpoint-1" / "model.pth")
 
 
 # The published way
@@ -234,19 +206,16 @@ class Row:
 
 
 def measure(what: str, score: Callable[[torch.Tensor], torch.Tensor], videos: torch.Tensor, repetitions: int) -> Row:
-    cuda = torch.cuda.is_available()
     score(videos[:1])  # compiles kernels
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     seconds = []
     for i in range(repetitions):
         # Another batch each time: rewards may remember the last.
         batch = videos.roll(i + 1, dims=1)
-        started = time.perf_counter()
+        started = clock()
         scores = score(batch)
-        seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-    return Row(what, len(videos) / min(seconds), peak, scores)
+        seconds.append(clock() - started)
+    return Row(what, len(videos) / min(seconds), gpu_peak(), scores)
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -264,46 +233,58 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def benchmark_hpsv3(folder: Path, args: argparse.Namespace, videos: torch.Tensor) -> list[str]:
-    options = write_hpsv3(folder, "tiny" if args.tiny else "7B", args.device)
-    started = time.perf_counter()
-    reward = HPSv3(**options, batch_size=args.batch_size)
-    print(f"HPSv3: loaded in {time.perf_counter() - started:.1f} s", flush=True)
-    prompts, few = [PROMPT] * len(videos), videos[: args.published_clips]
-    ours = lambda batch: reward.score(batch, prompts[: len(batch)]).scores  # noqa: E731
-    rows = [measure("HPSv3, published way", lambda v: published_hpsv3(reward, v, prompts), few, args.repetitions)]
-    rows.append(measure(f"HPSv3, every frame, {args.batch_size} at a time", ours, videos, args.repetitions))
+def benchmark_hpsv3(rewards: list[HPSv3], args: argparse.Namespace, videos: torch.Tensor) -> list[Row]:
+    (reward,), prompts = rewards, [PROMPT] * len(videos)
     strided = copy.copy(reward)
     strided.select = type(reward.select)("stride:4", 16)
-    rows.append(measure("HPSv3, every fourth frame", lambda v: strided.score(v, prompts[: len(v)]).scores, videos,
-                        args.repetitions))  # fmt: skip
-    # The spread is that of every frame.
-    return table([rows[0], rows[2], rows[1]])
+    few = videos[: args.published_clips]
+    ways = {
+        "published way": (lambda v: published_hpsv3(reward, v, prompts), few),
+        "every fourth frame": (lambda v: strided.score(v, prompts[: len(v)]).scores, videos),
+        # Last: the spread is that of every frame.
+        f"every frame, {reward.batch_size} at a time": (lambda v: reward.score(v, prompts[: len(v)]).scores, videos),
+    }
+    return [measure(f"HPSv3, {what}", score, clips, args.repetitions) for what, (score, clips) in ways.items()]
 
 
-def benchmark_videoalign(folder: Path, args: argparse.Namespace, videos: torch.Tensor) -> list[str]:
-    options = write_videoalign(folder, "tiny" if args.tiny else "2B", args.device)
-    started = time.perf_counter()
-    rewards = [kind(**options) for kind in (VideoAlignVQ, VideoAlignMQ, VideoAlignTA)]
-    print(f"VideoAlign: loaded in {time.perf_counter() - started:.1f} s", flush=True)
-    prompts = [PROMPT] * len(videos)
+def benchmark_videoalign(rewards: list, args: argparse.Namespace, videos: torch.Tensor) -> list[Row]:
+    prompts, what = [PROMPT] * len(videos), "VideoAlign VQ, MQ in gray and TA"
 
     def ours(batch):
         return torch.stack([reward.score(batch, prompts[: len(batch)]).scores for reward in rewards], 1)
 
-    row = measure("VideoAlign VQ, MQ in gray and TA, one model", ours, videos, args.repetitions)
+    row = measure(f"{what}, one model", ours, videos, args.repetitions)
     models = [rewards[0].model] + [copy.deepcopy(rewards[0].model) for _ in rewards[1:]]
-    few = videos[: args.published_clips]
-    published = measure(
-        "VideoAlign VQ, MQ in gray and TA, published way",
-        lambda v: published_videoalign(rewards, models, v, prompts), few, args.repetitions,
-    )  # fmt: skip
-    return table([published, row])
+    published = functools.partial(published_videoalign, rewards, models, prompts=prompts)
+    return [measure(f"{what}, published way", published, videos[: args.published_clips], args.repetitions), row]
 
 
-def main(argv: list[str] | None = None) -> list[str]:
+# Of each, what writes its files at which size, its rewards, and what measures them.
+BENCHMARKS = {
+    "hpsv3": (write_hpsv3, "7B", [HPSv3], benchmark_hpsv3),
+    "videoalign": (write_videoalign, "2B", [VideoAlignVQ, VideoAlignMQ, VideoAlignTA], benchmark_videoalign),
+}
+
+
+def run(name: str, folder: Path, args: argparse.Namespace, videos: torch.Tensor) -> list[str]:
+    write, size, kinds, benchmark = BENCHMARKS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = folder / "whole"
+    if not whole.exists():
+        write(folder, "tiny" if args.tiny else size, args.device)
+        whole.touch()
+    options = {"checkpoint": str(folder), "base": str(folder / "base"), "device": args.device}
+    if name == "hpsv3":
+        options["batch_size"] = args.batch_size
+    started = clock()
+    rewards = [kind(**options) for kind in kinds]
+    print(f"{name}: loaded in {clock() - started:.1f} s", flush=True)
+    return table(benchmark(rewards, args, videos))
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rewards", nargs="+", choices=("hpsv3", "videoalign"), default=["hpsv3", "videoalign"])
+    parser.add_argument("--rewards", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clips", type=int, default=8, help="clips in a batch")
     parser.add_argument("--published_clips", type=int, default=2, help="clips that are scored in the published way")
@@ -314,8 +295,11 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="models of a few layers' width, to try the script")
     parser.add_argument("--scratch", help="folder that keeps the random weights, 17 and 5 GB, for the next time")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> list[str]:
+    args = parse_args(argv)
     torch.manual_seed(0)
     small = torch.rand(args.clips * args.num_frames, 3, 6, 10, device=args.device)
     videos = torch.cat([
@@ -325,10 +309,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     lines = []
     for name in args.rewards:
         with nullcontext(args.scratch) if args.scratch else tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / name
-            folder.mkdir(parents=True, exist_ok=True)
-            benchmark = {"hpsv3": benchmark_hpsv3, "videoalign": benchmark_videoalign}[name]
-            lines += benchmark(folder, args, videos) + [""]
+            lines += run(name, Path(scratch) / name, args, videos) + [""]
     print("\n".join(lines))
     return lines
 

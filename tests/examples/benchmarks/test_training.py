@@ -2,14 +2,14 @@
 
 import re
 
-from examples.benchmark_training import main
-
 
 SIZES = ["--samples_per_prompt", "2", "--batches_per_epoch", "2", "--num_train_epochs", "2"]
 SMALL = ["--height", "32", "--width", "32", "--num_frames", "9", "--rank", "4", "--mixed_precision", "no"]
 
 
 def test_sizes_and_rewards_are_those_of_the_published_run(model_folder, capsys):
+    from training import main
+
     model = ["--model", str(model_folder), "--local_attn_size", "6", "--sink_size", "0"]
     rewards = ["--rewards", "tests.training.rewards:brightness"]
     code = main(["--config", "self_forcing_video_hpsv3", *model, *SMALL, *rewards, *SIZES])

@@ -1,0 +1,1 @@
+from tests.training.conftest import model_folder  # noqa: F401
