@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -100,6 +102,12 @@ class RunFolder:
 
     def close(self):
         self._lock.close()
+
+
+def set_aside(path: Path):
+    """Gives a file or folder the first name of `NAME.set_aside`, `NAME.set_aside-2`, ... that is free."""
+    names = itertools.chain([f"{path.name}.set_aside"], (f"{path.name}.set_aside-{n}" for n in itertools.count(2)))
+    path.rename(next(other for name in names if not os.path.lexists(other := path.with_name(name))))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

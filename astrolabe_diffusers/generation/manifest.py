@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files.output_folder import lock_folder
+from ..files.output_folder import lock_folder, set_aside
 from ..files.writing import PARTIAL, replacing, writing
 from .jobs import Job
 
@@ -118,12 +117,6 @@ def _is_entry(entry: Any, names: Sequence[str]) -> bool:
     scores = entry.get("scores", {})
     are_scores = isinstance(scores, dict) and all(isinstance(score, (int, float)) for score in scores.values())
     return are_scores and Path(entry["file"]).name == entry["file"] != ".."
-
-
-def set_aside(path: Path):
-    """Gives a file the first name of `NAME.set_aside`, `NAME.set_aside-2`, ... that is free."""
-    names = itertools.chain([f"{path.name}.set_aside"], (f"{path.name}.set_aside-{n}" for n in itertools.count(2)))
-    path.rename(next(other for name in names if not os.path.lexists(other := path.with_name(name))))
 
 
 def describe(job: Job) -> dict[str, Any]:

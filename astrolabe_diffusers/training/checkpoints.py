@@ -18,7 +18,7 @@ from peft import get_peft_model_state_dict
 from ..distributed.agreement import raise_together
 from ..distributed.sharding import full_tensor, is_sharded, shard_like
 from ..errors import UserError, as_user_error, one_line
-from ..files.output_folder import checkpoint_step, list_checkpoints
+from ..files.output_folder import checkpoint_step, list_checkpoints, set_aside
 from ..files.seal import find_damage, seal, to_disk
 from ..files.writing import replacing
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
@@ -29,8 +29,6 @@ from .states import (
     check_optimizer_tensors,
     load_optimizer,
     optimizer_tensors,
-    random_states,
-    set_random_states,
     trained_parameters,
 )
 
@@ -126,9 +124,10 @@ def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
 class Checkpoints:
     """Checkpoints of a run, each a folder `<output_dir>/checkpoints/checkpoint-N`.
 
-    It holds every adapter, the optimizer, random states, `config.yaml` and `trainer_state.json`, all of it tensors,
-    JSON and YAML, and can be given to `pipe.load_lora_weights`. A checkpoint is written under another name and renamed
-    when it is complete and on the disk; `files.json` tells whether it still is.
+    It holds every adapter, the optimizer, `config.yaml` and `trainer_state.json`, all of it tensors, JSON and YAML,
+    and can be given to `pipe.load_lora_weights`; no states of random generators, for every epoch seeds them anew. It
+    is written under another name and renamed when it is complete and on the disk; `files.json` tells whether it still
+    is.
 
     Args:
         accelerator: of the run.
@@ -196,10 +195,6 @@ class Checkpoints:
         moments = optimizer_tensors(trained_parameters(self.transformer), self.optimizer, write)
         if write:
             safetensors.torch.save_file(moments, folder / OPTIMIZER_NAME)
-        self._random_states_path(folder).write_text(json.dumps(random_states()))
-
-    def _random_states_path(self, folder: Path) -> Path:
-        return folder / f"random_states_{self.accelerator.process_index}.json"
 
     def find(self, name: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
@@ -243,9 +238,7 @@ class Checkpoints:
             step = self._read_state(path)["step"]
         later = [checkpoint for checkpoint in self.list() if checkpoint_step(checkpoint) > step]
         for checkpoint in later:
-            aside = checkpoint.with_name(f"{checkpoint.name}.set_aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
+            set_aside(checkpoint)
         if later:
             lines.append(f"set aside, as .set_aside: {', '.join(checkpoint.name for checkpoint in later)}")
         return path, lines
@@ -275,7 +268,7 @@ class Checkpoints:
         return state
 
     def load(self, path: Path, like: dict[str, Any]) -> dict[str, Any]:
-        """Restores adapters, optimizer and random states, and returns the trainer's `state`; every process calls it.
+        """Restores adapters and optimizer, and returns the trainer's `state`; every process calls it.
 
         Args:
             like: a state of the form that it must have.
@@ -291,11 +284,6 @@ class Checkpoints:
             with as_user_error(f"{path / OPTIMIZER_NAME} does not fit this run"):
                 moments = safetensors.torch.load_file(path / OPTIMIZER_NAME)
                 check_optimizer_tensors(moments, parameters)
-            # Of a run on fewer processes the others have none; every epoch seeds all generators anew.
-            random_states_path = self._random_states_path(path)
-            if random_states_path.is_file():
-                with as_user_error(f"cannot use {random_states_path}"):
-                    set_random_states(_read_json(random_states_path))
         # As in `save`: shards are handed out together.
         with contextlib.nullcontext() if is_sharded() else raise_together(), as_user_error(f"cannot use {path}"):
             for adapter in self.transformer.peft_config:

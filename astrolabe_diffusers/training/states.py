@@ -1,12 +1,10 @@
-"""The state of a run's optimizer and random generators as tensors and JSON values: reading them runs no code."""
+"""The state of a run's optimizer as tensors, and the form of what else a checkpoint holds: reading runs no code."""
 
 from __future__ import annotations
 
 import math
-import random
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..distributed.sharding import full_tensor, shard_like
@@ -70,36 +68,6 @@ def load_optimizer(
             moments = [shard_like(moment, parameter) for moment in moments]
             state[index] = dict(zip(MOMENTS, (step, *moments)))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def random_states() -> dict[str, Any]:
-    """The states of the random generators of this process, JSON values."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
-    }
-
-
-def set_random_states(states: dict[str, Any]):
-    """Restores what [`random_states`] returned; a `ValueError` if it is anything else.
-
-    Devices that were not there keep theirs: every epoch seeds all generators anew.
-    """
-    try:
-        version, keys, gauss = states["python"]
-        kind, numpy_keys, position, *rest = states["numpy"]
-        if not 0 <= position <= 624:  # numpy does not check it, and reads there
-            raise ValueError("a position outside the state")
-        random.setstate((version, tuple(keys), gauss))
-        np.random.set_state((kind, np.array(numpy_keys, dtype=np.uint32), position, *rest))
-        torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-        for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
-            torch.cuda.set_rng_state(torch.tensor(state, dtype=torch.uint8), device)
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"no states of random generators ({type(error).__name__}: {error})") from error
 
 
 def check_form(value: Any, like: Any, name: str = "it"):
