@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import dataclass, fields
 from statistics import median
@@ -17,6 +16,7 @@ from .layouts.published_models import PUBLISHED_MODELS
 from .models.transformer_causal_wan import CausalWanTransformer3DModel
 from .models.vae_streaming import StreamingVAEDecoder
 from .pipelines.pipeline_causal_wan import CausalWanPipeline
+from .reporting.machine import peak_host_memory_gb
 
 
 # Wan2.1's two sizes, and google/umt5-xxl.
@@ -158,7 +158,7 @@ def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurem
         decode_block=median(times[-1] for times in decoding),
         decode=median(sum(times) for times in decoding),
         gpu_memory=gpu_memory,
-        host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        host_memory=peak_host_memory_gb(),
     )
 
 

@@ -98,8 +98,7 @@ class OnlineTrainer:
             stack.push(self.resources)
             with raise_together():
                 if self.accelerator.is_main_process:
-                    self.folder = open_training_folder(self.config)
-                    self.resources.callback(self.folder.close)
+                    self.folder = self.resources.enter_context(open_training_folder(self.config))
             with raise_together():
                 self.load(None if isinstance(model, (str, Path)) else model, train_prompts, eval_prompts)
             self.prepare()

@@ -58,7 +58,7 @@ def test_full_disk(name, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     # A log may end in a part of a line, which is left out when it is read.
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert set(left) <= {"metrics.jsonl", "manifest.jsonl", "wandb_id"}
+    assert set(left) <= {"metrics.jsonl", "manifest.jsonl", ".manifest.lock", "wandb_id"}
 
 
 @pytest.mark.parametrize("name", WRITERS | TRACKERS)
