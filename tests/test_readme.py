@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
 from astrolabe_diffusers.registration import register_with_diffusers
 from astrolabe_diffusers.training import NFTConfig
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.run_folder import open_training_folder
 from tests.layouts.original_layout import original_weights
 from tests.own_transformer import OwnTransformer

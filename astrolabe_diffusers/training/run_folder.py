@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files.output_folder import RESULTS_NAME, RunFolder
-from .checkpoints import WEIGHT_NAMES
+from .adapter_files import WEIGHT_NAMES
 from .config import OnlineConfig
 from .policies import CURRENT
 

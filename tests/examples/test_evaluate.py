@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from astrolabe_diffusers import TINY_SHAPES
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.training.helpers import full_disk, policy_pipeline, tiny_arguments
 

@@ -24,7 +24,7 @@ from astrolabe_diffusers.pipelines.pipeline_causal_wan import CausalWanPipeline
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rollout import reward_thread
 from astrolabe_diffusers.rollout.seeds import seeded_generator
-from astrolabe_diffusers.training.checkpoints import WEIGHT_NAMES, save_adapter
+from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
 from tests.tiny_pipeline import tiny_shapes_captions
 from tests.training.helpers import full_disk, policy_pipeline
 

@@ -7,14 +7,22 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.files.output_folder import RunFolder, set_aside
 
 
-# Enters the folder it is given, says so, and waits.
-HOLD = """
-import sys, time
-from astrolabe_diffusers.files.output_folder import RunFolder
-with RunFolder(sys.argv[1], "training"):
-    print("locked", flush=True)
-    time.sleep(600)
+# Takes the lock as the operating system has it, or says that it is taken.
+LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("taken")
+print("locked", flush=True)
+sys.stdin.read()
 """
+
+
+def lock(folder):
+    command = [sys.executable, "-c", LOCK, str(folder / ".lock")]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def names(folder):
@@ -36,17 +44,16 @@ def test_one_run_at_a_time_and_nothing_is_left_of_it(tmp_path):
     assert names(folder) == []
 
 
-def test_another_process_is_kept_out_until_it_is_killed(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match="another run is writing"), RunFolder(tmp_path, "training"):
-            pass
-    finally:
-        holder.kill()
-        holder.communicate()
-    with RunFolder(tmp_path, "training"):
+def test_another_process_is_kept_out_until_the_first_is_killed(tmp_path):
+    holder = lock(tmp_path)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match="another run is writing"), RunFolder(tmp_path, "training"):
         pass
+    holder.kill()
+    holder.communicate()
+    with RunFolder(tmp_path, "training"):
+        other = lock(tmp_path)
+        assert other.communicate(timeout=60)[1] == "taken\n" and other.returncode == 1
 
 
 def test_who_wrote_to_a_folder(tmp_path):

@@ -17,7 +17,7 @@ from astrolabe_diffusers.reporting.model_card import write_card
 from astrolabe_diffusers.reporting.report import RunReport, append_jsonl
 from astrolabe_diffusers.reporting.trackers import start_trackers
 from astrolabe_diffusers.reporting.videos import save_video, write_columns
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from tests.reporting.test_model_card import MATCH, results
 from tests.training.helpers import config, creation_mask, full_disk, policy_pipeline
 

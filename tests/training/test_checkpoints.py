@@ -14,14 +14,10 @@ from safetensors.torch import load_file, save_file
 import astrolabe_diffusers  # noqa: F401  (DiffusionPipeline finds our classes)
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.files.seal import seal
-from astrolabe_diffusers.training.checkpoints import (
-    WEIGHT_NAMES,
-    Checkpoints,
-    load_adapter,
-    policy_identity,
-    save_adapter,
-)
+from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, load_adapter, save_adapter
+from astrolabe_diffusers.training.checkpoints import Checkpoints
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
+from astrolabe_diffusers.training.states import policy_identity
 from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import SIZE, config, policy_pipeline
 
