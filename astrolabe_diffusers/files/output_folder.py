@@ -41,14 +41,11 @@ class RunFolder:
         self._lock = FileLock(self.path / LOCK_NAME, timeout=0, thread_local=False)
 
     def __enter__(self) -> RunFolder:
-        with as_user_error(f"output_dir {str(self.path)!r}"):
+        with as_user_error(f"output_dir {str(self.path)!r}"), suppress(Timeout):
             self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise UserError(
-                    f"another run is writing to {self.path}: wait for it, or name another folder."
-                ) from None
+            self._lock.acquire()
+        if not self._lock.is_locked:
+            raise UserError(f"another run is writing to {self.path}: wait for it, or name another folder.")
         return self
 
     def __exit__(self, *_):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ..distributed.sharding import full_tensors, shard_like
 from ..errors import UserError, as_user_error
 from ..files.writing import replacing
+from ..layouts.wan_checkpoints import misfits
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .policies import CURRENT, EMA, OLD, REFERENCE
 
@@ -53,21 +54,16 @@ def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str 
             raise FileNotFoundError("no such file.")
         loaded = {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
     expected = get_peft_model_state_dict(transformer, adapter_name=adapter)
-    if foreign := sorted(expected.keys() ^ loaded.keys()):
-        raise UserError(
-            f"the adapter {path} does not fit this model and lora_target_modules: {len(foreign)} weights are in one "
-            f"and not in the other, such as {foreign[0]}."
-        )
-    for key, value in expected.items():
-        if value.shape != loaded[key].shape:
-            # The rank is the first dimension of A and the second of B.
-            axis = 0 if "lora_A" in key else 1
-            there, here = loaded[key].shape[axis], value.shape[axis]
-            reason = "it is another model's" if there == here else f"it has rank {there}, this run has rank {here}"
-            raise UserError(
-                f"the adapter {path} has the wrong size: {reason} "
-                f"({key} is {tuple(loaded[key].shape)}, not {tuple(value.shape)})."
-            )
+    there, here = _ranks(loaded), _ranks(expected)
+    if there != here:
+        raise UserError(f"the adapter {path} has the wrong size: it has rank {there}, this run has rank {here}.")
+    if found := misfits(loaded, {key: value.shape for key, value in expected.items()}):
+        raise UserError(f"the adapter {path} is another model's or has other lora_target_modules: {found}.")
     with torch.no_grad():
         for key, value in expected.items():  # the parameters themselves
             value.copy_(shard_like(loaded[key], value))
+
+
+def _ranks(weights: dict[str, torch.Tensor]) -> str:
+    """In words. The rank is the first dimension of A."""
+    return ", ".join(map(str, sorted({value.shape[0] for key, value in weights.items() if "lora_A" in key})))

@@ -12,6 +12,7 @@ import torch
 
 from ..distributed.sharding import full_tensors, shard_like
 from ..errors import UserError, one_line
+from ..layouts.wan_checkpoints import misfits
 from .policies import CURRENT
 
 
@@ -131,12 +132,11 @@ def check_optimizer_tensors(tensors: dict[str, torch.Tensor], parameters: dict[s
         for moment in MOMENTS
         if any(f"{name}.{other}" in tensors for other in MOMENTS)
     }
-    if foreign := sorted(shapes.keys() ^ tensors.keys()):
-        raise ValueError(f"{len(foreign)} tensors are too much or missing, such as {foreign[0]}")
-    for name, shape in shapes.items():
-        value = tensors[name]
-        if value.shape != shape or value.dtype != torch.float32:
-            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not float32 {tuple(shape)}")
+    if found := misfits(tensors, shapes):
+        raise ValueError(found)
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{name} is {value.dtype}, not float32")
 
 
 def load_optimizer(
