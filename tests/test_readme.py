@@ -194,9 +194,8 @@ def test_the_quick_start_a_second_time(workplace, capsys):
 
     train, _ = commands(section("## Two commands"))
     arguments = train[train.index("examples/train_nft.py") + 1 :]
-    run = open_training_folder(NFTConfig(output_dir="nft-tiny-shapes"))
-    run.begin()
-    run.close()
+    with open_training_folder(NFTConfig(output_dir="nft-tiny-shapes")) as run:
+        run.begin()
     Path("nft-tiny-shapes/results.json").write_text("{}")
     assert main(arguments) == 2
     error = capsys.readouterr().err

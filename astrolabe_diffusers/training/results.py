@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..distributed.agreement import raise_together
 from ..distributed.sharding import is_sharded, together
 from ..evaluation.held_out import generate_columns
 from ..files.writing import replacing
