@@ -24,6 +24,9 @@ INSTALL_REQUIRES = [
     "pillow>=10.1",
     "pyyaml>=6",
     "tqdm>=4.66",
+    # Both come with torch, huggingface_hub and accelerate.
+    "filelock>=3.12",
+    "psutil>=5.9",
     "tensorboard>=2.16",
     # imageio-ffmpeg ships ffmpeg; without it export_to_video falls back to OpenCV.
     "imageio>=2.34",

@@ -49,7 +49,7 @@ def exit_code(run: Callable[[], object]) -> int:
         if not _is_out_of_memory(error):
             raise
         # A size in the settings, nearly always; the whole traceback goes to the debug log.
-        message, code = f"out of memory, make videos, batches or the LoRA smaller: {summarize_exception(error)}", 2
+        message, code = f"out of memory, make videos, batches or the LoRA smaller: {name_exception(error)}", 2
     else:
         return 0
     # The other processes would only say the same. What is no number is no other process.
@@ -87,9 +87,14 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def summarize_exception(error: BaseException) -> str:
-    """Type, message and place of an exception in one line; the whole traceback goes to the debug log."""
+def name_exception(error: BaseException) -> str:
+    """Type and message of an exception in one line; the whole traceback goes to the debug log."""
     logging.getLogger(__name__).debug("the traceback:", exc_info=error)
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def summarize_exception(error: BaseException) -> str:
+    """[`name_exception`] with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {one_line(error)}{place}"
+    return name_exception(error) + place

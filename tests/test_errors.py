@@ -35,6 +35,8 @@ def test_a_size_that_no_memory_holds_is_one_line(capsys):
     assert exit_code(allocate) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory, make videos, batches or the LoRA smaller")
-    assert error.count("\n") == 1
+    assert error.count("\n") == 1 and __file__ not in error
+    assert exit_code(lambda: fail(MemoryError("no room"))) == 2
+    assert capsys.readouterr().err.endswith("the LoRA smaller: MemoryError: no room\n")
     with pytest.raises(RuntimeError, match="shapes"):  # a bug keeps its traceback
         exit_code(lambda: torch.ones(2) @ torch.ones(3, 3))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
 from astrolabe_diffusers.registration import register_with_diffusers
 from astrolabe_diffusers.training import NFTConfig
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.run_folder import open_training_folder
 from tests.layouts.original_layout import original_weights
 from tests.own_transformer import OwnTransformer
@@ -194,9 +194,8 @@ def test_the_quick_start_a_second_time(workplace, capsys):
 
     train, _ = commands(section("## Two commands"))
     arguments = train[train.index("examples/train_nft.py") + 1 :]
-    run = open_training_folder(NFTConfig(output_dir="nft-tiny-shapes"))
-    run.begin()
-    run.close()
+    with open_training_folder(NFTConfig(output_dir="nft-tiny-shapes")) as run:
+        run.begin()
     Path("nft-tiny-shapes/results.json").write_text("{}")
     assert main(arguments) == 2
     error = capsys.readouterr().err

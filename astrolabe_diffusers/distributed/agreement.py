@@ -44,7 +44,8 @@ def raise_together() -> Iterator[None]:
         yield
     except Exception as failure:
         error = failure
-        _call_off()
+        if torch.distributed.is_initialized():
+            _store().set(CALLED_OFF, "")
     if not torch.distributed.is_initialized():
         if error:
             raise error
@@ -68,11 +69,6 @@ def leave_if_called_off():
 
 class _CalledOff(Exception):
     """Another process raised something, which comes out at the end of the block."""
-
-
-def _call_off():
-    if torch.distributed.is_initialized():
-        _store().set(CALLED_OFF, "")
 
 
 def _store() -> torch.distributed.Store:

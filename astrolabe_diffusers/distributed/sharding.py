@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .agreement import raise_together
 
 
 def is_sharded() -> bool:
@@ -39,9 +42,21 @@ def shard(transformer: nn.Module, accelerator: Accelerator) -> nn.Module:
     return transformer
 
 
+def together() -> AbstractContextManager:
+    """[`raise_together`] for what processes do with their weights. In shards they wait inside for each other: there an
+    error must end its process at once."""
+    return nullcontext() if is_sharded() else raise_together()
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor; every process asks for it if it is in shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensors(tensors: dict[str, torch.Tensor], write: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU for a process that is to `write` them, none for others; every process asks for them."""
+    whole = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in whole if write}
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -144,8 +144,8 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
     output_dir = Path(config.output_dir)
     with raise_together():
         if accelerator.is_main_process:
-            folder = open_evaluation_folder(config.output_dir, list(config.columns), config.overwrite)
-            resources.callback(folder.close)
+            opened = open_evaluation_folder(config.output_dir, list(config.columns), config.overwrite)
+            folder = resources.enter_context(opened)
     source = PromptSource(prompt_path(config.model, config.prompts), config.prompts_data_dir, config.prompt_column)
     prompts = spread(source.read(config.eval_split), config.num_prompts)
     samples = eval_samples(prompts, config.seeds)
@@ -282,21 +282,20 @@ def draw_columns(columns: dict[str, dict[str, Any]], path: Path):
     draw_means(means, list(columns), path, title="means, with the 95 % interval of the change from base")
 
 
-def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> RunFolder:
-    """Locks the folder of an evaluation with these columns. One that an evaluation has written is written over.
+@contextmanager
+def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> Iterator[RunFolder]:
+    """As a context, the locked folder of an evaluation with these columns. What an evaluation wrote there may be
+    written over.
 
     Raises:
         UserError: a run is writing to it, or it has files of others that would be written over without `overwrite`.
     """
     files = ("results.json", "table.md", "scores.png", "side_by_side.mp4", "side_by_side.png", "side_by_side.gif")
-    folder = RunFolder(path, "evaluation", (*files, *(f"videos/{name}/*.mp4" for name in columns)))
-    try:
+    files = (*files, *(f"videos/{name}/*.mp4" for name in columns))
+    with RunFolder(path, "evaluation", files) as folder:
         if not (overwrite or folder.has_begun() or _is_older_evaluation(folder.path / "results.json")):
             folder.refuse_files_of_others("--overwrite true")
-    except BaseException:
-        folder.close()
-        raise
-    return folder
+        yield folder
 
 
 def _is_older_evaluation(results: Path) -> bool:

@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-import fcntl
+import itertools
+import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from ..errors import UserError, as_user_error
-from .writing import writing
+from .writing import replacing, writing
 
 
 LOCK_NAME = ".lock"
-
-
+# Says what kind of run has written to the folder. Not the lock file, which filelock may empty or remove.
+KIND_NAME = ".run"
 # A run writes it when it ends.
 RESULTS_NAME = "results.json"
 
 
-def lock_folder(folder: Path) -> BinaryIO:
-    """Makes a folder and locks it, until the file that is returned is closed.
-
-    Raises:
-        UserError: another run, on this machine or on another one, has locked it, or it cannot be made.
-    """
-    with as_user_error(f"output_dir {str(folder)!r}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Without a buffer: on a full disk closing the file would try to write what is in it, and fail once more.
-        lock = (folder / LOCK_NAME).open("a+b", buffering=0)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(f"another run is writing to {folder}: wait for it, or name another folder.") from None
-    return lock
-
-
 class RunFolder:
-    """An output folder that is locked until [`~RunFolder.close`].
+    """An output folder. As a context it keeps other runs out, on this machine and on others that share the folder;
+    that ends with the process too, however it ends.
 
     Args:
         path: the folder, which is made if it is not there.
-        kind: what writes to it. From [`~RunFolder.begin`] on the lock file says so.
+        kind: what writes to it. From [`~RunFolder.begin`] on a file in it says so.
         files: the paths in it that the run may write to, as patterns.
 
     Raises:
-        UserError: another run has locked it, or it cannot be made.
+        UserError: on entering, if another run has locked it, or it cannot be made.
     """
 
-    def __init__(self, path: str | Path, kind: str, files: tuple[str, ...]):
+    def __init__(self, path: str | Path, kind: str, files: tuple[str, ...] = ()):
         self.path, self.kind, self.files = Path(path), kind, files
-        self._lock = lock_folder(self.path)
+        # Not a lock of the thread that takes it: a run may end in another one.
+        self._lock = FileLock(self.path / LOCK_NAME, timeout=0, thread_local=False)
+
+    def __enter__(self) -> RunFolder:
+        with as_user_error(f"output_dir {str(self.path)!r}"), suppress(Timeout):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        if not self._lock.is_locked:
+            raise UserError(f"another run is writing to {self.path}: wait for it, or name another folder.")
+        return self
+
+    def __exit__(self, *_):
+        # While it is locked: who opens it now sees that it is gone. On Windows filelock removes it.
+        with suppress(OSError):
+            (self.path / LOCK_NAME).unlink()
+        self._lock.release()
 
     def present(self) -> list[str]:
         """What is there of what the run would write."""
@@ -60,8 +61,8 @@ class RunFolder:
 
     def has_begun(self) -> bool:
         """Whether a run of this kind has written here."""
-        self._lock.seek(0)
-        return self._lock.read().strip() == self.kind.encode()
+        path = self.path / KIND_NAME
+        return path.is_file() and path.read_bytes().strip() == self.kind.encode()
 
     def refuse_files_of_others(self, overwrite: str):
         """Raises a [`UserError`] if there are files to be written over; `overwrite` is the flag that allows it."""
@@ -81,10 +82,9 @@ class RunFolder:
             )
 
     def begin(self):
-        """Says in the lock file that what is written from now on is a run's."""
-        with writing(self.path / LOCK_NAME):
-            self._lock.truncate(0)
-            self._lock.write(f"{self.kind}\n".encode())
+        """Says in a file that what is written from now on is a run's."""
+        with replacing(self.path / KIND_NAME) as partial:
+            partial.write_bytes(f"{self.kind}\n".encode())
 
     def remove_files(self):
         """Removes what an earlier run wrote, but for its checkpoints: these are set aside."""
@@ -98,8 +98,11 @@ class RunFolder:
                 else:
                     path.unlink()
 
-    def close(self):
-        self._lock.close()
+
+def set_aside(path: Path):
+    """Gives a file or folder the first name of `NAME.set_aside`, `NAME.set_aside-2`, ... that is free."""
+    names = itertools.chain([f"{path.name}.set_aside"], (f"{path.name}.set_aside-{n}" for n in itertools.count(2)))
+    path.rename(next(other for name in names if not os.path.lexists(other := path.with_name(name))))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -17,7 +17,7 @@ def seal(folder: Path):
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file()]
     described = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
     }
     (folder / SEAL_NAME).write_text(json.dumps(described, indent=2))
     for path in files:  # safetensors makes files that only their owner can read
@@ -49,7 +49,10 @@ def find_damage(folder: Path) -> str | None:
 
 def to_disk(path: Path):
     """Waits until a file, or the names in a folder, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # cannot be opened there
+        return
+    # Windows brings to the disk only what was opened to be written.
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -57,8 +60,5 @@ def to_disk(path: Path):
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

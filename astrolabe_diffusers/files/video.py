@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -49,20 +50,18 @@ class VideoWriter:
             raise OSError(f"ffmpeg ended while it wrote {self._partial}: is the disk full?") from error
         self.num_frames += len(frames)
 
-    def __exit__(self, exception_type, exception, traceback):
+    def __exit__(self, kind, *_):
         try:
             self._encoder.close()
-            if exception_type is None:
-                self._check()
+            if kind is None:
+                # The writer does not say that ffmpeg failed, on a full disk for example.
+                written = 0
+                with suppress(RuntimeError):
+                    written, _ = imageio_ffmpeg.count_frames_and_secs(str(self._partial))
+                if written != self.num_frames:
+                    raise OSError(
+                        f"only {written} of {self.num_frames} frames arrived in {self._partial}: is the disk full?"
+                    )
                 self._partial.replace(self.path)
         finally:
             self._partial.unlink(missing_ok=True)
-
-    def _check(self):
-        """The writer does not say that ffmpeg failed, on a full disk for example."""
-        try:
-            written, _ = imageio_ffmpeg.count_frames_and_secs(str(self._partial))
-        except RuntimeError:
-            written = 0
-        if written != self.num_frames:
-            raise OSError(f"only {written} of {self.num_frames} frames arrived in {self._partial}: is the disk full?")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import itertools
 import json
 import os
 import re
@@ -11,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ..errors import UserError
-from ..files.output_folder import lock_folder
+from ..files.output_folder import set_aside
 from ..files.writing import PARTIAL, replacing, writing
 from .jobs import Job
 
@@ -33,6 +33,7 @@ class Manifest:
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / "manifest.jsonl"
+        self._lock = folder / ".manifest.lock"
 
     def read(self, names: Sequence[str] = tuple(TYPES)) -> dict[str, dict[str, Any]]:
         """The entries by file, of files that exist. A torn line does not count; of several of a file the last does.
@@ -66,9 +67,8 @@ class Manifest:
             return []
 
     def append(self, entry: dict[str, Any]):
-        with writing(self.path), self.path.open("a") as file:
-            # Over NFS not even appending is atomic. Closing the file writes the line and gives back the lock.
-            fcntl.flock(file, fcntl.LOCK_EX)
+        # Over NFS not even appending is atomic.
+        with writing(self.path), FileLock(self._lock), self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def replace(self, entries: Iterable[dict[str, Any]]):
@@ -76,17 +76,15 @@ class Manifest:
         entries = sorted(entries, key=lambda entry: (entry["prompt_index"], entry["video_number"]))
         with replacing(self.path) as partial:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-
-    def lock(self):
-        """Makes the folder; until this object goes, no other run may start in it."""
-        self._lock = lock_folder(self.folder)
+        self._lock.unlink(missing_ok=True)
 
     def start(self, jobs: Sequence[Job], settings: dict[str, Any], rewards: Iterable[str]) -> list[Job]:
         """The jobs that are still to be done, after their remains and those of a killed run have been removed.
 
         A job is done if its file is whole, was made from the same prompt with the same `settings`, and has scores of
         all `rewards`. A file of its name that is not the manifest's, or not any more, is set aside: it may be
-        somebody's. The folder has to be locked.
+        somebody's. The folder has to be locked, as by a
+        [`RunFolder`].
         """
         entries = self.read()
         for path in self.folder.glob(f"*.mp4{PARTIAL}"):
@@ -118,12 +116,6 @@ def _is_entry(entry: Any, names: Sequence[str]) -> bool:
     scores = entry.get("scores", {})
     are_scores = isinstance(scores, dict) and all(isinstance(score, (int, float)) for score in scores.values())
     return are_scores and Path(entry["file"]).name == entry["file"] != ".."
-
-
-def set_aside(path: Path):
-    """Gives a file the first name of `NAME.set_aside`, `NAME.set_aside-2`, ... that is free."""
-    names = itertools.chain([f"{path.name}.set_aside"], (f"{path.name}.set_aside-{n}" for n in itertools.count(2)))
-    path.rename(next(other for name in names if not os.path.lexists(other := path.with_name(name))))
 
 
 def describe(job: Job) -> dict[str, Any]:

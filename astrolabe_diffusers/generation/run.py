@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..distributed.accelerator import accelerate_settings
 from ..distributed.agreement import Resources, raise_together
 from ..errors import UserError, as_user_error, one_line
+from ..files.output_folder import RunFolder
 from ..files.video import VideoWriter
 from ..pipelines.loading import frame_rate
 from ..pipelines.noise import NOISE_LAYOUT
@@ -56,7 +57,7 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
     manifest = Manifest(Path(config.output_dir))
     with raise_together():
         if accelerator.is_main_process:
-            manifest.lock()
+            resources.enter_context(RunFolder(config.output_dir, "generation"))
     prompts = [Prompt(config.prompt)]
     if config.prompts:
         prompts = PromptSource(config.prompts, config.data_dir, config.column).read(config.split)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from importlib.metadata import version
 
+import psutil
 import torch
 
 from .. import __version__
 
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process on a CUDA device, else its peak resident memory; GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_host_memory_gb()
+
+
+def peak_host_memory_gb() -> float:
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 1e9
     # Linux counts in KB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 

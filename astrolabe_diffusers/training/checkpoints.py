@@ -1,141 +1,53 @@
-"""LoRA files and checkpoints of a run."""
+"""The checkpoints of a run: written, found again, kept, and set aside."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from ..distributed.agreement import raise_together
-from ..distributed.sharding import full_tensor, is_sharded, shard_like
-from ..errors import UserError, as_user_error, one_line
-from ..files.output_folder import checkpoint_step, list_checkpoints
+from ..distributed.sharding import together
+from ..errors import UserError, as_user_error
+from ..files.output_folder import checkpoint_step, list_checkpoints, set_aside
 from ..files.seal import find_damage, seal, to_disk
-from ..files.writing import replacing
-from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..files.writing import PARTIAL
+from .adapter_files import load_adapter, save_adapter
 from .config import OnlineConfig
-from .policies import CURRENT, OLD
 from .states import (
+    STATE_NAME,
     check_form,
     check_optimizer_tensors,
     load_optimizer,
     optimizer_tensors,
-    random_states,
-    set_random_states,
+    read_state,
     trained_parameters,
+    write_state,
 )
 
 
-# The current policy's file has the name that `load_lora_weights(folder)` looks for.
-WEIGHT_NAMES = {
-    CURRENT: "pytorch_lora_weights.safetensors",
-    **{name: f"pytorch_lora_weights_{name}.safetensors" for name in (OLD, "reference", "ema")},
-}
-STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
-# Of the states of a checkpoint. Those of 0.1.0 had none, and were pickles.
-FORMAT = 2
-PREFIX = "transformer."
-
-
-def save_adapter(
-    transformer: torch.nn.Module,
-    folder: str | Path,
-    adapter: str = CURRENT,
-    weight_name: str | None = None,
-    write: bool = True,
-):
-    """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives.
-
-    Of a sharded transformer every process calls it, and one of them with `write`.
-    """
-    layers = {}
-    for name, value in get_peft_model_state_dict(transformer, adapter_name=adapter).items():
-        whole = full_tensor(value)
-        if write:
-            layers[name] = whole.cpu()
-    if write:
-        with replacing(Path(folder) / (weight_name or WEIGHT_NAMES[adapter])) as path:
-            CausalWanPipeline.save_lora_weights(
-                path.parent,
-                transformer_lora_layers=layers,
-                weight_name=path.name,
-                transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
-            )
-
-
-def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT):
-    """Reads an adapter that [`save_adapter`] wrote into the existing one; a [`UserError`] if it does not fit."""
-    path = Path(folder) / WEIGHT_NAMES[adapter]
-    with as_user_error(f"cannot read the adapter {path}"):
-        if not path.is_file():
-            raise FileNotFoundError("no such file.")
-        loaded = safetensors.torch.load_file(path)
-    loaded = {key.removeprefix(PREFIX): value for key, value in loaded.items()}
-    expected = get_peft_model_state_dict(transformer, adapter_name=adapter)
-    foreign = sorted(expected.keys() ^ loaded.keys())
-    if foreign:
-        raise UserError(
-            f"the adapter {path} does not fit this model and lora_target_modules: {len(foreign)} weights are in one "
-            f"and not in the other, such as {foreign[0]}."
-        )
-    for key, value in expected.items():
-        if value.shape != loaded[key].shape:
-            # The rank is the first dimension of A and the second of B.
-            axis = 0 if "lora_A" in key else 1
-            ranks = loaded[key].shape[axis], value.shape[axis]
-            reason = "it is another model's"
-            if ranks[0] != ranks[1]:
-                reason = f"it has rank {ranks[0]}, this run has rank {ranks[1]}"
-            raise UserError(
-                f"the adapter {path} has the wrong size: {reason} "
-                f"({key} is {tuple(loaded[key].shape)}, not {tuple(value.shape)})."
-            )
-    with torch.no_grad():
-        for key, value in expected.items():  # the parameters themselves
-            value.copy_(shard_like(loaded[key], value))
-
-
-def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
-    """What a checkpoint's state is the state of, JSON values: another model's or LoRA's would mean something else.
-
-    The model is known by a few values of every weight, rounded to bf16: not by its path, nor by the precision it is
-    loaded in.
-    """
-    lora = transformer.peft_config[CURRENT]
-    weights = {name: value for name, value in transformer.named_parameters() if ".lora_" not in name}
-    values = torch.cat([value.detach().flatten()[:64].bfloat16() for value in weights.values()])
-    return {
-        "rank": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_target_modules": sorted(lora.target_modules),
-        "adapters": list(transformer.peft_config),
-        "base model": hashlib.sha256(values.cpu().view(torch.int16).numpy().tobytes()).hexdigest()[:12],
-    }
 
 
 class Checkpoints:
     """Checkpoints of a run, each a folder `<output_dir>/checkpoints/checkpoint-N`.
 
-    It holds every adapter, the optimizer, random states, `config.yaml` and `trainer_state.json`, all of it tensors,
-    JSON and YAML, and can be given to `pipe.load_lora_weights`. A checkpoint is written under another name and renamed
-    when it is complete and on the disk; `files.json` tells whether it still is.
+    It holds every adapter, the optimizer, `config.yaml` and `trainer_state.json`, all of it tensors, JSON and YAML,
+    and can be given to `pipe.load_lora_weights`; no states of random generators, for every epoch seeds them anew. It
+    is written under another name and renamed when it is complete and on the disk; `files.json` tells whether it still
+    is.
 
     Args:
         accelerator: of the run.
         transformer: the unwrapped transformer.
         optimizer: AdamW over the current policy's parameters, prepared or not.
         config: `output_dir`, `checkpoints_total_limit` (the oldest go), and all that is saved as `config.yaml`.
-        identity: from [`policy_identity`], before the model was prepared.
+        identity: from `policy_identity`, before the model was prepared.
     """
 
     def __init__(
@@ -167,39 +79,32 @@ class Checkpoints:
         Raises:
             UserError: in every process, if it cannot be written; those before stay.
         """
-        final = self.path(step)
-        partial = final.with_name(f"{final.name}.partial")
+        final, is_main = self.path(step), self.accelerator.is_main_process
+        partial = final.with_name(final.name + PARTIAL)
         with raise_together(), as_user_error(f"cannot write {partial}"):
-            if self.accelerator.is_main_process:
+            if is_main:
                 partial.mkdir(parents=True)
-        # While a sharded state is written, processes wait for each other: there an error must end its process at once.
-        with contextlib.nullcontext() if is_sharded() else raise_together(), as_user_error(f"cannot write {partial}"):
-            self._write_states(partial)
+        with together(), as_user_error(f"cannot write {partial}"):
+            for adapter in self.transformer.peft_config:
+                save_adapter(self.transformer, partial, adapter, write=is_main)
+            moments = optimizer_tensors(trained_parameters(self.transformer), self.optimizer, is_main)
+            if is_main:
+                save_file(moments, partial / OPTIMIZER_NAME)
         with raise_together(), as_user_error(f"cannot write {final}"):
-            if self.accelerator.is_main_process:
+            if is_main:
                 self.config.save(partial / "config.yaml")
-                state = {"format": FORMAT, "identity": self.identity, **state}
-                (partial / STATE_NAME).write_text(json.dumps(state))
+                write_state(partial, state, self.identity)
                 seal(partial)
                 partial.rename(final)
                 to_disk(self.folder)
-                if limit := self.config.checkpoints_total_limit:
-                    for path in self.list()[:-limit]:
-                        # First the name: a kill in the middle must not leave half a checkpoint.
-                        shutil.rmtree(path.rename(path.with_name(f"{path.name}.partial")))
+                self._remove_oldest()
         return final
 
-    def _write_states(self, folder: Path):
-        write = self.accelerator.is_main_process
-        for adapter in self.transformer.peft_config:
-            save_adapter(self.transformer, folder, adapter, write=write)
-        moments = optimizer_tensors(trained_parameters(self.transformer), self.optimizer, write)
-        if write:
-            safetensors.torch.save_file(moments, folder / OPTIMIZER_NAME)
-        self._random_states_path(folder).write_text(json.dumps(random_states()))
-
-    def _random_states_path(self, folder: Path) -> Path:
-        return folder / f"random_states_{self.accelerator.process_index}.json"
+    def _remove_oldest(self):
+        if limit := self.config.checkpoints_total_limit:
+            for path in self.list()[:-limit]:
+                # First the name: a kill in the middle must not leave half a checkpoint.
+                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
 
     def find(self, name: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
@@ -215,67 +120,43 @@ class Checkpoints:
         Raises:
             UserError: no such checkpoint, or it is damaged, or of another model or LoRA.
         """
-        found = None
+        path, lines = None, []
         with raise_together(), as_user_error(f"cannot use {self.folder}"):
             if self.accelerator.is_main_process:
-                found = self._find(name)
-        return broadcast_object_list([found])[0]
+                for left_over in self.folder.glob(f"checkpoint-*{PARTIAL}"):
+                    shutil.rmtree(left_over)
+                if name == "latest":
+                    path, lines = self._newest_whole()
+                elif name is not None:
+                    path = self._named(name)
+                step = -1 if path is None else read_state(path, self.identity)["step"]
+                later = [checkpoint for checkpoint in self.list() if checkpoint_step(checkpoint) > step]
+                for checkpoint in later:
+                    set_aside(checkpoint)
+                if later:
+                    lines.append(f"set aside, as .set_aside: {', '.join(checkpoint.name for checkpoint in later)}")
+        return tuple(broadcast_object_list([path, lines]))
 
-    def _find(self, name: str | None) -> tuple[Path | None, list[str]]:
-        for left_over in self.folder.glob("checkpoint-*.partial"):
-            shutil.rmtree(left_over)
-        path, step, lines = None, -1, []
-        if name == "latest":
-            for candidate in reversed(self.list()):
-                if damage := find_damage(candidate):
-                    lines.append(f"{candidate.name} is damaged: {damage}; taking the one before")
-                else:
-                    path = candidate
-                    break
-        elif name is not None:
-            path = next((path for path in (Path(name), self.folder / name) if path.is_dir()), None)
-            if path is None:
-                known = ", ".join(path.name for path in self.list()) or "none"
-                raise UserError(f"no checkpoint {name}; {self.folder} has: {known}.")
-            if damage := find_damage(path):
-                raise UserError(f"{path} is damaged: {damage}; take another one, or `latest`.")
-        if path is not None:
-            step = self._read_state(path)["step"]
-        later = [checkpoint for checkpoint in self.list() if checkpoint_step(checkpoint) > step]
-        for checkpoint in later:
-            aside = checkpoint.with_name(f"{checkpoint.name}.set_aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-        if later:
-            lines.append(f"set aside, as .set_aside: {', '.join(checkpoint.name for checkpoint in later)}")
-        return path, lines
+    def _newest_whole(self) -> tuple[Path | None, list[str]]:
+        lines = []
+        for path in reversed(self.list()):
+            damage = find_damage(path)
+            if damage is None:
+                return path, lines
+            lines.append(f"{path.name} is damaged: {damage}; taking the one before")
+        return None, lines
 
-    def _read_state(self, path: Path) -> dict[str, Any]:
-        """The trainer's state; a `UserError` if it is none, of an older version, or of another model or LoRA."""
-        state = _read_json(path / STATE_NAME)
-        if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
-            raise UserError(f"{path / STATE_NAME} is no state of a run.")
-        written = state.pop("format", None)
-        if written != FORMAT:
-            by = "version 0.1.0" if written is None else f"another version (format {one_line(written)})"
-            raise UserError(
-                f"{path} was written by {by}, whose states are not read here: a new run from its LoRA is "
-                f"--init_lora {path}, with another output_dir."
-            )
-        saved = state.pop("identity", None)
-        if not isinstance(saved, dict):
-            raise UserError(f"{path / STATE_NAME} is no state of a run.")
-        for name, value in self.identity.items():
-            there = saved.get(name)
-            if there != value:
-                raise UserError(
-                    f"{path} is of another run: {name} is {_listing(there)} there and {_listing(value)} here. "
-                    "A new run from its LoRA is --init_lora."
-                )
-        return state
+    def _named(self, name: str) -> Path:
+        path = next((path for path in (Path(name), self.folder / name) if path.is_dir()), None)
+        if path is None:
+            known = ", ".join(path.name for path in self.list()) or "none"
+            raise UserError(f"no checkpoint {name}; {self.folder} has: {known}.")
+        if damage := find_damage(path):
+            raise UserError(f"{path} is damaged: {damage}; take another one, or `latest`.")
+        return path
 
     def load(self, path: Path, like: dict[str, Any]) -> dict[str, Any]:
-        """Restores adapters, optimizer and random states, and returns the trainer's `state`; every process calls it.
+        """Restores adapters and optimizer, and returns the trainer's `state`; every process calls it.
 
         Args:
             like: a state of the form that it must have.
@@ -285,31 +166,14 @@ class Checkpoints:
         """
         parameters = trained_parameters(self.transformer)
         with raise_together(), as_user_error(f"cannot resume from {path}"):
-            state = self._read_state(path)
+            state = read_state(path, self.identity)
             with as_user_error(f"{path / STATE_NAME} is no state of this run"):
                 check_form(state, like)
             with as_user_error(f"{path / OPTIMIZER_NAME} does not fit this run"):
-                moments = safetensors.torch.load_file(path / OPTIMIZER_NAME)
+                moments = load_file(path / OPTIMIZER_NAME)
                 check_optimizer_tensors(moments, parameters)
-            # Of a run on fewer processes the others have none; every epoch seeds all generators anew.
-            random_states_path = self._random_states_path(path)
-            if random_states_path.is_file():
-                with as_user_error(f"cannot use {random_states_path}"):
-                    set_random_states(_read_json(random_states_path))
-        # As in `save`: shards are handed out together.
-        with contextlib.nullcontext() if is_sharded() else raise_together(), as_user_error(f"cannot use {path}"):
+        with together(), as_user_error(f"cannot use {path}"):
             for adapter in self.transformer.peft_config:
                 load_adapter(self.transformer, path, adapter)
             load_optimizer(moments, parameters, self.optimizer)
         return state
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _listing(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

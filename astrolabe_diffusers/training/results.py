@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..distributed.agreement import raise_together
-from ..distributed.sharding import is_sharded
+from ..distributed.sharding import is_sharded, together
 from ..evaluation.held_out import generate_columns
 from ..files.writing import replacing
 from ..reporting.comparison import Evaluation
@@ -17,7 +16,7 @@ from ..reporting.hub import push_to_hub
 from ..reporting.machine import device_name, peak_memory_gb, versions
 from ..reporting.model_card import write_card
 from ..reporting.videos import write_columns
-from .checkpoints import WEIGHT_NAMES, save_adapter
+from .adapter_files import WEIGHT_NAMES, save_adapter
 from .config import OnlineConfig
 from .policies import CURRENT, POLICIES, use_policy
 
@@ -54,7 +53,7 @@ class BestAdapter:
         if not (self.record is None or reward > self.record["reward"]):
             return
         self.record = {"step": evaluation.step, "reward": reward}
-        with raise_together():
+        with together():
             save_adapter(self.transformer, self.folder, self.policy, WEIGHT_NAMES[CURRENT], write=self.is_main_process)
             if self.is_main_process:
                 with replacing(self.folder / "best.json") as partial:

@@ -1,12 +1,14 @@
-"""Output folders: one run in each at a time, and nothing written over that it has not made."""
+"""The output folder of a training run: what it writes there, and when it may."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
 from ..files.output_folder import RESULTS_NAME, RunFolder
-from .checkpoints import WEIGHT_NAMES
+from .adapter_files import WEIGHT_NAMES
 from .config import OnlineConfig
 from .policies import CURRENT
 
@@ -29,33 +31,29 @@ TRAINING_FILES = (
 )
 
 
-def open_training_folder(config: OnlineConfig) -> RunFolder:
-    """Locks the folder of a training run. Before anything is loaded, and it changes nothing that is there.
+@contextmanager
+def open_training_folder(config: OnlineConfig) -> Iterator[RunFolder]:
+    """As a context, the locked folder of a training run. Before anything is loaded; it changes nothing that is there.
 
     Raises:
         UserError: a run is writing to it; or it holds a run that this one does not resume, or files of others that it
             would write over, and `overwrite_output_dir` is not set.
     """
-    folder = RunFolder(config.output_dir, "training", TRAINING_FILES)
-    try:
-        if config.overwrite_output_dir or not folder.present():
-            return folder
-        if not (folder.has_begun() or _is_older_run(folder.path)):
-            folder.refuse_files_of_others("--overwrite_output_dir true")
-        if not _resumes(config):
-            state = "a finished run" if (folder.path / RESULTS_NAME).exists() else "a run that has not ended"
-            raise UserError(
-                f"{folder.path} holds {state}: --resume_from_checkpoint latest goes on with it, another --output_dir "
-                "begins anew there, and --overwrite_output_dir true begins anew here."
-            )
-    except BaseException:
-        folder.close()
-        raise
-    return folder
+    with RunFolder(config.output_dir, "training", TRAINING_FILES) as folder:
+        if folder.present() and not config.overwrite_output_dir:
+            if not (folder.has_begun() or _is_older_run(folder.path)):
+                folder.refuse_files_of_others("--overwrite_output_dir true")
+            if not _resumes(config):
+                state = "a finished run" if (folder.path / RESULTS_NAME).exists() else "a run that has not ended"
+                raise UserError(
+                    f"{folder.path} holds {state}: --resume_from_checkpoint latest goes on with it, another "
+                    "--output_dir begins anew there, and --overwrite_output_dir true begins anew here."
+                )
+        yield folder
 
 
 def _is_older_run(path: Path) -> bool:
-    """Whether a run of a version without a lock file wrote here, or the folder was copied without hidden files."""
+    """Whether a run of a version without this file wrote here, or the folder was copied without hidden files."""
     logs = all((path / name).is_file() for name in ("config.yaml", "eval.jsonl"))
     return logs or any(path.glob("checkpoints/checkpoint-*/trainer_state.json"))
 

@@ -1,20 +1,106 @@
-"""The state of a run's optimizer and random generators as tensors and JSON values: reading them runs no code."""
+"""What a run goes on from beside its adapters, as JSON values and tensors: reading them runs no code."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import random
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..distributed.sharding import full_tensor, shard_like
+from ..distributed.sharding import full_tensors, shard_like
+from ..errors import UserError, one_line
+from ..layouts.wan_checkpoints import misfits
 from .policies import CURRENT
 
 
+STATE_NAME = "trainer_state.json"
+# Of the states of a checkpoint. Those of 0.1.0 had none, and were pickles.
+FORMAT = 2
 # What AdamW keeps of every parameter: a number, and two tensors of the parameter's shape.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
+    """What a checkpoint's state is the state of, JSON values: another model's or LoRA's would mean something else.
+
+    The model is known by a few values of every weight, rounded to bf16: not by its path, nor by the precision it is
+    loaded in.
+    """
+    lora = transformer.peft_config[CURRENT]
+    weights = (value for name, value in transformer.named_parameters() if ".lora_" not in name)
+    values = torch.cat([value.detach().flatten()[:64].bfloat16() for value in weights])
+    return {
+        "rank": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_target_modules": sorted(lora.target_modules),
+        "adapters": list(transformer.peft_config),
+        "base model": hashlib.sha256(values.cpu().view(torch.int16).numpy().tobytes()).hexdigest()[:12],
+    }
+
+
+def write_state(folder: Path, state: dict[str, Any], identity: dict[str, Any]):
+    """Writes what the trainer wants back, JSON values, and what it belongs to."""
+    (folder / STATE_NAME).write_text(json.dumps({"format": FORMAT, "identity": identity, **state}))
+
+
+def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What [`write_state`] was given; a [`UserError`] if it is none, or of an older version, another model or LoRA."""
+    path = folder / STATE_NAME
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise UserError(f"{path} is no state of a run.")
+    written = state.pop("format", None)
+    if written != FORMAT:
+        by = "version 0.1.0" if written is None else f"another version (format {one_line(written)})"
+        raise UserError(
+            f"{folder} was written by {by}, whose states are not read here: a new run from its LoRA is "
+            f"--init_lora {folder}, with another output_dir."
+        )
+    saved = state.pop("identity", None)
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is no state of a run.")
+    for name, here in identity.items():
+        there = saved.get(name)
+        if there != here:
+            raise UserError(
+                f"{folder} is of another run: {name} is {_listing(there)} there and {_listing(here)} here. "
+                "A new run from its LoRA is --init_lora."
+            )
+    return state
+
+
+def _listing(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def check_form(value: Any, like: Any, name: str = "it"):
+    """A `ValueError` unless the JSON `value` has the form of `like`: the same names, a whole number where it has one
+    (it counts something), a number or nothing where it has one of these, and a list of numbers where it has a list."""
+    if isinstance(like, dict):
+        form, fits = ", ".join(like), isinstance(value, dict) and value.keys() == like.keys()
+    elif isinstance(like, list):
+        form, fits = "a list of numbers", isinstance(value, list) and all(map(_is_number, value))
+    elif isinstance(like, int):
+        form, fits = "a whole number from 0", type(value) is int and value >= 0
+    else:
+        form, fits = "a number", value is None or _is_number(value)
+    if not fits:
+        text = repr(value)
+        text = text if len(text) < 80 else f"{text[:77]}..."
+        raise ValueError(f"{name} must {'have' if isinstance(like, dict) else 'be'} {form}, not {text}")
+    if isinstance(like, dict):
+        for key, item in like.items():
+            check_form(value[key], item, key if name == "it" else f"{name}.{key}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or type(value) is float and math.isfinite(value)
 
 
 def trained_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -29,13 +115,12 @@ def optimizer_tensors(
 
     Of sharded parameters every process calls it, and gets them with `write`.
     """
-    tensors = {}
-    for name, parameter in parameters.items():
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            whole = full_tensor(value)
-            if write:
-                tensors[f"{name}.{moment}"] = whole.cpu()
-    return tensors
+    moments = {
+        f"{name}.{moment}": value
+        for name, parameter in parameters.items()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+    return full_tensors(moments, write)
 
 
 def check_optimizer_tensors(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]):
@@ -47,12 +132,11 @@ def check_optimizer_tensors(tensors: dict[str, torch.Tensor], parameters: dict[s
         for moment in MOMENTS
         if any(f"{name}.{other}" in tensors for other in MOMENTS)
     }
-    if foreign := sorted(shapes.keys() ^ tensors.keys()):
-        raise ValueError(f"{len(foreign)} tensors are too much or missing, such as {foreign[0]}")
-    for name, shape in shapes.items():
-        value = tensors[name]
-        if value.shape != shape or value.dtype != torch.float32:
-            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not float32 {tuple(shape)}")
+    if found := misfits(tensors, shapes):
+        raise ValueError(found)
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{name} is {value.dtype}, not float32")
 
 
 def load_optimizer(
@@ -70,60 +154,3 @@ def load_optimizer(
             moments = [shard_like(moment, parameter) for moment in moments]
             state[index] = dict(zip(MOMENTS, (step, *moments)))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def random_states() -> dict[str, Any]:
-    """The states of the random generators of this process, JSON values."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
-    }
-
-
-def set_random_states(states: dict[str, Any]):
-    """Restores what [`random_states`] returned; a `ValueError` if it is anything else.
-
-    Devices that were not there keep theirs: every epoch seeds all generators anew.
-    """
-    try:
-        version, keys, gauss = states["python"]
-        kind, numpy_keys, position, *rest = states["numpy"]
-        if not 0 <= position <= 624:  # numpy does not check it, and reads there
-            raise ValueError("a position outside the state")
-        random.setstate((version, tuple(keys), gauss))
-        np.random.set_state((kind, np.array(numpy_keys, dtype=np.uint32), position, *rest))
-        torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-        for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
-            torch.cuda.set_rng_state(torch.tensor(state, dtype=torch.uint8), device)
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"no states of random generators ({type(error).__name__}: {error})") from error
-
-
-def check_form(value: Any, like: Any, name: str = "it"):
-    """A `ValueError` unless the JSON `value` has the form of `like`: the same names, a whole number where it has one
-    (it counts something), a number or nothing where it has one of these, and a list of numbers where it has a list."""
-    if isinstance(like, dict):
-        if not isinstance(value, dict) or value.keys() != like.keys():
-            raise ValueError(f"{name} must have {', '.join(like)}, not {_short(value)}")
-        for key, item in like.items():
-            check_form(value[key], item, key if name == "it" else f"{name}.{key}")
-    elif isinstance(like, list):
-        if not isinstance(value, list) or not all(map(_is_number, value)):
-            raise ValueError(f"{name} must be a list of numbers, not {_short(value)}")
-    elif isinstance(like, int):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name} must be a whole number from 0, not {_short(value)}")
-    elif value is not None and not _is_number(value):
-        raise ValueError(f"{name} must be a number, not {_short(value)}")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is int or type(value) is float and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."

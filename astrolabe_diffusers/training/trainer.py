@@ -31,7 +31,7 @@ from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
 from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
 from .callbacks import TrainerCallback
-from .checkpoints import Checkpoints, policy_identity
+from .checkpoints import Checkpoints
 from .config import OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
 from .policies import (
@@ -47,6 +47,7 @@ from .policies import (
 )
 from .results import BestAdapter, write_results
 from .run_folder import open_training_folder
+from .states import policy_identity
 
 
 class OnlineTrainer:
@@ -98,8 +99,7 @@ class OnlineTrainer:
             stack.push(self.resources)
             with raise_together():
                 if self.accelerator.is_main_process:
-                    self.folder = open_training_folder(self.config)
-                    self.resources.callback(self.folder.close)
+                    self.folder = self.resources.enter_context(open_training_folder(self.config))
             with raise_together():
                 self.load(None if isinstance(model, (str, Path)) else model, train_prompts, eval_prompts)
             self.prepare()

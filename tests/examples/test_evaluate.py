@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from astrolabe_diffusers import TINY_SHAPES
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.training.helpers import full_disk, policy_pipeline, tiny_arguments
 
@@ -277,7 +277,7 @@ def test_lora_of_another_model_is_found_before_anything_is_generated(model_folde
     save_adapter(other.transformer, tmp_path / "other")
     assert main(arguments(model_folder, tmp_path / "out", [run, tmp_path / "other"])) == 2
     check_one_line(capsys, ["another model's", "36 x 36", str(tmp_path / "other")])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_output_folder_that_is_a_file(model_folder, tmp_path, capsys):
@@ -304,7 +304,7 @@ def test_a_full_disk_is_one_line(model_folder, tmp_path, capsys):
         assert main(arguments(model_folder, tmp_path, num_videos=0)) == 2
     error = capsys.readouterr().err
     assert f"error: cannot write {tmp_path / 'results.json'}: " in error and "Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [".run"]
 
 
 def test_folder_without_prompts(tmp_path, capsys):

@@ -18,13 +18,13 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import export_to_video
 
+from astrolabe_diffusers.files.output_folder import RunFolder
 from astrolabe_diffusers.files.video import VideoWriter
-from astrolabe_diffusers.generation.manifest import Manifest
 from astrolabe_diffusers.pipelines.pipeline_causal_wan import CausalWanPipeline
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rollout import reward_thread
 from astrolabe_diffusers.rollout.seeds import seeded_generator
-from astrolabe_diffusers.training.checkpoints import WEIGHT_NAMES, save_adapter
+from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
 from tests.tiny_pipeline import tiny_shapes_captions
 from tests.training.helpers import full_disk, policy_pipeline
 
@@ -379,9 +379,8 @@ def test_options_of_rewards(model_folder, tmp_path):
 
 
 def test_a_second_run_in_the_folder_ends_before_the_model_is_loaded(model_folder, tmp_path, capsys):
-    first = Manifest(tmp_path)
-    first.lock()
-    assert main(arguments("/no/model", tmp_path, prompt=PROMPT)) == 2
+    with RunFolder(tmp_path, "generation"):
+        assert main(arguments("/no/model", tmp_path, prompt=PROMPT)) == 2
     assert capsys.readouterr().err == (
         f"error: another run is writing to {tmp_path}: wait for it, or name another folder.\n"
     )
@@ -392,7 +391,7 @@ def test_a_full_disk_is_one_line(model_folder, tmp_path, capsys):
         assert main(arguments(model_folder, tmp_path, prompt=PROMPT)) == 2
     error = capsys.readouterr().err
     assert f"error: cannot write to {tmp_path}: " in error and "Traceback" not in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]
     assert read_manifest(tmp_path) == []
 
 

@@ -76,7 +76,7 @@ def test_all_that_a_run_writes_is_known_and_has_the_mode_of_the_umask(finished):
     known = {path for pattern in TRAINING_FILES for path in folder.glob(pattern)}
     files = [path for path in folder.rglob("*") if path.is_file()]
     others = {path for path in files if not known & {path, *path.parents}}
-    assert {path.relative_to(folder).parts[0] for path in others} == {".lock", "logs"}
+    assert {path.relative_to(folder).parts[0] for path in others} == {".run", "logs"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640} and len(files) > 20
 
 

@@ -17,7 +17,7 @@ from astrolabe_diffusers.reporting.model_card import write_card
 from astrolabe_diffusers.reporting.report import RunReport, append_jsonl
 from astrolabe_diffusers.reporting.trackers import start_trackers
 from astrolabe_diffusers.reporting.videos import save_video, write_columns
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from tests.reporting.test_model_card import MATCH, results
 from tests.training.helpers import config, creation_mask, full_disk, policy_pipeline
 
@@ -58,7 +58,7 @@ def test_full_disk(name, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     # A log may end in a part of a line, which is left out when it is read.
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert set(left) <= {"metrics.jsonl", "manifest.jsonl", "wandb_id"}
+    assert set(left) <= {"metrics.jsonl", "manifest.jsonl", ".manifest.lock", "wandb_id"}
 
 
 @pytest.mark.parametrize("name", WRITERS | TRACKERS)

@@ -5,7 +5,7 @@ import torch
 
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.generation.loading import find_lora, load_loras, load_pipeline, weights_digest
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import policy_pipeline
 from tests.training.test_checkpoints import plant

@@ -21,7 +21,7 @@ def jobs():
 def folder(tmp_path, jobs):
     """Three complete videos."""
     manifest = Manifest(tmp_path / "videos")
-    manifest.lock()
+    manifest.folder.mkdir()
     assert manifest.start(jobs, SETTINGS, ()) == jobs
     for job in reversed(jobs):
         (manifest.folder / job.file).write_bytes(b"video")
@@ -138,15 +138,6 @@ def test_torn_line_and_left_overs_of_a_killed_run(folder, jobs):
 def test_missing_scores_are_made(folder, jobs):
     assert pending(folder, jobs, rewards=["sharpness"]) == []
     assert pending(folder, jobs, rewards=["sharpness", "flicker"]) == [0, 1, 2]
-
-
-def test_one_run_at_a_time(folder, jobs):
-    first = Manifest(folder)
-    first.lock()
-    with pytest.raises(UserError, match="another run is writing"):
-        Manifest(folder).lock()
-    del first
-    Manifest(folder).lock()
 
 
 def test_lines_of_many_writers_stay_whole(tmp_path):

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.policies import (
     OLD,
     activate_current,

@@ -157,7 +157,7 @@ def test_new_settings_take_effect_when_resuming(model_folder, tmp_path, trouble)
     assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {4.0}
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "random_states_0.json", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "trainer_state.json"])
 def test_a_planted_checkpoint_is_one_line_and_runs_nothing(model_folder, tmp_path, trouble, capfd, name):
     trouble.setenv("TROUBLE_CALL", "1")
     assert run(model_folder, tmp_path / "out")[0] == 143

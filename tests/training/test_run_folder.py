@@ -20,9 +20,8 @@ from train_nft import main  # noqa: E402
 def fill(folder, *names, has_begun=True):
     """A folder in which a run of this version, or of one before it, has written these files."""
     if has_begun:
-        begun = open_training_folder(config(output_dir=folder))
-        begun.begin()
-        begun.close()
+        with open_training_folder(config(output_dir=folder)) as begun:
+            begun.begin()
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -33,7 +32,8 @@ def refusal(folder, **values):
     """What is said of a folder, or `None` if a run may begin there."""
     before = contents(folder)
     try:
-        open_training_folder(config(output_dir=folder, **values)).close()
+        with open_training_folder(config(output_dir=folder, **values)):
+            pass
     except UserError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -43,7 +43,7 @@ def refusal(folder, **values):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 RUN = ("config.yaml", "metrics.jsonl", "eval.jsonl", "checkpoints/checkpoint-1/trainer_state.json")
@@ -92,26 +92,25 @@ def test_files_that_no_run_writes_are_no_reason(tmp_path):
 
 def test_an_empty_or_new_folder_is_free(tmp_path):
     for resume in (None, "latest"):
-        open_training_folder(config(output_dir=tmp_path / f"{resume}", resume_from_checkpoint=resume)).close()
+        with open_training_folder(config(output_dir=tmp_path / f"{resume}", resume_from_checkpoint=resume)):
+            pass
         assert refusal(tmp_path / f"{resume}", resume_from_checkpoint=resume) is None
 
 
 def test_overwriting_removes_what_looks_finished_and_keeps_checkpoints(tmp_path):
-    fill(tmp_path, *FINISHED, "eval_videos/step-0/000.mp4", "mine.txt")
-    folder = open_training_folder(config(output_dir=tmp_path, overwrite_output_dir=True))
-    folder.remove_files()
-    folder.close()
+    best = "best/pytorch_lora_weights.safetensors"
+    fill(tmp_path, *FINISHED, "eval_videos/step-0/000.mp4", best, "mine.txt")
+    with open_training_folder(config(output_dir=tmp_path, overwrite_output_dir=True)) as folder:
+        folder.remove_files()
     left = {str(path.relative_to(tmp_path)) for path in contents(tmp_path)}
-    assert left == {"mine.txt", "checkpoints/checkpoint-1/trainer_state.json"}
+    assert left == {".run", "mine.txt", "checkpoints/checkpoint-1/trainer_state.json"}
 
 
 def test_the_folder_of_a_full_disk_is_one_line_and_closes(tmp_path):
-    folder = open_training_folder(config(output_dir=tmp_path))
-    with full_disk():
-        with pytest.raises(UserError, match=r"cannot write .*\.lock: "):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*\.run: "):
+        with open_training_folder(config(output_dir=tmp_path)) as folder:
             folder.begin()
-        folder.close()
-    assert (tmp_path / ".lock").read_bytes() == b""
+    assert not list(tmp_path.iterdir())
 
 
 def test_leave_to_overwrite_is_for_one_start(tmp_path):
@@ -122,18 +121,17 @@ def test_leave_to_overwrite_is_for_one_start(tmp_path):
 
 def test_the_second_of_two_runs_ends_at_once(model_folder, tmp_path, capsys):
     """Whatever its settings, before the model is loaded, and the first one's checkpoint is left alone."""
-    first = open_training_folder(config(output_dir=tmp_path))
-    first.begin()
-    partial = tmp_path / "checkpoints" / "checkpoint-1.partial"
-    partial.mkdir(parents=True)
     values = {"model": "/no/model", "prompts": model_folder / "prompts"}
-    for more in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": "true"}):
-        assert main(tiny_arguments(model_folder, tmp_path, **values | more)) == 2
-        assert capsys.readouterr().err == (
-            f"error: another run is writing to {tmp_path}: wait for it, or name another folder.\n"
-        )
-    assert partial.is_dir()
-    first.close()
+    with open_training_folder(config(output_dir=tmp_path)) as first:
+        first.begin()
+        partial = tmp_path / "checkpoints" / "checkpoint-1.partial"
+        partial.mkdir(parents=True)
+        for more in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": "true"}):
+            assert main(tiny_arguments(model_folder, tmp_path, **values | more)) == 2
+            assert capsys.readouterr().err == (
+                f"error: another run is writing to {tmp_path}: wait for it, or name another folder.\n"
+            )
+        assert partial.is_dir()
     assert main(tiny_arguments(model_folder, tmp_path / "new", **values)) == 2
     assert "cannot load /no/model" in capsys.readouterr().err
 
@@ -158,12 +156,11 @@ def test_an_evaluation_writes_over_an_evaluation_alone(tmp_path):
     def opens(folder, overwrite=False, columns=("base", "lora")):
         before = contents(folder)
         try:
-            evaluation = open_evaluation_folder(str(folder), list(columns), overwrite)
+            with open_evaluation_folder(str(folder), list(columns), overwrite) as evaluation:
+                evaluation.begin()
         except UserError as error:
             assert contents(folder) == before and "\n" not in str(error)
             return str(error)
-        evaluation.begin()
-        evaluation.close()
         return None
 
     ours = {"settings": {}, "versions": {}, "videos": [], "columns": {}}

@@ -1,7 +1,3 @@
-import json
-import random
-
-import numpy as np
 import pytest
 import torch
 
@@ -11,8 +7,6 @@ from astrolabe_diffusers.training.states import (
     check_optimizer_tensors,
     load_optimizer,
     optimizer_tensors,
-    random_states,
-    set_random_states,
 )
 from tests.training.helpers import config
 
@@ -68,11 +62,11 @@ def test_settings_of_a_run_go_before_those_of_its_checkpoint():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a.exp_avg": torch.zeros(2, 3)}, r"a.exp_avg is torch.float32 \(2, 3\), not float32 \(3, 2\)"),
-        ({"b.exp_avg": torch.zeros(5, dtype=torch.int32)}, "b.exp_avg is torch.int32"),
-        ({"a.step": torch.ones(1)}, r"a.step is torch.float32 \(1,\)"),
-        ({"a.step": None}, "1 tensors are too much or missing, such as a.step"),
-        ({"c.step": torch.ones(())}, "such as c.step"),
+        ({"a.exp_avg": torch.zeros(2, 3)}, r"1 of another shape \(a.exp_avg \(2, 3\) for \(3, 2\)\)"),
+        ({"b.exp_avg": torch.zeros(5, dtype=torch.int32)}, "b.exp_avg is torch.int32, not float32"),
+        ({"a.step": torch.ones(1)}, r"a.step \(1,\) for \(\)"),
+        ({"a.step": None}, r"1 missing \(a.step\)"),
+        ({"c.step": torch.ones(())}, r"1 unexpected \(c.step\)"),
     ],
 )
 def test_moments_that_do_not_fit(change, message):
@@ -97,44 +91,6 @@ def test_a_schedule_is_where_it_would_have_come_to(name):
         assert optimizer.param_groups[0]["lr"] == stepped.param_groups[0]["lr"] == resumed.get_last_lr()[0]
         schedule.step()
         resumed.step()
-
-
-def draws():
-    return random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.randn(5).tolist()
-
-
-def test_random_numbers_go_on():
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(3)
-    random.gauss(0, 1), np.random.normal()  # each of them draws two and keeps one
-    states = json.loads(json.dumps(random_states()))
-    expected = [draws(), draws()]
-    torch.manual_seed(9), random.seed(9), np.random.seed(9)
-    assert draws() != expected[0]
-    set_random_states(states)
-    assert [draws(), draws()] == expected
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"python": [3, [1, 2], None]},
-        {"python": "text"},
-        {"numpy": ["MT19937", [1] * 624, 10**9, 0, 0.0]},
-        {"numpy": ["MT19937", [-1] * 624, 0, 0, 0.0]},
-        {"numpy": ["MT19937", [1] * 624, "1", 0, 0.0]},
-        {"numpy": {}},
-        {"torch": [0] * 5056},
-        {"torch": [1, 2]},
-        {"torch": [10**30]},
-        {"cuda": None},
-    ],
-)
-def test_states_of_other_content(change):
-    with pytest.raises(ValueError, match="no states of random generators"):
-        set_random_states(random_states() | change)
-    with pytest.raises(ValueError, match="no states of random generators"):
-        set_random_states([change])
 
 
 LIKE = {"step": 3, "seconds": 1.5, "guard": {"norm": None}, "buffer": []}

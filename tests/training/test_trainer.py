@@ -5,7 +5,7 @@ from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.rollout.sampling import Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.training import NFTTrainer
-from astrolabe_diffusers.training.checkpoints import save_adapter
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.policies import use_policy
 from tests.training.helpers import randomize_adapters, tiny_arguments
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import resource
 import secrets
 import socket
 import threading
@@ -36,6 +35,11 @@ from .process import describe_failure
 from .remote import TOKEN_VARIABLE
 from .wire import VERSION, ScoringJob, outputs_to_json, requests_to_json, unpack_job
 
+
+try:
+    import resource
+except ImportError:  # on Windows, where open files have no such limit
+    resource = None
 
 try:
     import uvicorn
@@ -297,7 +301,7 @@ def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
     Raises:
         ValueError: this process may not open as many files.
     """
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else float("inf")
     if limits.connections + 4 * _BACKLOG > files:
         raise ValueError(
             f"{limits.connections} connections need {limits.connections + 4 * _BACKLOG} open files, and this process "

@@ -1,0 +1,69 @@
+"""The policies' adapters as LoRA files that every Diffusers pipeline reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from ..distributed.sharding import full_tensors, shard_like
+from ..errors import UserError, as_user_error
+from ..files.writing import replacing
+from ..layouts.wan_checkpoints import misfits
+from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from .policies import CURRENT, EMA, OLD, REFERENCE
+
+
+# The current policy's file has the name that `load_lora_weights(folder)` looks for.
+WEIGHT_NAMES = {
+    CURRENT: "pytorch_lora_weights.safetensors",
+    **{name: f"pytorch_lora_weights_{name}.safetensors" for name in (OLD, REFERENCE, EMA)},
+}
+PREFIX = "transformer."
+
+
+def save_adapter(
+    transformer: torch.nn.Module,
+    folder: str | Path,
+    adapter: str = CURRENT,
+    weight_name: str | None = None,
+    write: bool = True,
+):
+    """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives.
+
+    Of a sharded transformer every process calls it, and one of them with `write`.
+    """
+    layers = full_tensors(get_peft_model_state_dict(transformer, adapter_name=adapter), write)
+    if write:
+        with replacing(Path(folder) / (weight_name or WEIGHT_NAMES[adapter])) as path:
+            CausalWanPipeline.save_lora_weights(
+                path.parent,
+                transformer_lora_layers=layers,
+                weight_name=path.name,
+                transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+            )
+
+
+def load_adapter(transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT):
+    """Reads an adapter that [`save_adapter`] wrote into the existing one; a [`UserError`] if it does not fit."""
+    path = Path(folder) / WEIGHT_NAMES[adapter]
+    with as_user_error(f"cannot read the adapter {path}"):
+        if not path.is_file():
+            raise FileNotFoundError("no such file.")
+        loaded = {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
+    expected = get_peft_model_state_dict(transformer, adapter_name=adapter)
+    there, here = _ranks(loaded), _ranks(expected)
+    if there != here:
+        raise UserError(f"the adapter {path} has the wrong size: it has rank {there}, this run has rank {here}.")
+    if found := misfits(loaded, {key: value.shape for key, value in expected.items()}):
+        raise UserError(f"the adapter {path} is another model's or has other lora_target_modules: {found}.")
+    with torch.no_grad():
+        for key, value in expected.items():  # the parameters themselves
+            value.copy_(shard_like(loaded[key], value))
+
+
+def _ranks(weights: dict[str, torch.Tensor]) -> str:
+    """In words. The rank is the first dimension of A."""
+    return ", ".join(map(str, sorted({value.shape[0] for key, value in weights.items() if "lora_A" in key})))
