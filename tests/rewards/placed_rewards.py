@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -120,6 +121,17 @@ class Where(Reward):
         raise LookupError(f"videos on {videos.device}, weights on {self.network.weight.device}")
 
 
+class LoadsOnce(Bright):
+    """Needs for ever to be made a second time, as `file` shows."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        if Path(file).exists():
+            Path(file).write_text("again")
+            time.sleep(600)
+        Path(file).touch()
+
+
 def obeys(videos, prompts, metadata):
     """Does what the metadata of the first video says, if it says something."""
     act, _, argument = metadata[0].get("act", "").partition(" ")
@@ -128,6 +140,8 @@ def obeys(videos, prompts, metadata):
         os.kill(os.getpid(), signal.SIGKILL)  # as a machine does that is short of memory
     if act == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if act == "exit":
+        sys.exit(3)
     if act == "hang":
         time.sleep(600)
     if act == "wait":

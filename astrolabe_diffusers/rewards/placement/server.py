@@ -28,11 +28,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Annotated
 
+from ...errors import one_line, summarize_exception
 from ..http_client import check_key
 from ..reward import RewardError
 from .cached_rewards import CachedRewards
 from .local import LocalRewards
-from .process import describe_failure
 from .remote import TOKEN_VARIABLE
 from .wire import VERSION, ScoringJob, outputs_to_json, requests_to_json, unpack_job
 
@@ -282,8 +282,7 @@ def create_app(
             return _error(422, error)
         except Exception as error:
             # Its words and its place are for those who run the server.
-            logger.error("a reward failed: %s", describe_failure(error))
-            logger.debug("the traceback:", exc_info=error)
+            logger.error("a reward failed: %s", summarize_exception(error))
             return _error(500, f"a reward failed: {type(error).__name__}; the log of the server says more")
         return {"request": number, "outputs": outputs_to_json(outputs)}
 
@@ -362,4 +361,4 @@ async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> by
 
 
 def _error(status: int, text: object) -> JSONResponse:
-    return JSONResponse({"error": " ".join(str(text).split())}, status)
+    return JSONResponse({"error": one_line(text)}, status)
