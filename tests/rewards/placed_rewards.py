@@ -6,12 +6,18 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 
 from astrolabe_diffusers.rewards import FrameRequest, Reward, RewardOutput
+from astrolabe_diffusers.rewards.placement.local import LocalRewards
+from astrolabe_diffusers.rewards.placement.wire import ScoringJob
+
+
+OBEYS = f"{__name__}:obeys"
 
 
 def first_pixel(videos, prompts, metadata, scale: float = 1.0):
@@ -174,3 +180,22 @@ def assert_own_scores(output, name: str, numbers):
     torch.testing.assert_close(output.scores[name], torch.tensor(numbers, dtype=torch.float32) / 255)
     for part in ("prompt", "metadata"):
         assert output.info[f"{name}/{part}"].tolist() == [float(n) for n in numbers]
+
+
+def make_job(numbers, act="", size=4):
+    videos, prompts, metadata = make_batch(numbers, size=size, act=act)
+    return ScoringJob.make(videos, {OBEYS: None}, prompts, metadata)
+
+
+class Recorded(LocalRewards):
+    """Notes the prompts that are scored together, and waits for `go` before the first."""
+
+    def __init__(self):
+        super().__init__([OBEYS])
+        self.batches, self.go, self.started = [], threading.Event(), threading.Event()
+
+    def score_job(self, job):
+        self.started.set()
+        assert self.go.wait(20)
+        self.batches.append([int(prompt.split()[-1]) for prompt in job.prompts])
+        return super().score_job(job)
