@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rewards.frames import prepare_frames, to_uint8, top_fraction_mean
 from astrolabe_diffusers.rewards.models.hpsv3 import HPSv3
 from astrolabe_diffusers.rewards.models.model_reward import CLIP_MEAN, CLIP_STD
-from astrolabe_diffusers.rewards.models.videoalign import VideoAlignMQ, VideoAlignTA, VideoAlignVQ
 from astrolabe_diffusers.training import exit_code
 
 
@@ -284,7 +284,7 @@ def benchmark_hpsv3(folder: Path, args: argparse.Namespace, videos: torch.Tensor
 def benchmark_videoalign(folder: Path, args: argparse.Namespace, videos: torch.Tensor) -> list[str]:
     options = write_videoalign(folder, "tiny" if args.tiny else "2B", args.device)
     started = time.perf_counter()
-    rewards = [kind(**options) for kind in (VideoAlignVQ, VideoAlignMQ, VideoAlignTA)]
+    rewards = [get_reward(f"videoalign_{name}_score", **options) for name in ("vq", "mq", "ta")]
     print(f"VideoAlign: loaded in {time.perf_counter() - started:.1f} s", flush=True)
     prompts = [PROMPT] * len(videos)
 
