@@ -44,22 +44,15 @@ class ProcessRewards(Closing):
     more than `timeout` seconds, raise `RewardPlaceError`.
 
     Args:
-        rewards, options, defaults: as in `LocalRewards`; no objects.
-        device: of the weights; each reward's own if not given, on the GPU of this process.
+        rewards: as in `LocalRewards`, but no objects.
         timeout: seconds that scoring a batch may take.
+        arguments: others of `LocalRewards`. Without a `device` a reward that takes the GPU takes that of this process.
     """
 
-    def __init__(
-        self,
-        rewards: Mapping[str, str],
-        options: dict[str, dict[str, Any]] | None = None,
-        device: str | None = None,
-        timeout: float = 300.0,
-        defaults: dict[str, Any] | None = None,
-    ):
+    def __init__(self, rewards: Mapping[str, str], timeout: float = 300.0, **arguments: Any):
         self.names, self.timeout = list(rewards), timeout
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._loading = (gpu, {"rewards": rewards, "options": options, "device": device, "defaults": defaults})
+        self._loading = (gpu, {"rewards": rewards, **arguments})
         self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
         self._lock, self._closed = threading.Lock(), False
         self._start()

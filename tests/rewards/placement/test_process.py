@@ -128,7 +128,7 @@ def test_it_is_not_started_anew_if_it_is_ended_meanwhile(monkeypatch):
 def test_it_can_be_ended_while_it_loads_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(process_module, "END_SECONDS", 0.2)
     name, file = f"{PATH}:LoadsOnce", tmp_path / "loaded"
-    with ProcessRewards({name: name}, {name: {"file": str(file)}}) as rewards, ThreadPoolExecutor(1) as thread:
+    with ProcessRewards({name: name}, options={name: {"file": str(file)}}) as rewards, ThreadPoolExecutor(1) as thread:
         os.kill(rewards._process.pid, signal.SIGKILL)
         answer = thread.submit(rewards.score, *make_batch([1]))
         wait_for(file.read_text)
@@ -147,7 +147,7 @@ def wait_for(condition):
 
 def score_and_be_killed(connection, method):
     process_module.START_METHOD = method
-    rewards = ProcessRewards({FIRST: FIRST}, OPTIONS)
+    rewards = ProcessRewards({FIRST: FIRST}, options=OPTIONS)
     output = rewards.score(*make_batch([7, 200]))[FIRST]
     process = rewards._process
     connection.send((process.pid, type(process).__name__, output.scores.tolist(), output.info["process"].tolist()))
