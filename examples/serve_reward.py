@@ -19,13 +19,15 @@ from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.cli.options import parse_fields
 from astrolabe_diffusers.config import Config, option
 from astrolabe_diffusers.errors import Interrupted, as_user_error
-from astrolabe_diffusers.rewards.placement.cached_rewards import CachedRewards
+from astrolabe_diffusers.rewards.placement.local import LocalRewards
 from astrolabe_diffusers.training import UserError, exit_code
 
 
 @dataclass
 class ServerConfig(Config):
     """Settings of a server. Checked when the object is made."""
+
+    removed = {"cache_size": "scores are computed anew"}
 
     reward: list[str] = option([], "names of the rewards, comma-separated")
     reward_options: dict[str, dict[str, Any]] = option({}, "their arguments: name.argument=value,name.argument=value")
@@ -35,15 +37,14 @@ class ServerConfig(Config):
     max_request_mb: int = option(1024, "larger requests are refused", minimum=1)
     max_batch: int = option(16, "videos of several clients that are scored together at most", minimum=1)
     max_waiting: int = option(64, "requests that may wait; a client asks again later", minimum=1)
-    max_waiting_mb: int = option(4096, "... and how large they may be, all together", minimum=1)
+    max_waiting_mb: int = option(4096, "... and the memory for them all, twice their size", minimum=1)
     max_connections: int = option(256, "connections at a time; further ones are closed", minimum=1)
-    cache_size: int = option(0, "videos whose scores are remembered, of rewards that see no prompt", minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_waiting_mb < self.max_request_mb:
+        if self.max_waiting_mb < 2 * self.max_request_mb:
             raise UserError(
-                f"max_waiting_mb={self.max_waiting_mb} is less than one request may have, max_request_mb="
+                f"max_waiting_mb={self.max_waiting_mb} is less than one request may take, twice max_request_mb="
                 f"{self.max_request_mb}."
             )
 
@@ -66,7 +67,7 @@ def run(argv: list[str] | None):
         listener = bind(config.host, config.port)
         check_binding(config.host, token)
     with as_user_error("reward"):
-        rewards = CachedRewards(config.reward, config.reward_options, config.device, cache_size=config.cache_size)
+        rewards = LocalRewards(config.reward, config.reward_options, config.device)
     limits = ConnectionLimits(config.max_connections)
     sizes = (config.max_request_mb * 2**20, config.max_batch, config.max_waiting, config.max_waiting_mb * 2**20)
     with as_user_error("server"):

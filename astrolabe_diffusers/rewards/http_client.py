@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from ..errors import one_line
+from .closing import Closing
 from .reward import RewardPlaceError
 
 
@@ -25,7 +30,36 @@ class UnreachableError(RewardPlaceError):
     """There was no connection, or it broke."""
 
 
-class HttpClient:
+# The connections that the exchange of a thread uses, to be broken when its time is over.
+_thread = threading.local()
+
+
+class _Noted:
+    def connect(self):
+        _thread.connections.append(self)
+        super().connect()
+
+    def request(self, *arguments, **keywords):
+        _thread.connections.append(self)
+        super().request(*arguments, **keywords)
+
+
+class _Connection(_Noted, HTTPConnection):
+    pass
+
+
+class _SecureConnection(_Noted, HTTPSConnection):
+    pass
+
+
+class _Adapter(HTTPAdapter):
+    def get_connection_with_tls_context(self, *arguments, **keywords):
+        pool = super().get_connection_with_tls_context(*arguments, **keywords)
+        pool.ConnectionCls = _SecureConnection if pool.scheme == "https" else _Connection
+        return pool
+
+
+class HttpClient(Closing):
     """
     Requests to one server. Frames, prompts and the key go to this address and nowhere else, so no redirect is
     followed; an answer is bounded in length and in time, from the look-up of the name to the last byte; and of the
@@ -52,7 +86,7 @@ class HttpClient:
             self._session.proxies = get_environ_proxies(self.name)
             self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=_MAX_CONNECTIONS))
+            self._session.mount(scheme, _Adapter(pool_maxsize=_MAX_CONNECTIONS))
         # What is unpacked could be a thousand times as long.
         self._session.headers["Accept-Encoding"] = "identity"
         self._session.auth = user
@@ -75,9 +109,10 @@ class HttpClient:
             UnreachableError: there is no connection.
             RewardPlaceError: it was too slow, or its answer too long.
         """
-        deadline, answer = time.monotonic() + timeout, Future()
+        deadline, answer, used = time.monotonic() + timeout, Future(), []
 
         def exchange():
+            _thread.connections = used
             try:
                 answer.set_result(self._exchange(method, path, deadline, arguments))
             except Exception as error:
@@ -88,6 +123,9 @@ class HttpClient:
         try:
             return answer.result(timeout)
         except (TimeoutError, requests.ReadTimeout):
+            for connection in used:
+                with suppress(OSError, AttributeError):  # it is closed, or not made yet
+                    connection.sock.shutdown(socket.SHUT_RDWR)  # which ends the thread
             raise RewardPlaceError(f"{self.name} did not answer within {round(timeout, 1):g} s.") from None
         except requests.RequestException as error:
             # Its text may hold the address with all that is in it.
@@ -113,7 +151,7 @@ class HttpClient:
 
     def quote(self, text: object) -> str:
         """What a server said, fit for an error: one short line without what was sent to it in confidence."""
-        line = " ".join(str(text).split())
+        line = one_line(text)
         for secret in self._secrets:
             line = line.replace(secret, "...")
         line = "".join(c if c.isprintable() else "?" for c in line)

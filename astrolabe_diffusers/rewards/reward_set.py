@@ -218,5 +218,5 @@ class Placement:
                 raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {shown}.")
             return RemoteRewards(self.address, sources, timeout)
         if self.kind == "process":
-            return ProcessRewards(sources, options, self.device, timeout, defaults)
+            return ProcessRewards(sources, timeout, options=options, device=self.device, defaults=defaults)
         return LocalRewards(sources, options, self.device, self.kind == "offload", defaults)

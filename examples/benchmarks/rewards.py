@@ -29,10 +29,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.errors import exit_code
+from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rewards.frames import prepare_frames, to_uint8, top_fraction_mean
 from astrolabe_diffusers.rewards.models.hpsv3 import HPSv3
 from astrolabe_diffusers.rewards.models.model_reward import CLIP_MEAN, CLIP_STD
-from astrolabe_diffusers.rewards.models.videoalign import VideoAlignMQ, VideoAlignTA, VideoAlignVQ
 
 
 # Qwen2-VL's three sizes of interest: language model, then vision.
@@ -261,13 +261,18 @@ def benchmark_videoalign(rewards: list, args: argparse.Namespace, videos: torch.
 
 # Of each, what writes its files at which size, its rewards, and what measures them.
 BENCHMARKS = {
-    "hpsv3": (write_hpsv3, "7B", [HPSv3], benchmark_hpsv3),
-    "videoalign": (write_videoalign, "2B", [VideoAlignVQ, VideoAlignMQ, VideoAlignTA], benchmark_videoalign),
+    "hpsv3": (write_hpsv3, "7B", ["video_hpsv3_local"], benchmark_hpsv3),
+    "videoalign": (
+        write_videoalign,
+        "2B",
+        [f"videoalign_{part}_score" for part in ("vq", "mq", "ta")],
+        benchmark_videoalign,
+    ),
 }
 
 
 def run(name: str, folder: Path, args: argparse.Namespace, videos: torch.Tensor) -> list[str]:
-    write, size, kinds, benchmark = BENCHMARKS[name]
+    write, size, names, benchmark = BENCHMARKS[name]
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / "whole"
     if not whole.exists():
@@ -277,7 +282,7 @@ def run(name: str, folder: Path, args: argparse.Namespace, videos: torch.Tensor)
     if name == "hpsv3":
         options["batch_size"] = args.batch_size
     started = clock()
-    rewards = [kind(**options) for kind in kinds]
+    rewards = [get_reward(reward, **options) for reward in names]
     print(f"{name}: loaded in {clock() - started:.1f} s", flush=True)
     return table(benchmark(rewards, args, videos))
 

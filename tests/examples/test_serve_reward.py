@@ -89,7 +89,8 @@ def test_mistakes_are_one_line(capsys, monkeypatch):
         (["--reward", "sharpness", "--port", "99999999"], "error: server: port must be at most 65535, not 99999999."),
         (["--reward", "sharpness", "--host", "no such host"], "error: server: there is no address 'no such host'"),
         (["--reward", "dynamic_degree", "--reward_options", "dynamic_degree.fps=abc"], "'fps' of reward 'dynamic_deg"),
-        (["--reward", "sharpness", "--max_waiting_mb", "5"], "max_waiting_mb=5 is less than one request may have"),
+        (["--reward", "sharpness", "--max_waiting_mb", "2047"], "max_waiting_mb=2047 is less than one request may"),
+        (["--reward", "sharpness", "--cache_size", "5"], "no --cache_size any more: scores are computed anew"),
         (["--reward", "sharpness", "--max_connections", "100000000"], "need 100000256 open files, and this process"),
     ]
     if not torch.cuda.is_available():

@@ -26,6 +26,7 @@ def answering(answer):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *request: None  # a client that has left
     server.daemon_threads = True
     server.block_on_close = False
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 
 from astrolabe_diffusers.rewards import FrameRequest, Reward, RewardOutput
+from astrolabe_diffusers.rewards.placement.local import LocalRewards
+from astrolabe_diffusers.rewards.placement.wire import ScoringJob
+
+
+OBEYS = f"{__name__}:obeys"
 
 
 def first_pixel(videos, prompts, metadata, scale: float = 1.0):
@@ -120,6 +127,17 @@ class Where(Reward):
         raise LookupError(f"videos on {videos.device}, weights on {self.network.weight.device}")
 
 
+class LoadsOnce(Bright):
+    """Needs for ever to be made a second time, as `file` shows."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        if Path(file).exists():
+            Path(file).write_text("again")
+            time.sleep(600)
+        Path(file).touch()
+
+
 def obeys(videos, prompts, metadata):
     """Does what the metadata of the first video says, if it says something."""
     act, _, argument = metadata[0].get("act", "").partition(" ")
@@ -128,6 +146,8 @@ def obeys(videos, prompts, metadata):
         os.kill(os.getpid(), signal.SIGKILL)  # as a machine does that is short of memory
     if act == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if act == "exit":
+        sys.exit(3)
     if act == "hang":
         time.sleep(600)
     if act == "wait":
@@ -160,3 +180,22 @@ def assert_own_scores(output, name: str, numbers):
     torch.testing.assert_close(output.scores[name], torch.tensor(numbers, dtype=torch.float32) / 255)
     for part in ("prompt", "metadata"):
         assert output.info[f"{name}/{part}"].tolist() == [float(n) for n in numbers]
+
+
+def make_job(numbers, act="", size=4):
+    videos, prompts, metadata = make_batch(numbers, size=size, act=act)
+    return ScoringJob.make(videos, {OBEYS: None}, prompts, metadata)
+
+
+class Recorded(LocalRewards):
+    """Notes the prompts that are scored together, and waits for `go` before the first."""
+
+    def __init__(self):
+        super().__init__([OBEYS])
+        self.batches, self.go, self.started = [], threading.Event(), threading.Event()
+
+    def score_job(self, job):
+        self.started.set()
+        assert self.go.wait(20)
+        self.batches.append([int(prompt.split()[-1]) for prompt in job.prompts])
+        return super().score_job(job)

@@ -90,8 +90,8 @@ def test_what_drips_is_too_slow_in_the_end(before):
     def behave(connection):
         connection.recv(2**16)
         connection.sendall(before)
-        for piece in b"X" * 100:
-            connection.sendall(bytes([piece]))
+        while True:  # for ever, if nobody ends it
+            connection.sendall(b"X")
             time.sleep(0.05)
 
     with raw_server(behave) as url:
@@ -99,6 +99,15 @@ def test_what_drips_is_too_slow_in_the_end(before):
         with pytest.raises(RewardPlaceError, match="did not answer within 0.4 s") as error:
             HttpClient(url).ask("GET", timeout=0.4)
         assert time.monotonic() - started < 2 and not isinstance(error.value, UnreachableError)
+        assert_ended("http")
+
+
+def assert_ended(name):
+    """No thread of that name is left, in a while."""
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join(3)
+            assert not thread.is_alive()
 
 
 def test_a_server_that_does_not_read_is_too_slow():
@@ -106,6 +115,7 @@ def test_a_server_that_does_not_read_is_too_slow():
     with raw_server(lambda connection: done.wait(5)) as url:
         with pytest.raises(RewardPlaceError, match="did not answer within 0.4 s"):
             HttpClient(url).ask("POST", timeout=0.4, data=bytes(2**25))
+        assert_ended("http")
         done.set()
 
 

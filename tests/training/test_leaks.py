@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from astrolabe_diffusers.rewards.placement.cached_rewards import CachedRewards
+from astrolabe_diffusers.rewards.placement.local import LocalRewards
 from astrolabe_diffusers.rewards.placement.server import create_app
 from tests.rewards.http_server import serving
 from tests.training.helpers import BRIGHTNESS, tiny_arguments
@@ -47,7 +47,7 @@ def home(tmp_path, monkeypatch):
 def test_what_runs_write_names_no_secret_no_server_and_no_home(home, model_folder, monkeypatch):
     model = home / "models" / "tiny"
     shutil.copytree(model_folder, model)
-    with serving(create_app(CachedRewards(["flicker"], cache_size=0), TOKENS["ASTROLABE_REWARD_TOKEN"])) as url:
+    with serving(create_app(LocalRewards(["flicker"]), TOKENS["ASTROLABE_REWARD_TOKEN"])) as url:
         places = {"reward_placement": f"flicker={url.replace('127.0.0.1', HOST)}"}
         options = f"{JUDGED}.base_url=http://{HOST}:1/v1,{JUDGED}.weights={model},"
         places["reward_options"] = options + f"{JUDGED}.command=python {home}/judge.py,{JUDGED}.key_variable=HF_TOKEN"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ...errors import one_line
 from ..frames import FrameRequest, FrameSelection
 from ..registry import register_reward
 from ..reward import Reward, RewardOutput
@@ -76,8 +77,7 @@ def _read_ranges(path: Path) -> tuple[list[float], list[float]]:
         ranges = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         low, high = ([float(x) for x in ranges[name]] for name in ("min_", "max_"))
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is no pickle of min_ and max_, two lists of numbers: {reason}") from None
+        raise ValueError(f"{path} is no pickle of min_ and max_, two lists of numbers: {one_line(error)}") from None
     return low, high
 
 

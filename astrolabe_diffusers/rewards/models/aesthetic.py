@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 from accelerate import init_empty_weights
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from ...layouts.tensor_files import find_weights
 from ...layouts.wan_checkpoints import misfits
 from ..registry import register_reward
-from .model_reward import FrameReward, device_and_dtype, normalize
+from .model_reward import FrameReward, normalize
 from .published_files import fetch, read_weights
 
 
@@ -17,6 +19,7 @@ _WEIGHTS = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
 
 
 @register_reward("aesthetic")
+@dataclass(eq=False)
 class Aesthetic(FrameReward):
     """
     How beautiful the frames are as pictures; the prompt does not count.
@@ -31,9 +34,7 @@ class Aesthetic(FrameReward):
     Args:
         checkpoint: Hub id, folder or file of the predictor.
         base: Hub id or folder of CLIP.
-        frames, fps, top_fraction, batch_size: see [`FrameReward`].
-        device: by default the GPU if there is one.
-        dtype: of CLIP, by default "bfloat16" on a GPU and "float32" on the CPU; the predictor has float32.
+        frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`]; the predictor has float32.
 
     Raises:
         ValueError: the weights are missing or do not fit.
@@ -41,38 +42,32 @@ class Aesthetic(FrameReward):
 
     uses_prompt = False
 
-    def __init__(
-        self,
-        checkpoint: str = "trl-lib/ddpo-aesthetic-predictor",
-        base: str = "openai/clip-vit-large-patch14",
-        frames: str = "all",
-        fps: float = 16.0,
-        top_fraction: float = 1.0,
-        batch_size: int = 64,
-        device: str | None = None,
-        dtype: str | None = None,
-    ):
-        super().__init__(frames, fps, top_fraction, batch_size)
+    checkpoint: str = "trl-lib/ddpo-aesthetic-predictor"
+    base: str = "openai/clip-vit-large-patch14"
+    _: KW_ONLY
+    batch_size: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
         from transformers import CLIPModel
 
-        device, dtype = device_and_dtype(device, dtype)
-        path = fetch(checkpoint, list(_WEIGHTS))
+        path = fetch(self.checkpoint, list(_WEIGHTS))
         weights = read_weights(find_weights(path, _WEIGHTS))
-        folder = fetch(base, ["config.json", "model.safetensors"])
-        clip, report = CLIPModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        folder = fetch(self.base, ["config.json", "model.safetensors"])
+        clip, report = CLIPModel.from_pretrained(folder, dtype=self.dtype, output_loading_info=True)
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{base} is no CLIP: it lacks {', '.join(missing[:3])}, {len(missing)} in all.")
+            raise ValueError(f"{self.base} is no CLIP: it lacks {', '.join(missing[:3])}, {len(missing)} in all.")
         with init_empty_weights():
             predictor = Predictor(clip.config.projection_dim)
         if found := misfits(weights, {name: tensor.shape for name, tensor in predictor.state_dict().items()}):
-            raise ValueError(f"this aesthetic predictor does not fit {base}: {found}.")
+            raise ValueError(f"this aesthetic predictor does not fit {self.base}: {found}.")
         predictor.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         self.side = clip.config.vision_config.image_size
         # Without the text half.
         self.model = nn.ModuleDict(
             {"vision": clip.vision_model, "projection": clip.visual_projection, "predictor": predictor}
         )
-        self.model.to(device).eval().requires_grad_(False)
+        self.model.to(self.device).eval().requires_grad_(False)
 
     def frame_size(self, height, width):
         short = min(height, width)

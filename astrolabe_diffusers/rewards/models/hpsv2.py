@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 import torch.nn.functional as F
 
 from ...layouts.tensor_files import find_weights
 from ...layouts.wan_checkpoints import misfits
 from ..registry import register_reward
-from .model_reward import FrameReward, device_and_dtype, standardize
+from .model_reward import FrameReward, standardize
 from .published_files import fetch, read_weights
 
 
@@ -16,6 +18,7 @@ _WEIGHTS = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
 
 
 @register_reward("video_hpsv2_local")
+@dataclass(eq=False)
 class HPSv2(FrameReward):
     """
     How much people would like the frames as pictures of the prompt.
@@ -32,39 +35,32 @@ class HPSv2(FrameReward):
     Args:
         checkpoint: Hub id, folder or file of the weights.
         architecture: open_clip's name of the model.
-        frames, fps, top_fraction, batch_size: see [`FrameReward`].
-        device: by default the GPU if there is one.
-        dtype: by default "bfloat16" on a GPU and "float32" on the CPU.
+        frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
 
     Raises:
         ImportError: open_clip is missing.
         ValueError: the weights are missing or do not fit.
     """
 
-    def __init__(
-        self,
-        checkpoint: str = "xswu/HPSv2",
-        architecture: str = "ViT-H-14",
-        frames: str = "all",
-        fps: float = 16.0,
-        top_fraction: float = 0.3,
-        batch_size: int = 32,
-        device: str | None = None,
-        dtype: str | None = None,
-    ):
-        super().__init__(frames, fps, top_fraction, batch_size)
+    checkpoint: str = "xswu/HPSv2"
+    architecture: str = "ViT-H-14"
+    _: KW_ONLY
+    top_fraction: float = 0.3
+    batch_size: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
         open_clip = _open_clip()
-        path = fetch(checkpoint, list(_WEIGHTS[:1]))
+        path = fetch(self.checkpoint, list(_WEIGHTS[:1]))
         weights = read_weights(find_weights(path, _WEIGHTS))
-        if architecture not in open_clip.list_models():
-            raise ValueError(f"open_clip has no architecture {architecture!r}.")
-        self.tokenize = open_clip.get_tokenizer(architecture)
-        device, dtype = device_and_dtype(device, dtype)
-        self.model = open_clip.create_model(architecture, pretrained=None, output_dict=True)
+        if self.architecture not in open_clip.list_models():
+            raise ValueError(f"open_clip has no architecture {self.architecture!r}.")
+        self.tokenize = open_clip.get_tokenizer(self.architecture)
+        self.model = open_clip.create_model(self.architecture, pretrained=None, output_dict=True)
         if found := misfits(weights, {name: tensor.shape for name, tensor in self.model.state_dict().items()}):
-            raise ValueError(f"this checkpoint does not fit {architecture}: {found}.")
+            raise ValueError(f"this checkpoint does not fit {self.architecture}: {found}.")
         self.model.load_state_dict(weights, strict=True)
-        self.model.to(device, dtype).eval().requires_grad_(False)
+        self.model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.side = self.model.visual.image_size[0]
 
     def encode_prompts(self, prompts):

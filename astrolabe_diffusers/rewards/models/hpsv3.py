@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
-from .model_reward import FrameReward, device_and_dtype
+from .model_reward import FrameReward
 from .published_files import fetch, read_constants, read_weights
 from .qwen2_vl_inputs import RewardPrompt, resized_size
 
@@ -23,6 +24,7 @@ _TEMPLATE_FILE, _TEMPLATE_NAMES = "data_collator_qwen.py", ("INSTRUCTION", "prom
 
 
 @register_reward("video_hpsv3_local")
+@dataclass(eq=False)
 class HPSv3(FrameReward):
     """
     How much people would like the frames as pictures, and how well they fit the prompt.
@@ -41,40 +43,33 @@ class HPSv3(FrameReward):
         checkpoint: Hub id, folder (sharded too) or file of the weights.
         base: Hub id or folder of the base model.
         template: the file with the text; by default in the folder of the weights or in the package `hpsv3`.
-        frames, fps, top_fraction, batch_size: see [`FrameReward`].
-        device: by default the GPU if there is one.
-        dtype: by default "bfloat16" on a GPU and "float32" on the CPU.
+        frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
 
     Raises:
         ValueError: files are missing or do not fit; names them.
     """
 
-    def __init__(
-        self,
-        checkpoint: str = "MizzenAI/HPSv3",
-        base: str = "Qwen/Qwen2-VL-7B-Instruct",
-        template: str | None = None,
-        frames: str = "all",
-        fps: float = 16.0,
-        top_fraction: float = 0.3,
-        batch_size: int = 16,
-        device: str | None = None,
-        dtype: str | None = None,
-    ):
-        super().__init__(frames, fps, top_fraction, batch_size)
+    checkpoint: str = "MizzenAI/HPSv3"
+    base: str = "Qwen/Qwen2-VL-7B-Instruct"
+    template: str | None = None
+    _: KW_ONLY
+    top_fraction: float = 0.3
+
+    def __post_init__(self):
+        super().__post_init__()
         from transformers import AutoTokenizer, Qwen2VLConfig
 
         from .qwen2_vl_model import load_reward_model, module_names
 
-        path = fetch(checkpoint, ["*.safetensors", "*.json", "*.py"])
-        text = "".join(read_constants(_template_file(template, path), _TEMPLATE_NAMES))
-        folder = fetch(base, ["config.json", "*token*", "vocab.json", "merges.txt"])
+        path = fetch(self.checkpoint, ["*.safetensors", "*.json", "*.py"])
+        text = "".join(read_constants(_template_file(self.template, path), _TEMPLATE_NAMES))
+        folder = fetch(self.base, ["config.json", "*token*", "vocab.json", "merges.txt"])
         self.prompt = RewardPrompt(AutoTokenizer.from_pretrained(folder), text, (_TOKEN,), "<|image_pad|>")
         weights = module_names(read_weights(find_weights(path, _WEIGHTS)))
         config = Qwen2VLConfig.from_pretrained(folder)
         with init_empty_weights():
             head = _head(config.text_config.hidden_size)
-        self.model = load_reward_model(weights, base, config, head, self.prompt, *device_and_dtype(device, dtype))
+        self.model = load_reward_model(weights, self.base, config, head, self.prompt, self.device, self.dtype)
 
     def frame_size(self, height, width):
         return resized_size(height, width, _PIXELS, _PIXELS)

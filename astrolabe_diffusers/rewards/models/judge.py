@@ -8,6 +8,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -40,6 +41,7 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
 @register_reward("unifiedreward")
+@dataclass(eq=False, repr=False)
 class UnifiedReward(Reward):
     """
     Asks a vision language model for a score from 1 to 5, as UnifiedReward is asked; the score is a fifth of it, in
@@ -63,31 +65,26 @@ class UnifiedReward(Reward):
         concurrency: requests at a time.
     """
 
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8000/v1",
-        model: str = "UnifiedReward-7b-v1.5",
-        api_key_variable: str = "OPENAI_API_KEY",
-        num_frames: int = 8,
-        max_side: int = 512,
-        max_tokens: int = 512,
-        timeout: float = 120.0,
-        retries: int = 2,
-        concurrency: int = 8,
-    ):
-        counts = {"num_frames": num_frames, "max_side": max_side, "max_tokens": max_tokens, "concurrency": concurrency}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} of unifiedreward must be at least 1, not {value}.")
-        if retries < 0 or timeout <= 0:
-            raise ValueError(
-                f"retries of unifiedreward must be 0 or more and timeout above 0, not {retries} and {timeout}."
-            )
-        self.model = model
-        self.select = FrameSelection(f"count:{num_frames}")
-        self.max_side, self.max_tokens = max_side, max_tokens
-        self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
-        self._client = HttpClient(base_url, os.environ.get(api_key_variable), api_key_variable, _MAX_ANSWER_BYTES)
+    base_url: str = "http://127.0.0.1:8000/v1"
+    model: str = "UnifiedReward-7b-v1.5"
+    api_key_variable: str = "OPENAI_API_KEY"
+    num_frames: int = 8
+    max_side: int = 512
+    max_tokens: int = 512
+    timeout: float = 120.0
+    retries: int = 2
+    concurrency: int = 8
+
+    def __post_init__(self):
+        for name in ("num_frames", "max_side", "max_tokens", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of unifiedreward must be at least 1, not {getattr(self, name)}.")
+        if self.retries < 0 or self.timeout <= 0:
+            given = f"{self.retries} and {self.timeout}"
+            raise ValueError(f"retries of unifiedreward must be 0 or more and timeout above 0, not {given}.")
+        self.select = FrameSelection(f"count:{self.num_frames}")
+        key = os.environ.get(self.api_key_variable)
+        self._client = HttpClient(self.base_url, key, self.api_key_variable, _MAX_ANSWER_BYTES)
 
     def request(self, num_frames, height, width):
         scale = min(1.0, self.max_side / max(height, width))

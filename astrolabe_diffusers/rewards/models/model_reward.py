@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..frames import FrameRequest, FrameSelection, top_fraction_mean
 from ..reward import Reward, RewardOutput, check_device
@@ -17,22 +17,37 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of a reward's weights: by default the GPU if there is one, in bfloat16, or else the CPU."""
-    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    return device, getattr(torch, dtype)
-
-
+@dataclass(kw_only=True, eq=False)
 class ModelReward(Reward):
-    """A reward whose weights are those of `model`; it scores on the device that they are on."""
+    """
+    A reward whose weights are those of its attribute `model`; it scores on the device that they are on.
 
-    model: nn.Module
+    Args:
+        frames: which frames, see [`FrameSelection`].
+        fps: frames a second of the videos.
+        batch_size: what is in one forward pass.
+        device: where the weights are put, by default on the GPU if there is one.
+        dtype: of the weights, by default "bfloat16" on a GPU and "float32" on the CPU.
+    """
+
+    frames: str = "all"
+    fps: float = 16.0
+    batch_size: int = 16
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}.")
+        self.select = FrameSelection(self.frames, self.fps)
+        self.device = check_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = self.dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        self.dtype = getattr(torch, dtype)
 
     @property
-    def device(self) -> torch.device:
+    def current_device(self) -> torch.device:
         return next(self.model.parameters()).device
 
 
@@ -53,25 +68,22 @@ def as_pillow(size: tuple[int, int], height: int) -> tuple[tuple[int, int], ...]
     return (height, size[1]), size
 
 
+@dataclass(kw_only=True, eq=False)
 class FrameReward(ModelReward):
     """
     A reward that scores frames one by one. A video has the mean of the best of them; the mean over all is `mean` in
     `info`.
 
     Args:
-        frames: which frames, see [`FrameSelection`].
-        fps: frames a second of the videos.
         top_fraction: the share of the frames, the best ones, whose mean is the score; 1 is the mean over all.
-        batch_size: frames in one forward pass.
     """
 
-    def __init__(self, frames: str, fps: float, top_fraction: float, batch_size: int):
-        if not 0 < top_fraction <= 1:
-            raise ValueError(f"top_fraction must be above 0 and at most 1, not {top_fraction}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        self.select = FrameSelection(frames, fps)
-        self.top_fraction, self.batch_size = top_fraction, batch_size
+    top_fraction: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"top_fraction must be above 0 and at most 1, not {self.top_fraction}.")
 
     def request(self, num_frames, height, width):
         size = self.frame_size(height, width)
@@ -79,7 +91,7 @@ class FrameReward(ModelReward):
 
     def score(self, videos, prompts, metadata=None):
         with torch.inference_mode():
-            frames = self.requested(videos).to(self.device)
+            frames = self.requested(videos).to(self.current_device)
             texts = self.encode_prompts(prompts)
             owners = [text for text in texts for _ in range(frames.shape[1])]
             scores = [

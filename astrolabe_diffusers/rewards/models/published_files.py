@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
+from ...errors import one_line
 from ...layouts.tensor_files import load_tensors
 from ...layouts.wan_checkpoints import select_weights
 
@@ -22,7 +23,7 @@ def fetch(source: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:  # the client has a class for each way to fail
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{source} is no file or folder here, and the Hub did not give it: {reason}") from None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -12,10 +14,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ...layouts.tensor_files import find_weights
-from ..frames import FrameRequest, FrameSelection
+from ..frames import FrameRequest
 from ..registry import register_reward
 from ..reward import RewardOutput
-from .model_reward import ModelReward, device_and_dtype
+from .model_reward import ModelReward
 from .published_files import fetch, read_constants, read_weights
 from .qwen2_vl_inputs import RewardPrompt, resized_size
 
@@ -34,14 +36,12 @@ class VideoReward:
     gray for a batch, whichever of them ask. See [`VideoAlign`] for the arguments.
     """
 
-    def __init__(self, checkpoint, base, template, frames, fps, batch_size, device, dtype):
+    def __init__(self, checkpoint, base, template, batch_size, device, dtype):
         from transformers import AutoTokenizer, Qwen2VLConfig
 
         from .qwen2_vl_model import EMBEDDING, load_reward_model, merge_lora, module_names
 
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        self.select, self.batch_size = FrameSelection(frames, fps), batch_size
+        self.batch_size = batch_size
         root, folder, file = _locate(fetch(checkpoint, ["*.json", "*.py", "checkpoint-*/*"]))
         settings = json.loads((root / "model_config.json").read_text(encoding="utf-8"))
         norms = settings["inference_config"]
@@ -76,7 +76,7 @@ class VideoReward:
         config = Qwen2VLConfig.from_pretrained(base_folder)
         with init_empty_weights():
             head = nn.Linear(config.text_config.hidden_size, outputs, bias=False)
-        self.model = load_reward_model(weights, base, config, head, self.prompt, *device_and_dtype(device, dtype))
+        self.model = load_reward_model(weights, base, config, head, self.prompt, device, dtype)
         self._passes: dict[bool, tuple] = {}
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -118,9 +118,21 @@ class VideoReward:
 _MODELS: WeakValueDictionary[tuple, VideoReward] = WeakValueDictionary()
 
 
+@register_reward("videoalign_vq_score", dimensions=("VQ",))
+@register_reward("videoalign_mq_score", dimensions=("MQ",), gray=True)
+@register_reward("videoalign_mq_rgb_score", dimensions=("MQ",))
+@register_reward("videoalign_ta_score", dimensions=("TA",))
+@register_reward("videoalign_score")
+@dataclass(eq=False)
 class VideoAlign(ModelReward):
     """
-    A score of VideoReward, with others that the same pass gives in `info`.
+    Scores of VideoReward; `info` has those that the same pass gives. Registered are
+
+    - `videoalign_vq_score`, visual quality: how clear, detailed and plausible the pictures are;
+    - `videoalign_mq_score`, motion quality without the colours (Astrolabe's choice), and `videoalign_mq_rgb_score`,
+      with them, as VideoReward itself has it: how stable, natural and ample the motion is;
+    - `videoalign_ta_score`, text alignment: subject, motion, place, style and camera against the prompt;
+    - `videoalign_score`, the mean of visual quality, motion quality (in colour) and text alignment.
 
     - Range: deviations from the mean of its training data, about -3 to 3.
     - Frames: two a second of the video, 10 of 81 at 16 fps (`frames="fps:2"`), spread evenly, in at most 448 x 448
@@ -137,88 +149,50 @@ class VideoAlign(ModelReward):
             these, or the weight file in it.
         base: Hub id or folder of the base model.
         template: the file with the text.
-        frames, fps: which frames, see [`FrameSelection`], and the frames a second of the videos.
-        batch_size: videos in one forward pass.
-        device: by default the GPU if there is one.
-        dtype: by default "bfloat16" on a GPU and "float32" on the CPU.
+        dimensions: those of "VQ", "MQ" and "TA" whose mean is the score. Without "TA" the prompt does not count.
+        gray: without the colours, which go before the frames are resized, as published; not with "TA".
+        frames, fps, batch_size, device, dtype: see [`ModelReward`]; a batch is of videos.
 
     Raises:
-        ValueError: files are missing or do not fit; names them.
+        ValueError: files are missing or do not fit, or there is no such dimension; names them.
     """
 
-    dimensions: tuple[str, ...]
-    gray = False
+    checkpoint: str = "KlingTeam/VideoReward"
+    base: str = "Qwen/Qwen2-VL-2B-Instruct"
+    template: str | None = None
+    _: KW_ONLY
+    dimensions: Sequence[str] = DIMENSIONS
+    gray: bool = False
+    frames: str = "fps:2"
+    batch_size: int = 4
 
-    def __init__(
-        self,
-        checkpoint: str = "KlingTeam/VideoReward",
-        base: str = "Qwen/Qwen2-VL-2B-Instruct",
-        template: str | None = None,
-        frames: str = "fps:2",
-        fps: float = 16.0,
-        batch_size: int = 4,
-        device: str | None = None,
-        dtype: str | None = None,
-    ):
-        settings = (checkpoint, base, template, frames, fps, batch_size, device, dtype)
+    def __post_init__(self):
+        super().__post_init__()
+        known = DIMENSIONS[:2] if self.gray else DIMENSIONS
+        if not self.dimensions or not set(self.dimensions) <= set(known):
+            raise ValueError(
+                f"dimensions of VideoAlign{' in gray' * self.gray} are of {', '.join(known)}, not {self.dimensions!r}."
+            )
+        self.uses_prompt = "TA" in self.dimensions
+        settings = (self.checkpoint, self.base, self.template, self.batch_size, self.device, self.dtype)
         self.video_reward = _MODELS.get(settings)
         if self.video_reward is None:
             self.video_reward = _MODELS[settings] = VideoReward(*settings)
         self.model = self.video_reward.model
 
     def request(self, num_frames, height, width):
-        frames = tuple(self.video_reward.select(num_frames))
-        return FrameRequest(frames, (resized_size(height, width, *_PIXELS),), self.gray)
+        size = resized_size(height, width, *_PIXELS)
+        return FrameRequest(tuple(self.select(num_frames)), (size,), self.gray)
 
     def score(self, videos, prompts, metadata=None):
-        frames = self.requested(videos).to(self.device)
+        frames = self.requested(videos).to(self.current_device)
         if frames.shape[2] != (1 if self.gray else 3):
-            raise ValueError(f"{type(self).__name__} was given frames of {frames.shape[2]} channels.")
+            raise ValueError(f"VideoAlign{' in gray' * self.gray} was given frames of {frames.shape[2]} channels.")
         parts = dict(zip(DIMENSIONS, self.video_reward.scores(frames, prompts).unbind(1)))
         score = sum(parts[name] for name in self.dimensions) / len(self.dimensions)
         if not self.uses_prompt:
-            parts.pop("TA", None)  # what is said to depend on the video alone may be remembered
+            parts.pop("TA", None)  # it is said to depend on the video alone
         return RewardOutput(score, parts)
-
-
-@register_reward("videoalign_vq_score")
-class VideoAlignVQ(VideoAlign):
-    """Visual quality: how clear, detailed and plausible the pictures are. The prompt does not count."""
-
-    dimensions = ("VQ",)
-    uses_prompt = False
-
-
-@register_reward("videoalign_mq_score")
-class VideoAlignMQ(VideoAlign):
-    """Motion quality of the video without its colours (Astrolabe's choice): how stable, natural and ample the motion
-    is. The prompt does not count. As published, the colours go before the frames are resized."""
-
-    dimensions = ("MQ",)
-    uses_prompt = False
-    gray = True
-
-
-@register_reward("videoalign_mq_rgb_score")
-class VideoAlignMQInColor(VideoAlign):
-    """Motion quality of the video with its colours, as VideoReward itself has it. The prompt does not count."""
-
-    dimensions = ("MQ",)
-    uses_prompt = False
-
-
-@register_reward("videoalign_ta_score")
-class VideoAlignTA(VideoAlign):
-    """Text alignment: subject, motion, place, style and camera against the prompt."""
-
-    dimensions = ("TA",)
-
-
-@register_reward("videoalign_score")
-class VideoAlignOverall(VideoAlign):
-    """The mean of visual quality, motion quality (in colour) and text alignment."""
-
-    dimensions = DIMENSIONS
 
 
 def _locate(path: Path) -> tuple[Path, Path, Path | None]:

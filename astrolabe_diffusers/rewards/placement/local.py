@@ -87,7 +87,7 @@ class LocalRewards(Closing):
             # A reward may write into what it is given, to normalise frames for example. A copy that lives as long as
             # its turn costs less than to find out.
             tensor = frames[name].to(self.device or frames[name].device, copy=True)
-            return tensor.float() / 255 if name in as_floats else tensor
+            return tensor.float().div_(255) if name in as_floats else tensor
 
         # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
         with self._offload, torch.inference_mode():

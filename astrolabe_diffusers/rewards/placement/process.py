@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import multiprocessing
+import os
 import signal
+import sys
 import threading
-import traceback
-from collections.abc import Iterable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from ...errors import summarize_exception
 from ..closing import Closing
 from ..frames import FrameRequest
 from ..reward import RewardError, RewardOutput, RewardPlaceError
@@ -26,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 # To load what a reward is made of, from a slow disk if need be.
 START_SECONDS = 1800.0
-
-
-class _Died(Exception):
-    """The process is gone."""
+# Until a process that is closed is killed.
+END_SECONDS = 5.0
+# A server that has loaded this package once gives processes in no time. On macOS libraries do not survive its fork.
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
 
 class ProcessRewards(Closing):
@@ -41,39 +44,18 @@ class ProcessRewards(Closing):
     more than `timeout` seconds, raise `RewardPlaceError`.
 
     Args:
-        names, options: as in `LocalRewards`.
-        device: of the weights; each reward's own if not given, on the GPU of this process.
+        rewards: as in `LocalRewards`, but no objects.
         timeout: seconds that scoring a batch may take.
-        defaults: as in `get_reward`.
+        arguments: others of `LocalRewards`. Without a `device` a reward that takes the GPU takes that of this process.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        options: dict[str, dict[str, Any]] | None = None,
-        device: str | None = None,
-        timeout: float = 300.0,
-        defaults: dict[str, Any] | None = None,
-    ):
-        self.names, self.timeout = list(names), timeout
-        self._rewards = {"rewards": self.names, "options": options, "device": device, "defaults": defaults}
-        self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
-        self._numbers = itertools.count()
-        self._closed = False
-        self._start()
-
-    def _start(self):
-        # CUDA does not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+    def __init__(self, rewards: Mapping[str, str], timeout: float = 300.0, **arguments: Any):
+        self.names, self.timeout = list(rewards), timeout
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._process = context.Process(target=_work, args=(theirs, self._rewards, gpu), name="rewards", daemon=True)
-        self._process.start()
-        theirs.close()
-        try:
-            self.using_prompts: list[str] = self._exchange("start", None, START_SECONDS)
-        except _Died:
-            raise RewardPlaceError(f"{self} ended while it was loading{self._exit_code()}.") from None
+        self._loading = (gpu, {"rewards": rewards, **arguments})
+        self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
+        self._lock, self._closed = threading.Lock(), False
+        self._start()
 
     def __str__(self):
         return f"the process of the rewards {', '.join(self.names)}"
@@ -84,56 +66,59 @@ class ProcessRewards(Closing):
         """As `LocalRewards.score`."""
         shape = (videos.shape[1], *videos.shape[-2:])
         if shape not in self._requests:
-            self._requests[shape] = self._ask("requests", shape)
+            self._requests[shape] = self._ask(_requests, *shape)
         data = pack_job(ScoringJob.make(videos, self._requests[shape], prompts, metadata))
-        return outputs_from_json(self._ask("score", data), self.names, len(prompts))
+        return outputs_from_json(self._ask(_score, data), self.names, len(prompts))
 
-    def _ask(self, question: str, content: Any) -> Any:
+    def _start(self):
+        context = multiprocessing.get_context(START_METHOD)
+        if START_METHOD == "forkserver":
+            # Nothing in it initialises CUDA, which would not survive the fork.
+            context.set_forkserver_preload([__name__])
+        self._executor = ProcessPoolExecutor(1, context, _begin, (dict(os.environ),))
         try:
-            return self._exchange(question, content, self.timeout)
-        except _Died:
-            if self._closed:  # by another thread, which does not wait for this answer
-                raise RewardPlaceError(f"{self} was ended.") from None
+            self.using_prompts: list[str] = self._call(START_SECONDS, _load, *self._loading)
+        except BrokenProcessPool:
+            raise RewardPlaceError(f"{self} ended while it was loading{self._exit_code()}.") from None
+        except Exception:
+            self._end()
+            raise
+
+    def _ask(self, function: Callable, *arguments: Any) -> Any:
+        try:
+            return self._call(self.timeout, function, *arguments)
+        except BrokenProcessPool:
             logger.warning("%s ended%s; it is started anew.", self, self._exit_code())
-        self._end()
         self._start()
         try:
-            return self._exchange(question, content, self.timeout)
-        except _Died:
+            return self._call(self.timeout, function, *arguments)
+        except BrokenProcessPool:
             raise RewardPlaceError(f"{self} ended twice over the same videos{self._exit_code()}.") from None
 
-    def _exchange(self, question: str, content: Any, timeout: float) -> Any:
-        number, expired = next(self._numbers), threading.Event()
-
-        def expire():
-            expired.set()
-            self._process.kill()  # which also ends the waiting below, to be read and to be answered
-
-        timer = threading.Timer(timeout, expire)
-        timer.daemon = True  # Python waits for other threads before it exits
-        timer.start()
-        try:
-            if question != "start":
-                self._connection.send((number, question))
-                (self._connection.send_bytes if question == "score" else self._connection.send)(content)
-            answered, kind, answer = self._connection.recv()
-        except (EOFError, OSError):
-            if expired.is_set():
-                raise RewardPlaceError(f"{self} did not answer within {timeout:g} s and was ended.") from None
-            raise _Died from None
-        finally:
-            timer.cancel()
-        if answered != number and question != "start":
+    def _call(self, timeout: float, function: Callable, *arguments: Any) -> Any:
+        """What the process, which the first call starts, makes of the arguments."""
+        ended = RewardPlaceError(f"{self} was ended.")
+        with self._lock:
+            if self._closed:
+                raise ended
+            future = self._executor.submit(function, *arguments)
+            # Before Python 3.14 an executor has no other way to kill.
+            (self._process,) = self._executor._processes.values()
+        if not wait([future], timeout).done:
             self._process.kill()
-            raise RewardPlaceError(f"{self} answered another question than it was asked, and was ended.")
-        if kind is not None:
-            raise kind(answer)
-        return answer
+            wait([future])
+            raise RewardPlaceError(f"{self} did not answer within {timeout:g} s and was ended.")
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            if self._closed:  # by another thread, which does not wait for this answer
+                raise ended from None
+            raise
 
     def _exit_code(self) -> str:
-        self._process.join(5)
+        self._end()
         code = self._process.exitcode
-        return f" by {signal.Signals(-code).name}" if code and code < 0 else f" with exit code {code}"
+        return f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
 
     def close(self):
         """Ends the process, also in the midst of an answer that another thread waits for."""
@@ -141,48 +126,55 @@ class ProcessRewards(Closing):
         self._end()
 
     def _end(self):
-        self._connection.close()
-        self._process.join(5)
-        self._process.kill()
-        self._process.join()
+        killer = threading.Timer(END_SECONDS, self._process.kill)
+        with self._lock:  # an executor cannot be shut down by two threads at a time
+            killer.start()
+            self._executor.shutdown()
+            killer.cancel()
 
 
-def _work(connection: Connection, arguments: dict[str, Any], gpu: int | None):
-    # Ctrl-C reaches this process too; it ends when the trainer, which handles it, closes the connection.
+# What the process has loaded.
+_rewards: LocalRewards
+
+
+def _begin(environment: dict[str, str]):
+    # Ctrl-C reaches this process too; the trainer, which handles it, ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
+    # A server's is that of the time at which it was started.
+    os.environ.update(environment)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _load(gpu: int | None, arguments: dict[str, Any]) -> list[str]:
+    global _rewards
+    # The user's mistakes, which the trainer tells in one line.
+    with _told(ValueError, ImportError, OSError, SafetensorError):
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        _rewards = LocalRewards(**arguments)
+    return _rewards.using_prompts
+
+
+def _requests(*shape: int) -> dict[str, FrameRequest | None]:
+    with _told():
+        return _rewards.requests(*shape)
+
+
+def _score(data: bytes) -> dict[str, Any]:
+    with _told(RewardError):
+        return outputs_to_json(_rewards.score_job(unpack_job(data)))
+
+
+@contextmanager
+def _told(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds go to the trainer as they are, and others, whose class it may lack, by their summary."""
     try:
-        rewards = LocalRewards(**arguments)
-    except Exception as error:
-        # The first four are the user's mistakes, which the trainer tells in one line.
-        kinds = (ValueError, ImportError, OSError, SafetensorError, RuntimeError)
-        kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
-        connection.send((None, kind, str(error) if kind is not RuntimeError else describe_failure(error)))
-        return
-    connection.send((None, None, rewards.using_prompts))
-    while True:
-        try:
-            number, question = connection.recv()
-            if question == "requests":
-                answer = rewards.requests(*connection.recv())
-            else:
-                job = unpack_job(connection.recv_bytes())
-                answer = outputs_to_json(rewards.score_job(job))
-        except EOFError:
-            return
-        except RewardError as error:
-            connection.send((number, RewardError, str(error)))
-        except Exception as error:
-            connection.send((number, RuntimeError, describe_failure(error)))
-        else:
-            connection.send((number, None, answer))
-
-
-def describe_failure(error: Exception) -> str:
-    """Type, message and place of an exception in one line that is not too long."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = " ".join(str(error).split())
-    if len(message) > 1000:
-        message = f"{message[:1000]}..."
-    return f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
+        yield
+    except (Exception, SystemExit) as error:
+        kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+        raise kind(str(error)) if kind else RuntimeError(summarize_exception(error)) from None

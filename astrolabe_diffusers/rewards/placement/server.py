@@ -19,19 +19,16 @@ import ipaddress
 import logging
 import secrets
 import socket
-import threading
-import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated
 
+from ...errors import one_line, summarize_exception
 from ..http_client import check_key
 from ..reward import RewardError
-from .cached_rewards import CachedRewards
+from .batcher import Batcher
 from .local import LocalRewards
-from .process import describe_failure
 from .remote import TOKEN_VARIABLE
 from .wire import VERSION, ScoringJob, outputs_to_json, requests_to_json, unpack_job
 
@@ -58,90 +55,11 @@ logger = logging.getLogger(__name__)
 # Of videos that are asked about: an hour and more at 24 a second, and twice 8K.
 MAX_FRAMES = 100_000
 MAX_SIDE = 16_384
+# Of a request: its pieces and the whole, then this and what is unpacked, then that and the batch which it is part of.
+# Only what rewards make of a batch comes on top.
+_COPIES = 2
 # Connections that wait to be accepted, which are open files too.
 _BACKLOG = 64
-
-
-class Batcher:
-    """
-    Scores jobs one after the other in a thread, and together those that wait, ask the same rewards and have videos of
-    one shape. If a batch fails, each of its jobs is scored alone: a client does not suffer from another's videos.
-
-    Args:
-        rewards: the rewards.
-        max_batch: videos that are scored together at most, unless one job alone has more.
-        max_waiting: jobs that may wait.
-    """
-
-    def __init__(self, rewards: LocalRewards, max_batch: int, max_waiting: int):
-        self.rewards, self.max_batch, self.max_waiting = rewards, max_batch, max_waiting
-        self.counters: Counter[str] = Counter()
-        self._waiting: deque[tuple[ScoringJob, Future]] = deque()
-        self._changed = threading.Condition()
-        threading.Thread(target=self._work, name="rewards", daemon=True).start()
-
-    def submit(self, job: ScoringJob) -> Future | None:
-        """The outputs by reward as a future; `None` if too many jobs are waiting."""
-        with self._changed:
-            if len(self._waiting) >= self.max_waiting:
-                return None
-            future = Future()
-            self._waiting.append((job, future))
-            self._changed.notify()
-            return future
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    def _work(self):
-        while True:
-            batch = self._next_batch()
-            started = time.perf_counter()
-            try:
-                self._score([job for job, _ in batch], [future for _, future in batch])
-            except Exception as error:
-                if len(batch) == 1:
-                    batch[0][1].set_exception(error)
-                else:
-                    self._score_each(batch)
-            self.counters["batches"] += 1
-            self.counters["videos"] += sum(len(job.prompts) for job, _ in batch)
-            self.counters["seconds"] += time.perf_counter() - started
-
-    def _score_each(self, batch: list[tuple[ScoringJob, Future]]):
-        for job, future in batch:
-            try:
-                self._score([job], [future])
-            except Exception as error:
-                future.set_exception(error)
-
-    def _next_batch(self) -> list[tuple[ScoringJob, Future]]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
-            batch, rest, size = [], deque(), 0
-            for job, future in self._waiting:
-                fits = not batch or (_kind(job) == _kind(batch[0][0]) and size + len(job.prompts) <= self.max_batch)
-                if not fits:
-                    rest.append((job, future))
-                elif future.set_running_or_notify_cancel():
-                    batch.append((job, future))
-                    size += len(job.prompts)
-            self._waiting = rest
-            return batch
-
-    def _score(self, jobs: list[ScoringJob], futures: list[Future]):
-        outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else ScoringJob.join(jobs))
-        start = 0
-        for job, future in zip(jobs, futures):
-            end = start + len(job.prompts)
-            future.set_result({name: output[start:end] for name, output in outputs.items()})
-            start = end
-
-
-def _kind(job: ScoringJob):
-    """Jobs of one kind can be scored together."""
-    return job.whole, {name: tensor.shape[1:] for name, tensor in job.frames.items()}
 
 
 def check_binding(host: str, token: str | None):
@@ -188,20 +106,21 @@ def create_app(
     The server of these rewards.
 
     Args:
-        token: clients must send it as `Authorization: Bearer TOKEN`.
+        rewards: what it scores.
+        token: what clients have to send as `Authorization: Bearer TOKEN`, if anything.
         max_request_bytes: larger requests are refused before they are read.
         max_batch, max_waiting: as in `Batcher`.
-        max_waiting_bytes: of all requests that are read, wait or are scored; a client asks again later.
+        max_waiting_bytes: that all requests which are read, wait or are scored may take, twice their size; a client
+            asks again later.
         limits: of the connections, whose count of refused ones is among the metrics.
     """
     if token:
         check_key(token, TOKEN_VARIABLE)
+    batcher, held = Batcher(rewards, max_batch, max_waiting), HeldBytes(max_waiting_bytes)
+    limits = limits or ConnectionLimits()
+    scoring = _Scoring(batcher, held, max_request_bytes)
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="astrolabe_diffusers rewards", docs_url=None, redoc_url=None, openapi_url=None)
-    batcher = Batcher(rewards, max_batch, max_waiting)
-    counters = batcher.counters
-    limits = limits or ConnectionLimits()
-    held = HeldBytes(max_waiting_bytes)
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError):
@@ -214,7 +133,7 @@ def create_app(
             response = _error(401, "no token, or a wrong one")
         else:
             response = await call_next(request)
-        counters[f"status_{response.status_code}"] += 1
+        batcher.counters[f"status_{response.status_code}"] += 1
         return response
 
     @app.get("/health")
@@ -240,58 +159,68 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics():
-        statuses = sorted(key for key in counters if key.startswith("status_"))
-        lines = [
-            "# TYPE astrolabe_reward_responses_total counter",
-            *(f'astrolabe_reward_responses_total{{status="{key[7:]}"}} {counters[key]}' for key in statuses),
-        ]
-        totals = {key: counters[key] for key in ("videos", "batches", "seconds")}
-        if isinstance(rewards, CachedRewards):
-            totals["cache_hits"] = rewards.cache_hits
-        totals["refused_connections"] = limits.refused
-        for key, value in totals.items():
-            lines += [f"# TYPE astrolabe_reward_{key}_total counter", f"astrolabe_reward_{key}_total {value}"]
-        totals = {"waiting": batcher.num_waiting, "waiting_bytes": held.number}
-        for key, value in totals.items():
-            lines += [f"# TYPE astrolabe_reward_{key} gauge", f"astrolabe_reward_{key} {value}"]
-        return PlainTextResponse("\n".join(lines) + "\n")
+        return PlainTextResponse(_metrics(batcher, held, limits))
 
-    @app.post("/score")
-    async def score(request: Request):
-        with held.by_request() as mine:
+    app.post("/score")(scoring.answer)
+    return app
+
+
+def _metrics(batcher: Batcher, held: HeldBytes, limits: ConnectionLimits) -> str:
+    counters = batcher.counters
+    statuses = sorted(key for key in counters if key.startswith("status_"))
+    lines = [
+        "# TYPE astrolabe_reward_responses_total counter",
+        *(f'astrolabe_reward_responses_total{{status="{key[7:]}"}} {counters[key]}' for key in statuses),
+    ]
+    totals = {f"{key}_total": counters[key] for key in ("videos", "batches", "seconds")}
+    totals["refused_connections_total"] = limits.refused
+    gauges = {"waiting": batcher.num_waiting, "waiting_bytes": held.number}
+    for kind, values in (("counter", totals), ("gauge", gauges)):
+        for key, value in values.items():
+            lines += [f"# TYPE astrolabe_reward_{key} {kind}", f"astrolabe_reward_{key} {value}"]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass
+class _Scoring:
+    """What `POST /score` does."""
+
+    batcher: Batcher
+    held: HeldBytes
+    max_request_bytes: int
+
+    async def answer(self, request: Request):
+        with self.held.by_request() as hold:
             try:
-                data = await _read(request, max_request_bytes, mine)
+                # What was read is let go of as soon as it is unpacked.
+                job = await asyncio.to_thread(unpack_job, await _read(request, self.max_request_bytes, hold))
             except HeldBytes.Full:
-                return _error(503, f"requests of {max_waiting_bytes} bytes are waiting already")
+                return _error(503, f"requests of {self.held.limit} bytes are waiting already")
             except ClientDisconnect:
                 return _error(400, "the connection ended before the request did")
-            if data is None:
-                return _error(413, f"a request may have {max_request_bytes} bytes")
-            return await answer(data, request.headers.get("X-Request-Id"))
+            except _TooLarge:
+                return _error(413, f"a request may have {self.max_request_bytes} bytes")
+            except ValueError as error:
+                return _error(400, error)
+            return await self._score(job, request.headers.get("X-Request-Id"))
 
-    async def answer(data: bytes, number: str | None):
-        try:
-            job = await asyncio.to_thread(unpack_job, data)
-        except ValueError as error:
-            return _error(400, error)
-        unknown = [name for name in job.frames if name not in rewards.rewards]
+    async def _score(self, job: ScoringJob, number: str | None):
+        known = self.batcher.rewards.rewards
+        unknown = [name for name in job.frames if name not in known]
         if unknown:
-            return _error(400, f"there is no reward {unknown[0]!r}; there are {', '.join(rewards.rewards)}")
-        future = batcher.submit(job)
+            return _error(400, f"there is no reward {unknown[0]!r}; there are {', '.join(known)}")
+        future = self.batcher.submit(job)
         if future is None:
-            return _error(503, f"{max_waiting} requests are waiting already")
+            return _error(503, f"{self.batcher.max_waiting} requests are waiting already")
         try:
             outputs = await asyncio.wrap_future(future)
         except RewardError as error:
             return _error(422, error)
         except Exception as error:
             # Its words and its place are for those who run the server.
-            logger.error("a reward failed: %s", describe_failure(error))
-            logger.debug("the traceback:", exc_info=error)
+            logger.error("a reward failed: %s", summarize_exception(error))
             return _error(500, f"a reward failed: {type(error).__name__}; the log of the server says more")
         return {"request": number, "outputs": outputs_to_json(outputs)}
-
-    return app
 
 
 def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
@@ -323,7 +252,7 @@ def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
 
 
 class HeldBytes:
-    """Counts the bytes of requests that are in memory, and raises `Full` for what would be more than `limit`."""
+    """Counts the bytes that requests take in memory, and raises `Full` for what would be more than `limit`."""
 
     class Full(Exception):
         pass
@@ -333,37 +262,44 @@ class HeldBytes:
 
     @contextmanager
     def by_request(self) -> Iterator[Callable[[int], None]]:
-        """A function that says how many bytes one request has by now; they are given back at the end."""
+        """A function that says how large one request is by now; what it takes is given back at the end."""
         mine = 0
 
-        def set_number(number: int):
+        def set_size(size: int):
             nonlocal mine
-            if self.number - mine + number > self.limit:
+            more = _COPIES * size - mine
+            if self.number + more > self.limit:
                 raise HeldBytes.Full
-            self.number += number - mine
-            mine = number
+            self.number += more
+            mine += more
 
         try:
-            yield set_number
+            yield set_size
         finally:
             self.number -= mine
 
 
-async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes | None:
-    """The body of a request, or `None` as soon as it is larger than that; its size is said to `hold` beforehand."""
+class _TooLarge(Exception):
+    pass
+
+
+async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes:
+    """The body of a request, or `_TooLarge` as soon as it is larger than `limit`; its size is said to `hold`
+    beforehand."""
     length = request.headers.get("Content-Length", "")
     announced = int(length) if length.isdecimal() else 0
     if announced > limit:
-        return None
+        raise _TooLarge
     hold(announced)
-    data = bytearray()
+    pieces, received = [], 0
     async for piece in request.stream():
-        data += piece
-        if len(data) > limit:
-            return None
-        hold(max(announced, len(data)))
-    return bytes(data)
+        received += len(piece)
+        if received > limit:
+            raise _TooLarge
+        hold(max(announced, received))
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _error(status: int, text: object) -> JSONResponse:
-    return JSONResponse({"error": " ".join(str(text).split())}, status)
+    return JSONResponse({"error": one_line(text)}, status)

@@ -51,16 +51,6 @@ class ScoringJob:
         whole = frozenset(name for name, request in requests.items() if request is None)
         return cls({name: prepared[request] for name, request in requests.items()}, whole, list(prompts), metadata)
 
-    def select(self, names: Sequence[str], rows: Sequence[int] | None = None) -> ScoringJob:
-        """The job of some of the rewards, and of some of the videos."""
-        tensors = {id(self.frames[name]): self.frames[name] for name in names}
-        if rows is not None:
-            tensors = {key: tensor[rows] for key, tensor in tensors.items()}
-        frames = {name: tensors[id(self.frames[name])] for name in names}
-        rows = range(len(self.prompts)) if rows is None else rows
-        metadata = self.metadata and [self.metadata[i] for i in rows]
-        return ScoringJob(frames, self.whole & frames.keys(), [self.prompts[i] for i in rows], metadata)
-
     @classmethod
     def join(cls, jobs: Sequence[ScoringJob]) -> ScoringJob:
         """One job of several that ask the same rewards about videos of one shape."""

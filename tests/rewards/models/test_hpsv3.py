@@ -121,7 +121,7 @@ def test_bfloat16_keeps_head_and_positions(published, reward):
 def test_on_a_gpu(published, reward):
     videos = patterns(frames=3)
     exact = HPSv3(str(published.folder), str(published.base), dtype="float32")
-    assert exact.device.type == "cuda"
+    assert exact.current_device.type == "cuda"
     expected = reward.score(videos, PROMPTS).scores
     torch.testing.assert_close(exact.score(videos.cuda(), PROMPTS).scores, expected, atol=2e-3, rtol=0)
     half = HPSv3(str(published.folder), str(published.base))
@@ -133,7 +133,7 @@ def test_on_a_gpu(published, reward):
 
 def test_weights_move(published):
     reward = HPSv3(str(published.folder), str(published.base), device="cpu")
-    assert reward.to("meta") is reward and reward.device.type == "meta"
+    assert reward.to("meta") is reward and reward.current_device.type == "meta"
 
 
 def new_names(published):

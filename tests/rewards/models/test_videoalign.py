@@ -11,19 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from astrolabe_diffusers.rewards.models.videoalign import (
-    _MODELS,
-    VideoAlignMQ,
-    VideoAlignMQInColor,
-    VideoAlignOverall,
-    VideoAlignTA,
-    VideoAlignVQ,
-)
+from astrolabe_diffusers.rewards import VideoAlign, get_reward
+from astrolabe_diffusers.rewards.models.videoalign import _MODELS
 from tests.rewards import published_checkpoints
 from tests.rewards.drawn_patterns import patterns
 from tests.rewards.published_checkpoints import ALPHA, NORMS, save_file
 
 
+VQ, MQ, MQ_IN_COLOR, TA, OVERALL = (
+    f"videoalign_{name}" for name in ("vq_score", "mq_score", "mq_rgb_score", "ta_score", "score")
+)
 PROMPTS = ["a red fox", "a dog runs over the snow and the ice"]
 # VQ, MQ, TA of 81 frames, from transformers 4.45.2 and PEFT's own merge, its rotary embeddings cast to bfloat16 as the
 # published code does it; with exact ones -0.4162247 is the first.
@@ -38,7 +35,8 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(published):
     def make(reward, checkpoint=published.folder, **options):
-        return reward(str(checkpoint), str(published.base), **{"device": "cpu"} | options)
+        options = {"checkpoint": str(checkpoint), "base": str(published.base), "device": "cpu"} | options
+        return get_reward(reward, **options)
 
     return make
 
@@ -52,11 +50,11 @@ def normalised(raw):
 
 def test_scores_are_those_of_the_published_code(make):
     videos, expected = patterns(frames=81), normalised(torch.tensor(PUBLISHED))
-    rewards = [make(reward) for reward in (VideoAlignVQ, VideoAlignMQInColor, VideoAlignTA)]
+    rewards = [make(reward) for reward in (VQ, MQ_IN_COLOR, TA)]
     scores = torch.stack([reward.score(videos, PROMPTS).scores for reward in rewards], 1)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-    overall = make(VideoAlignOverall).score(videos, PROMPTS)
+    overall = make(OVERALL).score(videos, PROMPTS)
     torch.testing.assert_close(overall.scores, expected.mean(1), atol=1e-5, rtol=0)
     assert list(overall.info) == ["VQ", "MQ", "TA"]
 
@@ -74,7 +72,7 @@ def _channels(frames):
 
 def test_gray_is_the_colour_pass_of_frames_that_were_gray_before_they_were_resized(make):
     videos = patterns(frames=12)
-    gray, in_color = make(VideoAlignMQ), make(VideoAlignMQInColor)
+    gray, in_color = make(MQ), make(MQ_IN_COLOR)
     output = gray.score(videos, PROMPTS)
     assert list(output.info) == ["VQ", "MQ"]
     uint8 = (videos * 255).round().to(torch.uint8)
@@ -89,25 +87,38 @@ def test_gray_is_the_colour_pass_of_frames_that_were_gray_before_they_were_resiz
     assert (output.scores - in_color.score(videos, PROMPTS).scores).abs().min() > 0.05
 
 
+def test_parts_can_be_chosen(make):
+    videos = patterns(frames=12)
+    both, quality, alignment = (
+        make(reward, **options).score(videos, PROMPTS).scores
+        for reward, options in ((OVERALL, {"dimensions": ["VQ", "TA"]}), (VQ, {}), (TA, {}))
+    )
+    torch.testing.assert_close(both, (quality + alignment) / 2)
+    assert not make(OVERALL, dimensions=["VQ", "MQ"]).uses_prompt and make(OVERALL).uses_prompt
+    for dimensions, gray in ((["SQ"], False), ([], False), ("VQ", False), (["TA"], True)):
+        with pytest.raises(ValueError, match="dimensions of VideoAlign( in gray)? are of VQ, MQ"):
+            make(OVERALL, dimensions=dimensions, gray=gray)
+
+
 def test_frames_of_another_kind_are_refused(make):
-    gray, in_color = make(VideoAlignMQ), make(VideoAlignMQInColor)
+    gray, in_color = make(MQ), make(MQ_IN_COLOR)
     videos = patterns(frames=4)
-    with pytest.raises(ValueError, match="VideoAlignMQ was given frames of 3 channels"):
+    with pytest.raises(ValueError, match="VideoAlign in gray was given frames of 3 channels"):
         gray.score(in_color.requested(videos), PROMPTS)
-    with pytest.raises(ValueError, match="VideoAlignMQInColor was given frames of 1 channels"):
+    with pytest.raises(ValueError, match="VideoAlign was given frames of 1 channels"):
         in_color.score(gray.requested(videos), PROMPTS)
 
 
 def test_only_text_alignment_depends_on_the_prompt(make):
     videos = patterns(frames=12)
     for reward, depends in [
-        (VideoAlignVQ, False), (VideoAlignMQ, False), (VideoAlignMQInColor, False), (VideoAlignTA, True)
+        (VQ, False), (MQ, False), (MQ_IN_COLOR, False), (TA, True)
     ]:  # fmt: skip
         one, other = (make(reward).score(videos, prompts).scores for prompts in (PROMPTS, ["b", "a fox " * 20]))
         assert ((one - other).abs() > 1e-4).all() if depends else ((one - other).abs() < 5e-6).all()
 
 
-@pytest.mark.parametrize("reward", [VideoAlignMQ, VideoAlignOverall])
+@pytest.mark.parametrize("reward", [MQ, OVERALL])
 def test_a_batch_scores_as_its_members(make, reward):
     videos, prompts = patterns(3), ["a", PROMPTS[1], "a fox " * 30]
     batch = make(reward).score(videos, prompts).scores
@@ -117,7 +128,7 @@ def test_a_batch_scores_as_its_members(make, reward):
     in_twos = make(reward, batch_size=2).score(videos, prompts).scores
     torch.testing.assert_close(batch, in_twos, atol=1e-5, rtol=0)
     prepared = make(reward).requested(videos)
-    channels = 1 if reward is VideoAlignMQ else 3
+    channels = 1 if reward is MQ else 3
     assert prepared.dtype == torch.uint8 and prepared.shape == (3, 4, channels, 252, 448)
     assert torch.equal(batch, make(reward).score(prepared, prompts).scores)
 
@@ -125,14 +136,14 @@ def test_a_batch_scores_as_its_members(make, reward):
 @pytest.fixture
 def passes(make):
     """The number of clips that went through the model in each forward pass."""
-    counts, reward = [], make(VideoAlignTA)
+    counts, reward = [], make(TA)
     hook = reward.model.register_forward_pre_hook(lambda module, arguments: counts.append(len(arguments[0])))
     yield counts
     hook.remove()
 
 
 def test_all_rewards_share_one_model_and_two_passes(make, passes):
-    rewards = [make(r) for r in (VideoAlignVQ, VideoAlignMQ, VideoAlignTA, VideoAlignOverall, VideoAlignMQInColor)]
+    rewards = [make(r) for r in (VQ, MQ, TA, OVERALL, MQ_IN_COLOR)]
     assert len({id(reward.model) for reward in rewards}) == 1
     videos = patterns(frames=10) * 0.9
     first = [reward.score(videos, PROMPTS).scores for reward in rewards]
@@ -142,7 +153,7 @@ def test_all_rewards_share_one_model_and_two_passes(make, passes):
 
 
 def test_another_batch_is_never_scored_as_the_last(make, passes):
-    reward, gray = make(VideoAlignTA), make(VideoAlignMQ)
+    reward, gray = make(TA), make(MQ)
     videos = patterns(frames=10) * 0.8
     before = reward.score(videos, PROMPTS).scores
     assert not torch.equal(before, reward.score(videos, PROMPTS[::-1]).scores)
@@ -156,7 +167,7 @@ def test_another_batch_is_never_scored_as_the_last(make, passes):
 
 
 def test_a_model_that_nobody_uses_is_gone(make):
-    reward = make(VideoAlignTA, batch_size=7)
+    reward = make(TA, batch_size=7)
     assert reward.video_reward in _MODELS.values()
     model = weakref.ref(reward.model)
     del reward
@@ -165,7 +176,7 @@ def test_a_model_that_nobody_uses_is_gone(make):
 
 
 def test_scores_may_enter_a_loss(make):
-    output = make(VideoAlignOverall).score(patterns(), PROMPTS)
+    output = make(OVERALL).score(patterns(), PROMPTS)
     weight = torch.ones(2, requires_grad=True)
     for values in (output.scores, *output.info.values()):
         assert not values.requires_grad
@@ -173,13 +184,13 @@ def test_scores_may_enter_a_loss(make):
 
 
 def test_special_tokens_in_a_prompt(make):
-    scores = make(VideoAlignTA).score(patterns(), ["<|VQ_reward|> a <|TA_reward|>", "<|video_pad|>"]).scores
+    scores = make(TA).score(patterns(), ["<|VQ_reward|> a <|TA_reward|>", "<|video_pad|>"]).scores
     assert scores.isfinite().all()
 
 
 @pytest.mark.parametrize("frames, expected", [(1, 1), (3, 2), (12, 4)])
 def test_short_videos(make, frames, expected):
-    reward = make(VideoAlignOverall)
+    reward = make(OVERALL)
     assert reward.requested(patterns(frames=frames)).shape[1] == expected
     assert reward.score(patterns(frames=frames), PROMPTS).scores.isfinite().all()
 
@@ -246,8 +257,8 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_every_layout_gives_the_same_scores(published, make, layout, tmp_path):
-    reward = make(VideoAlignOverall, layout(published, tmp_path))
-    expected = make(VideoAlignOverall)
+    reward = make(OVERALL, layout(published, tmp_path))
+    expected = make(OVERALL)
     assert reward.model is not expected.model
     scores = reward.score(patterns(), PROMPTS).scores
     torch.testing.assert_close(scores, expected.score(patterns(), PROMPTS).scores, atol=2e-6, rtol=0)
@@ -255,8 +266,8 @@ def test_every_layout_gives_the_same_scores(published, make, layout, tmp_path):
 
 def test_a_head_with_an_output_for_each_token(tmp_path):
     published = published_checkpoints.videoreward(tmp_path, outputs=3)
-    output = VideoAlignOverall(str(published.folder), str(published.base), device="cpu").score(patterns(), PROMPTS)
-    reward = VideoAlignOverall(str(published.folder), str(published.base), device="cpu")
+    output = VideoAlign(str(published.folder), str(published.base), device="cpu").score(patterns(), PROMPTS)
+    reward = VideoAlign(str(published.folder), str(published.base), device="cpu")
     prompt = reward.video_reward.prompt
     texts = [prompt.ids(text, "<|TA_reward|>") for text in PROMPTS]
     logits = reward.model(reward.requested(patterns()), texts, prompt.token_ids)
@@ -290,7 +301,7 @@ def test_weights_that_do_not_fit(published, make, fault, tmp_path):
     message = fault(weights)
     torch.save(weights, copy_around(published, tmp_path) / "model.pth")
     with pytest.raises(ValueError, match=message) as caught:
-        make(VideoAlignTA, tmp_path)
+        make(TA, tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -298,24 +309,24 @@ def test_a_cut_file(published, make, tmp_path):
     whole = (published.folder / "checkpoint-11" / "model.pth").read_bytes()
     (copy_around(published, tmp_path) / "model.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="model.pth is no readable checkpoint"):
-        make(VideoAlignTA, tmp_path)
+        make(TA, tmp_path)
 
 
 def test_files_that_are_missing(published, make, tmp_path):
     with pytest.raises(ValueError, match="is no VideoReward: there is no model_config.json in it or above it"):
-        make(VideoAlignTA, tmp_path)
+        make(TA, tmp_path)
     copy_around(published, tmp_path)
     with pytest.raises(ValueError, match="checkpoint-3 holds no weights: there is no model.pth"):
-        make(VideoAlignTA, tmp_path)
+        make(TA, tmp_path)
     (tmp_path / "prompt_template.py").unlink()
     with pytest.raises(ValueError, match="the text it was trained with, and .*prompt_template.py does not exist"):
-        make(VideoAlignTA, tmp_path)
+        make(TA, tmp_path)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(make):
     videos = patterns(frames=12)
-    for reward in (VideoAlignMQ, VideoAlignOverall):
+    for reward in (MQ, OVERALL):
         expected = make(reward).score(videos, PROMPTS).scores
         exact = make(reward, device="cuda", dtype="float32").score(videos.cuda(), PROMPTS).scores
         torch.testing.assert_close(exact, expected, atol=5e-3, rtol=0)

@@ -1,11 +1,10 @@
 import pytest
 import torch
 
-from astrolabe_diffusers.rewards.placement.cached_rewards import CachedRewards
 from astrolabe_diffusers.rewards.placement.local import LocalRewards, OffloadedWeights
 from astrolabe_diffusers.rewards.placement.wire import ScoringJob
 from astrolabe_diffusers.rewards.reward_set import RewardSet
-from tests.rewards.placed_rewards import Bright, Learned, make_batch
+from tests.rewards.placed_rewards import Learned, make_batch
 
 
 PATH = "tests.rewards.placed_rewards"
@@ -67,30 +66,6 @@ def test_a_device_is_where_weights_and_videos_are():
     with pytest.raises(LookupError, match="videos on meta, weights on meta"):
         rewards.score(*make_batch([1]))
     assert reward.network.weight.device.type == "meta"
-
-
-def test_videos_that_came_before_are_not_scored_again():
-    rewards = CachedRewards([BRIGHT, FIRST], cache_size=10)
-    bright: Bright = rewards.rewards[BRIGHT]
-    videos = torch.randint(0, 256, (5, 3, 3, 4, 4)).float() / 255
-    rewards.score_job(make_job(rewards, videos[:3]))
-    assert bright.calls == 3
-    # The second and third come again, in another order and with other prompts.
-    mixed = videos[[3, 2, 4, 1]]
-    outputs = rewards.score_job(make_job(rewards, mixed))
-    assert bright.calls == 5 and rewards.cache_hits == 2
-    torch.testing.assert_close(outputs[BRIGHT].scores, mixed.mean((1, 2, 3, 4)))
-    assert outputs[FIRST].info["prompt"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    rewards.score_job(make_job(rewards, mixed))
-    assert bright.calls == 5
-
-
-def test_the_cache_is_bounded():
-    rewards = CachedRewards([BRIGHT], cache_size=2)
-    videos = torch.randint(0, 256, (3, 3, 3, 4, 4)).float() / 255
-    for rows in ([0], [1], [0], [2], [0], [1]):
-        rewards.score_job(make_job(rewards, videos[rows]))
-    assert rewards.rewards[BRIGHT].calls == 4  # 0, 1, 2, and 1 again, which 2 had pushed out
 
 
 def test_rewards_of_a_job_have_their_own_data():

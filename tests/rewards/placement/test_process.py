@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet
+from astrolabe_diffusers.rewards.placement import process as process_module
+from astrolabe_diffusers.rewards.placement.process import ProcessRewards
 from tests.rewards.placed_rewards import assert_own_scores, make_batch
 
 
@@ -50,6 +52,8 @@ def test_errors_of_a_reward_come_back_and_the_process_goes_on(rewards, worker):
     process = worker._process.pid
     with pytest.raises(RuntimeError, match=r"ArithmeticError: too dark \(.*placed_rewards.py:\d+\)"):
         rewards(*make_batch([3], act="fail"))
+    with pytest.raises(RuntimeError, match=r"SystemExit: 3 \(.*placed_rewards.py:\d+\)"):
+        rewards(*make_batch([3], act="exit"))
     with pytest.raises(RewardError, match=r"\[2\], but has shape \[1\]"):
         rewards(*make_batch([1, 2], act="too_few"))
     with pytest.raises(RewardError, match="nan for sample 1, prompt 'video 2'"):
@@ -94,8 +98,9 @@ def test_a_large_batch_does_not_fill_the_pipe_of_a_process_that_hangs(rewards, w
         rewards(*make_batch([1], size=512))
 
 
-def test_a_process_that_is_ended_in_the_midst_of_an_answer_is_not_started_anew(rewards, worker):
+def test_a_process_that_is_ended_in_the_midst_of_an_answer_is_not_started_anew(rewards, worker, monkeypatch):
     """A run that fails does not wait for rewards that another thread has asked."""
+    monkeypatch.setattr(process_module, "END_SECONDS", 0.2)
     rewards(*make_batch([1]))
     started = time.monotonic()
     with ThreadPoolExecutor(1) as thread:
@@ -110,11 +115,82 @@ def test_a_process_that_is_ended_in_the_midst_of_an_answer_is_not_started_anew(r
     assert worker._process is process and not process.is_alive() and time.monotonic() - started < 30
 
 
+def test_it_is_not_started_anew_if_it_is_ended_meanwhile(monkeypatch):
+    """One moment is that between its death and its restart."""
+    with ProcessRewards({FIRST: FIRST}) as rewards:
+        monkeypatch.setattr(rewards, "_exit_code", lambda: rewards.close() or "")
+        os.kill(rewards._process.pid, signal.SIGKILL)
+        with pytest.raises(RewardPlaceError, match="first_pixel was ended"):
+            rewards.score(*make_batch([1]))
+    assert not multiprocessing.active_children()
+
+
+def test_it_can_be_ended_while_it_loads_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(process_module, "END_SECONDS", 0.2)
+    name, file = f"{PATH}:LoadsOnce", tmp_path / "loaded"
+    with ProcessRewards({name: name}, options={name: {"file": str(file)}}) as rewards, ThreadPoolExecutor(1) as thread:
+        os.kill(rewards._process.pid, signal.SIGKILL)
+        answer = thread.submit(rewards.score, *make_batch([1]))
+        wait_for(file.read_text)
+        rewards.close()
+        with pytest.raises(RewardPlaceError, match="LoadsOnce was ended"):
+            answer.result(20)
+    assert not multiprocessing.active_children()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def score_and_be_killed(connection, method):
+    process_module.START_METHOD = method
+    rewards = ProcessRewards({FIRST: FIRST}, options=OPTIONS)
+    output = rewards.score(*make_batch([7, 200]))[FIRST]
+    process = rewards._process
+    connection.send((process.pid, type(process).__name__, output.scores.tolist(), output.info["process"].tolist()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_a_trainer_that_is_killed_leaves_no_process(method):
+    """With `spawn` too, which is all that some systems have."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    trainer = context.Process(target=score_and_be_killed, args=(theirs, method))
+    trainer.start()
+    number, kind, scores, processes = ours.recv()
+    trainer.join()
+    assert kind.lower() == f"{method}process" and processes == [number, number]
+    assert scores == pytest.approx([14 / 255, 400 / 255])
+
+    def is_gone():
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return True
+
+    wait_for(is_gone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_process_has_a_gpu_of_its_own_context(monkeypatch, method):
+    monkeypatch.setattr(process_module, "START_METHOD", method)
+    torch.zeros(1, device="cuda")
+    name = f"{PATH}:Learned"
+    with ProcessRewards({name: name, FIRST: FIRST}, device="cuda:0") as rewards:
+        outputs = rewards.score(*make_batch([7]))
+    assert outputs[name].scores.tolist() == [0.0]  # its weights are not on the CPU
+    torch.testing.assert_close(outputs[FIRST].scores, torch.tensor([7 / 255]))
+
+
 def test_of_several_places_the_first_ends_if_another_cannot_be():
-    before = multiprocessing.active_children()
     with pytest.raises(ValueError, match="has no option 'size'"):
         RewardSet({FIRST: 1.0, OBEYS: 1.0}, {OBEYS: {"size": 1}}, {FIRST: "process", OBEYS: "cpu"})
-    assert multiprocessing.active_children() == before
+    assert not multiprocessing.active_children()
 
 
 def test_mistakes_are_found_when_the_process_starts():
@@ -125,8 +201,7 @@ def test_mistakes_are_found_when_the_process_starts():
 def test_of_several_places_each_process_of_a_run_takes_one():
     batch = make_batch([7], frames=1, size=16)
     for index, own in ((0, True), (1, False), (2, True)):
-        rewards = RewardSet({FIRST: 1.0}, placement={FIRST: "trainer|process"}, process_index=index)
-        assert (rewards(*batch).info[f"{FIRST}/process"].item() == os.getpid()) == own
-        rewards.close()
+        with RewardSet({FIRST: 1.0}, placement={FIRST: "trainer|process"}, process_index=index) as rewards:
+            assert (rewards(*batch).info[f"{FIRST}/process"].item() == os.getpid()) == own
     with pytest.raises(ValueError, match="there is no place 'nowhere'"):
         RewardSet({FIRST: 1.0}, placement={FIRST: "trainer|nowhere"})

@@ -38,19 +38,18 @@ def test_a_job_arrives_as_it_was():
 def test_shared_frames_travel_once_and_stay_shared():
     job = make_job()
     assert len(pack_job(job)) < 2 * (5 + 2) * 3 * 4 * 6 + 600
-    for same in (job, unpack_job(pack_job(job)), job.select(["second", "first"], [1]), ScoringJob.join([job, job])):
+    for same in (job, unpack_job(pack_job(job)), ScoringJob.join([job, job])):
         assert same.frames["first"] is same.frames["second"]
 
 
-def test_part_and_joined_jobs_keep_what_belongs_together():
-    job = make_job()
-    part = job.select(["whole"], [1])
-    assert (part.prompts, part.metadata, part.whole) == (PROMPTS[1:], [{}], {"whole"})
-    assert torch.equal(part.frames["whole"], job.frames["whole"][1:])
-    other = ScoringJob.make(torch.rand(1, 5, 3, 4, 6), {"whole": None}, ["other"], None)
-    joined = ScoringJob.join([part, other])
-    assert joined.prompts == [PROMPTS[1], "other"] and joined.metadata == [{}, {}]
-    assert torch.equal(joined.frames["whole"][1:], other.frames["whole"])
+def test_joined_jobs_keep_what_belongs_together():
+    one, other = (
+        ScoringJob.make(torch.rand(1, 5, 3, 4, 6), {"whole": None}, [prompt], metadata)
+        for prompt, metadata in (("one", [{"a": 1}]), ("other", None))
+    )
+    joined = ScoringJob.join([one, other])
+    assert joined.prompts == ["one", "other"] and joined.metadata == [{"a": 1}, {}] and joined.whole == {"whole"}
+    assert torch.equal(joined.frames["whole"], torch.cat([one.frames["whole"], other.frames["whole"]]))
 
 
 def header(**values):

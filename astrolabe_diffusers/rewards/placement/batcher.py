@@ -1,0 +1,93 @@
+"""Scoring what several clients ask, one batch after the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import Future
+
+from .local import LocalRewards
+from .wire import ScoringJob
+
+
+class Batcher:
+    """
+    Scores jobs one after the other in a thread, and together those that wait, ask the same rewards and have videos of
+    one shape. If a batch fails, each of its jobs is scored alone: a client does not suffer from another's videos.
+
+    Args:
+        rewards: the rewards.
+        max_batch: videos that are scored together at most, unless one job alone has more.
+        max_waiting: jobs that may wait.
+    """
+
+    def __init__(self, rewards: LocalRewards, max_batch: int, max_waiting: int):
+        self.rewards, self.max_batch, self.max_waiting = rewards, max_batch, max_waiting
+        self.counters: Counter[str] = Counter()
+        self._waiting: deque[tuple[ScoringJob, Future]] = deque()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._work, name="rewards", daemon=True).start()
+
+    def submit(self, job: ScoringJob) -> Future | None:
+        """The outputs by reward as a future; `None` if too many jobs are waiting."""
+        with self._changed:
+            if len(self._waiting) >= self.max_waiting:
+                return None
+            future = Future()
+            self._waiting.append((job, future))
+            self._changed.notify()
+            return future
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def _work(self):
+        while True:
+            batch = self._next_batch()
+            started = time.perf_counter()
+            try:
+                self._score([job for job, _ in batch], [future for _, future in batch])
+            except Exception as error:
+                if len(batch) == 1:
+                    batch[0][1].set_exception(error)
+                else:
+                    self._score_each(batch)
+            self.counters["batches"] += 1
+            self.counters["videos"] += sum(len(job.prompts) for job, _ in batch)
+            self.counters["seconds"] += time.perf_counter() - started
+
+    def _score_each(self, batch: list[tuple[ScoringJob, Future]]):
+        for job, future in batch:
+            try:
+                self._score([job], [future])
+            except Exception as error:
+                future.set_exception(error)
+
+    def _next_batch(self) -> list[tuple[ScoringJob, Future]]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            batch, rest, size = [], deque(), 0
+            for job, future in self._waiting:
+                fits = not batch or (_kind(job) == _kind(batch[0][0]) and size + len(job.prompts) <= self.max_batch)
+                if not fits:
+                    rest.append((job, future))
+                elif future.set_running_or_notify_cancel():
+                    batch.append((job, future))
+                    size += len(job.prompts)
+            self._waiting = rest
+            return batch
+
+    def _score(self, jobs: list[ScoringJob], futures: list[Future]):
+        outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else ScoringJob.join(jobs))
+        start = 0
+        for job, future in zip(jobs, futures):
+            end = start + len(job.prompts)
+            future.set_result({name: output[start:end] for name, output in outputs.items()})
+            start = end
+
+
+def _kind(job: ScoringJob):
+    """Jobs of one kind can be scored together."""
+    return job.whole, {name: tensor.shape[1:] for name, tensor in job.frames.items()}
