@@ -63,7 +63,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["diffusion", "video generation", "autoregressive", "reinforcement learning", "lora", "diffusers"],
     packages=find_packages(include=["astrolabe_diffusers", "astrolabe_diffusers.*"]),
-    package_data={"astrolabe_diffusers": ["assets/**"]},
+    package_data={"astrolabe_diffusers": ["assets/**", "recipes/**/*.yaml"]},
     # diffusers 0.42 itself needs 3.11.
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
