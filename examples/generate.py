@@ -13,8 +13,8 @@ import signal
 import sys
 
 from astrolabe_diffusers.cli.arguments import ArgumentParser
-from astrolabe_diffusers.generation import GenerationConfig, generate_videos, name_and_weight
-from astrolabe_diffusers.generation.config import DTYPES, OFFLOADS
+from astrolabe_diffusers.generation.config import DTYPES, OFFLOADS, GenerationConfig, name_and_weight
+from astrolabe_diffusers.generation.run import generate_videos
 from astrolabe_diffusers.training import exit_code
 
 

@@ -13,10 +13,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import LOADING, UserError, as_user_error
+from ..errors import CHECKED, UserError, as_user_error
 from .pipeline_causal_wan import CausalWanPipeline
 
+
+# A value in a config of the user's that no code expects fails wherever it is used first.
+LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
 def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
     """The pipeline of a folder or Hub repository; `kwargs` of `from_pretrained`.

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, option
-from .reward_set import PLACEMENTS
+
+
+PLACEMENTS = (
+    "'trainer', 'offload', a device such as 'cuda:1', 'process', 'process:cuda:1' or 'http://host:port'; of several, "
+    "'process:cuda:6|process:cuda:7', each training process takes one in turn"
+)
 
 
 @dataclass
