@@ -21,8 +21,6 @@ __getattr__, __dir__, _names = lazy_names(
         ".pipelines.pipeline_output": ["CausalWanPipelineOutput"],
         ".pipelines.stream": ["CausalWanStream"],
         ".training": [
-            "AWMConfig",
-            "AWMTrainer",
             "NFTConfig",
             "NFTTrainer",
             "OnlineConfig",

@@ -59,8 +59,8 @@ def checksum(parameters: list[torch.Tensor]) -> str:
 def benchmark(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
-    arguments = parse_settings(parser, argv)
-    model, settings = arguments.pop("model"), arguments.pop("config")
+    _, settings, arguments = parse_settings(parser, argv)
+    model = arguments.pop("model")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     pipeline = None
     if model:

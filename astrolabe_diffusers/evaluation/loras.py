@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,12 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from .. import TINY_SHAPES
-from ..config import option
-from ..distributed.accelerator import PRECISIONS, accelerate_settings, check_precision
+from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.agreement import Resources, raise_together
-from ..errors import UserError, as_user_error
+from ..errors import as_user_error
 from ..files.output_folder import RunFolder
 from ..files.writing import replacing
+from ..generation.loading import load_loras
 from ..pipelines.loading import frame_rate, load_frozen_pipeline, video_size
 from ..reporting.charts import draw_means
 from ..reporting.comparison import Evaluation, comparison_rows
@@ -28,71 +25,17 @@ from ..reporting.machine import versions
 from ..reporting.tables import change_text, markdown_table
 from ..reporting.videos import write_columns
 from ..rewards import RewardSet
-from ..rewards.config import RewardConfig
 from ..rollout.prompts import PromptSource, prompt_path, spread
 from ..rollout.samples import eval_samples, process_batches
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
+from .config import BASE, LoraEvaluationConfig
 from .held_out import evaluate, generate_columns
 
 
-BASE = "base"
-
-
-@dataclass
-class LoraEvaluationConfig(RewardConfig):
-    """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made.
-
-    Attributes:
-        columns: the LoRA of each column by its name; the first is the base, without any.
-    """
-
-    model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
-    lora: list[str] = option([], "a LoRA, folder or Hub id, or NAME=LoRA; give it again for further columns")
-    prompts: str | None = option(
-        None,
-        "a .txt or .jsonl file, a folder with test.txt (or .jsonl, or _metadata.jsonl), or a dataset, id or folder; "
-        "the model's own folder prompts/ if not given",
-    )
-    prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
-    prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
-    eval_split: str = option("test", "split of a folder or a dataset")
-    rewards: list[str] = option(
-        ["tiny_shapes_prompt_match", "motion_smoothness", "sharpness", "flicker"], "rewards, comma-separated"
-    )
-    num_prompts: int = option(62, "how many of the prompts, spread evenly over the file", minimum=1)
-    seeds: int = option(4, "videos for each prompt; the same seeds in every column, evaluation and run", minimum=1)
-    height: int | None = option(None, "height of the videos in pixels; the pipeline's own if not given", minimum=1)
-    width: int | None = option(None, "width of the videos in pixels; the pipeline's own if not given", minimum=1)
-    num_frames: int | None = option(None, "frames of a video; the pipeline's own if not given", minimum=1)
-    batch_size: int = option(8, "videos in a batch on each device", minimum=1)
-    num_videos: int = option(8, "videos that are kept of each column and shown side by side", minimum=0)
-    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
-    output_dir: str = option("eval", "everything the evaluation writes; an earlier evaluation there is written over")
-    overwrite: bool = option(False, "write over files in output_dir that no evaluation has made")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.rewards:
-            raise UserError("rewards is empty: name at least one.")
-        self.columns: dict[str, str | None] = {BASE: None}
-        for lora in self.lora:
-            name, equals, path = lora.partition("=")
-            if not equals:
-                name, path = Path(lora).resolve().name, lora
-            if not re.fullmatch(r"\w[\w. +-]*", name):
-                raise UserError(
-                    f"lora: {name!r} cannot name a column and its folder; choose a name of letters, digits, '.', '_', "
-                    f"'+' or '-', as in NAME={path}."
-                )
-            if name in self.columns:
-                raise UserError(f"lora: a column {name!r} is there already; give another name, as in NAME={path}.")
-            self.columns[name] = path
-
-
 @contextmanager
-def use_lora(pipeline: DiffusionPipeline, lora: str | None) -> Iterator[None]:
+def use_lora(pipeline: DiffusionPipeline, lora: str | None, weight: float = 1.0) -> Iterator[None]:
     """The pipeline with this LoRA alone, or with none; afterwards it is as it was before.
 
     Raises:
@@ -101,9 +44,7 @@ def use_lora(pipeline: DiffusionPipeline, lora: str | None) -> Iterator[None]:
     if lora is None:
         yield
         return
-    problem = f"cannot load {lora}" if Path(lora).exists() else f"no folder {lora}, nor on the Hub"
-    with as_user_error(f"lora: {problem}"):
-        pipeline.load_lora_weights(lora)
+    load_loras(pipeline, {lora: weight})
     try:
         yield
     finally:
@@ -123,8 +64,8 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
 
     Returns:
         In every process, `settings`, `versions`, `videos` (prompt and seed of each), and by name for each of the
-        `columns` its `lora`, its `scores` (by reward or part, one a video), their `mean`, and their `change` from the
-        base: the mean of the paired differences, and `half_width_95`, half its interval.
+        `columns` its `lora` and `weight`, its `scores` (by reward or part, one a video), their `mean`, and their
+        `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval.
 
     Raises:
         UserError: a mistake in the settings, or a reward that cannot score a video.
@@ -164,7 +105,7 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
     accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
     size = video_size(pipeline, config.height, config.width, config.num_frames)
     for lora in config.columns.values():
-        with use_lora(pipeline, lora):  # one that does not fit is found now, not after the base's videos
+        with use_lora(pipeline, *lora):  # one that does not fit is found now, not after the base's videos
             pass
     if accelerator.is_main_process:
         folder.begin()
@@ -187,7 +128,7 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
     )
     evaluations = {}
     for name, lora in config.columns.items():
-        with use_lora(pipeline, lora):
+        with use_lora(pipeline, *lora):
             evaluation, _ = evaluate(
                 rollout,
                 samples,
@@ -217,14 +158,14 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
         "versions": versions(),
         "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in samples],
         "columns": {
-            name: {"lora": shareable_value(config.columns[name]), **column(evaluations[BASE], evaluation)}
-            for name, evaluation in evaluations.items()
+            name: {"lora": shareable_value(lora), "weight": weight, **column(evaluations[BASE], evaluations[name])}
+            for name, (lora, weight) in config.columns.items()
         },
     }
     if accelerator.is_main_process:
         files = write_results(results, output_dir)
         if shown := samples[: config.num_videos]:
-            loras = {name: use_lora(pipeline, lora) for name, lora in config.columns.items()}
+            loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
             videos = generate_columns(rollout, loras, shown, size, config.batch_size)
             prompts = [sample.prompt.text for sample in shown]
             files += write_columns(videos, prompts, output_dir / "side_by_side", pipeline.config.frame_rate)

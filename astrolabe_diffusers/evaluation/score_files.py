@@ -7,7 +7,6 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,19 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 
-from ..config import option
 from ..errors import UserError, as_user_error, one_line, summarize_exception
 from ..files.writing import replacing
 from ..generation.manifest import Manifest
 from ..reporting.tables import markdown_table
 from ..rewards import RewardError, RewardPlaceError, RewardSet
-from ..rewards.config import RewardConfig
 from ..rollout.reward_thread import RewardThread
 from ..shareable import shareable, shareable_value
+from .config import ScoreConfig
 
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 # Of ffmpeg's formats those that are one video in one file. Others, such as concat and hls, read what a text names.
 FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg,ivf"
-
-
-@dataclass
-class ScoreConfig(RewardConfig):
-    """How videos are scored. Checked when the object is made."""
-
-    prompt: str | None = option(None, "what the videos were made from; the manifest of generate.py's folders has it")
-    reward: dict[str, float] = option({"motion_smoothness": 1.0}, "rewards: name,name or name=weight,name=weight")
-    output: str | None = option(None, "the JSON file; if not given, scores.json in the folder, or NAME.scores.json")
-    overwrite: bool = option(False, "write over a file that is no earlier result")
 
 
 def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
@@ -143,8 +131,8 @@ def find_videos(source: Path, prompt: str | None) -> list[tuple[Path, str | None
 
 
 def make_rewards(config: ScoreConfig, fps: float) -> RewardSet:
-    with as_user_error("reward"):
-        return RewardSet(config.reward, config.reward_options, config.reward_placement, config.reward_timeout, fps)
+    with as_user_error("rewards"):
+        return RewardSet(config.rewards, config.reward_options, config.reward_placement, config.reward_timeout, fps)
 
 
 def score_video(name: str, frames: torch.Tensor, fps: float, prompt: str, rewards: RewardSet) -> dict[str, Any]:

@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "..errors": ["UserError", "exit_code"],
         ".algorithms": ["get_algorithm"],
-        ".awm": ["AWMConfig", "AWMTrainer"],
         ".callbacks": ["TrainerCallback"],
         ".config": ["OnlineConfig"],
         ".nft": ["NFTConfig", "NFTTrainer"],

@@ -28,7 +28,8 @@ def get_algorithm(name: str) -> type[OnlineTrainer]:
     """
     trainer = _load(name, ALGORITHMS[name.lower()][0] if name.lower() in ALGORITHMS else name)
     if not hasattr(trainer, "config_class"):
-        raise UserError(f"algorithm {name!r}: there is no such OnlineTrainer.")
+        module, _, attribute = name.rpartition(":")
+        raise UserError(f"algorithm {name!r}: {module} has no OnlineTrainer {attribute}.")
     return trainer
 
 

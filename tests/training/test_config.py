@@ -6,8 +6,7 @@ import yaml
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.evaluation.loras import LoraEvaluationConfig
-from astrolabe_diffusers.evaluation.score_files import ScoreConfig
+from astrolabe_diffusers.evaluation.config import LoraEvaluationConfig, ScoreConfig
 from astrolabe_diffusers.training.nft import NFTConfig
 from astrolabe_diffusers.training.published_runs import RECIPES
 
