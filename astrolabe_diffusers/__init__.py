@@ -20,13 +20,7 @@ __getattr__, __dir__, _names = lazy_names(
         ".pipelines.pipeline_causal_wan": ["CausalWanPipeline"],
         ".pipelines.pipeline_output": ["CausalWanPipelineOutput"],
         ".pipelines.stream": ["CausalWanStream"],
-        ".training": [
-            "NFTConfig",
-            "NFTTrainer",
-            "OnlineConfig",
-            "OnlineTrainer",
-            "TrainerCallback",
-        ],
+        ".training": ["NFTConfig", "NFTTrainer", "OnlineConfig", "OnlineTrainer", "TrainerCallback"],
     },
 )
 __all__ = ["TINY_SHAPES", *_names]

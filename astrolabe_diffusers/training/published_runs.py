@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,17 @@ class PublishedRun:
         return changed if recommended else {}, line + (f"; but for your {', '.join(own)}" if own else "")
 
 
+@cache
+def _read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((PUBLISHED / f"{name}.yaml").read_text())
+
+
 def published_names() -> list[str]:
     """Every name, in the files' spelling."""
     names = []
     for path in sorted(PUBLISHED.glob("*.yaml")):
         if path.stem not in SHARED:
-            data = yaml.safe_load(path.read_text())
+            data = _read(path.stem)
             for variant, settings in data["variants"].items():
                 for number in settings.get("published_on", data["processes"]):
                     suffix = "" if number == DEFAULT_PROCESSES else f"_{number}gpu"
@@ -118,14 +124,12 @@ def find_published_run(name: str) -> PublishedRun | None:
     if spelled.removesuffix(f"_{DEFAULT_PROCESSES}gpu") not in known:
         near = close_matches(spelled, known) or "; --config list prints the names"
         raise UserError(f"--config {name}: no published run has this name{near}.")
-    data = yaml.safe_load((PUBLISHED / f"{match['base']}.yaml").read_text())
+    data = _read(match["base"])
     run = spelled.removeprefix(f"{match['base']}_video_").removesuffix(f"_{DEFAULT_PROCESSES}gpu")
-    settings = yaml.safe_load((PUBLISHED / "common.yaml").read_text())
-    settings |= data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
+    settings = _read("common") | data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
     settings |= data.get("runs", {}).get(run, {})
     settings.pop("published_on", None)
-    recommended = yaml.safe_load((PUBLISHED / "recommended.yaml").read_text())
-    return PublishedRun(name, settings, recommended, processes, data["processes"])
+    return PublishedRun(name, settings, _read("recommended"), processes, data["processes"])
 
 
 def list_published_runs() -> str:
