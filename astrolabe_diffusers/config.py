@@ -150,9 +150,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             items = [str(v).strip().strip("'\"") for v in value]
             kind = get_args(hint)[0]
             return [_finite(item) if kind is float else kind(item) for item in items]
-        if isinstance(value, str):
-            value = _parse_weights(name, value)
-        return {str(key): _finite(weight) for key, weight in value.items()}
+        weights = _parse_weights(name, value) if isinstance(value, str) else value
+        return {str(key): _finite(weight) for key, weight in weights.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated, each weight a finite number")
         raise UserError(f"{name} must be {expected}, not {value!r}.") from error

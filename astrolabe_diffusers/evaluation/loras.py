@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,24 +13,20 @@ from tqdm.auto import tqdm
 
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.agreement import Resources, raise_together
-from ..errors import as_user_error
 from ..files.output_folder import RunFolder
-from ..files.writing import replacing
 from ..generation.loading import load_loras
 from ..pipelines.loading import frame_rate, load_frozen_pipeline, video_size
-from ..reporting.charts import draw_means
-from ..reporting.comparison import Evaluation, comparison_rows
+from ..reporting.comparison import Evaluation
 from ..reporting.machine import versions
-from ..reporting.tables import change_text, markdown_table
 from ..reporting.videos import write_columns
-from ..rewards import RewardSet
 from ..rollout.prompts import PromptSource, prompt_path, spread
-from ..rollout.samples import eval_samples, process_batches
+from ..rollout.samples import eval_samples
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
 from .config import BASE, LoraEvaluationConfig
-from .held_out import evaluate, generate_columns
+from .held_out import HeldOut
+from .results import column, column_table, is_result, write_results
 
 
 @contextmanager
@@ -73,33 +68,44 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     check_precision(accelerator)
+    is_main = accelerator.is_main_process
     with Resources() as resources:
-        results = _evaluate_loras(config, accelerator, resources)
+        with raise_together():
+            if is_main:
+                folder = open_evaluation_folder(config.output_dir, list(config.columns), config.overwrite)
+                resources.callback(folder.close)
+        held_out = load_held_out(config, accelerator, resources)
+        if is_main:
+            folder.begin()
+            print(introduction(config, held_out, accelerator), flush=True)
+        evaluations = evaluate_columns(config, held_out, is_main)
+        results = {
+            "settings": {**shareable(config), **held_out.size, "mixed_precision": accelerator.mixed_precision},
+            "versions": versions(),
+            "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in held_out.samples],
+            "columns": {
+                name: {"lora": shareable_value(lora), "weight": weight, **column(evaluations[BASE], evaluations[name])}
+                for name, (lora, weight) in config.columns.items()
+            },
+        }
+        if is_main:
+            files = write_results(results, Path(config.output_dir))
+            if held_out.shown:
+                files += write_side_by_side(config, held_out)
+            print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
 
-def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, resources: Resources) -> dict[str, Any]:
-    """`resources` are let go of afterwards, whatever happens."""
-    output_dir = Path(config.output_dir)
-    with raise_together():
-        if accelerator.is_main_process:
-            folder = open_evaluation_folder(config.output_dir, list(config.columns), config.overwrite)
-            resources.callback(folder.close)
+def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resources: Resources) -> HeldOut:
+    """The held-out videos of an evaluation, whose LoRAs all fit; `resources` lets go of what they need."""
     source = PromptSource(prompt_path(config.model, config.prompts), config.prompts_data_dir, config.prompt_column)
     prompts = spread(source.read(config.eval_split), config.num_prompts)
-    samples = eval_samples(prompts, config.seeds)
-    with as_user_error("rewards"):
-        rewards = RewardSet(
-            dict.fromkeys(config.rewards, 1.0),
-            config.reward_options,
-            config.reward_placement,
-            config.reward_timeout,
-            frame_rate(config.model),
-            accelerator.process_index,
-        )
-    resources.callback(rewards.close)
+    weights = dict.fromkeys(config.rewards, 1.0)
+    rewards = resources.enter_context(
+        config.make_rewards(weights, frame_rate(config.model), accelerator.process_index)
+    )
     pipeline = load_frozen_pipeline(config.model, accelerator)
     # The trainer's precision: in bf16 it generates under autocast.
     accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
@@ -107,120 +113,59 @@ def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, reso
     for lora in config.columns.values():
         with use_lora(pipeline, *lora):  # one that does not fit is found now, not after the base's videos
             pass
-    if accelerator.is_main_process:
-        folder.begin()
-        processes = accelerator.num_processes
-        print(
-            f"{config.model}: {len(samples)} videos ({len(prompts)} prompts x {config.seeds} seeds) of "
-            f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
-            f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
-            f"{accelerator.mixed_precision}; output in {output_dir}",
-            flush=True,
-        )
-    rollout = Rollout(pipeline, ScoringThread(pipeline.vae, rewards, timeout=config.reward_timeout))
-    resources.callback(rollout.scoring.close)
-    batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
-    progress = tqdm(
-        total=len(config.columns) * len(batches),
-        desc="batches",
-        # None: no bar in a log file.
-        disable=None if accelerator.is_main_process else True,
+    scoring = resources.enter_context(ScoringThread(pipeline.vae, rewards, timeout=config.reward_timeout))
+    return HeldOut(
+        Rollout(pipeline, scoring),
+        eval_samples(prompts, config.seeds),
+        size,
+        config.batch_size,
+        config.num_videos,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
+
+
+def introduction(config: LoraEvaluationConfig, held_out: HeldOut, accelerator: Accelerator) -> str:
+    number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
+    return (
+        f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
+        f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
+        f"{accelerator.mixed_precision}; output in {config.output_dir}"
+    )
+
+
+def evaluate_columns(config: LoraEvaluationConfig, held_out: HeldOut, is_main: bool) -> dict[str, Evaluation]:
+    """The evaluation of each column, by its name; the main process says its means."""
     evaluations = {}
-    for name, lora in config.columns.items():
-        with use_lora(pipeline, *lora):
-            evaluation, _ = evaluate(
-                rollout,
-                samples,
-                size,
-                config.batch_size,
-                step=None,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                video_dir=output_dir / "videos" / name,
-                num_videos=config.num_videos,
-                on_batch=lambda done, total: progress.update(),
-            )
-        # Every reward with its parts. The weighted sum, which training maximises, is left out: all weights are one.
-        scores = {
-            score: values
-            for reward in config.rewards
-            for score, values in evaluation.scores.items()
-            if score.split("/")[0] == reward
-        }
-        evaluations[name] = Evaluation(None, scores)
-        if accelerator.is_main_process:
-            tqdm.write(f"{name}: " + ", ".join(f"{r} {evaluations[name].mean(r):.4f}" for r in config.rewards))
-    progress.close()
-
-    results = {
-        "settings": {**shareable(config), **size, "mixed_precision": accelerator.mixed_precision},
-        "versions": versions(),
-        "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in samples],
-        "columns": {
-            name: {"lora": shareable_value(lora), "weight": weight, **column(evaluations[BASE], evaluations[name])}
-            for name, (lora, weight) in config.columns.items()
-        },
-    }
-    if accelerator.is_main_process:
-        files = write_results(results, output_dir)
-        if shown := samples[: config.num_videos]:
-            loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
-            videos = generate_columns(rollout, loras, shown, size, config.batch_size)
-            prompts = [sample.prompt.text for sample in shown]
-            files += write_columns(videos, prompts, output_dir / "side_by_side", pipeline.config.frame_rate)
-        print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
-    return results
+    # None: no bar in a log file.
+    disable = None if is_main else True
+    with tqdm(total=len(config.columns) * len(held_out.batches()), desc="batches", disable=disable) as progress:
+        for name, lora in config.columns.items():
+            with use_lora(held_out.rollout.pipeline, *lora):
+                video_dir = Path(config.output_dir) / "videos" / name
+                evaluation, _ = held_out.evaluate(video_dir=video_dir, on_batch=lambda *_: progress.update())
+            # Every reward with its parts, without the weighted sum that training maximises: all weights are one.
+            scores = {
+                score: values
+                for reward in config.rewards
+                for score, values in evaluation.scores.items()
+                if score.split("/")[0] == reward
+            }
+            evaluations[name] = Evaluation(None, scores)
+            if is_main:
+                means = (f"{reward} {evaluations[name].mean(reward):.4f}" for reward in config.rewards)
+                tqdm.write(f"{name}: {', '.join(means)}")
+    return evaluations
 
 
-def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
-    return {
-        "scores": evaluation.scores,
-        "mean": {score: evaluation.mean(score) for score in evaluation.scores},
-        "change": {
-            score: {"change": change, "half_width_95": half}
-            for score, _, _, change, half in comparison_rows(base, evaluation)
-        },
-    }
-
-
-def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
-    """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
-    files = [output_dir / name for name in ("results.json", "table.md", "scores.png")]
-    with replacing(files[0]) as partial:
-        partial.write_text(json.dumps(results, indent=2))
-    with replacing(files[1]) as partial:
-        partial.write_text(column_table(results["columns"]) + "\n")
-    with replacing(files[2]) as partial:
-        draw_columns(results["columns"], partial)
-    return files
-
-
-def column_table(columns: dict[str, dict[str, Any]]) -> str:
-    """Markdown table of the `columns` that [`evaluate_loras`] returns: a row a score, and behind every LoRA its change
-    from the base."""
-    (base_name, base), *loras = columns.items()
-    rows = [["", base_name, *(heading for name, _ in loras for heading in (name, "change (95 % interval)"))]]
-    for score, mean in base["mean"].items():
-        cells = [score, f"{mean:.4f}"]
-        for _, column in loras:
-            change = column["change"][score]
-            cells += [f"{column['mean'][score]:.4f}", change_text(change["change"], change["half_width_95"])]
-        rows.append(cells)
-    return markdown_table(rows)
-
-
-def draw_columns(columns: dict[str, dict[str, Any]], path: Path):
-    """Chart of the `columns` that [`evaluate_loras`] returns.
-
-    The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
-    """
-    means = {
-        score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
-        for score in columns[BASE]["mean"]
-    }
-    draw_means(means, list(columns), path, title="means, with the 95 % interval of the change from base")
+def write_side_by_side(config: LoraEvaluationConfig, held_out: HeldOut) -> list[str]:
+    """Writes the kept videos of all columns beside each other; returns the paths."""
+    pipeline = held_out.rollout.pipeline
+    loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
+    prompts = [sample.prompt.text for sample in held_out.shown]
+    path = Path(config.output_dir) / "side_by_side"
+    return write_columns(held_out.generate_columns(loras), prompts, path, pipeline.config.frame_rate)
 
 
 def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> RunFolder:
@@ -232,16 +177,10 @@ def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> Ru
     files = ("results.json", "table.md", "scores.png", "side_by_side.mp4", "side_by_side.png", "side_by_side.gif")
     folder = RunFolder(path, "evaluation", (*files, *(f"videos/{name}/*.mp4" for name in columns)))
     try:
-        if not (overwrite or folder.has_begun() or _is_older_evaluation(folder.path / "results.json")):
+        ours = is_result(folder.path / "results.json", "settings", "versions", "videos", "columns")
+        if not (overwrite or folder.has_begun() or ours):
             folder.refuse_files_of_others("--overwrite true")
     except BaseException:
         folder.close()
         raise
     return folder
-
-
-def _is_older_evaluation(results: Path) -> bool:
-    try:
-        return {"settings", "versions", "videos", "columns"} <= json.loads(results.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..files.output_folder import lock_folder
 from ..files.writing import PARTIAL, replacing, writing
-from .jobs import Job
+from .jobs import VideoJob
 
 
 # What every entry has. Those of other tools, which only the scoring of videos reads, may have the first two alone.
@@ -81,7 +81,7 @@ class Manifest:
         """Makes the folder; until this object goes, no other run may start in it."""
         self._lock = lock_folder(self.folder)
 
-    def start(self, jobs: Sequence[Job], settings: dict[str, Any], rewards: Iterable[str]) -> list[Job]:
+    def start(self, jobs: Sequence[VideoJob], settings: dict[str, Any], rewards: Iterable[str]) -> list[VideoJob]:
         """The jobs that are still to be done, after their remains and those of a killed run have been removed.
 
         A job is done if its file is whole, was made from the same prompt with the same `settings`, and has scores of
@@ -90,7 +90,7 @@ class Manifest:
         """
         entries = self.read()
         for path in self.folder.glob(f"*.mp4{PARTIAL}"):
-            if re.match(Job.FILE, path.name):
+            if re.match(VideoJob.FILE, path.name):
                 path.unlink()
         pending, aside = [], []
         for job in jobs:
@@ -126,7 +126,7 @@ def set_aside(path: Path):
     path.rename(next(other for name in names if not os.path.lexists(other := path.with_name(name))))
 
 
-def describe(job: Job) -> dict[str, Any]:
+def describe(job: VideoJob) -> dict[str, Any]:
     """What an entry says of its job."""
     return {
         "prompt": job.prompt.text,

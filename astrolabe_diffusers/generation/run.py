@@ -25,12 +25,11 @@ from ..pipelines.noise import NOISE_LAYOUT
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.scene_prompt import escape_scenes
-from ..rewards import RewardSet
 from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
 from .config import GenerationConfig
-from .jobs import Job, batches, make_jobs
+from .jobs import VideoJob, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
 from .manifest import Manifest, describe
 
@@ -66,16 +65,8 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
         prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)
     rewards = None
     if config.rewards:
-        with as_user_error("rewards"):
-            rewards = RewardSet(
-                config.rewards,
-                config.reward_options,
-                config.reward_placement,
-                config.reward_timeout,
-                config.fps or frame_rate(config.model, config.revision),
-                accelerator.process_index,
-            )
-        resources.callback(rewards.close)
+        fps = config.fps or frame_rate(config.model, config.revision)
+        rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
     dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
     pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
     if config.lora:
@@ -87,8 +78,7 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
 
     worker = None
     if rewards:
-        worker = ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout)
-        resources.callback(worker.close)
+        worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
 
     pending = None
     with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
@@ -177,7 +167,7 @@ def pipeline_prompt(prompt: Prompt, settings: dict[str, Any]) -> str:
 
 def run_jobs(
     pipe: CausalWanPipeline,
-    pending: list[Job],
+    pending: list[VideoJob],
     settings: dict[str, Any],
     manifest: Manifest,
     worker: ScoringThread | None,
@@ -248,7 +238,7 @@ def interrupt_between_blocks() -> Iterator[Callable[[], None]]:
 
 def stream_to_files(
     pipe: CausalWanPipeline,
-    batch: list[Job],
+    batch: list[VideoJob],
     settings: dict[str, Any],
     folder: Path,
     on_block: Callable[[torch.Tensor], None],
@@ -287,7 +277,9 @@ def stream_to_files(
         raise UserError(f"{batch[0].file}: {error}") from error
 
 
-def report(manifest: Manifest, jobs: list[Job], pending: list[Job], rewards: dict[str, float], seconds: float):
+def report(
+    manifest: Manifest, jobs: list[VideoJob], pending: list[VideoJob], rewards: dict[str, float], seconds: float
+):
     """Puts the manifest in order and prints what the run has made."""
     entries = manifest.read()
     manifest.replace(entries.values())
