@@ -8,9 +8,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "astrolabe_diffusers" / "__init__.py").read_text(), re.M)[1]
 
 INSTALL_REQUIRES = [
-    # Tested at both ends: 2.11 (CUDA) and 2.13 (CPU). The upper bound keeps pip from replacing a working build by the
-    # newest CUDA one whenever another package asks for torch.
-    "torch>=2.11,<2.14",
+    # Tested from 2.11 (CUDA) to 2.14; no newer one is known to break. constraints.txt has the versions of the tests.
+    "torch>=2.11",
     # The transformer subclasses WanTransformer3DModel and the loader WanLoraLoaderMixin as they are since 0.42.
     "diffusers>=0.42",
     # Major version 5 changed the tokenizers; tested with 5.17 and 5.23.
@@ -31,6 +30,7 @@ INSTALL_REQUIRES = [
     # imageio-ffmpeg ships ffmpeg; without it export_to_video falls back to OpenCV.
     "imageio>=2.34",
     "imageio-ffmpeg>=0.5",
+    "matplotlib>=3.9",
     # Rewards on a server or behind a judge's endpoint; diffusers has it too.
     "requests>=2.32",
     # Wan's prompt cleaning, and UMT5 folders that hold a SentencePiece model alone.
@@ -40,9 +40,9 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     # Reward models built on CLIP. Never required: a torchvision fits one torch only, and one that does not fit breaks
-    # transformers, peft and diffusers on import. 0.26 belongs to torch 2.11 and 0.28 to 2.13: these bounds keep torch
-    # in its range. Where torch comes from an index of its own (CPU builds), torchvision has to as well.
-    "rewards": ["open_clip_torch>=3", "torchvision>=0.26,<0.29"],
+    # transformers, peft and diffusers on import. 0.26 belongs to torch 2.11. Where torch comes from an index of its
+    # own (CPU builds), torchvision has to as well.
+    "rewards": ["open_clip_torch>=3", "torchvision>=0.26"],
     # Only its weights are read. Its libsvm is compiled on installation; `pip install --no-deps brisque` is enough.
     "brisque": ["brisque>=0.2"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
@@ -50,8 +50,9 @@ EXTRAS_REQUIRE = {
     # then this extra with pip's --no-build-isolation.
     "flash": ["flash-attn>=2.6.3"],
     "wandb": ["wandb>=0.31"],
+    "docs": ["mkdocs-material>=9.5"],
     # A minor version of ruff may change its rules.
-    "test": ["pytest>=8", "ruff>=0.17,<0.18", "wandb>=0.31", "markdown-it-py>=3"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "wandb>=0.31", "markdown-it-py>=3"],
 }
 EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"]
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
@@ -66,11 +67,12 @@ setup(
     license_files=["LICENSE"],
     keywords=["diffusion", "video generation", "autoregressive", "reinforcement learning", "lora", "diffusers"],
     packages=find_packages(include=["astrolabe_diffusers", "astrolabe_diffusers.*"]),
-    package_data={"astrolabe_diffusers": ["assets/**", "reporting/*.md"]},
-    # diffusers 0.42 itself needs 3.11.
-    python_requires=">=3.10",
+    package_data={"astrolabe_diffusers": ["assets/**", "recipes/**/*.yaml", "reporting/*.md"]},
+    # diffusers 0.42 needs it.
+    python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["astrolabe = astrolabe_diffusers.cli.main:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-from .models.kv_cache import CausalWanKVCache
-from .models.transformer_causal_wan import CausalWanTransformer3DModel
-from .models.vae_streaming import StreamingVAEDecoder
-from .pipelines.pipeline_causal_wan import CausalWanPipeline
-from .pipelines.pipeline_output import CausalWanPipelineOutput
-from .pipelines.stream import CausalWanStream
-from .registration import register_with_diffusers
+from .lazy import lazy_names
+from .registration import announce_to_diffusers
 
 
 __version__ = "0.1.0"
@@ -16,15 +11,23 @@ __version__ = "0.1.0"
 # Folder of the embedded pipeline: a small, really trained model in the format of any other.
 TINY_SHAPES = str(Path(__file__).parent / "assets" / "tiny_shapes")
 
-for _cls in (CausalWanTransformer3DModel, CausalWanPipeline):
-    register_with_diffusers(_cls)
+__getattr__, __dir__, _names = lazy_names(
+    __name__,
+    {
+        ".models.kv_cache": ["CausalWanKVCache"],
+        ".models.transformer_causal_wan": ["CausalWanTransformer3DModel"],
+        ".models.vae_streaming": ["StreamingVAEDecoder"],
+        ".pipelines.pipeline_causal_wan": ["CausalWanPipeline"],
+        ".pipelines.pipeline_output": ["CausalWanPipelineOutput"],
+        ".pipelines.stream": ["CausalWanStream"],
+        ".training": ["NFTConfig", "NFTTrainer", "OnlineConfig", "OnlineTrainer", "TrainerCallback"],
+    },
+)
+__all__ = ["TINY_SHAPES", *_names]
 
-__all__ = [
-    "TINY_SHAPES",
-    "CausalWanKVCache",
-    "CausalWanPipeline",
-    "CausalWanPipelineOutput",
-    "CausalWanStream",
-    "CausalWanTransformer3DModel",
-    "StreamingVAEDecoder",
-]
+announce_to_diffusers(
+    {
+        "CausalWanPipeline": f"{__name__}.pipelines.pipeline_causal_wan",
+        "CausalWanTransformer3DModel": f"{__name__}.models.transformer_causal_wan",
+    }
+)

@@ -14,6 +14,7 @@ import yaml
 
 from .errors import UserError, as_user_error, one_line
 from .shareable import find_secret
+from .spelling import close_matches
 
 
 def option(
@@ -25,10 +26,13 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    many: bool = False,
 ):
-    """A field of a [`Config`] with its help; `above` and `below` are bounds that it may not reach."""
+    """A field of a [`Config`] with its help; `above` and `below` are bounds that it may not reach. The flag of one of
+    `many` parts, as that of a list, may be given several times."""
     bounds = {"at least": minimum, "at most": maximum, "more than": above, "less than": below}
-    metadata = {"help": help, "choices": choices, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    metadata = {"help": help, "choices": choices, "bounds": bounds, "many": many}
     if isinstance(default, (dict, list)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -80,7 +84,8 @@ class Config:
                 continue
             choices, bounds = f.metadata["choices"], f.metadata["bounds"]
             if choices is not None and value not in choices:
-                raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
+                near = close_matches(str(value), choices)
+                raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}{near}.")
             if not all(_WITHIN[words](value, bound) for words, bound in bounds.items()):
                 listed = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
                 raise UserError(f"{f.name} must be {listed}, not {value}.")
@@ -145,9 +150,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             items = [str(v).strip().strip("'\"") for v in value]
             kind = get_args(hint)[0]
             return [_finite(item) if kind is float else kind(item) for item in items]
-        if isinstance(value, str):
-            value = _parse_weights(name, value)
-        return {str(key): _finite(weight) for key, weight in value.items()}
+        weights = _parse_weights(name, value) if isinstance(value, str) else value
+        return {str(key): _finite(weight) for key, weight in weights.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated, each weight a finite number")
         raise UserError(f"{name} must be {expected}, not {value!r}.") from error
@@ -202,6 +206,15 @@ def _each_once(name: str, pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]
 def _parse_weights(name: str, text: str) -> dict[str, Any]:
     if text.strip().startswith("{"):
         return read_yaml(f"{name} is no valid YAML", text)
-    parts = [part.partition("=") for part in text.split(",") if part.strip()]
-    pairs = [(key.strip(), weight.strip() if equals else 1.0) for key, equals, weight in parts]
+    parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
+    pairs = [(key.strip(), weight) if equals else (weight.strip(), 1.0) for key, equals, weight in parts]
     return dict(_each_once(name, pairs))
+
+
+def name_and_weight(text: str) -> tuple[str, float]:
+    """What `"name=weight"` says; without a finite number behind its last `=` all of it is a name, of the weight 1."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return (name, _finite(weight)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0

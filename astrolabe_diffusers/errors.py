@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 
@@ -66,8 +65,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 # What code that checks its arguments raises.
 CHECKED = (ValueError, KeyError, OSError, ImportError, SafetensorError)
-# Loading files of the user's: a value in a config that no code expects fails wherever it is used first.
-LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
 
 @contextmanager

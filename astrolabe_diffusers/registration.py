@@ -1,6 +1,15 @@
 """Classes that diffusers is to find by the names in a folder."""
 
-import diffusers
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+
+
+# Modules of classes that diffusers gets when it is asked for them, by name.
+_ANNOUNCED: dict[str, str] = {}
 
 
 def register_with_diffusers(cls: type):
@@ -9,9 +18,59 @@ def register_with_diffusers(cls: type):
     Raises:
         ImportError: there is a class of another module by that name.
     """
-    existing = getattr(diffusers, cls.__name__, cls)
-    if existing.__module__ != cls.__module__:
-        raise ImportError(
-            f"{cls.__name__} is {existing.__module__}'s name already, which {cls.__module__} cannot have."
-        )
+    import diffusers
+
+    _check_is_free(diffusers, cls.__name__, cls.__module__)
     setattr(diffusers, cls.__name__, cls)
+
+
+def announce_to_diffusers(modules: dict[str, str]):
+    """Registers classes, names and modules, without importing anything: neither them, before diffusers is asked for
+    one, nor diffusers, which takes seconds; if it is not there yet, they are registered when it is imported."""
+    _ANNOUNCED.update(modules)
+    if "diffusers" in sys.modules:
+        _extend(sys.modules["diffusers"])
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _check_is_free(diffusers: ModuleType, name: str, module: str):
+    existing = getattr(diffusers, name, None)
+    if existing is not None and existing.__module__ != module:
+        raise ImportError(f"{name} is {existing.__module__}'s name already, which {module} cannot have.")
+
+
+class _Extended(ModuleType):
+    """A module that has the announced classes too."""
+
+    def __getattr__(self, name: str):
+        if name in _ANNOUNCED:
+            return getattr(importlib.import_module(_ANNOUNCED[name]), name)
+        return super().__getattr__(name)
+
+
+def _extend(diffusers: ModuleType):
+    for name, module in _ANNOUNCED.items():
+        _check_is_free(diffusers, name, module)
+    if not isinstance(diffusers, _Extended):
+        # diffusers' own class of module imports its names when they are asked for, as this one does then.
+        diffusers.__class__ = type("Extended", (_Extended, type(diffusers)), {})
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds diffusers where the other finders do, and extends it once it has been executed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "diffusers":
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType):
+                execute(module)
+                _extend(sys.modules[name])  # it puts another object there
+
+            spec.loader.exec_module = exec_module
+        return spec

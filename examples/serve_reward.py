@@ -1,87 +1,15 @@
 """Serves rewards over HTTP for training runs on other machines, or for several processes of one.
 
-    python examples/serve_reward.py --reward sharpness,dynamic_degree --port 8000
+    python examples/serve_reward.py --rewards sharpness,dynamic_degree --port 8000
 
 A run then has `--rewards sharpness=1 --reward_placement sharpness=http://127.0.0.1:8000`. Without `--host` nothing but
 this machine reaches it; otherwise set ASTROLABE_REWARD_TOKEN here and for the run. The traffic is not encrypted.
 `--help` lists the options.
 """
 
-from __future__ import annotations
-
-import os
-import signal
 import sys
-from dataclasses import dataclass
-from typing import Any
 
-from astrolabe_diffusers.cli.arguments import ArgumentParser
-from astrolabe_diffusers.cli.options import parse_fields
-from astrolabe_diffusers.config import Config, option
-from astrolabe_diffusers.errors import Interrupted, as_user_error
-from astrolabe_diffusers.rewards.placement.local import LocalRewards
-from astrolabe_diffusers.training import UserError, exit_code
-
-
-@dataclass
-class ServerConfig(Config):
-    """Settings of a server. Checked when the object is made."""
-
-    removed = {"cache_size": "scores are computed anew"}
-
-    reward: list[str] = option([], "names of the rewards, comma-separated")
-    reward_options: dict[str, dict[str, Any]] = option({}, "their arguments: name.argument=value,name.argument=value")
-    device: str | None = option(None, "where their weights are, such as cuda:1; where each puts them if not given")
-    host: str = option("127.0.0.1", "address to listen at; others than this machine's own need a token")
-    port: int = option(8000, "port to listen at", minimum=1)
-    max_request_mb: int = option(1024, "larger requests are refused", minimum=1)
-    max_batch: int = option(16, "videos of several clients that are scored together at most", minimum=1)
-    max_waiting: int = option(64, "requests that may wait; a client asks again later", minimum=1)
-    max_waiting_mb: int = option(4096, "... and the memory for them all, twice their size", minimum=1)
-    max_connections: int = option(256, "connections at a time; further ones are closed", minimum=1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_waiting_mb < 2 * self.max_request_mb:
-            raise UserError(
-                f"max_waiting_mb={self.max_waiting_mb} is less than one request may take, twice max_request_mb="
-                f"{self.max_request_mb}."
-            )
-
-
-def run(argv: list[str] | None):
-    parser = ArgumentParser(description="Serves rewards over HTTP.")
-    config = ServerConfig(**parse_fields(parser, ServerConfig, argv))
-    if not config.reward:
-        raise UserError("reward is empty: name at least one to serve.")
-    with as_user_error("server"):
-        from astrolabe_diffusers.rewards.http_client import check_key
-        from astrolabe_diffusers.rewards.placement.bounded_protocol import ConnectionLimits
-        from astrolabe_diffusers.rewards.placement.remote import TOKEN_VARIABLE
-        from astrolabe_diffusers.rewards.placement.server import bind, check_binding, create_app, make_server
-
-        token = os.environ.get(TOKEN_VARIABLE)
-        if token:
-            check_key(token, TOKEN_VARIABLE)
-        # Before the rewards, which may take minutes to load.
-        listener = bind(config.host, config.port)
-        check_binding(config.host, token)
-    with as_user_error("reward"):
-        rewards = LocalRewards(config.reward, config.reward_options, config.device)
-    limits = ConnectionLimits(config.max_connections)
-    sizes = (config.max_request_mb * 2**20, config.max_batch, config.max_waiting, config.max_waiting_mb * 2**20)
-    with as_user_error("server"):
-        server = make_server(create_app(rewards, token, *sizes, limits), limits)
-        listener.listen()
-    print(f"{', '.join(config.reward)} at http://{config.host}:{config.port}", flush=True)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:  # by then it has answered whom it could
-        raise Interrupted(signal.SIGINT) from None
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))
+from astrolabe_diffusers.cli.serve import main
 
 
 if __name__ == "__main__":

@@ -1,21 +1,13 @@
-"""Trains a LoRA of a causal video pipeline with NFT.
+"""Trains a LoRA of a causal video pipeline: `astrolabe train` for `accelerate launch`.
 
     accelerate launch examples/train_nft.py --config tiny_shapes [--any_field value]
 
-`--help` lists the fields, `configs/` holds the named configurations.
+`--help` lists the fields and the names of configurations.
 """
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 
-from astrolabe_diffusers.cli.train import parse_args
-from astrolabe_diffusers.training import NFTTrainer, exit_code
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: NFTTrainer(config=parse_args(argv, config_dir=Path(__file__).parent / "configs")).train())
+from astrolabe_diffusers.cli.train import main
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What `import astrolabe_diffusers` does to the process."""
 
 import importlib
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -8,15 +10,44 @@ import pytest
 import astrolabe_diffusers
 
 
+def python(code: str) -> str:
+    """What a new Python prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def test_registers_with_diffusers():
     assert diffusers.CausalWanPipeline is astrolabe_diffusers.CausalWanPipeline
     assert diffusers.CausalWanTransformer3DModel is astrolabe_diffusers.CausalWanTransformer3DModel
 
 
+# In the order of README, and where a library imports diffusers first.
+@pytest.mark.parametrize("modules", [["astrolabe_diffusers", "diffusers"], ["diffusers", "astrolabe_diffusers"]])
+def test_diffusers_finds_our_classes(modules):
+    # As transformers and peft look whether there is a diffusers.
+    code = f"import {modules[0]}, pickle, importlib.util\nimportlib.util.find_spec('diffusers')\nimport {modules[1]}\n"
+    code += "pipe = diffusers.DiffusionPipeline.from_pretrained(astrolabe_diffusers.TINY_SHAPES)\n"
+    code += "pipe = pickle.loads(pickle.dumps(type(pipe)))\n"
+    code += "print(pipe is astrolabe_diffusers.CausalWanPipeline, pipe is diffusers.CausalWanPipeline)"
+    assert python(code) == "True True\n"
+
+
+def test_importing_loads_nothing_large():
+    code = "import sys, astrolabe_diffusers, astrolabe_diffusers.training, astrolabe_diffusers.rewards\n"
+    code += "print(*{'torch', 'numpy', 'diffusers', 'transformers', 'accelerate'} & sys.modules.keys())\n"
+    code += "print(astrolabe_diffusers.NFTConfig().rank, 'torch' in sys.modules)"
+    assert python(code) == "\n256 False\n"
+
+
 def test_exports():
     for name in astrolabe_diffusers.__all__:
         assert getattr(astrolabe_diffusers, name) is not None
+        assert name in dir(astrolabe_diffusers)
     assert isinstance(astrolabe_diffusers.TINY_SHAPES, str)
+    for module in ("rewards", "training"):
+        package = importlib.import_module(f"astrolabe_diffusers.{module}")
+        assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="'astrolabe_diffusers' has no attribute 'Nothing'"):
+        astrolabe_diffusers.Nothing
 
 
 def test_refuses_to_replace_a_class_of_diffusers(monkeypatch):

@@ -1,15 +1,23 @@
-"""The command line of an evaluation."""
+"""`astrolabe evaluate`."""
 
 from __future__ import annotations
 
-from ..evaluation.loras import LoraEvaluationConfig
+from ..errors import exit_code
+from ..evaluation.config import LoraEvaluationConfig
 from .arguments import ArgumentParser
 from .options import parse_fields
 
 
-def parse_evaluation_args(argv: list[str] | None = None) -> LoraEvaluationConfig:
-    """Settings from `--any_field value`; `argv` are the arguments, those of the process if `None`."""
+def run(argv: list[str] | None):
     parser = ArgumentParser(
-        description="Scores the videos of a causal video model with and without LoRAs, from the same seeds."
+        prog="astrolabe evaluate",
+        description="Scores the videos of a causal video model with and without LoRAs, from the same seeds.",
     )
-    return LoraEvaluationConfig(**parse_fields(parser, LoraEvaluationConfig, argv))
+    config = LoraEvaluationConfig(**parse_fields(parser, LoraEvaluationConfig, argv))
+    from ..evaluation.loras import evaluate_loras
+
+    evaluate_loras(config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(argv))

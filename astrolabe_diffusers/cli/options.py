@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from ..config import Config
 from ..errors import UserError
@@ -14,22 +14,18 @@ from .arguments import ArgumentParser
 def parse_fields(parser: ArgumentParser, config_class: type[Config], argv: list[str] | None) -> dict[str, Any]:
     """What the command line says, with `--field value` for every field of `config_class` beside the parser's own.
 
-    A list is comma-separated, or its flag is given several times.
+    The parts of a list are separated by commas or blanks, or its flag is given several times.
     """
     hints = get_type_hints(config_class)
-    kinds = {
-        bool: {"nargs": "?", "const": "true"},
-        list[str]: {"action": "append"},
-        list[int]: {"action": "append"},
-        list[float]: {"action": "append"},
-    }
     for f in fields(config_class):
         # As declared: what a made object has may follow from other fields.
         default = f.default if f.default_factory is MISSING else f.default_factory()
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        shown = "" if default is None else f" [{default}]"
+        shown = "" if default in (None, [], {}) else f" [{default}]"
         text = f"{f.metadata['help']}{choices}{shown}".replace("%", "%%")
-        kind = kinds.get(hints[f.name], {})
+        kind = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
+        if f.metadata["many"] or get_origin(hints[f.name]) is list:
+            kind = {"action": "extend", "nargs": "+"}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
         for alias in (old for old, new in config_class.aliases.items() if new == f.name):
             silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}

@@ -1,101 +1,139 @@
-"""The command line of a training run."""
+"""`astrolabe train`."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import coerce, read_yaml
-from ..errors import UserError, as_user_error
+from ..config import Config, coerce, read_yaml
+from ..errors import UserError, as_user_error, exit_code
 from ..files.text import read_text
 from ..spelling import close_matches
-from ..training.nft.config import NFTConfig
-from ..training.published_runs import SIZES, find_published_run, list_published_runs
+from ..training.algorithms import get_algorithm, get_config_class
+from ..training.published_runs import RECIPES, SIZES, PublishedRun, find_published_run, list_published_runs
 from .arguments import ArgumentParser
 from .options import parse_fields
 
 
-def parse_args(argv: list[str] | None = None, config_dir: str | Path | None = None) -> NFTConfig:
-    """Settings from `--config NAME_OR_YAML` and `--any_field value`; the command line goes before the file.
+DEFAULT_ALGORITHM = "nft"
+
+
+def run(argv: list[str] | None):
+    parser = ArgumentParser(
+        prog="astrolabe train",
+        description="Trains a LoRA of a causal video model by online reinforcement learning.",
+    )
+    algorithm, settings, arguments = parse_settings(parser, argv)
+    config = get_config_class(algorithm)(**settings | arguments)
+    get_algorithm(algorithm)(config=config).train()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(argv))
+
+
+def parse_args(argv: list[str] | None = None, recipes: Path = RECIPES) -> Config:
+    """The settings, of the algorithm's class, that `--config NAME_OR_YAML` and `--any_field value` say.
 
     Args:
         argv: the arguments; those of the process if `None`.
-        config_dir: folder in which `--config NAME` finds `NAME.yaml`.
+        recipes: folder in which `--config NAME` finds `NAME.yaml`.
     """
-    parser = ArgumentParser(
-        description="Trains a LoRA of a causal video model with NFT (online reinforcement learning)."
-    )
-    arguments = parse_settings(parser, argv, config_dir)
-    return NFTConfig(**{**arguments.pop("config"), **arguments})
+    algorithm, settings, arguments = parse_settings(ArgumentParser(), argv, recipes)
+    return get_config_class(algorithm)(**settings | arguments)
 
 
-def parse_settings(parser: ArgumentParser, argv: list[str] | None, config_dir: str | Path | None) -> dict[str, Any]:
-    """What the command line says for [`NFTConfig`] and the parser's own arguments; `config` holds the settings that
-    `--config` stands for, with sizes for this number of processes."""
-    names = ", ".join(_config_names(config_dir))
+def parse_settings(
+    parser: ArgumentParser, argv: list[str] | None, recipes: Path = RECIPES
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The algorithm's name; the settings that `--config` stands for, with sizes for this number of processes; and what
+    the command line says, which goes before them, for the algorithm's settings and the parser's own arguments."""
+    # Whose fields become flags is said by two of the flags.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="?")
+    first.add_argument("--algorithm", nargs="?")
+    given, _ = first.parse_known_args(argv)
+    if given.config == "list":
+        if _is_main():
+            print(list_published_runs())
+        raise SystemExit(0)
+    run = given.config and find_published_run(given.config)
+    settings = run.settings if run else _read_recipe(given.config, recipes)
+    algorithm = given.algorithm or settings.get("algorithm", DEFAULT_ALGORITHM)
+    config_class = get_config_class(algorithm)
+
+    names = ", ".join(_recipe_names(recipes))
     help = f"a YAML file, {names}, the name of a published run, or `list`, which prints these names"
-    parser.add_argument("--config", help=help)
+    parser.add_argument("--config", metavar="", help=help)
+    help = f"nft, awm, or package.module:Class of your own; its settings are the fields below [{DEFAULT_ALGORITHM}]"
+    parser.add_argument("--algorithm", metavar="", help=help)
     help = "of a published run not what was released, but what we would change of it (docs/published_runs.md)"
     parser.add_argument("--recommended", nargs="?", const="true", default="false", metavar="", help=help)
-    arguments = parse_fields(parser, NFTConfig, argv)
+    arguments = parse_fields(parser, config_class, argv)
     recommended = coerce("recommended", arguments.pop("recommended"), bool)
-    return arguments | {"config": _named_settings(arguments["config"], recommended, arguments, config_dir)}
-
-
-def _named_settings(
-    config: str | None, recommended: bool, arguments: dict[str, Any], config_dir: str | Path | None
-) -> dict[str, Any]:
-    published = Path(config_dir or "") / "published"
-    is_main = os.environ.get("RANK", "0") == "0"
-    if config == "list":
-        if is_main:
-            print(list_published_runs(published))
-        raise SystemExit(0)
-    run = config and find_published_run(config, published)
+    del arguments["config"], arguments["algorithm"]
     if run:
-        given = {name: arguments[name] for name in SIZES if name in arguments}
-        checked = NFTConfig(**given)  # numbers, and none of them zero
-        given = {name: getattr(checked, name) for name in given}
-        with as_user_error("the environment variable WORLD_SIZE"):
-            num_processes = int(os.environ.get("WORLD_SIZE", 1))
-        values, sizes = run.settings_for(num_processes, given)
-        changed, kind = run.choose(recommended, [name for name in arguments if name not in SIZES])
-        if is_main:
-            print(f"{sizes}\n{kind}")
-        return values | changed
-    if recommended:
+        settings = _for_processes(run, config_class, recommended, arguments)
+    elif recommended:
         raise UserError("--recommended goes with the name of a published run; --config list prints them.")
-    return _read_config(config, config_dir, [f.name for f in fields(NFTConfig)])
+    return algorithm, _check_names(settings, config_class, given.config), arguments
 
 
-def _config_names(config_dir: str | Path | None) -> list[str]:
-    return sorted(path.stem for path in Path(config_dir).glob("*.yaml")) if config_dir else []
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _read_config(config: str | None, config_dir: str | Path | None, names: list[str]) -> dict[str, Any]:
+def _for_processes(
+    run: PublishedRun, config_class: type[Config], recommended: bool, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    given = {name: arguments[name] for name in SIZES if name in arguments}
+    checked = config_class(**given)  # numbers, and none of them zero
+    given = {name: getattr(checked, name) for name in given}
+    with as_user_error("the environment variable WORLD_SIZE"):
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    values, sizes = run.settings_for(num_processes, given)
+    changed, kind = run.choose(recommended, [name for name in arguments if name not in SIZES])
+    if _is_main():
+        print(f"{sizes}\n{kind}")
+    return values | changed
+
+
+def _recipe_names(recipes: Path) -> list[str]:
+    return sorted(path.stem for path in recipes.glob("*.yaml"))
+
+
+def _read_recipe(config: str | None, recipes: Path) -> dict[str, Any]:
     if config is None:
         return {}
     path = Path(config)
-    if path.suffix not in (".yaml", ".yml") and config_dir:
-        path = Path(config_dir) / f"{config}.yaml"
+    if path.suffix not in (".yaml", ".yml"):
+        path = recipes / f"{config}.yaml"
     if not path.is_file():
-        known = ", ".join(_config_names(config_dir)) or "none"
+        known = ", ".join(_recipe_names(recipes))
         raise UserError(f"--config {config}: no such file and no such name; the names are: {known}.")
     with as_user_error("--config"):
         text = read_text(path)
     values = read_yaml(f"{path} is no valid YAML", text) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `field: value` lines.")
-    for old, new in NFTConfig.aliases.items():
+    return values
+
+
+def _check_names(values: dict[str, Any], config_class: type[Config], config: str | None) -> dict[str, Any]:
+    """The settings by the present names of fields, of which each is one."""
+    values = {name: value for name, value in values.items() if name != "algorithm"}
+    for old, new in config_class.aliases.items():
         if old in values:
             if new in values:
-                raise UserError(f"{path}: {old} is an older name of {new}, and both are given.")
+                raise UserError(f"--config {config}: {old} is an older name of {new}, and both are given.")
             values[new] = values.pop(old)
+    names = [f.name for f in fields(config_class)]
     unknown = [name for name in values if name not in names]
     if unknown:
-        removed = {name: f" ({advice})" for name, advice in NFTConfig.removed.items()}
+        removed = {name: f" ({advice})" for name, advice in config_class.removed.items()}
         known = "; ".join(f"{name}{removed.get(name) or close_matches(str(name), names)}" for name in unknown)
-        raise UserError(f"{path}: unknown field{'s' if len(unknown) > 1 else ''} {known}.")
+        raise UserError(f"--config {config}: unknown field{'s' if len(unknown) > 1 else ''} {known}.")
     return values

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from ..errors import UserError, as_user_error
 
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PRECISIONS = ("no", "bf16")
 

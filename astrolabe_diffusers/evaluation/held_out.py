@@ -1,9 +1,10 @@
-"""The current policy on held-out prompts, always with the same seeds."""
+"""The active policy on held-out prompts, always with the same seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,45 +20,86 @@ from ..rollout.sampling import Rollout, Sampler
 from ..rollout.scoring import decode_videos, gather_scores
 
 
-def evaluate(
-    rollout: Rollout,
-    samples: Sequence[Sample],
-    size: dict[str, int],
-    batch_size: int,
-    step: int | None,
-    process_index: int,
-    num_processes: int,
-    video_dir: Path | None = None,
-    num_videos: int = 0,
-    on_batch: Callable[[int, int], object] = lambda done, total: None,
-) -> tuple[Evaluation, dict[int, torch.Tensor]]:
-    """Generate and score the held-out videos with the active policy, split over the processes.
+@dataclass
+class HeldOut:
+    """Held-out videos and how they are made.
 
     Args:
-        samples: all held-out videos.
-        video_dir: folder for the first `num_videos` of them as MP4.
-        on_batch: called after each batch that is sampled, with their number so far and in all, in this process.
-
-    Returns:
-        The evaluation, in every process, and by index those first videos `(F, 3, H, W)` in [0, 1] that were made here.
+        rollout: makes and scores them.
+        samples: all of them.
+        size: their `height`, `width` and `num_frames`.
+        batch_size: videos in a batch on each process.
+        num_videos: the first of them are kept, to be looked at.
+        process_index, num_processes: the batches are split over the processes.
     """
-    batches = process_batches(samples, batch_size, process_index, num_processes)
-    if is_sharded():
-        # Every process takes part in every forward pass: one with a batch less makes a video once more.
-        number = -(-len(samples) // (batch_size * num_processes))
-        batches += [samples[:1]] * (number - len(batches))
-    keep = {sample.key: i for i, sample in enumerate(samples[:num_videos])}
-    generated = []
-    with raise_together():
-        for batch in rollout.generate(batches, size, watched=True, keep=keep):
-            generated.append(batch)
-            on_batch(len(generated), len(batches))
-    scores, _ = gather_scores(generated, samples)
-    kept = {keep[key]: video for batch in generated for key, video in batch.scores.result().videos.items()}
-    with raise_together():
-        for index, video in kept.items():
-            save_video(video, video_dir / f"{index:03d}.mp4", rollout.pipeline.config.frame_rate)
-    return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
+
+    rollout: Rollout
+    samples: Sequence[Sample]
+    size: dict[str, int]
+    batch_size: int
+    num_videos: int = 0
+    process_index: int = 0
+    num_processes: int = 1
+
+    @property
+    def shown(self) -> Sequence[Sample]:
+        """Those whose videos are kept."""
+        return self.samples[: self.num_videos]
+
+    def batches(self) -> list[Sequence[Sample]]:
+        """This process's part."""
+        batches = process_batches(self.samples, self.batch_size, self.process_index, self.num_processes)
+        if is_sharded():
+            # Every process takes part in every forward pass: one with a batch less makes a video once more.
+            number = -(-len(self.samples) // (self.batch_size * self.num_processes))
+            batches += [self.samples[:1]] * (number - len(batches))
+        return batches
+
+    def evaluate(
+        self,
+        step: int | None = None,
+        video_dir: Path | None = None,
+        on_batch: Callable[[int, int], object] = lambda done, total: None,
+    ) -> tuple[Evaluation, dict[int, torch.Tensor]]:
+        """Generate and score them with the active policy; every process calls it.
+
+        Args:
+            step: of the run, for the evaluation.
+            video_dir: folder for the kept ones as MP4.
+            on_batch: called after each batch that is sampled, with their number so far and in all, in this process.
+
+        Returns:
+            The evaluation, in every process, and by index those kept videos `(F, 3, H, W)` in [0, 1] that were made
+            here.
+        """
+        batches = self.batches()
+        keep = {sample.key: i for i, sample in enumerate(self.shown)}
+        generated = []
+        with raise_together():
+            for batch in self.rollout.generate(batches, self.size, watched=True, keep=keep):
+                generated.append(batch)
+                on_batch(len(generated), len(batches))
+        scores, _ = gather_scores(generated, self.samples)
+        kept = {keep[key]: video for batch in generated for key, video in batch.scores.result().videos.items()}
+        with raise_together():
+            for index, video in kept.items():
+                save_video(video, video_dir / f"{index:03d}.mp4", self.rollout.pipeline.config.frame_rate)
+        return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
+
+    def generate_columns(self, policies: dict[str, AbstractContextManager]) -> dict[str, list[torch.Tensor]]:
+        """The kept videos `(F, 3, H, W)` in [0, 1] under several policies, by their headings.
+
+        Args:
+            policies: by its heading, the context in which the pipeline has a policy.
+        """
+        columns, sampler = {}, Sampler(self.rollout.pipeline, self.size)
+        for name, policy in policies.items():
+            with policy:
+                columns[name] = []
+                for batch in process_batches(self.shown, self.batch_size, process_index=0, num_processes=1):
+                    latents, _ = sampler(self.rollout.encoder(sample.prompt.text for sample in batch), batch)
+                    columns[name] += decode_videos(self.rollout.pipeline.vae, latents).cpu()
+        return columns
 
 
 def gather_videos(videos: dict[int, torch.Tensor], is_main_process: bool) -> list[torch.Tensor]:
@@ -67,25 +109,3 @@ def gather_videos(videos: dict[int, torch.Tensor], is_main_process: bool) -> lis
         return []
     everything = {index: video for part in gathered for index, video in part.items()}
     return [everything[index] / 255 for index in sorted(everything)]
-
-
-def generate_columns(
-    rollout: Rollout,
-    policies: dict[str, AbstractContextManager],
-    samples: Sequence[Sample],
-    size: dict[str, int],
-    batch_size: int,
-) -> dict[str, list[torch.Tensor]]:
-    """The videos `(F, 3, H, W)` in [0, 1] of `samples` under several policies, by their headings.
-
-    Args:
-        policies: by its heading, the context in which the pipeline has a policy.
-    """
-    columns, sampler = {}, Sampler(rollout.pipeline, size)
-    for name, policy in policies.items():
-        with policy:
-            columns[name] = []
-            for batch in process_batches(samples, batch_size, process_index=0, num_processes=1):
-                latents, _ = sampler(rollout.encoder(sample.prompt.text for sample in batch), batch)
-                columns[name] += decode_videos(rollout.pipeline.vae, latents).cpu()
-    return columns

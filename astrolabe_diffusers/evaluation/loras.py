@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,85 +11,26 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from .. import TINY_SHAPES
-from ..config import option
-from ..distributed.accelerator import PRECISIONS, accelerate_settings, check_precision
+from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.agreement import Resources, raise_together
-from ..errors import UserError, as_user_error
 from ..files.output_folder import RunFolder
-from ..files.writing import replacing
+from ..generation.loading import load_loras
 from ..pipelines.loading import frame_rate, load_frozen_pipeline, video_size
-from ..reporting.charts import draw_means
-from ..reporting.comparison import Evaluation, comparison_rows
+from ..reporting.comparison import Evaluation
 from ..reporting.machine import versions
-from ..reporting.tables import change_text, markdown_table
 from ..reporting.videos import write_columns
-from ..rewards import RewardSet
-from ..rewards.config import RewardConfig
 from ..rollout.prompts import PromptSource, prompt_path, spread
-from ..rollout.samples import eval_samples, process_batches
+from ..rollout.samples import eval_samples
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
-from .held_out import evaluate, generate_columns
-
-
-BASE = "base"
-
-
-@dataclass
-class LoraEvaluationConfig(RewardConfig):
-    """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made.
-
-    Attributes:
-        columns: the LoRA of each column by its name; the first is the base, without any.
-    """
-
-    model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
-    lora: list[str] = option([], "a LoRA, folder or Hub id, or NAME=LoRA; give it again for further columns")
-    prompts: str | None = option(
-        None,
-        "a .txt or .jsonl file, a folder with test.txt (or .jsonl, or _metadata.jsonl), or a dataset, id or folder; "
-        "the model's own folder prompts/ if not given",
-    )
-    prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
-    prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
-    eval_split: str = option("test", "split of a folder or a dataset")
-    rewards: list[str] = option(
-        ["tiny_shapes_prompt_match", "motion_smoothness", "sharpness", "flicker"], "rewards, comma-separated"
-    )
-    num_prompts: int = option(62, "how many of the prompts, spread evenly over the file", minimum=1)
-    seeds: int = option(4, "videos for each prompt; the same seeds in every column, evaluation and run", minimum=1)
-    height: int | None = option(None, "height of the videos in pixels; the pipeline's own if not given", minimum=1)
-    width: int | None = option(None, "width of the videos in pixels; the pipeline's own if not given", minimum=1)
-    num_frames: int | None = option(None, "frames of a video; the pipeline's own if not given", minimum=1)
-    batch_size: int = option(8, "videos in a batch on each device", minimum=1)
-    num_videos: int = option(8, "videos that are kept of each column and shown side by side", minimum=0)
-    mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
-    output_dir: str = option("eval", "everything the evaluation writes; an earlier evaluation there is written over")
-    overwrite: bool = option(False, "write over files in output_dir that no evaluation has made")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.rewards:
-            raise UserError("rewards is empty: name at least one.")
-        self.columns: dict[str, str | None] = {BASE: None}
-        for lora in self.lora:
-            name, equals, path = lora.partition("=")
-            if not equals:
-                name, path = Path(lora).resolve().name, lora
-            if not re.fullmatch(r"\w[\w. +-]*", name):
-                raise UserError(
-                    f"lora: {name!r} cannot name a column and its folder; choose a name of letters, digits, '.', '_', "
-                    f"'+' or '-', as in NAME={path}."
-                )
-            if name in self.columns:
-                raise UserError(f"lora: a column {name!r} is there already; give another name, as in NAME={path}.")
-            self.columns[name] = path
+from .config import BASE, LoraEvaluationConfig
+from .held_out import HeldOut
+from .results import column, column_table, is_result, write_results
 
 
 @contextmanager
-def use_lora(pipeline: DiffusionPipeline, lora: str | None) -> Iterator[None]:
+def use_lora(pipeline: DiffusionPipeline, lora: str | None, weight: float = 1.0) -> Iterator[None]:
     """The pipeline with this LoRA alone, or with none; afterwards it is as it was before.
 
     Raises:
@@ -101,9 +39,7 @@ def use_lora(pipeline: DiffusionPipeline, lora: str | None) -> Iterator[None]:
     if lora is None:
         yield
         return
-    problem = f"cannot load {lora}" if Path(lora).exists() else f"no folder {lora}, nor on the Hub"
-    with as_user_error(f"lora: {problem}"):
-        pipeline.load_lora_weights(lora)
+    load_loras(pipeline, {lora: weight})
     try:
         yield
     finally:
@@ -123,8 +59,8 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
 
     Returns:
         In every process, `settings`, `versions`, `videos` (prompt and seed of each), and by name for each of the
-        `columns` its `lora`, its `scores` (by reward or part, one a video), their `mean`, and their `change` from the
-        base: the mean of the paired differences, and `half_width_95`, half its interval.
+        `columns` its `lora` and `weight`, its `scores` (by reward or part, one a video), their `mean`, and their
+        `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval.
 
     Raises:
         UserError: a mistake in the settings, or a reward that cannot score a video.
@@ -132,154 +68,104 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     check_precision(accelerator)
+    is_main = accelerator.is_main_process
     with Resources() as resources:
-        results = _evaluate_loras(config, accelerator, resources)
+        with raise_together():
+            if is_main:
+                opened = open_evaluation_folder(config.output_dir, list(config.columns), config.overwrite)
+                folder = resources.enter_context(opened)
+        held_out = load_held_out(config, accelerator, resources)
+        if is_main:
+            folder.begin()
+            print(introduction(config, held_out, accelerator), flush=True)
+        evaluations = evaluate_columns(config, held_out, is_main)
+        results = {
+            "settings": {**shareable(config), **held_out.size, "mixed_precision": accelerator.mixed_precision},
+            "versions": versions(),
+            "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in held_out.samples],
+            "columns": {
+                name: {"lora": shareable_value(lora), "weight": weight, **column(evaluations[BASE], evaluations[name])}
+                for name, (lora, weight) in config.columns.items()
+            },
+        }
+        if is_main:
+            files = write_results(results, Path(config.output_dir))
+            if held_out.shown:
+                files += write_side_by_side(config, held_out)
+            print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
 
-def _evaluate_loras(config: LoraEvaluationConfig, accelerator: Accelerator, resources: Resources) -> dict[str, Any]:
-    """`resources` are let go of afterwards, whatever happens."""
-    output_dir = Path(config.output_dir)
-    with raise_together():
-        if accelerator.is_main_process:
-            opened = open_evaluation_folder(config.output_dir, list(config.columns), config.overwrite)
-            folder = resources.enter_context(opened)
+def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resources: Resources) -> HeldOut:
+    """The held-out videos of an evaluation, whose LoRAs all fit; `resources` lets go of what they need."""
     source = PromptSource(prompt_path(config.model, config.prompts), config.prompts_data_dir, config.prompt_column)
     prompts = spread(source.read(config.eval_split), config.num_prompts)
-    samples = eval_samples(prompts, config.seeds)
-    with as_user_error("rewards"):
-        rewards = RewardSet(
-            dict.fromkeys(config.rewards, 1.0),
-            config.reward_options,
-            config.reward_placement,
-            config.reward_timeout,
-            frame_rate(config.model),
-            accelerator.process_index,
-        )
-    resources.callback(rewards.close)
+    weights = dict.fromkeys(config.rewards, 1.0)
+    rewards = resources.enter_context(
+        config.make_rewards(weights, frame_rate(config.model), accelerator.process_index)
+    )
     pipeline = load_frozen_pipeline(config.model, accelerator)
     # The trainer's precision: in bf16 it generates under autocast.
     accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
     size = video_size(pipeline, config.height, config.width, config.num_frames)
     for lora in config.columns.values():
-        with use_lora(pipeline, lora):  # one that does not fit is found now, not after the base's videos
+        with use_lora(pipeline, *lora):  # one that does not fit is found now, not after the base's videos
             pass
-    if accelerator.is_main_process:
-        folder.begin()
-        processes = accelerator.num_processes
-        print(
-            f"{config.model}: {len(samples)} videos ({len(prompts)} prompts x {config.seeds} seeds) of "
-            f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
-            f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
-            f"{accelerator.mixed_precision}; output in {output_dir}",
-            flush=True,
-        )
-    rollout = Rollout(pipeline, ScoringThread(pipeline.vae, rewards, timeout=config.reward_timeout))
-    resources.callback(rollout.scoring.close)
-    batches = process_batches(samples, config.batch_size, accelerator.process_index, accelerator.num_processes)
-    progress = tqdm(
-        total=len(config.columns) * len(batches),
-        desc="batches",
-        # None: no bar in a log file.
-        disable=None if accelerator.is_main_process else True,
+    scoring = resources.enter_context(ScoringThread(pipeline.vae, rewards, timeout=config.reward_timeout))
+    return HeldOut(
+        Rollout(pipeline, scoring),
+        eval_samples(prompts, config.seeds),
+        size,
+        config.batch_size,
+        config.num_videos,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
+
+
+def introduction(config: LoraEvaluationConfig, held_out: HeldOut, accelerator: Accelerator) -> str:
+    number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
+    return (
+        f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
+        f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
+        f"{accelerator.mixed_precision}; output in {config.output_dir}"
+    )
+
+
+def evaluate_columns(config: LoraEvaluationConfig, held_out: HeldOut, is_main: bool) -> dict[str, Evaluation]:
+    """The evaluation of each column, by its name; the main process says its means."""
     evaluations = {}
-    for name, lora in config.columns.items():
-        with use_lora(pipeline, lora):
-            evaluation, _ = evaluate(
-                rollout,
-                samples,
-                size,
-                config.batch_size,
-                step=None,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                video_dir=output_dir / "videos" / name,
-                num_videos=config.num_videos,
-                on_batch=lambda done, total: progress.update(),
-            )
-        # Every reward with its parts. The weighted sum, which training maximises, is left out: all weights are one.
-        scores = {
-            score: values
-            for reward in config.rewards
-            for score, values in evaluation.scores.items()
-            if score.split("/")[0] == reward
-        }
-        evaluations[name] = Evaluation(None, scores)
-        if accelerator.is_main_process:
-            tqdm.write(f"{name}: " + ", ".join(f"{r} {evaluations[name].mean(r):.4f}" for r in config.rewards))
-    progress.close()
-
-    results = {
-        "settings": {**shareable(config), **size, "mixed_precision": accelerator.mixed_precision},
-        "versions": versions(),
-        "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in samples],
-        "columns": {
-            name: {"lora": shareable_value(config.columns[name]), **column(evaluations[BASE], evaluation)}
-            for name, evaluation in evaluations.items()
-        },
-    }
-    if accelerator.is_main_process:
-        files = write_results(results, output_dir)
-        if shown := samples[: config.num_videos]:
-            loras = {name: use_lora(pipeline, lora) for name, lora in config.columns.items()}
-            videos = generate_columns(rollout, loras, shown, size, config.batch_size)
-            prompts = [sample.prompt.text for sample in shown]
-            files += write_columns(videos, prompts, output_dir / "side_by_side", pipeline.config.frame_rate)
-        print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
-    return results
+    # None: no bar in a log file.
+    disable = None if is_main else True
+    with tqdm(total=len(config.columns) * len(held_out.batches()), desc="batches", disable=disable) as progress:
+        for name, lora in config.columns.items():
+            with use_lora(held_out.rollout.pipeline, *lora):
+                video_dir = Path(config.output_dir) / "videos" / name
+                evaluation, _ = held_out.evaluate(video_dir=video_dir, on_batch=lambda *_: progress.update())
+            # Every reward with its parts, without the weighted sum that training maximises: all weights are one.
+            scores = {
+                score: values
+                for reward in config.rewards
+                for score, values in evaluation.scores.items()
+                if score.split("/")[0] == reward
+            }
+            evaluations[name] = Evaluation(None, scores)
+            if is_main:
+                means = (f"{reward} {evaluations[name].mean(reward):.4f}" for reward in config.rewards)
+                tqdm.write(f"{name}: {', '.join(means)}")
+    return evaluations
 
 
-def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
-    return {
-        "scores": evaluation.scores,
-        "mean": {score: evaluation.mean(score) for score in evaluation.scores},
-        "change": {
-            score: {"change": change, "half_width_95": half}
-            for score, _, _, change, half in comparison_rows(base, evaluation)
-        },
-    }
-
-
-def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
-    """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
-    files = [output_dir / name for name in ("results.json", "table.md", "scores.png")]
-    with replacing(files[0]) as partial:
-        partial.write_text(json.dumps(results, indent=2))
-    with replacing(files[1]) as partial:
-        partial.write_text(column_table(results["columns"]) + "\n")
-    with replacing(files[2]) as partial:
-        draw_columns(results["columns"], partial)
-    return files
-
-
-def column_table(columns: dict[str, dict[str, Any]]) -> str:
-    """Markdown table of the `columns` that [`evaluate_loras`] returns: a row a score, and behind every LoRA its change
-    from the base."""
-    (base_name, base), *loras = columns.items()
-    rows = [["", base_name, *(heading for name, _ in loras for heading in (name, "change (95 % interval)"))]]
-    for score, mean in base["mean"].items():
-        cells = [score, f"{mean:.4f}"]
-        for _, column in loras:
-            change = column["change"][score]
-            cells += [f"{column['mean'][score]:.4f}", change_text(change["change"], change["half_width_95"])]
-        rows.append(cells)
-    return markdown_table(rows)
-
-
-def draw_columns(columns: dict[str, dict[str, Any]], path: Path):
-    """Chart of the `columns` that [`evaluate_loras`] returns.
-
-    The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
-    """
-    means = {
-        score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
-        for score in columns[BASE]["mean"]
-    }
-    draw_means(means, list(columns), path, title="means, with the 95 % interval of the change from base")
+def write_side_by_side(config: LoraEvaluationConfig, held_out: HeldOut) -> list[str]:
+    """Writes the kept videos of all columns beside each other; returns the paths."""
+    pipeline = held_out.rollout.pipeline
+    loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
+    prompts = [sample.prompt.text for sample in held_out.shown]
+    path = Path(config.output_dir) / "side_by_side"
+    return write_columns(held_out.generate_columns(loras), prompts, path, pipeline.config.frame_rate)
 
 
 @contextmanager
@@ -293,13 +179,7 @@ def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> It
     files = ("results.json", "table.md", "scores.png", "side_by_side.mp4", "side_by_side.png", "side_by_side.gif")
     files = (*files, *(f"videos/{name}/*.mp4" for name in columns))
     with RunFolder(path, "evaluation", files) as folder:
-        if not (overwrite or folder.has_begun() or _is_older_evaluation(folder.path / "results.json")):
+        ours = is_result(folder.path / "results.json", "settings", "versions", "videos", "columns")
+        if not (overwrite or folder.has_begun() or ours):
             folder.refuse_files_of_others("--overwrite true")
         yield folder
-
-
-def _is_older_evaluation(results: Path) -> bool:
-    try:
-        return {"settings", "versions", "videos", "columns"} <= json.loads(results.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False

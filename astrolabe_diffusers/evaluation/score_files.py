@@ -7,7 +7,6 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,20 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 
-from ..config import option
 from ..errors import UserError, as_user_error, one_line, summarize_exception
 from ..files.writing import replacing
 from ..generation.manifest import Manifest
 from ..reporting.tables import markdown_table
 from ..rewards import RewardError, RewardPlaceError, RewardSet
-from ..rewards.config import RewardConfig
 from ..rollout.reward_thread import RewardThread
 from ..shareable import shareable, shareable_value
+from .config import ScoreConfig
+from .results import is_result
 
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 # Of ffmpeg's formats those that are one video in one file. Others, such as concat and hls, read what a text names.
 FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg,ivf"
-
-
-@dataclass
-class ScoreConfig(RewardConfig):
-    """How videos are scored. Checked when the object is made."""
-
-    prompt: str | None = option(None, "what the videos were made from; the manifest of generate.py's folders has it")
-    reward: dict[str, float] = option({"motion_smoothness": 1.0}, "rewards: name,name or name=weight,name=weight")
-    output: str | None = option(None, "the JSON file; if not given, scores.json in the folder, or NAME.scores.json")
-    overwrite: bool = option(False, "write over a file that is no earlier result")
 
 
 def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
@@ -70,8 +59,7 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
         results["videos"][-1]["error"] = shareable_value(errors[-1]) or "a server of rewards failed"
 
     with ExitStack() as resources:
-        thread = RewardThread(config.reward_timeout)
-        resources.callback(thread.close)
+        thread = resources.enter_context(RewardThread(config.reward_timeout))
         rewards = last_fps = None
         for file, prompt in videos:
             entry = {"file": file.name, "prompt": prompt or ""}
@@ -84,8 +72,7 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
             if fps != last_fps:
                 if rewards is not None:
                     rewards.close()
-                rewards, last_fps = make_rewards(config, fps), fps
-                resources.callback(rewards.close)
+                rewards, last_fps = resources.enter_context(config.make_rewards(config.rewards, fps)), fps
             if prompt is None and rewards.using_prompts:
                 raise UserError(f"{rewards.using_prompts[0]} compares a video with its prompt: give --prompt.")
             try:
@@ -116,13 +103,7 @@ def check_output(output: Path, overwrite: bool):
     """Raises a [`UserError`] if the results cannot be written there, or something else would be lost."""
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"output {output} must be a file in a folder that exists.")
-    try:
-        ours = {"settings", "videos", "mean"} <= json.loads(output.read_text()).keys()
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours and not overwrite:
+    if output.exists() and not is_result(output, "settings", "videos", "mean") and not overwrite:
         raise UserError(f"output {output} is there and is no earlier result: name another, or --overwrite true.")
 
 
@@ -140,11 +121,6 @@ def find_videos(source: Path, prompt: str | None) -> list[tuple[Path, str | None
     if not files:
         raise UserError(f"there are no videos ({', '.join(SUFFIXES)}) in {source}.")
     return [(file, prompt) for file in files]
-
-
-def make_rewards(config: ScoreConfig, fps: float) -> RewardSet:
-    with as_user_error("reward"):
-        return RewardSet(config.reward, config.reward_options, config.reward_placement, config.reward_timeout, fps)
 
 
 def score_video(name: str, frames: torch.Tensor, fps: float, prompt: str, rewards: RewardSet) -> dict[str, Any]:

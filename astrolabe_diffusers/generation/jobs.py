@@ -20,7 +20,7 @@ MAX_JOBS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Job:
+class VideoJob:
     """One video to make: number `video_number` of prompt number `prompt_index`, both counted from 0."""
 
     prompt: Prompt
@@ -41,7 +41,7 @@ class Job:
         return seeded_generator("video", seed, self.prompt_index, self.video_number)
 
 
-def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[Job]:
+def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[VideoJob]:
     """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos.
 
     Raises:
@@ -53,16 +53,16 @@ def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_p
             "split the prompts over several folders."
         )
     return [
-        Job(prompt, index, number, length)
+        VideoJob(prompt, index, number, length)
         for index, (prompt, length) in enumerate(zip(prompts, num_frames))
         for number in range(num_videos_per_prompt)
     ]
 
 
-def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+def batches(jobs: Sequence[VideoJob], batch_size: int) -> Iterator[list[VideoJob]]:
     """Batches of at most `batch_size` jobs with equal numbers of frames, the shortest first."""
 
-    def length(job: Job) -> int:
+    def length(job: VideoJob) -> int:
         return job.num_frames
 
     for _, group in groupby(sorted(jobs, key=length), key=length):

@@ -14,7 +14,7 @@ from filelock import FileLock
 from ..errors import UserError
 from ..files.output_folder import set_aside
 from ..files.writing import PARTIAL, replacing, writing
-from .jobs import Job
+from .jobs import VideoJob
 
 
 # What every entry has. Those of other tools, which only the scoring of videos reads, may have the first two alone.
@@ -78,7 +78,7 @@ class Manifest:
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         self._lock.unlink(missing_ok=True)
 
-    def start(self, jobs: Sequence[Job], settings: dict[str, Any], rewards: Iterable[str]) -> list[Job]:
+    def start(self, jobs: Sequence[VideoJob], settings: dict[str, Any], rewards: Iterable[str]) -> list[VideoJob]:
         """The jobs that are still to be done, after their remains and those of a killed run have been removed.
 
         A job is done if its file is whole, was made from the same prompt with the same `settings`, and has scores of
@@ -88,7 +88,7 @@ class Manifest:
         """
         entries = self.read()
         for path in self.folder.glob(f"*.mp4{PARTIAL}"):
-            if re.match(Job.FILE, path.name):
+            if re.match(VideoJob.FILE, path.name):
                 path.unlink()
         pending, aside = [], []
         for job in jobs:
@@ -118,7 +118,7 @@ def _is_entry(entry: Any, names: Sequence[str]) -> bool:
     return are_scores and Path(entry["file"]).name == entry["file"] != ".."
 
 
-def describe(job: Job) -> dict[str, Any]:
+def describe(job: VideoJob) -> dict[str, Any]:
     """What an entry says of its job."""
     return {
         "prompt": job.prompt.text,

@@ -24,13 +24,13 @@ from ..files.video import VideoWriter
 from ..pipelines.loading import frame_rate
 from ..pipelines.noise import NOISE_LAYOUT
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.scene_prompt import escape_scenes
-from ..rewards import RewardSet
 from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
 from .config import GenerationConfig
-from .jobs import Job, batches, make_jobs
+from .jobs import VideoJob, batches, make_jobs
 from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
 from .manifest import Manifest, describe
 
@@ -58,21 +58,16 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
     with raise_together():
         if accelerator.is_main_process:
             resources.enter_context(RunFolder(config.output_dir, "generation"))
+    if config.max_sequence_length is not None:
+        with as_user_error("settings"):
+            check_sequence_length(config.max_sequence_length)
     prompts = [Prompt(config.prompt)]
     if config.prompts:
-        prompts = PromptSource(config.prompts, config.data_dir, config.column).read(config.split)
+        prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)
     rewards = None
-    if config.reward:
-        with as_user_error("reward"):
-            rewards = RewardSet(
-                config.reward,
-                config.reward_options,
-                config.reward_placement,
-                config.reward_timeout,
-                config.fps or frame_rate(config.model, config.revision),
-                accelerator.process_index,
-            )
-        resources.callback(rewards.close)
+    if config.rewards:
+        fps = config.fps or frame_rate(config.model, config.revision)
+        rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
     dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
     pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
     if config.lora:
@@ -84,13 +79,12 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
 
     worker = None
     if rewards:
-        worker = ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout)
-        resources.callback(worker.close)
+        worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
 
     pending = None
     with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
         if accelerator.is_main_process:
-            pending = manifest.start(jobs, settings, config.reward)
+            pending = manifest.start(jobs, settings, config.rewards)
     if accelerator.is_main_process:
         print(
             f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, {dtype}; "
@@ -106,7 +100,7 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
         error = str(failure)
     errors = [error for error in gather_object([error]) if error]
     if accelerator.is_main_process:
-        report(manifest, jobs, pending, config.reward, time.perf_counter() - started)
+        report(manifest, jobs, pending, config.rewards, time.perf_counter() - started)
     accelerator.end_training()
     if errors:
         raise UserError(errors[0])
@@ -140,7 +134,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "lora_scale": config.lora_scale,
         # A folder's name says nothing of what is in it.
         "weights": weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder),
-        "sigmas": config.sigmas,
+        "sigmas": config.sigmas or None,
         "max_sequence_length": config.max_sequence_length,
         "dtype": dtype,
         "vae_tiling": config.vae_tiling,
@@ -174,7 +168,7 @@ def pipeline_prompt(prompt: Prompt, settings: dict[str, Any]) -> str:
 
 def run_jobs(
     pipe: CausalWanPipeline,
-    pending: list[Job],
+    pending: list[VideoJob],
     settings: dict[str, Any],
     manifest: Manifest,
     worker: ScoringThread | None,
@@ -245,7 +239,7 @@ def interrupt_between_blocks() -> Iterator[Callable[[], None]]:
 
 def stream_to_files(
     pipe: CausalWanPipeline,
-    batch: list[Job],
+    batch: list[VideoJob],
     settings: dict[str, Any],
     folder: Path,
     on_block: Callable[[torch.Tensor], None],
@@ -284,7 +278,9 @@ def stream_to_files(
         raise UserError(f"{batch[0].file}: {error}") from error
 
 
-def report(manifest: Manifest, jobs: list[Job], pending: list[Job], reward: dict[str, float], seconds: float):
+def report(
+    manifest: Manifest, jobs: list[VideoJob], pending: list[VideoJob], rewards: dict[str, float], seconds: float
+):
     """Puts the manifest in order and prints what the run has made."""
     entries = manifest.read()
     manifest.replace(entries.values())
@@ -297,8 +293,8 @@ def report(manifest: Manifest, jobs: list[Job], pending: list[Job], reward: dict
     others = len(entries) - sum(job.file in entries for job in jobs)
     if others:
         print(f"other videos in this folder, of other prompts: {others}")
-    scores = [entries[job.file]["scores"] for job in jobs if job.file in entries] if reward else []
+    scores = [entries[job.file]["scores"] for job in jobs if job.file in entries] if rewards else []
     if scores:
-        means = {name: sum(score[name] for score in scores) / len(scores) for name in reward}
-        total = sum(weight * means[name] for name, weight in reward.items())
+        means = {name: sum(score[name] for score in scores) / len(scores) for name in rewards}
+        total = sum(weight * means[name] for name, weight in rewards.items())
         print(", ".join(f"{name} {mean:.4f}" for name, mean in (means | {"reward": total}).items()))

@@ -7,16 +7,23 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import LOADING, UserError, as_user_error
+from ..errors import CHECKED, UserError, as_user_error
+from ..layouts.published_models import PUBLISHED_MODELS
+from ..spelling import close_matches
 from .pipeline_causal_wan import CausalWanPipeline
 
+
+# A value in a config of the user's that no code expects fails wherever it is used first.
+LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
 def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
     """The pipeline of a folder or Hub repository; `kwargs` of `from_pretrained`.
@@ -24,7 +31,7 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
     Raises:
         UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded whole.
     """
-    with no_loading_bars(), as_user_error(f"cannot load {model}", LOADING), no_missing_tensors():
+    with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
         name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
         if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
             raise UserError(
@@ -34,6 +41,14 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)
         pipeline.check_components()
     return pipeline
+
+
+def cannot_load(model: str) -> str:
+    """How an error about a model begins: where there is no such folder, with what its name may be a slip of."""
+    if Path(model).exists() or "/" in model:  # a folder, or a path or Hub id, which says enough
+        return f"cannot load {model}"
+    near = close_matches(model, PUBLISHED_MODELS)
+    return f"cannot load {model}, which is no folder{near}; `astrolabe convert` makes one of a published model"
 
 
 @contextmanager
@@ -83,7 +98,7 @@ def no_loading_bars() -> Iterator[None]:
 def frame_rate(model: str, revision: str | None = None) -> float:
     """Frames a second of the videos of a folder's or Hub repository's pipeline, which is not loaded for that."""
     default = inspect.signature(CausalWanPipeline).parameters["frame_rate"].default
-    with as_user_error(f"cannot load {model}"):
+    with as_user_error(cannot_load(model)):
         return DiffusionPipeline.load_config(model, revision=revision).get("frame_rate", default)
 
 

@@ -17,13 +17,13 @@ from PIL import Image
 
 from ..errors import UserError, one_line
 from ..files.writing import writing
+from .tracker_names import TRACKERS
 from .videos import gif_bytes
 
 
 logger = logging.getLogger(__name__)
 
 
-TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
 WANDB_ID = "wandb_id"
 # What leaves for wandb is what a run logs: not the command line, the paths and the repository it is started from, nor
 # what is printed, which names folders and servers.

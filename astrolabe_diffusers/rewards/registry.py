@@ -19,14 +19,21 @@ from .reward import FunctionReward, Reward
 _REGISTRY: dict[str, type[Reward] | partial] = {}
 
 
+def _registered() -> dict[str, type[Reward] | partial]:
+    """The rewards by name; the built-in ones register when they are imported, which settings alone do not need."""
+    from . import built_in  # noqa: F401
+
+    return _REGISTRY
+
+
 def register_reward(name: str, **options: Any) -> Callable[[type[Reward]], type[Reward]]:
     """Class decorator: makes a `Reward`, with these `options`, known by `name`. A name that is taken raises
     `ValueError`."""
 
     def register(cls: type[Reward]) -> type[Reward]:
-        if name in _REGISTRY:
-            raise ValueError(f"the reward name {name!r} is taken by {_class_of(_REGISTRY[name]).__qualname__}.")
-        _REGISTRY[name] = partial(cls, **options) if options else cls
+        if name in (known := _registered()):
+            raise ValueError(f"the reward name {name!r} is taken by {_class_of(known[name]).__qualname__}.")
+        known[name] = partial(cls, **options) if options else cls
         return cls
 
     return register
@@ -102,7 +109,7 @@ def _name_of(source: str | Reward | Callable) -> str:
         source = source.function
     cls = type(source) if isinstance(source, Reward) else _class_of(source)
     if cls is not None:
-        registered = [name for name, known in _REGISTRY.items() if _class_of(known) is cls]
+        registered = [name for name, known in _registered().items() if _class_of(known) is cls]
         return registered[0] if len(registered) == 1 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
     if not callable(source) or isinstance(source, type):
         raise ValueError(f"reward_funcs: {source!r} is neither a name, nor a function, nor a Reward.")
@@ -118,12 +125,13 @@ def _class_of(source: Any) -> type[Reward] | None:
 
 
 def _find(name: str) -> type[Reward] | partial | Callable:
-    if name in _REGISTRY:
-        return _REGISTRY[name]
+    known = _registered()
+    if name in known:
+        return known[name]
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name or not attribute:
         raise ValueError(
-            f"unknown reward {name!r}{close_matches(name, _REGISTRY)}; known: {', '.join(sorted(_REGISTRY))}, or a "
+            f"unknown reward {name!r}{close_matches(name, known)}; known: {', '.join(sorted(known))}, or a "
             "dotted path 'package.module:Name'."
         )
     try:
@@ -134,7 +142,7 @@ def _find(name: str) -> type[Reward] | partial | Callable:
             raise
         raise ValueError(
             f"unknown reward {name!r}: no module named {error.name!r} (is its folder on PYTHONPATH?); "
-            f"known: {', '.join(sorted(_REGISTRY))}."
+            f"known: {', '.join(sorted(known))}."
         ) from None
     target = getattr(module, attribute, None)
     if _class_of(target) or (callable(target) and not isinstance(target, type)):

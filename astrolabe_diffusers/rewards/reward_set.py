@@ -13,17 +13,12 @@ import torch
 
 from ..spelling import close_matches
 from .closing import Closing
+from .config import PLACEMENTS
 from .http_client import split_url
 from .placement.local import LocalRewards
 from .placement.process import ProcessRewards
 from .placement.remote import RemoteRewards
 from .reward import Reward, RewardError, check_device
-
-
-PLACEMENTS = (
-    "'trainer', 'offload', a device such as 'cuda:1', 'process', 'process:cuda:1' or 'http://host:port'; of several, "
-    "'process:cuda:6|process:cuda:7', each training process takes one in turn"
-)
 
 
 @dataclass

@@ -1,20 +1,16 @@
 """Online reinforcement learning of causal video pipelines."""
 
-from ..errors import UserError, exit_code
-from .algorithms import get_algorithm
-from .callbacks import TrainerCallback
-from .config import OnlineConfig
-from .nft import NFTConfig, NFTTrainer
-from .trainer import OnlineTrainer
+from ..lazy import lazy_names
 
 
-__all__ = [
-    "NFTConfig",
-    "NFTTrainer",
-    "OnlineConfig",
-    "OnlineTrainer",
-    "TrainerCallback",
-    "UserError",
-    "exit_code",
-    "get_algorithm",
-]
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "..errors": ["UserError", "exit_code"],
+        ".algorithms": ["get_algorithm"],
+        ".callbacks": ["TrainerCallback"],
+        ".config": ["OnlineConfig"],
+        ".nft": ["NFTConfig", "NFTTrainer"],
+        ".trainer": ["OnlineTrainer"],
+    },
+)

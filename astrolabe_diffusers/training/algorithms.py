@@ -10,12 +10,13 @@ from ..spelling import close_matches
 
 
 if TYPE_CHECKING:
+    from .config import OnlineConfig
     from .trainer import OnlineTrainer
 
-# Trainer classes; the module is only imported when its algorithm is asked for.
+# Trainer and settings, which need no torch; a module is only imported when its algorithm is asked for.
 ALGORITHMS = {
-    "nft": "astrolabe_diffusers.training.nft:NFTTrainer",
-    "awm": "astrolabe_diffusers.training.awm:AWMTrainer",
+    "nft": ("astrolabe_diffusers.training.nft:NFTTrainer", "astrolabe_diffusers.training.nft:NFTConfig"),
+    "awm": ("astrolabe_diffusers.training.awm:AWMTrainer", "astrolabe_diffusers.training.awm:AWMConfig"),
 }
 
 
@@ -25,19 +26,31 @@ def get_algorithm(name: str) -> type[OnlineTrainer]:
     Raises:
         UserError: there is none of that name.
     """
-    module, _, attribute = ALGORITHMS.get(name.lower(), name).rpartition(":")
+    trainer = _load(name, ALGORITHMS[name.lower()][0] if name.lower() in ALGORITHMS else name)
+    if not hasattr(trainer, "config_class"):
+        module, _, attribute = name.rpartition(":")
+        raise UserError(f"algorithm {name!r}: {module} has no OnlineTrainer {attribute}.")
+    return trainer
+
+
+def get_config_class(name: str) -> type[OnlineConfig]:
+    """The settings' class of the algorithm that [`get_algorithm`] finds by this name."""
+    if name.lower() in ALGORITHMS:
+        return _load(name, ALGORITHMS[name.lower()][1])
+    return get_algorithm(name).config_class
+
+
+def _load(name: str, path: str) -> type | None:
+    module, _, attribute = path.rpartition(":")
     if not module:
         raise UserError(
             f"unknown algorithm {name!r}{close_matches(name, ALGORITHMS)}; known: {', '.join(ALGORITHMS)}, or "
             "package.module:Class of an OnlineTrainer of your own."
         )
     try:
-        trainer = getattr(importlib.import_module(module), attribute, None)
+        return getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
         # A module that exists but misses one of its own imports must say so itself.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise UserError(f"algorithm {name!r}: no module {error.name} (is its folder on PYTHONPATH?).") from None
-    if not hasattr(trainer, "config_class"):
-        raise UserError(f"algorithm {name!r}: {module} has no OnlineTrainer {attribute}.")
-    return trainer

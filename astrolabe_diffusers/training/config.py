@@ -13,7 +13,7 @@ from ..config import option
 from ..distributed.accelerator import PRECISIONS
 from ..errors import UserError, as_user_error
 from ..pipelines.sigmas import check_sigmas
-from ..reporting.trackers import TRACKERS
+from ..reporting.tracker_names import TRACKERS
 from ..rewards.config import RewardConfig
 
 

@@ -1,24 +1,27 @@
 """The runs published with Astrolabe, by name.
 
 A name is `<base>_video_<variant>[_<N>gpu]`; without a number it is the run on 8 processes. What each is, is data: a
-YAML file a base in `examples/configs/published/`, `common.yaml` for what all share, and `recommended.yaml` for what we
+YAML file a base in `recipes/published/`, `common.yaml` for what all share, and `recommended.yaml` for what we
 would change. Together they state everything that decides what is trained: defaults of ours do not.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import UserError
+from ..spelling import close_matches
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+PUBLISHED = RECIPES / "published"
 DEFAULT_PROCESSES = 8
 # Files beside those of the bases.
 SHARED = ("common", "recommended")
@@ -84,12 +87,17 @@ class PublishedRun:
         return changed if recommended else {}, line + (f"; but for your {', '.join(own)}" if own else "")
 
 
-def published_names(folder: Path) -> list[str]:
+@cache
+def _read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((PUBLISHED / f"{name}.yaml").read_text())
+
+
+def published_names() -> list[str]:
     """Every name, in the files' spelling."""
     names = []
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted(PUBLISHED.glob("*.yaml")):
         if path.stem not in SHARED:
-            data = yaml.safe_load(path.read_text())
+            data = _read(path.stem)
             for variant, settings in data["variants"].items():
                 for number in settings.get("published_on", data["processes"]):
                     suffix = "" if number == DEFAULT_PROCESSES else f"_{number}gpu"
@@ -97,7 +105,7 @@ def published_names(folder: Path) -> list[str]:
     return names
 
 
-def find_published_run(name: str, folder: Path) -> PublishedRun | None:
+def find_published_run(name: str) -> PublishedRun | None:
     """
     The run of this name, in any published spelling; `None` if it does not have the form of one.
 
@@ -110,27 +118,25 @@ def find_published_run(name: str, folder: Path) -> PublishedRun | None:
     match = _NAME.fullmatch(spelled)
     if match is None:
         return None
-    known = published_names(folder)
+    known = published_names()
     processes = int(match["processes"] or DEFAULT_PROCESSES)
     # The number of the default may be spelled out.
     if spelled.removesuffix(f"_{DEFAULT_PROCESSES}gpu") not in known:
-        close = ", ".join(difflib.get_close_matches(spelled, known, n=3)) or "see --config list"
-        raise UserError(f"--config {name}: no published run has this name; near to it: {close}.")
-    data = yaml.safe_load((folder / f"{match['base']}.yaml").read_text())
+        near = close_matches(spelled, known) or "; --config list prints the names"
+        raise UserError(f"--config {name}: no published run has this name{near}.")
+    data = _read(match["base"])
     run = spelled.removeprefix(f"{match['base']}_video_").removesuffix(f"_{DEFAULT_PROCESSES}gpu")
-    settings = yaml.safe_load((folder / "common.yaml").read_text())
-    settings |= data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
+    settings = _read("common") | data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
     settings |= data.get("runs", {}).get(run, {})
     settings.pop("published_on", None)
-    recommended = yaml.safe_load((folder / "recommended.yaml").read_text())
-    return PublishedRun(name, settings, recommended, processes, data["processes"])
+    return PublishedRun(name, settings, _read("recommended"), processes, data["processes"])
 
 
-def list_published_runs(folder: Path) -> str:
+def list_published_runs() -> str:
     """A table of all names."""
     rows = [("name", "model", "rewards", "processes x batch x batches", "group")]
-    for name in published_names(folder):
-        run = find_published_run(name, folder)
+    for name in published_names():
+        run = find_published_run(name)
         settings = run.settings
         rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())
         size = f"{run.processes} x {settings['train_batch_size']} x {settings['batches_per_epoch']}"

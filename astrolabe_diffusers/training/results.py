@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..distributed.sharding import is_sharded, together
-from ..evaluation.held_out import generate_columns
 from ..files.writing import replacing
 from ..reporting.comparison import Evaluation
 from ..reporting.hub import push_to_hub
@@ -66,12 +65,12 @@ def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
     is_main, output_dir = accelerator.is_main_process, Path(config.output_dir)
     judged = config.judged_policy
     save_adapter(trainer.transformer, output_dir, POLICIES[judged], WEIGHT_NAMES[CURRENT], write=is_main)
-    shown = trainer.eval_samples[: config.num_eval_videos]
+    shown = trainer.held_out.shown
     # A sharded model generates on all processes or on none.
     if shown and (is_main or is_sharded()):
         policies = {"before": "base", "after": judged}
         policies = {heading: use_policy(trainer.transformer, policy) for heading, policy in policies.items()}
-        columns = generate_columns(trainer.rollouts, policies, shown, trainer.eval_size, config.train_batch_size)
+        columns = trainer.held_out.generate_columns(policies)
     if not is_main:
         return {}
     # results.json names no folder of this machine.

@@ -16,7 +16,7 @@ from ..distributed.agreement import Resources, raise_together
 from ..distributed.interruption import Interruption
 from ..distributed.sharding import is_sharded, shard
 from ..errors import Interrupted, UserError, as_user_error
-from ..evaluation.held_out import evaluate, gather_videos
+from ..evaluation.held_out import HeldOut, gather_videos
 from ..pipelines.loading import frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..reporting.hub import create_hub_repo
@@ -185,6 +185,15 @@ class OnlineTrainer:
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.eval_size = video_size(
             self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames
+        )
+        self.held_out = HeldOut(
+            self.rollouts,
+            self.eval_samples,
+            self.eval_size,
+            config.train_batch_size,
+            config.num_eval_videos,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
         )
         model, scale = self.pipeline.transformer.config, self.pipeline.vae.config.scale_factor_temporal
         num_frames = (self.size["num_frames"] - 1) // scale + 1
@@ -355,18 +364,7 @@ class OnlineTrainer:
         self.report.activity("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
         with use_policy(self.transformer, self.config.judged_policy):
-            evaluation, videos = evaluate(
-                self.rollouts,
-                self.eval_samples,
-                self.eval_size,
-                self.config.train_batch_size,
-                self.step,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-                folder,
-                self.config.num_eval_videos,
-                self.after_evaluation_batch,
-            )
+            evaluation, videos = self.held_out.evaluate(self.step, folder, self.after_evaluation_batch)
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():
             self.report.add_evaluation(evaluation, videos, self.pipeline.config.frame_rate)

@@ -59,8 +59,8 @@ def checksum(parameters: list[torch.Tensor]) -> str:
 def benchmark(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
-    arguments = parse_settings(parser, argv, Path(__file__).parents[1] / "configs")
-    recipe, settings = recipe_of(arguments.pop("recipe"), arguments.get("model")), arguments.pop("config")
+    _, settings, arguments = parse_settings(parser, argv)
+    recipe = recipe_of(arguments.pop("recipe"), arguments.get("model"))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     pipeline = random_pipeline(recipe, device) if recipe else None
     if pipeline:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from astrolabe_diffusers.evaluation.held_out import evaluate, generate_columns
+from astrolabe_diffusers.evaluation.held_out import HeldOut
 from astrolabe_diffusers.reporting.comparison import Evaluation, paired_difference
 from astrolabe_diffusers.reporting.videos import video_images, write_columns
 from astrolabe_diffusers.rollout.prompts import Prompt
@@ -27,7 +27,7 @@ def pipe():
 def run(pipe, batch_size, folder=None, num_videos=0):
     worker = reward_worker(pipe, watched="tests.training.rewards:contrast")
     with use_policy(pipe.transformer, "current"):
-        result = evaluate(Rollout(pipe, worker), SAMPLES, SIZE, batch_size, 5, 0, 1, folder, num_videos)
+        result = HeldOut(Rollout(pipe, worker), SAMPLES, SIZE, batch_size, num_videos).evaluate(5, folder)
     worker.close()
     return result
 
@@ -57,7 +57,7 @@ def test_first_videos_are_kept_and_written(pipe, tmp_path):
 
 def test_batches_are_reported(pipe):
     worker, calls = reward_worker(pipe), []
-    evaluate(Rollout(pipe, worker), SAMPLES, SIZE, 4, None, 0, 1, on_batch=lambda *call: calls.append(call))
+    HeldOut(Rollout(pipe, worker), SAMPLES, SIZE, 4).evaluate(on_batch=lambda *call: calls.append(call))
     worker.close()
     assert calls == [(1, 2), (2, 2)]
 
@@ -65,7 +65,7 @@ def test_batches_are_reported(pipe):
 def test_comparison_shows_reference_and_current(pipe, tmp_path):
     policies = {name: use_policy(pipe.transformer, name) for name in ("reference", "current")}
     rollout = Rollout(pipe, None)
-    columns = generate_columns(rollout, policies, SAMPLES[:3], SIZE, 2)
+    columns = HeldOut(rollout, SAMPLES, SIZE, 2, num_videos=3).generate_columns(policies)
     prompts = [sample.prompt.text for sample in SAMPLES[:3]]
     files = write_columns(columns, prompts, tmp_path / "before_after", pipe.config.frame_rate)
     assert files == [str(tmp_path / f"before_after.{kind}") for kind in ("mp4", "png", "gif")]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from astrolabe_diffusers.evaluation.score_files import ScoreConfig, read_video, score_videos
+from astrolabe_diffusers.evaluation.config import ScoreConfig
+from astrolabe_diffusers.evaluation.score_files import read_video, score_videos
 from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rollout import reward_thread
@@ -52,7 +53,7 @@ def test_frames_come_as_they_were_written(tmp_path):
 
 def test_one_video(tmp_path, capsys):
     path = write(tmp_path / "a.mp4")
-    config = ScoreConfig(prompt="a striped wall", reward=f"sharpness=2,{WORDS}=0.5")
+    config = ScoreConfig(prompt="a striped wall", rewards=f"sharpness=2,{WORDS}=0.5")
     results = score_videos(str(path), config)
     (video,) = results["videos"]
     sharpness = get_reward("sharpness").score(read_video(path)[0][None] / 255, [""]).scores.item()
@@ -71,13 +72,13 @@ def test_a_folder_of_generate_has_its_prompts(tmp_path):
     for entry in entries[:2]:
         write(tmp_path / entry["file"])
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    results = score_videos(str(tmp_path), ScoreConfig(reward=WORDS))
+    results = score_videos(str(tmp_path), ScoreConfig(rewards=WORDS))
     assert {v["file"]: (v["prompt"], v["scores"][WORDS]) for v in results["videos"]} == {
         "0.mp4": ("one", 1.0),
         "1.mp4": ("two words", 2.0),
     }
     assert results["mean"] == {WORDS: 1.5} and (tmp_path / "scores.json").is_file()
-    other = score_videos(str(tmp_path), ScoreConfig(reward=WORDS, prompt="quite another prompt instead"))
+    other = score_videos(str(tmp_path), ScoreConfig(rewards=WORDS, prompt="quite another prompt instead"))
     assert other["mean"] == {WORDS: 4.0}
 
 
@@ -85,7 +86,7 @@ def test_any_folder(tmp_path):
     for name, gray in (("b", 60), ("a", 190)):
         write(tmp_path / f"{name}.mp4", gray)
     output = tmp_path / "elsewhere.json"
-    results = score_videos(str(tmp_path), ScoreConfig(reward="motion_smoothness,flicker", output=str(output)))
+    results = score_videos(str(tmp_path), ScoreConfig(rewards="motion_smoothness,flicker", output=str(output)))
     assert [video["file"] for video in results["videos"]] == ["a.mp4", "b.mp4"]
     assert json.loads(output.read_text())["mean"] == pytest.approx(results["mean"])
 
@@ -94,7 +95,7 @@ def test_rewards_know_the_frame_rate_of_each_file(tmp_path):
     for name, fps in (("a", 8), ("b", 12), ("c", 12)):
         write(tmp_path / f"{name}.mp4", fps=fps)
     reward = "tests.evaluation.test_score_files:rate"
-    results = score_videos(str(tmp_path), ScoreConfig(reward=reward, prompt="stripes"))
+    results = score_videos(str(tmp_path), ScoreConfig(rewards=reward, prompt="stripes"))
     assert [video["scores"][reward] for video in results["videos"]] == [8, 12, 12]
 
 
@@ -108,16 +109,16 @@ def test_mistakes_are_one_line(tmp_path):
     assert "there is no video or folder" in fails(tmp_path / "none.mp4")
     assert "no videos (.mp4, " in fails(tmp_path)
     path = write(tmp_path / "a.mp4")
-    assert f"{WORDS} compares a video with its prompt: give --prompt" in fails(path, reward=WORDS)
-    assert "unknown reward 'sharpnes'" in fails(path, reward="sharpnes")
+    assert f"{WORDS} compares a video with its prompt: give --prompt" in fails(path, rewards=WORDS)
+    assert "unknown reward 'sharpnes'" in fails(path, rewards="sharpnes")
     assert "'flicker' is none of the rewards sharpness" in fails(
-        path, reward="sharpness", reward_options={"flicker": {"x": 1}}
+        path, rewards="sharpness", reward_options={"flicker": {"x": 1}}
     )
     assert "has no option 'size'; it has fps" in fails(
-        path, reward="dynamic_degree", reward_options="dynamic_degree.size=3"
+        path, rewards="dynamic_degree", reward_options="dynamic_degree.size=3"
     )
-    assert "no place 'gpu7'" in fails(path, reward="sharpness", reward_placement="sharpness=gpu7")
-    assert "is no tiny_shapes caption" in fails(path, reward="tiny_shapes_prompt_match", prompt="a cat")
+    assert "no place 'gpu7'" in fails(path, rewards="sharpness", reward_placement="sharpness=gpu7")
+    assert "is no tiny_shapes caption" in fails(path, rewards="tiny_shapes_prompt_match", prompt="a cat")
     (tmp_path / "b.mp4").write_text("no video")
     assert "b.mp4 cannot be read as a whole video" in fails(tmp_path / "b.mp4")
     assert "output" in fails(path, output=str(tmp_path / "no" / "folder.json"))
@@ -168,7 +169,7 @@ def test_texts_that_name_other_files_are_no_videos(tmp_path, text):
 def test_names_that_mean_something_to_ffmpeg(tmp_path, monkeypatch, name):
     write(tmp_path / "a.mp4").rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    results = score_videos(name, ScoreConfig(reward="sharpness", output="out.json"))
+    results = score_videos(name, ScoreConfig(rewards="sharpness", output="out.json"))
     assert results["videos"][0]["num_frames"] == 5
 
 
@@ -178,7 +179,7 @@ def test_a_broken_video_costs_that_video(tmp_path, capsys):
     (tmp_path / "a.mp4").write_text("no video")
     reward = "tests.evaluation.test_score_files:dark_fails"
     with pytest.raises(UserError) as error:
-        score_videos(str(tmp_path), ScoreConfig(reward=reward, prompt=""))
+        score_videos(str(tmp_path), ScoreConfig(rewards=reward, prompt=""))
     message = str(error.value)
     assert "2 of 4 videos have no scores" in message and "\n" not in message
     assert "scores.json; the first: " in message and "a.mp4 cannot be read" in message
@@ -203,7 +204,7 @@ def test_a_folder_of_all_that_users_have(tmp_path):
     (tmp_path / "._A.MP4").write_bytes(b"\0\5\x16\7")  # as the Finder leaves it
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "folder.mp4").mkdir()
-    results = score_videos(str(tmp_path), ScoreConfig(reward="sharpness"))
+    results = score_videos(str(tmp_path), ScoreConfig(rewards="sharpness"))
     assert [video["file"] for video in results["videos"]] == names
 
 
@@ -213,12 +214,12 @@ def test_nothing_else_is_written_over(tmp_path):
     (tmp_path / "mine.json").write_text('{"videos": 3}')
     for output in ("a.mp4", "mine.json", "."):
         with pytest.raises(UserError, match="output .*") as error:
-            score_videos(str(path), ScoreConfig(reward="sharpness", output=str(tmp_path / output)))
+            score_videos(str(path), ScoreConfig(rewards="sharpness", output=str(tmp_path / output)))
         assert "\n" not in str(error.value)
     assert path.read_bytes() == before and (tmp_path / "mine.json").read_text() == '{"videos": 3}'
-    score_videos(str(path), ScoreConfig(reward="sharpness", output=str(tmp_path / "mine.json"), overwrite=True))
+    score_videos(str(path), ScoreConfig(rewards="sharpness", output=str(tmp_path / "mine.json"), overwrite=True))
     # Now it is a result, which the same command replaces.
-    results = score_videos(str(path), ScoreConfig(reward="flicker", output=str(tmp_path / "mine.json")))
+    results = score_videos(str(path), ScoreConfig(rewards="flicker", output=str(tmp_path / "mine.json")))
     assert json.loads((tmp_path / "mine.json").read_text()) == results
 
 
@@ -230,9 +231,9 @@ def test_a_manifest_that_names_files_elsewhere(tmp_path):
     for entry in ({"file": "../secret.mp4", "prompt": "a"}, {"file": 7, "prompt": "a"}, ["a"]):
         (folder / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
         with pytest.raises(UserError, match=r"line 1, is no entry of a video in this folder \(file, prompt\)"):
-            score_videos(str(folder), ScoreConfig(reward="sharpness"))
+            score_videos(str(folder), ScoreConfig(rewards="sharpness"))
         # With a prompt of one's own it is not asked.
-        results = score_videos(str(folder), ScoreConfig(reward="sharpness", prompt="mine"))
+        results = score_videos(str(folder), ScoreConfig(rewards="sharpness", prompt="mine"))
         assert [video["file"] for video in results["videos"]] == ["a.mp4"]
 
 
@@ -243,7 +244,7 @@ def test_a_reward_that_hangs_ends_the_run_and_keeps_what_there_is(tmp_path, monk
     hangs = "tests.training.rewards:hangs_at_dark"
     write(tmp_path / "b.mp4", gray=40)
     with pytest.raises(UserError, match="a reward has not answered for 2 s") as error:
-        score_videos(str(tmp_path), ScoreConfig(reward=hangs, prompt="", reward_timeout=2))
+        score_videos(str(tmp_path), ScoreConfig(rewards=hangs, prompt="", reward_timeout=2))
     assert "2 of 3 videos have no scores" in str(error.value)
     results = json.loads((tmp_path / "scores.json").read_text())
     assert [(video["file"], "scores" in video) for video in results["videos"]] == [("a.mp4", True), ("b.mp4", False)]

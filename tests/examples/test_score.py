@@ -18,7 +18,7 @@ def test_scores_of_a_file(tmp_path, capsys):
     with VideoWriter(path, 32, 48, 16) as writer:
         writer.write(np.full((5, 32, 48, 3), 102, np.uint8))
     brightness = "tests.training.rewards:brightness"
-    arguments = [str(path), "--prompt", "a gray wall", "--reward", f"{brightness}=2,flicker=0", "--output"]
+    arguments = [str(path), "--prompt", "a gray wall", "--rewards", f"{brightness}=2,flicker=0", "--output"]
     assert score.main([*arguments, str(tmp_path / "out.json")]) == 0
     (video,) = json.loads((tmp_path / "out.json").read_text())["videos"]
     assert abs(video["scores"][brightness] - 0.4) < 0.01 and video["prompt"] == "a gray wall"
@@ -30,7 +30,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     for arguments, words in (
         ([], "VIDEO_OR_FOLDER"),
         ([str(tmp_path / "a.mp4")], "there is no video or folder"),
-        ([str(tmp_path), "--rewards", "flicker"], "unknown argument --rewards (did you mean --reward"),
+        ([str(tmp_path), "--rewrds", "flicker"], "unknown argument --rewrds (did you mean --rewards"),
     ):
         assert score.main(arguments) == 2
         error = capsys.readouterr().err

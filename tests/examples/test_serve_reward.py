@@ -28,7 +28,14 @@ def server(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "examples/serve_reward.py", "--reward", "sharpness,dynamic_degree", "--port", str(port)]
+    command = [
+        sys.executable,
+        "examples/serve_reward.py",
+        "--rewards",
+        "sharpness,dynamic_degree",
+        "--port",
+        str(port),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with errors.open("w") as file:
         # A shell's background job, as the tests may be one, has its children ignore Ctrl-C.
@@ -80,24 +87,35 @@ def test_mistakes_are_one_line(capsys, monkeypatch):
     monkeypatch.delenv("ASTROLABE_REWARD_TOKEN", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = str(taken.getsockname()[1])
-        check_mistakes(capsys, [(["--reward", "sharpness", "--port", busy], "cannot listen at 127.0.0.1:")])
+        check_mistakes(capsys, [(["--rewards", "sharpness", "--port", busy], "cannot listen at 127.0.0.1:")])
     mistakes = [
-        ([], "error: reward is empty: name at least one to serve."),
-        (["--reward", "sharpnes"], "error: reward: unknown reward 'sharpnes'"),
-        (["--reward", "sharpness", "--host", "0.0.0.0"], "can be reached from elsewhere: set ASTROLABE_REWARD_TOKEN"),
-        (["--rewards", "sharpness"], "unknown argument --rewards (did you mean --reward"),
-        (["--reward", "sharpness", "--port", "99999999"], "error: server: port must be at most 65535, not 99999999."),
-        (["--reward", "sharpness", "--host", "no such host"], "error: server: there is no address 'no such host'"),
-        (["--reward", "dynamic_degree", "--reward_options", "dynamic_degree.fps=abc"], "'fps' of reward 'dynamic_deg"),
-        (["--reward", "sharpness", "--max_waiting_mb", "2047"], "max_waiting_mb=2047 is less than one request may"),
-        (["--reward", "sharpness", "--cache_size", "5"], "no --cache_size any more: scores are computed anew"),
-        (["--reward", "sharpness", "--max_connections", "100000000"], "need 100000256 open files, and this process"),
+        ([], "error: rewards is empty: name at least one to serve."),
+        (["--rewards", "sharpnes"], "error: rewards: unknown reward 'sharpnes'"),
+        (["--rewards", "sharpness", "--host", "0.0.0.0"], "can be reached from elsewhere: set ASTROLABE_REWARD_TOKEN"),
+        (["--rewrds", "sharpness"], "unknown argument --rewrds (did you mean --rewards"),
+        (
+            ["--rewards", "sharpness", "--cache_size", "9"],
+            "there is no --cache_size any more: scores are computed anew",
+        ),
+        (
+            ["--rewards", "sharpness", "--port", "99999999"],
+            "error: port must be at least 1 and at most 65535, not 99999999.",
+        ),
+        (["--rewards", "sharpness", "--host", "no such host"], "error: server: there is no address 'no such host'"),
+        (
+            ["--rewards", "dynamic_degree", "--reward_options", "dynamic_degree.fps=abc"],
+            "'fps' of reward 'dynamic_deg",
+        ),
+        (["--rewards", "sharpness", "--max_waiting_mb", "2047"], "max_waiting_mb=2047 is less than one request may"),
+        (["--rewards", "sharpness", "--max_connections", "100000000"], "need 100000256 open files, and this process"),
     ]
     if not torch.cuda.is_available():
-        mistakes.append((["--reward", "sharpness", "--device", "cuda:1"], "reward: there is no device 'cuda:1'"))
+        mistakes.append((["--rewards", "sharpness", "--device", "cuda:1"], "rewards: there is no device 'cuda:1'"))
     check_mistakes(capsys, mistakes)
     monkeypatch.setenv("ASTROLABE_REWARD_TOKEN", "two\nlines")
-    check_mistakes(capsys, [(["--reward", "sharpness"], "server: ASTROLABE_REWARD_TOKEN holds a blank, a line break")])
+    check_mistakes(
+        capsys, [(["--rewards", "sharpness"], "server: ASTROLABE_REWARD_TOKEN holds a blank, a line break")]
+    )
 
 
 def check_mistakes(capsys, mistakes):

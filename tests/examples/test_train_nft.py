@@ -17,11 +17,11 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from astrolabe_diffusers.evaluation.held_out import evaluate
+from astrolabe_diffusers.evaluation.held_out import HeldOut
 from astrolabe_diffusers.rollout import reward_thread
 from astrolabe_diffusers.rollout.prompts import PromptSource, train_and_eval_prompts
 from astrolabe_diffusers.rollout.samples import eval_samples
-from astrolabe_diffusers.rollout.sampling import PromptEncoder
+from astrolabe_diffusers.rollout.sampling import Rollout
 from astrolabe_diffusers.training.run_folder import TRAINING_FILES
 from tests.training.helpers import creation_mask, full_disk, reward_worker, tiny_arguments
 
@@ -138,7 +138,7 @@ def test_reloaded_adapter_reproduces_the_evaluation(finished, model_folder):
     worker = reward_worker(pipe)
     size = {"height": 32, "width": 32, "num_frames": 21}
     with torch.no_grad():
-        evaluation, _ = evaluate(pipe, PromptEncoder(pipe), worker, samples, size, 4, 4, 0, 1)
+        evaluation, _ = HeldOut(Rollout(pipe, worker), samples, size, 4).evaluate()
     worker.close()
     first, *_, last = read_jsonl(folder / "eval.jsonl")
     assert evaluation.scores["reward"] == pytest.approx(last["scores"]["reward"], abs=1e-6)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.generation.jobs import Job, batches, make_jobs
+from astrolabe_diffusers.generation.jobs import VideoJob, batches, make_jobs
 from astrolabe_diffusers.rollout.prompts import Prompt
 
 
@@ -17,7 +17,7 @@ from astrolabe_diffusers.rollout.prompts import Prompt
     ],
 )
 def test_file_names(prompt, slug):
-    assert Job(Prompt(prompt), 3, 1, 9).file == f"00003-1-{slug}.mp4"
+    assert VideoJob(Prompt(prompt), 3, 1, 9).file == f"00003-1-{slug}.mp4"
 
 
 def test_jobs_have_names_and_random_numbers_of_their_own():
@@ -29,7 +29,7 @@ def test_jobs_have_names_and_random_numbers_of_their_own():
 
 
 def test_batches_hold_jobs_of_equal_length():
-    jobs = [Job(Prompt("a"), i, 0, frames) for i, frames in enumerate((21, 9, 21, 21, 9, 33, 21))]
+    jobs = [VideoJob(Prompt("a"), i, 0, frames) for i, frames in enumerate((21, 9, 21, 21, 9, 33, 21))]
     assert [[job.prompt_index for job in batch] for batch in batches(jobs, 3)] == [[1, 4], [0, 2, 3], [6], [5]]
     assert list(batches([], 3)) == []
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from astrolabe_diffusers import CausalWanPipeline
-from astrolabe_diffusers.conversion import convert_lora
+from astrolabe_diffusers.conversion.config import ConversionConfig
+from astrolabe_diffusers.conversion.convert import convert
 from astrolabe_diffusers.layouts.lora_modules import load_original_lora, parse_lora
 from tests.layouts.original_layout import original_names
 from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
@@ -117,7 +118,7 @@ def check(path, expected, tmp_path, base):
     assert (output(loaded.transformer) - expected).abs().max() < 1e-5
     assert not any(parameter.is_meta for parameter in loaded.transformer.parameters())
 
-    convert_lora(path, tmp_path / "converted")
+    convert(ConversionConfig(lora=path, output_dir=tmp_path / "converted"))
     loaded.transformer.save_lora_adapter(tmp_path / "saved", adapter_name="default_0")
     for folder in ("converted", "saved"):
         again = tiny_pipeline()
@@ -257,13 +258,13 @@ def test_alpha_of_a_file_that_does_not_say_it(tmp_path):
     lora = matrices(ranks={"blocks.0.self_attn.q": (4, 10.0)})
     path = write(tmp_path / "lora.safetensors", dotted("base_model.model."), *PEFT, lora, alpha=False)
     for alpha, scale in ((None, 1), (10, 2.5)):
-        convert_lora(path, tmp_path / "converted", overwrite=True, lora_alpha=alpha)
+        convert(ConversionConfig(lora=path, output_dir=tmp_path / "converted", overwrite=True, lora_alpha=alpha))
         loaded = tiny_pipeline()
         loaded.load_lora_weights(tmp_path / "converted")
         assert (output(loaded.transformer) - merged(lora, lambda *_: scale)).abs().max() < 1e-5
     said = write(tmp_path / "said.safetensors", dotted("diffusion_model."), *KOHYA, lora)
     with pytest.raises(ValueError, match="says its alpha itself"):
-        convert_lora(said, tmp_path / "again", lora_alpha=10)
+        convert(ConversionConfig(lora=said, output_dir=tmp_path / "again", lora_alpha=10))
 
 
 Q = "diffusion_model.blocks.0.self_attn.q"

@@ -6,9 +6,9 @@ import yaml
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.evaluation.loras import LoraEvaluationConfig
-from astrolabe_diffusers.evaluation.score_files import ScoreConfig
+from astrolabe_diffusers.evaluation.config import LoraEvaluationConfig, ScoreConfig
 from astrolabe_diffusers.training.nft import NFTConfig
+from astrolabe_diffusers.training.published_runs import RECIPES
 
 
 @pytest.fixture
@@ -240,8 +240,7 @@ def test_every_field_has_help():
     assert all(field.metadata["help"] for field in dataclasses.fields(NFTConfig))
 
 
-def test_shipped_configs_are_valid(request):
-    folder = request.config.rootpath / "examples" / "configs"
-    for path in folder.glob("*.yaml"):
+def test_shipped_recipes_are_valid():
+    for path in RECIPES.glob("*.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict)
-        parse_args(["--config", path.stem], folder).groups_per_epoch(1)
+        parse_args(["--config", path.stem]).groups_per_epoch(1)

@@ -10,12 +10,10 @@ import yaml
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.training.nft import NFTConfig
-from astrolabe_diffusers.training.published_runs import find_published_run, published_names
+from astrolabe_diffusers.training.published_runs import PUBLISHED, find_published_run, published_names
 
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-PUBLISHED = CONFIGS / "published"
-PAGE = (CONFIGS.parents[1] / "docs" / "published_runs.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "published_runs.md").read_text()
 HPSV3, MQ, TA = "video_hpsv3_local", "videoalign_mq_score", "videoalign_ta_score"
 VQ, BOTH = {HPSV3: 1.0}, {HPSV3: 1.0, MQ: 1.0}
 SIZES = {8: (3, 24, 16), 16: (2, 16, 8), 24: (4, 24, 12), 48: (4, 24, 6)}
@@ -89,7 +87,7 @@ FOLDERS = dict(zip(MODELS, ("longlive", "self-forcing", "causal-forcing-chunkwis
 def test_settings(name, monkeypatch, capsys):
     processes, rewards, eval_epochs, others = RUNS[name]
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    config = parse_args(["--config", name], CONFIGS)
+    config = parse_args(["--config", name])
     base = name.split("_video_")[0].replace("causal", "casual")
     batch, group, batches = (KREA_SIZES if base == "krea14b" else SIZES)[processes]
     expected = {"beta": 0.1, "kl_weight": 1e-4, "learning_rate": 1e-5, "num_frames": 81, "rewards": rewards}
@@ -122,10 +120,10 @@ FREE |= {"push_to_hub", "hub_model_id", "hub_base_model", "hub_license"}
 SELECTIVE = RISK.keys() | RESET.keys() - {"reference_reset_kl", "reference_reset_epochs"}
 
 
-@pytest.mark.parametrize("name", published_names(PUBLISHED))
+@pytest.mark.parametrize("name", published_names())
 def test_nothing_that_decides_is_left_to_our_defaults(name):
     """A new field goes into common.yaml, with what the release does, or into FREE."""
-    settings = find_published_run(name, PUBLISHED).settings
+    settings = find_published_run(name).settings
     fields = {field.name for field in dataclasses.fields(NFTConfig)}
     assert settings.keys() <= fields
     assert fields - FREE - settings.keys() == (set() if settings["selective_kl"] else SELECTIVE)
@@ -133,9 +131,9 @@ def test_nothing_that_decides_is_left_to_our_defaults(name):
 
 @pytest.mark.parametrize("name", ["self_forcing_video_hpsv3", "longlive_video_hpsv3_gardo"])
 def test_what_we_recommend_is_a_flag(name, capsys):
-    released = parse_args(["--config", name], CONFIGS)
+    released = parse_args(["--config", name])
     capsys.readouterr()
-    config = parse_args(["--config", name, "--recommended", "--beta", "0.3", "--output_dir", "mine"], CONFIGS)
+    config = parse_args(["--config", name, "--recommended", "--beta", "0.3", "--output_dir", "mine"])
     changes = {"context": "clean", "context_policy": "old", "train_timesteps": "warped", "collapse_factor": 2.0}
     if "gardo" in name:
         changes |= {"risk_rule": "hacked", "kl_average": "selected", "reference_reset_kl_step": 0.0}
@@ -145,7 +143,7 @@ def test_what_we_recommend_is_a_flag(name, capsys):
     printed = capsys.readouterr().out.splitlines()[1]
     assert printed.startswith("with what we recommend: context=clean, context_policy=old, train_timesteps=warped, ")
     assert printed.endswith("; but for your beta") and ("risk_rule=hacked" in printed) == ("gardo" in name)
-    config = parse_args(["--config", name, "--recommended", "false", "--context", "clean"], CONFIGS)
+    config = parse_args(["--config", name, "--recommended", "false", "--context", "clean"])
     assert dataclasses.asdict(config) == dataclasses.asdict(released) | {"context": "clean"}
     assert capsys.readouterr().out.splitlines()[1].endswith("; but for your context")
 
@@ -153,17 +151,17 @@ def test_what_we_recommend_is_a_flag(name, capsys):
 @pytest.mark.parametrize("config", [[], ["--config", "tiny_shapes"]])
 def test_recommended_goes_with_a_published_name(config):
     with pytest.raises(UserError, match="--recommended goes with the name of a published run"):
-        parse_args([*config, "--recommended"], CONFIGS)
+        parse_args([*config, "--recommended"])
 
 
 def test_krea_is_trained_in_the_plain_loop():
-    config = parse_args(["--config", "krea14b_video_hpsv3"], CONFIGS)
+    config = parse_args(["--config", "krea14b_video_hpsv3"])
     assert config.num_context_frames == 0 and config.sigmas == [1.0, 0.75, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("name", ["longlive_video_hpsv3", "self_forcing_video_hpsv3_16gpu", "krea14b_video_hpsv3"])
 def test_any_number_of_processes_gets_whole_groups(name):
-    run = find_published_run(name, PUBLISHED)
+    run = find_published_run(name)
     total = run.processes * run.settings["train_batch_size"] * run.settings["batches_per_epoch"]
     for processes in range(1, 65):
         settings, line = run.settings_for(processes, {})
@@ -178,7 +176,7 @@ def test_any_number_of_processes_gets_whole_groups(name):
 
 
 def test_sizes_of_the_base_for_another_published_number():
-    settings, line = find_published_run("longlive_video_multi_reward", PUBLISHED).settings_for(48, {})
+    settings, line = find_published_run("longlive_video_multi_reward").settings_for(48, {})
     assert (settings["train_batch_size"], settings["samples_per_prompt"], settings["batches_per_epoch"]) == SIZES[48]
     assert "those published for 48 processes" in line
     assert settings["eval_steps"] == 10  # of the run itself
@@ -199,7 +197,7 @@ def test_sizes_of_the_base_for_another_published_number():
 def test_sizes_on_the_command_line_stay(processes, given, sizes, words, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     command = ["--config", "longlive_video_hpsv3", "--prompts", "mine.txt"]
-    config = parse_args(command + [part for name, n in given.items() for part in (f"--{name}", str(n))], CONFIGS)
+    config = parse_args(command + [part for name, n in given.items() for part in (f"--{name}", str(n))])
     assert (config.train_batch_size, config.samples_per_prompt, config.batches_per_epoch) == sizes
     assert config.groups_per_epoch(processes) * sizes[1] == processes * sizes[0] * sizes[2]
     assert words in capsys.readouterr().out and config.prompts == "mine.txt"
@@ -208,16 +206,16 @@ def test_sizes_on_the_command_line_stay(processes, given, sizes, words, monkeypa
 @pytest.mark.parametrize("size,words", [("0", "at least 1"), ("many", "a whole number")])
 def test_sizes_that_are_none(size, words):
     with pytest.raises(UserError, match=f"train_batch_size must be {words}"):
-        parse_args(["--config", "longlive_video_hpsv3", "--train_batch_size", size], CONFIGS)
+        parse_args(["--config", "longlive_video_hpsv3", "--train_batch_size", size])
 
 
 def test_list(capsys):
     with pytest.raises(SystemExit) as exit:
-        parse_args(["--config", "list"], CONFIGS)
+        parse_args(["--config", "list"])
     assert exit.value.code == 0
     rows = capsys.readouterr().out.splitlines()
     names = [row.split()[0] for row in rows[1:]]
-    assert names == published_names(PUBLISHED) and len(set(names)) == len(names)
+    assert names == published_names() and len(set(names)) == len(names)
     spelled = {name.replace("casual", "causal").replace("multireward", "multi_reward") for name in RUNS}
     assert spelled == set(names)
     row = next(row for row in rows if row.startswith("causal_forcing_video_hpsv3_ta_48gpu"))
@@ -237,11 +235,11 @@ def test_list(capsys):
 )
 def test_unknown_names(name, words):
     with pytest.raises(UserError, match=words):
-        parse_args(["--config", name], CONFIGS)
+        parse_args(["--config", name])
 
 
 def test_the_default_number_may_be_spelled_out():
-    assert find_published_run("longlive_video_long_8gpu", PUBLISHED).settings["num_frames"] == 237
+    assert find_published_run("longlive_video_long_8gpu").settings["num_frames"] == 237
 
 
 README_ONLY = {"krea14b_video_multi_reward_16gpu", "krea14b_video_multi_reward_48gpu"}
@@ -250,7 +248,7 @@ README_ONLY |= {"longlive_video_hpsv3_with_lora_init_16gpu", "longlive_video_mul
 
 def row_of_the_page(name):
     """What docs/published_runs.md says of a run, from its YAML."""
-    run = find_published_run(name, PUBLISHED)
+    run = find_published_run(name)
     settings, processes = run.settings, run.processes
     batch, group, batches = (settings[n] for n in ("train_batch_size", "samples_per_prompt", "batches_per_epoch"))
     together, windowed = processes * batch, bool(settings["window_choices"])
@@ -275,7 +273,7 @@ def row_of_the_page(name):
 
 
 def test_the_page_has_a_row_for_every_run():
-    expected = [row_of_the_page(name) for name in published_names(PUBLISHED)]
+    expected = [row_of_the_page(name) for name in published_names()]
     rows = [line for line in PAGE.splitlines() if re.match(r"\| \w+_video_", line)]
     assert rows == expected, "the rows should be:\n" + "\n".join(expected)
 
@@ -289,7 +287,7 @@ def settings_on_the_page(heading):
 
 def test_the_page_states_what_the_files_do():
     gardo, streaming = (
-        find_published_run(f"longlive_video_{name}", PUBLISHED).settings
+        find_published_run(f"longlive_video_{name}").settings
         for name in ("hpsv3_gardo", "hpsv3_streaming_with_lora_init")
     )
     stated = settings_on_the_page("Released, before, now")

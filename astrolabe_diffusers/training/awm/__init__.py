@@ -1,7 +1,6 @@
 """AWM, advantage-weighted matching (arXiv 2509.25050)."""
 
-from .config import AWMConfig
-from .trainer import AWMTrainer
+from ...lazy import lazy_names
 
 
-__all__ = ["AWMConfig", "AWMTrainer"]
+__getattr__, __dir__, __all__ = lazy_names(__name__, {".config": ["AWMConfig"], ".trainer": ["AWMTrainer"]})

@@ -1,4 +1,4 @@
-"""A published checkpoint becomes a Diffusers folder."""
+"""A published checkpoint becomes a Diffusers folder, and a published LoRA a Diffusers one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 
-from .layouts.lora_modules import OriginalLora, load_original_lora
-from .layouts.published_models import PublishedModel
-from .layouts.wan_checkpoints import OriginalWeights, check_fits, load_original_weights
-from .models.transformer_causal_wan import CausalWanTransformer3DModel
-from .pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..layouts.lora_modules import OriginalLora, load_original_lora
+from ..layouts.published_models import PUBLISHED_MODELS
+from ..layouts.wan_checkpoints import OriginalWeights, check_fits, load_original_weights
+from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from .config import ConversionConfig
 
 
 _SHARED = ("tokenizer", "text_encoder", "vae")
@@ -32,81 +33,66 @@ LORA_FILES = (LORA_WEIGHT_NAME_SAFE,)
 _SHARD_BYTES = 5 * 1024**3
 
 
-def convert_checkpoint(
-    model: PublishedModel,
-    checkpoint: str | Path,
-    base: str | Path,
-    output_dir: str | Path,
-    lora: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    weights: str | tuple[str, ...] = (),
-    overwrite: bool = False,
-    lora_alpha: float | None = None,
-) -> Path:
+def convert(config: ConversionConfig) -> tuple[str, ...]:
     """
-    Write a complete pipeline folder for `CausalWanPipeline.from_pretrained`.
+    Write a complete pipeline folder for `CausalWanPipeline.from_pretrained`; or, without a checkpoint, the LoRA as
+    `pytorch_lora_weights.safetensors` for `load_lora_weights`, with its ranks and alphas.
 
     Tensors go from the memory-mapped checkpoint to the new files shard by shard, so a model needs no memory of its
     size. Nothing is left of a conversion that fails.
 
-    Args:
-        model: one of `PUBLISHED_MODELS`.
-        checkpoint: the published file, or a folder of shards, as [`load_tensors`] takes it.
-        base: folder or Hub id of the Wan2.1 pipeline in Diffusers format, of the same size: text encoder, autoencoder
-            and the sizes of the transformer are its.
-        output_dir: the folder; what lies in it under other names than `PIPELINE_FILES` stays.
-        lora: a LoRA that is merged into the weights, in float32.
-        dtype: of the new weights; by default each keeps its own, and those of 8-bit files become float32.
-        weights: entry of a training checkpoint to take instead of the one that the model's authors load.
-        overwrite: replace `PIPELINE_FILES` that are there.
-        lora_alpha: alpha of a LoRA that does not say it.
+    Returns:
+        What it wrote into `config.output_dir`: `PIPELINE_FILES` or `LORA_FILES`.
 
     Raises:
         ValueError: the checkpoint or the LoRA is not one of this model; the message names tensors. Or the folder
             holds what would be overwritten.
         OSError: a file cannot be read or written.
     """
-    sources = (checkpoint, base) if lora is None else (checkpoint, base, lora)
-    with _replacing(Path(output_dir), PIPELINE_FILES, overwrite, sources) as folder:
-        original = load_original_weights(checkpoint, weights, model)
-        adapter = None if lora is None else load_original_lora(lora, lora_alpha)
-        base, index = _base_folder(base)
-        with init_empty_weights():
-            sizes = CausalWanTransformer3DModel.load_config(base, subfolder="transformer")
-            transformer = CausalWanTransformer3DModel.from_config(sizes, **model.transformer)
-        check_fits(original.tensors, {name: tensor.shape for name, tensor in transformer.state_dict().items()})
-        if adapter is not None:
-            adapter.check_fits(original.tensors)
-
-        for name in _SHARED:
-            _copy(base / name, folder / name)
-        FlowMatchLCMScheduler(shift=5.0).save_pretrained(folder / "scheduler")
-        transformer.save_config(folder / "transformer")
-        save_shards(_tensors(original, adapter, dtype), folder / "transformer")
-        written = {name: index[name] for name in _SHARED} | {
-            "_class_name": "CausalWanPipeline",
-            "scheduler": ("diffusers", "FlowMatchLCMScheduler"),
-            "transformer": ("diffusers", "CausalWanTransformer3DModel"),
-        }
-        text = json.dumps(written | model.pipeline, indent=2, sort_keys=True) + "\n"
-        (folder / CausalWanPipeline.config_name).write_text(text)
-    return Path(output_dir)
+    names = LORA_FILES if config.checkpoint is None else PIPELINE_FILES
+    sources = tuple(filter(None, (config.checkpoint, config.base, config.lora)))
+    with _replacing(Path(config.output_dir), names, config.overwrite, sources) as folder:
+        adapter = None if config.lora is None else load_original_lora(config.lora, config.lora_alpha)
+        if config.checkpoint is None:
+            _write_lora(adapter, folder)
+        else:
+            _write_pipeline(config, adapter, folder)
+    return names
 
 
-def convert_lora(
-    lora: str | Path, output_dir: str | Path, overwrite: bool = False, lora_alpha: float | None = None
-) -> Path:
-    """Write a published LoRA as `pytorch_lora_weights.safetensors`, for `load_lora_weights`; ranks and alphas
-    are in it. `lora_alpha` is that of a LoRA that does not say it."""
-    with _replacing(Path(output_dir), LORA_FILES, overwrite, (lora,)) as folder:
-        adapter = load_original_lora(lora, lora_alpha)
-        config = adapter.peft_config()
-        CausalWanPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=adapter.state_dict(),
-            transformer_lora_adapter_metadata=config and config.to_dict(),
-        )
-    return Path(output_dir)
+def _write_lora(adapter: OriginalLora, folder: Path):
+    config = adapter.peft_config()
+    CausalWanPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=adapter.state_dict(),
+        transformer_lora_adapter_metadata=config and config.to_dict(),
+    )
+
+
+def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, folder: Path):
+    model = PUBLISHED_MODELS[config.recipe]
+    original = load_original_weights(config.checkpoint, config.weights or (), model)
+    base, index = _base_folder(config.base)
+    with init_empty_weights():
+        sizes = CausalWanTransformer3DModel.load_config(base, subfolder="transformer")
+        transformer = CausalWanTransformer3DModel.from_config(sizes, **model.transformer)
+    check_fits(original.tensors, {name: tensor.shape for name, tensor in transformer.state_dict().items()})
+    if adapter is not None:
+        adapter.check_fits(original.tensors)
+
+    for name in _SHARED:
+        _copy(base / name, folder / name)
+    FlowMatchLCMScheduler(shift=5.0).save_pretrained(folder / "scheduler")
+    transformer.save_config(folder / "transformer")
+    dtype = config.dtype and getattr(torch, config.dtype)
+    save_shards(_tensors(original, adapter, dtype), folder / "transformer")
+    written = {name: index[name] for name in _SHARED} | {
+        "_class_name": "CausalWanPipeline",
+        "scheduler": ("diffusers", "FlowMatchLCMScheduler"),
+        "transformer": ("diffusers", "CausalWanTransformer3DModel"),
+    }
+    text = json.dumps(written | model.pipeline, indent=2, sort_keys=True) + "\n"
+    (folder / CausalWanPipeline.config_name).write_text(text)
 
 
 @contextmanager

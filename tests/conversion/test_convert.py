@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,22 +15,19 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from astrolabe_diffusers.conversion import save_shards
+from astrolabe_diffusers.cli.convert import main
+from astrolabe_diffusers.conversion.convert import save_shards
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from tests.layouts.original_layout import original_names, original_weights
 from tests.tiny_pipeline import tiny_pipeline
 
 
 @pytest.fixture
-def convert(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    import convert_checkpoint
-
+def convert():
     def run(*args, exit_code=0):
-        assert convert_checkpoint.main([str(arg) for arg in args]) == exit_code
+        assert main([str(arg) for arg in args]) == exit_code
 
-    yield run
-    sys.modules.pop("convert_checkpoint")
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +108,7 @@ def test_flat_safetensors_and_dtype(convert, base, pipe, tmp_path):
     save_file(weights, tmp_path / "krea.safetensors")
     out = tmp_path / "out"
     convert(
-        *("--model", "krea-14b", "--checkpoint", tmp_path / "krea.safetensors", "--base", base),
+        *("--recipe", "krea-14b", "--checkpoint", tmp_path / "krea.safetensors", "--base", base),
         *("--output_dir", out, "--dtype", "bfloat16"),
     )
     saved = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -195,7 +191,7 @@ def test_lora(layout, convert, pipe, base, checkpoint, tmp_path):
     assert isinstance(config, LoraConfig) and (config.r, config.lora_alpha) == (4, 4 * scale)
 
     convert(
-        *("--model", "longlive", "--checkpoint", checkpoint, "--base", base, "--lora", path),
+        *("--recipe", "longlive", "--checkpoint", checkpoint, "--base", base, "--lora", path),
         *("--output_dir", tmp_path / "merged"),
     )
     assert (video(DiffusionPipeline.from_pretrained(tmp_path / "merged")) - expected).abs().max() < 1e-4
@@ -234,25 +230,25 @@ def fails(convert, capsys):
 
 def test_what_a_user_gets_wrong(fails, base, checkpoint, tmp_path):
     out = ("--output_dir", tmp_path / "new" / "out")
-    model = ("--model", "self-forcing", "--checkpoint", checkpoint)
+    model = ("--recipe", "self-forcing", "--checkpoint", checkpoint)
     fails("nothing to convert", *out)
-    fails("required: --output_dir", *model, "--base", base)
-    fails("needs --model and --base", "--checkpoint", checkpoint, *out)
-    fails("there is no 'self-forcng' (did you mean self-forcing?); it can be", "--model", "self-forcng", *out)
+    fails("output_dir is missing", *model, "--base", base)
+    fails("checkpoint needs recipe and base", "--checkpoint", checkpoint, *out)
+    fails("not 'self-forcng' (did you mean self-forcing?)", "--model", "self-forcng", *out)
     fails("unknown argument --outputdir (did you mean --output_dir?)", *model, "--outputdir", "x", *out)
-    fails("--model is given twice", *model, *model, *out)
-    for flag in ("dtype", "weights", "base", "model"):
-        value = {"dtype": "float16", "model": "longlive"}.get(flag, "x")
-        fails(f"--{flag} needs --checkpoint", "--lora", "x", f"--{flag}", value, *out)
-    fails("--hub_model_id needs --push_to_hub", "--lora", "x", "--hub_model_id", "x", *out)
-    fails("no such file", "--model", "self-forcing", "--checkpoint", tmp_path / "nothing.pt", "--base", base, *out)
+    fails("--recipe is given twice", *model, *model, *out)
+    for flag in ("dtype", "weights", "base", "recipe"):
+        value = {"dtype": "float16", "recipe": "longlive"}.get(flag, "x")
+        fails(f"{flag} needs checkpoint", "--lora", "x", f"--{flag}", value, *out)
+    fails("hub_model_id needs push_to_hub", "--lora", "x", "--hub_model_id", "x", *out)
+    fails("no such file", "--recipe", "self-forcing", "--checkpoint", tmp_path / "nothing.pt", "--base", base, *out)
     fails("no entry ema; there are generator, generator_ema", *model, "--base", base, "--weights", "ema", *out)
     fails("is no folder here, and the Hub did not give it", *model, "--base", "nobody/nothing", *out)
 
     for name, content in {"list": [torch.zeros(1)], "tensor": torch.zeros(1), "dict": {}}.items():
         torch.save(content, tmp_path / f"{name}.pt")
         words = "holds no tensors" if name == "dict" else "not tensors by name"
-        fails(words, "--model", "longlive", "--checkpoint", tmp_path / f"{name}.pt", "--base", base, *out)
+        fails(words, "--recipe", "longlive", "--checkpoint", tmp_path / f"{name}.pt", "--base", base, *out)
 
     # The base has three layers, the checkpoint two.
     larger = tmp_path / "larger"
@@ -284,13 +280,13 @@ def test_nothing_is_written_over(convert, fails, base, checkpoint, tmp_path):
     (out / "README.md").write_text("mine")
     shutil.copy(checkpoint, out / "model.pt")
     convert(
-        *("--model", "longlive", "--checkpoint", out / "model.pt", "--base", base, "--output_dir", out),
+        *("--recipe", "longlive", "--checkpoint", out / "model.pt", "--base", base, "--output_dir", out),
         *("--dtype", "float16"),
     )
     first = contents(out)
     assert first["README.md"] == b"mine" and "model.pt" in first and not (out / ".partial").exists()
 
-    command = ("--model", "self-forcing", "--checkpoint", out / "model.pt", "--base", base, "--output_dir", out)
+    command = ("--recipe", "self-forcing", "--checkpoint", out / "model.pt", "--base", base, "--output_dir", out)
     fails("tokenizer is there already: name another output_dir, or `overwrite` it", *command)
     # What is read is not what is written over, not even if asked to.
     converted = out / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -314,7 +310,7 @@ def test_nothing_is_written_over(convert, fails, base, checkpoint, tmp_path):
 
 
 def test_folders_that_cannot_be_written(fails, base, checkpoint, tmp_path):
-    command = ("--model", "self-forcing", "--checkpoint", checkpoint, "--base", base, "--output_dir")
+    command = ("--recipe", "self-forcing", "--checkpoint", checkpoint, "--base", base, "--output_dir")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("")
     fails("File exists", *command, tmp_path / "loop")
@@ -330,7 +326,7 @@ def test_folders_that_cannot_be_written(fails, base, checkpoint, tmp_path):
 @pytest.mark.parametrize("where", ["a shard", "a copy", "the last file"])
 def test_a_full_disk(where, fails, convert, base, checkpoint, tmp_path, monkeypatch):
     """Nothing is left of the new folder; a folder that is to be replaced is as it was."""
-    command = ("--model", "self-forcing", "--checkpoint", checkpoint, "--base", base, "--output_dir")
+    command = ("--recipe", "self-forcing", "--checkpoint", checkpoint, "--base", base, "--output_dir")
     convert(*command, tmp_path / "old")
     before = contents(tmp_path / "old")
     if where == "a shard":  # as the library says it
@@ -348,7 +344,7 @@ def test_a_full_disk(where, fails, convert, base, checkpoint, tmp_path, monkeypa
 def test_an_interrupted_conversion_leaves_nothing(convert, base, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        convert("--model", "longlive", "--checkpoint", checkpoint, "--base", base, "--output_dir", tmp_path / "out")
+        convert("--recipe", "longlive", "--checkpoint", checkpoint, "--base", base, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -360,7 +356,7 @@ def test_files_have_the_mode_of_the_umask(convert, base, checkpoint, pipe, tmp_p
     previous = os.umask(0o027)
     try:
         convert(
-            *("--model", "longlive", "--checkpoint", checkpoint, "--base", tmp_path / "base"),
+            *("--recipe", "longlive", "--checkpoint", checkpoint, "--base", tmp_path / "base"),
             *("--output_dir", tmp_path / "out"),
         )
         convert("--lora", tmp_path / "lora.pt", "--output_dir", tmp_path / "out")
@@ -378,7 +374,7 @@ def test_weights_go_before_the_authors_choice(convert, base, pipe, tmp_path):
     other = {key: tensor + 1 for key, tensor in weights.items()}
     torch.save({"generator_ema": other, "generator": weights}, tmp_path / "m.pt")
     convert(
-        *("--model", "self-forcing", "--checkpoint", tmp_path / "m.pt", "--base", base, "--weights", "generator"),
+        *("--recipe", "self-forcing", "--checkpoint", tmp_path / "m.pt", "--base", base, "--weights", "generator"),
         *("--output_dir", tmp_path / "out"),
     )
     converted = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -406,7 +402,7 @@ def test_8_bit_shards(convert, base, pipe, tmp_path):
         out = tmp_path / str(dtype)
         flag = [] if dtype == torch.float32 else ["--dtype", "bfloat16"]
         convert(
-            *("--model", "krea-14b", "--checkpoint", tmp_path / "shards", "--base", base, "--output_dir", out, *flag)
+            *("--recipe", "krea-14b", "--checkpoint", tmp_path / "shards", "--base", base, "--output_dir", out, *flag)
         )
         converted = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
         assert converted.keys() == expected.keys()
@@ -417,9 +413,19 @@ def test_push(convert, base, checkpoint, fails, tmp_path, monkeypatch, capsys):
     """The Hub is asked before the work; what else lies in the folder stays here."""
     hub = Mock()
     hub.create_repo.side_effect = OSError("401: Invalid\nusername or password.")
-    monkeypatch.setattr("convert_checkpoint.HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     out = tmp_path / "my-model"
-    command = ("--model", "longlive", "--checkpoint", checkpoint, "--base", base, "--output_dir", out, "--push_to_hub")
+    command = (
+        "--recipe",
+        "longlive",
+        "--checkpoint",
+        checkpoint,
+        "--base",
+        base,
+        "--output_dir",
+        out,
+        "--push_to_hub",
+    )
     fails("push_to_hub: cannot create my-model: 401: Invalid username or password.", *command)
     assert not out.exists()
     hub.create_repo.side_effect = None
