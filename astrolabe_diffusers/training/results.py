@@ -85,9 +85,9 @@ def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
     files["model card"] = "README.md"
     num_samples = trainer.epoch * trainer.num_groups * config.samples_per_prompt
     results = {
-        "num_videos": len(trainer.eval_samples),
+        "num_videos": len(trainer.held_out.samples),
         "num_prompts": len(trainer.eval_prompts),
-        "size": trainer.eval_size,
+        "size": trainer.held_out.size,
         "steps": trainer.step,
         "best": trainer.best.record,
         "num_samples": num_samples,

@@ -166,30 +166,31 @@ class OnlineTrainer:
         set_seed(config.seed)
 
         self.prompts, self.eval_prompts = load_prompts(config, train_prompts, eval_prompts)
-        self.eval_samples = eval_samples(self.eval_prompts, config.eval_seeds)
         # Before the large model is loaded: a wrong name is found at once.
         fps = pipeline.config.frame_rate if pipeline else frame_rate(config.model, config.revision)
         rewards, watched = make_rewards(config, fps, self.accelerator.process_index, self.named_rewards)
         for reward_set in filter(None, (rewards, watched)):
-            self.resources.callback(reward_set.close)
+            self.resources.enter_context(reward_set)
         if pipeline is None:
             self.pipeline = load_frozen_pipeline(config.model, self.accelerator, config.revision, config.variant)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)
-        self.rewards = ScoringThread(
-            self.pipeline.vae, rewards, watched, skip_bad=config.nan_reward == "skip", timeout=config.reward_timeout
+        self.rewards = self.resources.enter_context(
+            ScoringThread(
+                self.pipeline.vae,
+                rewards,
+                watched,
+                skip_bad=config.nan_reward == "skip",
+                timeout=config.reward_timeout,
+            )
         )
-        self.resources.callback(self.rewards.close)
         self.rollouts = Rollout(self.pipeline, self.rewards)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
-        self.eval_size = video_size(
-            self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames
-        )
         self.held_out = HeldOut(
             self.rollouts,
-            self.eval_samples,
-            self.eval_size,
+            eval_samples(self.eval_prompts, config.eval_seeds),
+            video_size(self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames),
             config.train_batch_size,
             config.num_eval_videos,
             self.accelerator.process_index,
@@ -434,7 +435,7 @@ class OnlineTrainer:
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
             f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
             f"{config.samples_per_prompt} samples an epoch, {config.max_train_steps} steps; "
-            f"{len(self.eval_samples)} held-out videos of {self.eval_size['num_frames']} frames; output in "
+            f"{len(self.held_out.samples)} held-out videos of {self.held_out.size['num_frames']} frames; output in "
             f"{config.output_dir}"
         )
 

@@ -72,7 +72,7 @@ def benchmark(argv: list[str] | None):
         trainer = NFTTrainer(pipeline, config)
         # The held-out video only warms up: a block of it is enough.
         block = trainer.transformer.config.num_frames_per_block
-        trainer.eval_size["num_frames"] = 1 + trainer.pipeline.vae.config.scale_factor_temporal * (block - 1)
+        trainer.held_out.size["num_frames"] = 1 + trainer.pipeline.vae.config.scale_factor_temporal * (block - 1)
         trainer.start()
         trainer.train_epochs()
         memory, lora = peak_memory_gb(trainer.accelerator.device), checksum(policy_parameters(trainer.transformer))

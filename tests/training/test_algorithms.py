@@ -43,7 +43,7 @@ def stepwise(model_folder, tmp_path_factory):
     trainer = StepPolicyGradient(config=OnlineConfig(**tiny_settings(model_folder, folder, eval_rewards=[])))
     randomize_adapters(trainer.transformer)
     trainer.start()
-    samples = trainer.eval_samples[:2]
+    samples = trainer.held_out.samples[:2]
     batch = trainer.rollout(samples)[0]
     yield trainer, batch
     trainer.resources.close()

@@ -31,7 +31,7 @@ def latents_of(trainer, policy, samples):
 
 
 def test_old_policy_makes_the_samples(trainer):
-    samples = trainer.eval_samples[:4]
+    samples = trainer.held_out.samples[:4]
     batches = trainer.rollout(samples)
     expected = latents_of(trainer, "old", samples)
     torch.testing.assert_close(batches[0].latents, expected)
@@ -41,7 +41,7 @@ def test_old_policy_makes_the_samples(trainer):
 
 def test_current_policy_is_evaluated(trainer):
     trainer.evaluate()
-    videos = decode_videos(trainer.pipeline.vae, latents_of(trainer, "current", trainer.eval_samples))
+    videos = decode_videos(trainer.pipeline.vae, latents_of(trainer, "current", trainer.held_out.samples))
     scores = trainer.report.evaluations[-1].scores["reward"]
     assert scores == pytest.approx(videos.mean(dim=(1, 2, 3, 4)).tolist(), abs=1e-5)
 
