@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from .text import read_json
+
 
 # Written last, so that a folder without it is not whole.
 SEAL_NAME = "files.json"
@@ -29,9 +31,9 @@ def seal(folder: Path):
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that [`seal`] closed, in words; `None` if every file is what it was."""
     try:
-        files = json.loads((folder / SEAL_NAME).read_text())
+        files = read_json(folder / SEAL_NAME)
         files = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return f"{SEAL_NAME} is missing or unreadable"
     except (AttributeError, TypeError, KeyError):
         return f"{SEAL_NAME} is no list of files with their sizes and digests"

@@ -12,6 +12,7 @@ import torch
 
 from ..distributed.sharding import full_tensors, shard_like
 from ..errors import UserError, one_line
+from ..files.text import read_json
 from ..layouts.wan_checkpoints import misfits
 from .policies import CURRENT
 
@@ -47,12 +48,14 @@ def write_state(folder: Path, state: dict[str, Any], identity: dict[str, Any]):
 
 
 def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What [`write_state`] was given; a [`UserError`] if it is none, or of an older version, another model or LoRA."""
+    """What [`write_state`] was given.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+        UserError: it is none, or of an older version, another model or another LoRA.
+    """
     path = folder / STATE_NAME
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    state = read_json(path)
     if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise UserError(f"{path} is no state of a run.")
     written = state.pop("format", None)

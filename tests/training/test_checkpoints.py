@@ -283,8 +283,8 @@ def test_nothing_of_a_checkpoint_is_run(checkpoints, tmp_path, with_torch):
     ("name", "text", "message"),
     [
         ("trainer_state.json", "[1, 2]", "trainer_state.json is no state of a run"),
-        ("trainer_state.json", "{", "cannot read .*trainer_state.json"),
-        ("trainer_state.json", "[" * 100_000, "cannot read .*trainer_state.json"),
+        ("trainer_state.json", "{", "trainer_state.json is no JSON"),
+        ("trainer_state.json", "[" * 100_000, "trainer_state.json is no JSON"),
         ("trainer_state.json", {"step": "two"}, "trainer_state.json is no state of a run"),
         ("trainer_state.json", {"step": -2}, "trainer_state.json is no state of a run"),
         ("trainer_state.json", {"identity": [1]}, "trainer_state.json is no state of a run"),
