@@ -40,6 +40,12 @@ def get_config_class(name: str) -> type[OnlineConfig]:
     return get_algorithm(name).config_class
 
 
+def algorithm_name(trainer: type[OnlineTrainer]) -> str:
+    """The name by which [`get_algorithm`] finds a trainer."""
+    path = f"{trainer.__module__}:{trainer.__qualname__}"
+    return next((name for name in ALGORITHMS if get_algorithm(name) is trainer), path)
+
+
 def _load(name: str, path: str) -> type | None:
     module, _, attribute = path.rpartition(":")
     if not module:

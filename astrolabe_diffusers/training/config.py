@@ -15,6 +15,7 @@ from ..errors import UserError, as_user_error
 from ..pipelines.sigmas import check_sigmas
 from ..reporting.tracker_names import TRACKERS
 from ..rewards.config import RewardConfig
+from .algorithms import algorithm_name
 
 
 # The published runs have 1152 at most. What is far beyond is a slip, and would fill the memory with their list.
@@ -34,6 +35,8 @@ class OnlineConfig(RewardConfig):
 
     algorithm: ClassVar[str] = "online reinforcement learning"
     paper: ClassVar[str | None] = None
+    # The trainer's class, once one has these settings: what is saved names it.
+    trainer: ClassVar[type | None] = None
     aliases = {"pretrained_model_name_or_path": "model", "shared_prefix": "shared_past"}
 
     removed = {"hub_token": "the token comes from HF_TOKEN or `hf auth login`, and is stored nowhere else"}
@@ -257,6 +260,8 @@ class OnlineConfig(RewardConfig):
         """Writes every setting as YAML; a run with `--config path` repeats this one. What may be written over is said
         anew for each."""
         values = {name: value for name, value in asdict(self).items() if name != "overwrite_output_dir"}
+        if self.trainer is not None:
+            values = {"algorithm": algorithm_name(self.trainer)} | values
         Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
 
 

@@ -92,6 +92,7 @@ class OnlineTrainer:
         if isinstance(model, (str, Path)):
             config = replace(config, model=str(model))
         self.config, self.named_rewards = name_rewards(config, reward_funcs)
+        self.config.trainer = type(self)
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(self.config)
         self.resources = Resources()
