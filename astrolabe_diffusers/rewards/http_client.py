@@ -44,18 +44,13 @@ class _Noted:
         super().request(*arguments, **keywords)
 
 
-class _Connection(_Noted, HTTPConnection):
-    pass
-
-
-class _SecureConnection(_Noted, HTTPSConnection):
-    pass
+_CONNECTIONS = {kind: type(kind.__name__, (_Noted, kind), {}) for kind in (HTTPConnection, HTTPSConnection)}
 
 
 class _Adapter(HTTPAdapter):
     def get_connection_with_tls_context(self, *arguments, **keywords):
         pool = super().get_connection_with_tls_context(*arguments, **keywords)
-        pool.ConnectionCls = _SecureConnection if pool.scheme == "https" else _Connection
+        pool.ConnectionCls = _CONNECTIONS.get(pool.ConnectionCls, pool.ConnectionCls)
         return pool
 
 

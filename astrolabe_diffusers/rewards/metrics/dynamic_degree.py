@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from ..frames import FrameRequest
+from ..frames import FrameRequest, FrameSelection
 from ..registry import register_reward
 from ..reward import Reward, RewardOutput
 from .video_quality import luminance
@@ -44,19 +42,17 @@ class DynamicDegree(Reward):
     uses_prompt = False
 
     def __init__(self, fps: float = 16.0):
-        if not 0 < fps < math.inf:
-            raise ValueError(f"fps, the frames a second of the videos, must be positive, not {fps}.")
-        self.fps = fps
+        self.select = FrameSelection("all", fps)
 
     def request(self, num_frames, height, width):
         scale = _SIDE / min(height, width)
-        return FrameRequest(tuple(range(num_frames)), ((round(height * scale), round(width * scale)),))
+        return FrameRequest(tuple(self.select(num_frames)), ((round(height * scale), round(width * scale)),))
 
     def score(self, videos, prompts, metadata=None):
         frames = self.requested(videos)
         if frames.shape[1] == 1:
             return RewardOutput(torch.zeros(len(frames)), {"above_threshold": torch.zeros(len(frames))})
-        speed = torch.stack([_motion(luminance(video[None])[0] / 255) for video in frames]) * (self.fps / _SIDE)
+        speed = torch.stack([_motion(luminance(video[None])[0] / 255) for video in frames]) * (self.select.fps / _SIDE)
         return RewardOutput(speed.mean(1).cpu(), {"above_threshold": (speed > 6 / 256 * 8).float().mean(1).cpu()})
 
 

@@ -47,23 +47,10 @@ class Batcher:
         while True:
             batch = self._next_batch()
             started = time.perf_counter()
-            try:
-                self._score([job for job, _ in batch], [future for _, future in batch])
-            except Exception as error:
-                if len(batch) == 1:
-                    batch[0][1].set_exception(error)
-                else:
-                    self._score_each(batch)
+            self._score(batch)
             self.counters["batches"] += 1
             self.counters["videos"] += sum(len(job.prompts) for job, _ in batch)
             self.counters["seconds"] += time.perf_counter() - started
-
-    def _score_each(self, batch: list[tuple[ScoringJob, Future]]):
-        for job, future in batch:
-            try:
-                self._score([job], [future])
-            except Exception as error:
-                future.set_exception(error)
 
     def _next_batch(self) -> list[tuple[ScoringJob, Future]]:
         with self._changed:
@@ -79,10 +66,19 @@ class Batcher:
             self._waiting = rest
             return batch
 
-    def _score(self, jobs: list[ScoringJob], futures: list[Future]):
-        outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else ScoringJob.join(jobs))
+    def _score(self, batch: list[tuple[ScoringJob, Future]]):
+        jobs = [job for job, _ in batch]
+        try:
+            outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else ScoringJob.join(jobs))
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+            else:
+                for entry in batch:
+                    self._score([entry])
+            return
         start = 0
-        for job, future in zip(jobs, futures):
+        for job, future in batch:
             end = start + len(job.prompts)
             future.set_result({name: output[start:end] for name, output in outputs.items()})
             start = end

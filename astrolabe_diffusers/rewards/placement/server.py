@@ -40,7 +40,7 @@ except ImportError:  # on Windows, where open files have no such limit
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Query, Request
+    from fastapi import FastAPI, HTTPException, Query, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.requests import ClientDisconnect
@@ -126,6 +126,10 @@ def create_app(
     async def refuse(request: Request, error: RequestValidationError):
         return _error(400, f"num_frames must be from 1 to {MAX_FRAMES}, height and width from 1 to {MAX_SIDE}")
 
+    @app.exception_handler(HTTPException)
+    async def tell(request: Request, error: HTTPException):
+        return _error(error.status_code, error.detail)
+
     @app.middleware("http")
     async def check_token(request: Request, call_next):
         given = request.headers.get("Authorization", "").encode()
@@ -194,32 +198,29 @@ class _Scoring:
             try:
                 # What was read is let go of as soon as it is unpacked.
                 job = await asyncio.to_thread(unpack_job, await _read(request, self.max_request_bytes, hold))
-            except HeldBytes.Full:
-                return _error(503, f"requests of {self.held.limit} bytes are waiting already")
             except ClientDisconnect:
-                return _error(400, "the connection ended before the request did")
-            except _TooLarge:
-                return _error(413, f"a request may have {self.max_request_bytes} bytes")
+                raise HTTPException(400, "the connection ended before the request did") from None
             except ValueError as error:
-                return _error(400, error)
+                raise HTTPException(400, str(error)) from None
             return await self._score(job, request.headers.get("X-Request-Id"))
 
     async def _score(self, job: ScoringJob, number: str | None):
         known = self.batcher.rewards.rewards
         unknown = [name for name in job.frames if name not in known]
         if unknown:
-            return _error(400, f"there is no reward {unknown[0]!r}; there are {', '.join(known)}")
+            raise HTTPException(400, f"there is no reward {unknown[0]!r}; there are {', '.join(known)}")
         future = self.batcher.submit(job)
         if future is None:
-            return _error(503, f"{self.batcher.max_waiting} requests are waiting already")
+            raise HTTPException(503, f"{self.batcher.max_waiting} requests are waiting already")
         try:
             outputs = await asyncio.wrap_future(future)
         except RewardError as error:
-            return _error(422, error)
+            raise HTTPException(422, str(error)) from None
         except Exception as error:
             # Its words and its place are for those who run the server.
             logger.error("a reward failed: %s", summarize_exception(error))
-            return _error(500, f"a reward failed: {type(error).__name__}; the log of the server says more")
+            text = f"a reward failed: {type(error).__name__}; the log of the server says more"
+            raise HTTPException(500, text) from None
         return {"request": number, "outputs": outputs_to_json(outputs)}
 
 
@@ -252,10 +253,7 @@ def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
 
 
 class HeldBytes:
-    """Counts the bytes that requests take in memory, and raises `Full` for what would be more than `limit`."""
-
-    class Full(Exception):
-        pass
+    """Counts the bytes that requests take in memory, and refuses what would be more than `limit`."""
 
     def __init__(self, limit: int):
         self.limit, self.number = limit, 0
@@ -269,7 +267,7 @@ class HeldBytes:
             nonlocal mine
             more = _COPIES * size - mine
             if self.number + more > self.limit:
-                raise HeldBytes.Full
+                raise HTTPException(503, f"requests of {self.limit} bytes are waiting already")
             self.number += more
             mine += more
 
@@ -279,24 +277,21 @@ class HeldBytes:
             self.number -= mine
 
 
-class _TooLarge(Exception):
-    pass
-
-
 async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes:
-    """The body of a request, or `_TooLarge` as soon as it is larger than `limit`; its size is said to `hold`
-    beforehand."""
+    """The body of a request, refused as soon as it is larger than `limit`; its size is said to `hold` beforehand."""
     length = request.headers.get("Content-Length", "")
-    announced = int(length) if length.isdecimal() else 0
-    if announced > limit:
-        raise _TooLarge
-    hold(announced)
-    pieces, received = [], 0
+    announced, received, pieces = int(length) if length.isdecimal() else 0, 0, []
+
+    def check():
+        size = max(announced, received)
+        if size > limit:
+            raise HTTPException(413, f"a request may have {limit} bytes")
+        hold(size)
+
+    check()
     async for piece in request.stream():
         received += len(piece)
-        if received > limit:
-            raise _TooLarge
-        hold(max(announced, received))
+        check()
         pieces.append(piece)
     return b"".join(pieces)
 
