@@ -12,7 +12,7 @@ import torch
 
 from ..distributed.sharding import full_tensors, shard_like
 from ..errors import UserError, one_line
-from ..layouts.wan_checkpoints import misfits
+from ..layouts.tensor_files import misfits
 from .policies import CURRENT
 
 
