@@ -73,6 +73,42 @@ def load_tensors(path: str | Path, map_files: bool = True) -> dict[str, Any]:
     return tensors
 
 
+def select_weights(checkpoint: dict[str, Any], keys: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """
+    The tensors out of a training checkpoint. What lies beside them and is none is left out.
+
+    Args:
+        checkpoint: a flat dict of tensors, or dicts by name (`generator`, `generator_ema`, `critic`, ...).
+        keys: names in the order of preference; the first that is there is taken.
+    """
+    found = [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)]
+    tensors = {
+        name: value for name, value in (found[0] if found else checkpoint).items() if isinstance(value, torch.Tensor)
+    }
+    if checkpoint and not found and not tensors:
+        raise ValueError(f"this checkpoint holds {', '.join(checkpoint)}, and none of {', '.join(keys)}.")
+    return tensors
+
+
+def misfits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> str:
+    """In words, which of `weights` are missing, unexpected or of another shape than `shapes`; empty if all fit."""
+    problems = {
+        "missing": [name for name in shapes if name not in weights],
+        "unexpected": [name for name in weights if name not in shapes],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} for {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in weights and weights[name].shape != shape
+        ],
+    }
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    return "; ".join(found)
+
+
 def fetch_link(source: str | Path, revision: str | None = None, **hub) -> str | Path:
     """The path of the file that a link to the Hub means, downloaded; anything else is a path already.
 

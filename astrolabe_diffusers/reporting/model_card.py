@@ -37,25 +37,23 @@ def write_card(config: Config, results: dict[str, Any], prompts: Sequence[str], 
     """
     name = repo_id or config.hub_model_id or Path(config.output_dir).resolve().name
     title = name.split("/")[-1]
-    # What is given here is put into the template as it is: users' texts are escaped.
     card = ModelCard.from_template(
         card_data(config, results, prompts, title),
         TEMPLATE,
         config=config,
         results=results,
-        title=escape(title),
-        base=code(config.hub_base_model or shareable_name(config.model)),
-        algorithm=algorithm_text(config),
-        rewards=", ".join(f"{code(reward)} (weight {weight:g})" for reward, weight in config.rewards.items()),
-        example=code_block(example(config, results["size"], name, prompts), "python"),
-        findings="\n".join(f"- {line}" for line in findings(results["scores"], config.rewards)),
+        prompts=prompts,
+        name=name,
+        title=title,
+        model=shareable_name(config.model),
+        embedded=config.model == TINY_SHAPES,
+        paper=PAPERS.get(config.paper) or (config.paper or "").removeprefix("https://"),
+        init_lora=config.init_lora and shareable_name(config.init_lora),
+        findings=findings(results["scores"], config.rewards),
         table=score_table(results["scores"], config.rewards),
-        start=config.init_lora and code(shareable_name(config.init_lora)),
-        prompts="\n".join(f"{i}. {escape_line(prompt)}" for i, prompt in enumerate(prompts, 1)),
-        train_time=duration(results["train_seconds"]),
-        versions=", ".join(f"{package} {version}" for package, version in results["versions"].items()),
-        settings=code_block(yaml.safe_dump(shareable_settings(config), sort_keys=False, allow_unicode=True), "yaml"),
-        licence=escape_line(config.hub_license or "None was stated"),
+        settings=yaml.safe_dump(shareable_settings(config), sort_keys=False, allow_unicode=True),
+        # With these the template escapes what users have written, which is put into it as it is.
+        **{function.__name__: function for function in (code, code_block, duration, escape, escape_line, python_text)},
     )
     path = Path(config.output_dir) / "README.md"
     with replacing(path) as partial:
@@ -89,30 +87,6 @@ def card_data(config: Config, results: dict[str, Any], prompts: Sequence[str], n
             if math.isfinite(score["after"])
         ],
     )
-
-
-def algorithm_text(config: Config) -> str:
-    """The algorithm and its paper, if it has one."""
-    if config.paper is None:
-        return escape(config.algorithm)
-    name = PAPERS.get(config.paper, config.paper.removeprefix("https://"))
-    return f"{escape(config.algorithm)}, as in [{escape(name)}]({config.paper})"
-
-
-def example(config: Config, size: dict[str, int], name: str, prompts: Sequence[str]) -> str:
-    """Code that generates a video with the adapter."""
-    base = config.model
-    model = "astrolabe_diffusers.TINY_SHAPES" if base == TINY_SHAPES else python_text(shareable_name(base))
-    revision = f", revision={python_text(config.revision)}" if config.revision else ""
-    arguments = ", ".join(f"{key}={value}" for key, value in size.items())
-    return f"""import {", ".join(["astrolabe_diffusers", *config.import_modules])}
-from diffusers import DiffusionPipeline
-from diffusers.utils import export_to_video
-
-pipe = DiffusionPipeline.from_pretrained({model}{revision})
-pipe.load_lora_weights({python_text(name)})
-video = pipe({python_text(next(iter(prompts), "a prompt"))}, {arguments}).frames[0]
-export_to_video(video, "video.mp4", fps=pipe.config.frame_rate)"""
 
 
 def score_table(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ..distributed.sharding import full_tensors, shard_like
 from ..errors import UserError, as_user_error
 from ..files.writing import replacing
-from ..layouts.wan_checkpoints import misfits
+from ..layouts.tensor_files import misfits
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .policies import CURRENT, EMA, OLD, REFERENCE
 

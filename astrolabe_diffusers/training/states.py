@@ -13,7 +13,7 @@ import torch
 from ..distributed.sharding import full_tensors, shard_like
 from ..errors import UserError, one_line
 from ..files.text import read_json
-from ..layouts.wan_checkpoints import misfits
+from ..layouts.tensor_files import misfits
 from .policies import CURRENT
 
 

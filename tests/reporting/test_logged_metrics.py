@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from astrolabe_diffusers.cli.train import parse_args
-from astrolabe_diffusers.training import NFTTrainer
+from astrolabe_diffusers.training import NFTConfig, NFTTrainer
+from astrolabe_diffusers.training.awm import AWMConfig, AWMTrainer
 from tests.reporting.test_trackers import events_of
 from tests.training.helpers import BRIGHTNESS, tiny_arguments
 
@@ -39,13 +39,19 @@ def flat(record, prefix=""):
             yield prefix + name
 
 
+def train(kind, config_class, model, folder, **values):
+    words = tiny_arguments(model, folder, max_train_steps=1, checkpointing_steps=10, **values)
+    settings = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2])}
+    settings["rewards"] = {BRIGHTNESS: 1, CONTRAST: 1}
+    kind(config=config_class(**settings)).train()
+
+
 @pytest.fixture(scope="module")
 def run(model_folder, tmp_path_factory):
     """The folder of a run of NFT that logs all that there is."""
     folder = tmp_path_factory.mktemp("run")
-    rewards = {"rewards": f"{BRIGHTNESS},{CONTRAST}", "eval_rewards": FLICKER}
-    options = {"selective_kl": True, "reference_reset_kl": 0.5, "max_train_steps": 1, "checkpointing_steps": 10}
-    NFTTrainer(config=parse_args(tiny_arguments(model_folder, folder, **rewards, **options))).train()
+    options = {"eval_rewards": FLICKER, "selective_kl": True, "reference_reset_kl": 0.5}
+    train(NFTTrainer, NFTConfig, model_folder, folder, **options)
     return folder
 
 
@@ -58,6 +64,12 @@ def test_files_hold_what_the_page_says(run):
     assert metrics == set().union(*(for_scores(page[part][0], TRAINED) for part in ALGORITHMS))
     evaluation = set(flat(json.loads((run / "eval.jsonl").read_text().splitlines()[-1])))
     assert evaluation == for_scores(page["Held-out videos"][0], (*TRAINED, FLICKER))
+
+
+def test_awm_logs_what_the_page_says(model_folder, tmp_path):
+    train(AWMTrainer, AWMConfig, model_folder, tmp_path, report_to="none", num_eval_videos=0, eval_seeds=1)
+    page, metrics = tables(), set(flat(json.loads((tmp_path / "metrics.jsonl").read_text())))
+    assert metrics == set().union(*(for_scores(page[part][0], TRAINED) for part in ALGORITHMS[:2]))
 
 
 def test_trackers_show_what_the_page_says(run):

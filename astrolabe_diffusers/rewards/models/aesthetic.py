@@ -8,8 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ...layouts.tensor_files import find_weights
-from ...layouts.wan_checkpoints import misfits
+from ...layouts.tensor_files import find_weights, misfits
 from ..registry import register_reward
 from .model_reward import FrameReward, normalize
 from .published_files import fetch, read_weights

@@ -7,8 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 import torch.nn.functional as F
 
-from ...layouts.tensor_files import find_weights
-from ...layouts.wan_checkpoints import misfits
+from ...layouts.tensor_files import find_weights, misfits
 from ..registry import register_reward
 from .model_reward import FrameReward, standardize
 from .published_files import fetch, read_weights

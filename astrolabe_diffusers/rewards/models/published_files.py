@@ -9,8 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ...errors import one_line
-from ...layouts.tensor_files import load_tensors
-from ...layouts.wan_checkpoints import select_weights
+from ...layouts.tensor_files import load_tensors, select_weights
 
 
 def fetch(source: str, patterns: list[str]) -> Path:

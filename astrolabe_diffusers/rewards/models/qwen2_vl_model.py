@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from ...layouts.wan_checkpoints import misfits
+from ...layouts.tensor_files import misfits
 from .qwen2_vl_inputs import MERGE, RewardPrompt, patchify
 
 
