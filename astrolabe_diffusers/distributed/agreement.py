@@ -14,6 +14,10 @@ from ..errors import Interrupted, ProcessError, UserError, summarize_exception
 CALLED_OFF = "astrolabe/called_off"
 
 
+def is_first_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 class Resources(ExitStack):
     """What a run lets go of at its end, whatever happens: threads and processes of rewards, trackers, a folder's lock.
 

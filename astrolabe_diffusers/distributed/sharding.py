@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .agreement import raise_together
+from .agreement import is_first_process, raise_together
 
 
 def is_sharded() -> bool:
@@ -53,10 +53,10 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensors(tensors: dict[str, torch.Tensor], write: bool) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU for a process that is to `write` them, none for others; every process asks for them."""
+def full_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU for the first process, none for others; every process asks for them."""
     whole = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
-    return {name: tensor.cpu() for name, tensor in whole if write}
+    return {name: tensor.cpu() for name, tensor in whole if is_first_process()}
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from ..distributed.agreement import is_first_process
 from ..distributed.sharding import full_tensors, shard_like
 from ..errors import UserError, as_user_error
 from ..files.writing import replacing
@@ -25,18 +26,12 @@ PREFIX = "transformer."
 
 
 def save_adapter(
-    transformer: torch.nn.Module,
-    folder: str | Path,
-    adapter: str = CURRENT,
-    weight_name: str | None = None,
-    write: bool = True,
+    transformer: torch.nn.Module, folder: str | Path, adapter: str = CURRENT, weight_name: str | None = None
 ):
-    """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives.
-
-    Of a sharded transformer every process calls it, and one of them with `write`.
-    """
-    layers = full_tensors(get_peft_model_state_dict(transformer, adapter_name=adapter), write)
-    if write:
+    """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives. Every process
+    calls it, and the first one writes."""
+    layers = full_tensors(get_peft_model_state_dict(transformer, adapter_name=adapter))
+    if is_first_process():
         with replacing(Path(folder) / (weight_name or WEIGHT_NAMES[adapter])) as path:
             CausalWanPipeline.save_lora_weights(
                 path.parent,

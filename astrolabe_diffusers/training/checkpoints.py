@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from ..distributed.agreement import raise_together
+from ..distributed.agreement import is_first_process, raise_together
 from ..distributed.sharding import together
 from ..errors import UserError, as_user_error
 from ..files.output_folder import checkpoint_step, list_checkpoints, set_aside
@@ -43,7 +42,6 @@ class Checkpoints:
     is.
 
     Args:
-        accelerator: of the run.
         transformer: the unwrapped transformer.
         optimizer: AdamW over the current policy's parameters, prepared or not.
         config: `output_dir`, `checkpoints_total_limit` (the oldest go), and all that is saved as `config.yaml`.
@@ -52,13 +50,11 @@ class Checkpoints:
 
     def __init__(
         self,
-        accelerator: Accelerator,
         transformer: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         config: OnlineConfig,
         identity: dict[str, Any],
     ):
-        self.accelerator = accelerator
         self.transformer = transformer
         self.optimizer = optimizer
         self.config = config
@@ -79,19 +75,19 @@ class Checkpoints:
         Raises:
             UserError: in every process, if it cannot be written; those before stay.
         """
-        final, is_main = self.path(step), self.accelerator.is_main_process
+        final, is_first = self.path(step), is_first_process()
         partial = final.with_name(final.name + PARTIAL)
         with raise_together(), as_user_error(f"cannot write {partial}"):
-            if is_main:
+            if is_first:
                 partial.mkdir(parents=True)
         with together(), as_user_error(f"cannot write {partial}"):
             for adapter in self.transformer.peft_config:
-                save_adapter(self.transformer, partial, adapter, write=is_main)
-            moments = optimizer_tensors(trained_parameters(self.transformer), self.optimizer, is_main)
-            if is_main:
+                save_adapter(self.transformer, partial, adapter)
+            moments = optimizer_tensors(trained_parameters(self.transformer), self.optimizer)
+            if is_first:
                 save_file(moments, partial / OPTIMIZER_NAME)
         with raise_together(), as_user_error(f"cannot write {final}"):
-            if is_main:
+            if is_first:
                 self.config.save(partial / "config.yaml")
                 write_state(partial, state, self.identity)
                 seal(partial)
@@ -122,7 +118,7 @@ class Checkpoints:
         """
         path, lines = None, []
         with raise_together(), as_user_error(f"cannot use {self.folder}"):
-            if self.accelerator.is_main_process:
+            if is_first_process():
                 for left_over in self.folder.glob(f"checkpoint-*{PARTIAL}"):
                     shutil.rmtree(left_over)
                 if name == "latest":

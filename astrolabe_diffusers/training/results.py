@@ -53,7 +53,7 @@ class BestAdapter:
             return
         self.record = {"step": evaluation.step, "reward": reward}
         with together():
-            save_adapter(self.transformer, self.folder, self.policy, WEIGHT_NAMES[CURRENT], write=self.is_main_process)
+            save_adapter(self.transformer, self.folder, self.policy, WEIGHT_NAMES[CURRENT])
             if self.is_main_process:
                 with replacing(self.folder / "best.json") as partial:
                     partial.write_text(json.dumps(self.record))
@@ -64,7 +64,7 @@ def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
     config, accelerator = trainer.config, trainer.accelerator
     is_main, output_dir = accelerator.is_main_process, Path(config.output_dir)
     judged = config.judged_policy
-    save_adapter(trainer.transformer, output_dir, POLICIES[judged], WEIGHT_NAMES[CURRENT], write=is_main)
+    save_adapter(trainer.transformer, output_dir, POLICIES[judged], WEIGHT_NAMES[CURRENT])
     shown = trainer.held_out.shown
     # A sharded model generates on all processes or on none.
     if shown and (is_main or is_sharded()):
@@ -77,9 +77,7 @@ def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
     files = {"adapter": WEIGHT_NAMES[CURRENT], "curve": "rewards.png"}
     prompts = [sample.prompt.text for sample in shown]
     if shown:
-        comparison = write_columns(
-            columns, prompts, output_dir / "before_after", trainer.pipeline.config.frame_rate
-        )
+        comparison = write_columns(columns, prompts, output_dir / "before_after", trainer.pipeline.config.frame_rate)
         names = (Path(path).name for path in comparison)
         files |= zip(("before/after video", "before/after sheet", "before/after GIF"), names)
     files["model card"] = "README.md"

@@ -112,18 +112,16 @@ def trained_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Param
 
 
 def optimizer_tensors(
-    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, write: bool = True
+    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """The moments of AdamW as whole tensors on the CPU, `<parameter>.<moment>`; none before its first step.
-
-    Of sharded parameters every process calls it, and gets them with `write`.
-    """
+    """The moments of AdamW for the first process, as [`full_tensors`], `<parameter>.<moment>`; none before its first
+    step."""
     moments = {
         f"{name}.{moment}": value
         for name, parameter in parameters.items()
         for moment, value in optimizer.state.get(parameter, {}).items()
     }
-    return full_tensors(moments, write)
+    return full_tensors(moments)
 
 
 def check_optimizer_tensors(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]):

@@ -230,7 +230,7 @@ class OnlineTrainer:
             self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
                 self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
             )
-        self.checkpoints = Checkpoints(self.accelerator, self.transformer, self.optimizer, config, self.identity)
+        self.checkpoints = Checkpoints(self.transformer, self.optimizer, config, self.identity)
         self.best = BestAdapter(self.transformer, config, self.accelerator.is_main_process)
         self.report = RunReport(config, self.accelerator)
 

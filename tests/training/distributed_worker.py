@@ -76,7 +76,7 @@ def main(folder: Path):
     transformer, scores, gradients = rollout_and_gradients(accelerator, batch_size=2)
     settings = config(output_dir=folder, checkpoints_total_limit=1)
     optimizer = torch.optim.AdamW(policy_parameters(transformer))
-    checkpoints = Checkpoints(accelerator, transformer, optimizer, settings, policy_identity(transformer))
+    checkpoints = Checkpoints(transformer, optimizer, settings, policy_identity(transformer))
     checkpoint = checkpoints.save(1, {"step": 1})
 
     # A reward that fails on the second process only.

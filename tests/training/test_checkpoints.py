@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -28,10 +27,9 @@ def pipe():
 
 
 def make_checkpoints(transformer, folder, **identity):
-    accelerator = Accelerator(mixed_precision="no")
     optimizer = torch.optim.AdamW(policy_parameters(transformer))
     settings = config(output_dir=folder, checkpoints_total_limit=2)
-    return Checkpoints(accelerator, transformer, optimizer, settings, policy_identity(transformer) | identity)
+    return Checkpoints(transformer, optimizer, settings, policy_identity(transformer) | identity)
 
 
 @pytest.fixture
