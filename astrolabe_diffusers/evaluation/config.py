@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import TINY_SHAPES
 from ..config import name_and_weight, option
 from ..distributed.accelerator import PRECISIONS
 from ..errors import UserError
 from ..rewards.config import RewardConfig
+from ..rollout.config import VideoConfig
 
 
 BASE = "base"
@@ -29,34 +29,23 @@ class ScoreConfig(RewardConfig):
 
 
 @dataclass
-class LoraEvaluationConfig(RewardConfig):
+class LoraEvaluationConfig(VideoConfig):
     """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made.
 
     Attributes:
         columns: LoRA and weight of each column by its name; the first is the base, with none.
     """
 
-    model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
     lora: list[str] = option(
         [], "PATH or PATH=WEIGHT, folder or Hub id of a LoRA, a column of its name; give it again for further columns"
     )
     column: list[str] = option([], "NAME=PATH or NAME=PATH=WEIGHT: a LoRA's column with a name of its own")
-    prompts: str | None = option(
-        None,
-        "a .txt or .jsonl file, a folder with test.txt (or .jsonl, or _metadata.jsonl), or a dataset, id or folder; "
-        "the model's own folder prompts/ if not given",
-    )
-    prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
-    prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
     eval_split: str = option("test", "split of a folder or a dataset")
     rewards: list[str] = option(
         ["tiny_shapes_prompt_match", "motion_smoothness", "sharpness", "flicker"], "rewards, comma-separated"
     )
     num_prompts: int = option(62, "how many of the prompts, spread evenly over the file", minimum=1)
     seeds: int = option(4, "videos for each prompt; the same seeds in every column, evaluation and run", minimum=1)
-    height: int | None = option(None, "height of the videos in pixels; the model's own if not given", minimum=1)
-    width: int | None = option(None, "width of the videos in pixels; the model's own if not given", minimum=1)
-    num_frames: int | None = option(None, "frames of a video; the model's own if not given", minimum=1)
     batch_size: int = option(8, "videos in a batch on each device", minimum=1)
     num_videos: int = option(8, "videos that are kept of each column and shown side by side", minimum=0)
     mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)

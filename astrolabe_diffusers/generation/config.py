@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import TINY_SHAPES
 from ..config import option
 from ..errors import UserError, as_user_error
 from ..pipelines.sigmas import check_sigmas
-from ..rewards.config import RewardConfig
+from ..rollout.config import VideoConfig
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -16,28 +15,20 @@ OFFLOADS = ("none", "model", "group")
 
 
 @dataclass
-class GenerationConfig(RewardConfig):
+class GenerationConfig(VideoConfig):
     """Settings of [`generate_videos`]; what is `None` comes from the pipeline. Checked when the object is made."""
 
     aliases = {"data_dir": "prompts_data_dir", "column": "prompt_column", "reward": "rewards"}
 
     prompt: str | None = option(None, "the only prompt; or give prompts")
     prompts: str | None = option(None, "a .txt or .jsonl file (objects with a `prompt`), or a dataset, id or folder")
-    prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
-    prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
     split: str = option("train", "split of a dataset, also a slice such as test[:100]")
     plain_prompts: bool = option(False, "prompts without scenes: | and [ in them mean themselves")
     output_dir: str = option("videos", "folder of the videos and manifest.jsonl")
-    model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
-    revision: str | None = option(None, "revision of the model on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as bf16")
     lora: dict[str, float] = option(
         {}, "LoRAs, PATH or PATH=WEIGHT: folders of training runs or of checkpoints, files, or Hub ids", many=True
     )
     lora_scale: float = option(1.0, "factor of all LoRAs together")
-    num_frames: int | None = option(None, "frames of a video; the model's own if not given", minimum=1)
-    height: int | None = option(None, "height of the videos in pixels; the model's own if not given", minimum=1)
-    width: int | None = option(None, "width of the videos in pixels; the model's own if not given", minimum=1)
     seed: int = option(0, "with the numbers of a prompt and of a video it decides all random numbers of that video")
     num_videos_per_prompt: int = option(1, "videos for each prompt", minimum=1)
     batch_size: int = option(1, "videos that each process generates at a time; it does not change them", minimum=1)

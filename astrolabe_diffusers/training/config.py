@@ -8,13 +8,12 @@ from typing import ClassVar
 
 import yaml
 
-from .. import TINY_SHAPES
 from ..config import option
 from ..distributed.accelerator import PRECISIONS
 from ..errors import UserError, as_user_error
 from ..pipelines.sigmas import check_sigmas
 from ..reporting.tracker_names import TRACKERS
-from ..rewards.config import RewardConfig
+from ..rollout.config import VideoConfig
 from .algorithms import algorithm_name
 
 
@@ -23,7 +22,7 @@ MAX_EPOCH_SAMPLES = 1_000_000
 
 
 @dataclass
-class OnlineConfig(RewardConfig):
+class OnlineConfig(VideoConfig):
     """Settings of online reinforcement learning, whatever the algorithm, which adds its own.
 
     Names are those of diffusers' example trainers where these have them. The defaults are those published with
@@ -42,9 +41,6 @@ class OnlineConfig(RewardConfig):
     removed = {"hub_token": "the token comes from HF_TOKEN or `hf auth login`, and is stored nowhere else"}
 
     # Model and data
-    model: str = option(TINY_SHAPES, "folder or Hub id of a CausalWanPipeline")
-    revision: str | None = option(None, "revision of the model on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as bf16")
     local_attn_size: int | None = option(None, "window in latent frames, -1 for all; the model's own if not given")
     sink_size: int | None = option(None, "latent frames that stay in sight; the model's own if not given", minimum=0)
     sigmas: list[float] = option([], "noise levels of a block's steps before the shift; the model's own if not given")
@@ -56,8 +52,6 @@ class OnlineConfig(RewardConfig):
         "folder with train and test .txt, .jsonl or _metadata.jsonl; one .txt or .jsonl file from which "
         "num_eval_prompts prompts are held out; or a dataset, id or folder; if not given, the model's folder prompts/",
     )
-    prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
-    prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
     train_split: str = option("train", "split of a dataset")
     eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
     output_dir: str = option("lora", "everything the run writes")
@@ -66,10 +60,6 @@ class OnlineConfig(RewardConfig):
         42, "seed of LoRA initialisation, prompts, samples and training noise", minimum=0, maximum=2**32 - 1
     )
 
-    # Videos: the pipeline's own size if not given
-    height: int | None = option(None, "height of the videos in pixels", minimum=1)
-    width: int | None = option(None, "width of the videos in pixels", minimum=1)
-    num_frames: int | None = option(None, "frames of a video", minimum=1)
     eval_num_frames: int | None = option(None, "frames of the held-out videos; num_frames if not given", minimum=1)
 
     # Streaming long tuning: a window of a longer video is trained (Astrolabe 3.3)
