@@ -178,8 +178,14 @@ def _all_options(
     return {option: value for option, value in (defaults or {}).items() if option in known} | options
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Sequence: "a list"}
-_KINDS[type(None)] = "null"
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Sequence: "a list",
+    types.NoneType: "null",
+}
 
 
 def _check_option(name: str, parameter: inspect.Parameter, hint: Any, value: Any):
