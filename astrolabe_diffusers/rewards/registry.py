@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -178,7 +178,14 @@ def _all_options(
     return {option: value for option, value in (defaults or {}).items() if option in known} | options
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Sequence: "a list",
+    types.NoneType: "null",
+}
 
 
 def _check_option(name: str, parameter: inspect.Parameter, hint: Any, value: Any):
@@ -189,7 +196,8 @@ def _check_option(name: str, parameter: inspect.Parameter, hint: Any, value: Any
         hint = float if kind in (int, float) else kind if kind in (str, bool) else Any
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if not any(_is_a(value, choice) for choice in choices):
-        wanted = " or ".join(_KINDS.get(choice, getattr(choice, "__name__", str(choice))) for choice in choices)
+        kinds = [get_origin(choice) or choice for choice in choices]
+        wanted = " or ".join(_KINDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
         raise ValueError(f"the option {parameter.name!r} of reward {name!r} must be {wanted}, not {value!r}.")
 
 

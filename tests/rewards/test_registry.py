@@ -150,6 +150,8 @@ def test_what_fits_is_given_as_it_is(user_module):
     assert get_reward("users.my_rewards:Optional", **options).values == (5, 2, None, True, 0.5, [1])
     with pytest.raises(ValueError, match="option 'fps' of reward 'dynamic_degree' must be a number, not 'abc'"):
         get_reward("dynamic_degree", fps="abc")
+    with pytest.raises(ValueError, match="option 'dimensions' of reward 'videoalign_score' must be a list, not 3"):
+        get_reward("videoalign_score", dimensions=3)
     with pytest.raises(ValueError, match="must be positive, not inf"):
         get_reward("dynamic_degree", fps=float("inf"))
 

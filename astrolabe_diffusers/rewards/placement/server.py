@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 # Of videos that are asked about: an hour and more at 24 a second, and twice 8K.
 MAX_FRAMES = 100_000
 MAX_SIDE = 16_384
+_Frames = Annotated[int, Query(ge=1, le=MAX_FRAMES)]
+_Side = Annotated[int, Query(ge=1, le=MAX_SIDE)]
 # Of a request: its pieces and the whole, then this and what is unpacked, then that and the batch which it is part of.
 # Only what rewards make of a batch comes on top.
 _COPIES = 2
@@ -120,15 +122,13 @@ def create_app(
     limits = limits or ConnectionLimits()
     scoring = _Scoring(batcher, held, max_request_bytes)
     # No pages of documentation: they load scripts from elsewhere.
-    app = FastAPI(title="astrolabe_diffusers rewards", docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse(request: Request, error: RequestValidationError):
-        return _error(400, f"num_frames must be from 1 to {MAX_FRAMES}, height and width from 1 to {MAX_SIDE}")
-
-    @app.exception_handler(HTTPException)
-    async def tell(request: Request, error: HTTPException):
-        return _error(error.status_code, error.detail)
+    app = FastAPI(
+        title="astrolabe_diffusers rewards",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        exception_handlers={RequestValidationError: _refuse_size, HTTPException: _refuse},
+    )
 
     @app.middleware("http")
     async def check_token(request: Request, call_next):
@@ -154,11 +154,7 @@ def create_app(
         }
 
     @app.get("/requests")
-    async def requests(
-        num_frames: Annotated[int, Query(ge=1, le=MAX_FRAMES)],
-        height: Annotated[int, Query(ge=1, le=MAX_SIDE)],
-        width: Annotated[int, Query(ge=1, le=MAX_SIDE)],
-    ):
+    async def requests(num_frames: _Frames, height: _Side, width: _Side):
         return JSONResponse(requests_to_json(rewards.requests(num_frames, height, width)))
 
     @app.get("/metrics")
@@ -294,6 +290,14 @@ async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> by
         check()
         pieces.append(piece)
     return b"".join(pieces)
+
+
+async def _refuse_size(request: Request, error: RequestValidationError) -> JSONResponse:
+    return _error(400, f"num_frames must be from 1 to {MAX_FRAMES}, height and width from 1 to {MAX_SIDE}")
+
+
+async def _refuse(request: Request, error: HTTPException) -> JSONResponse:
+    return _error(error.status_code, error.detail)
 
 
 def _error(status: int, text: object) -> JSONResponse:

@@ -83,8 +83,8 @@ def test_faults_of_a_reward_are_one_error(url, act, kind, words, caplog):
 
 
 def test_a_slow_server_is_one_error(url):
-    with pytest.raises(RewardPlaceError, match="did not answer within 0.5 s"):
-        remote(url, OBEYS, timeout=0.5)(*make_batch([1], act="wait 1.5"))
+    with pytest.raises(RewardPlaceError, match="did not answer within 0.3 s"):
+        remote(url, OBEYS, timeout=0.3)(*make_batch([1], act="wait 0.6"))
     assert_own_scores(remote(url, OBEYS)(*make_batch([2])), OBEYS, [2])
 
 
