@@ -1,9 +1,9 @@
-"""Measures an epoch of NFT on this machine, at full size with random weights and a reward that costs nothing.
+"""Measures an epoch of training on this machine, at full size with random weights and a reward that costs nothing.
 
     accelerate launch -q --config_file accelerate_configs/1gpu.yaml examples/benchmarks/training.py \\
         --recipe self-forcing --samples_per_prompt 8 --train_batch_size 4 --batches_per_epoch 2 [--any_field value]
 
-The fields are those of train_nft.py, and so is `--config`, for a published run's sizes and rewards:
+The fields are those of train_nft.py, and so are `--algorithm` and `--config`, for a published run's sizes and rewards:
 
     ... examples/benchmarks/training.py --recipe self-forcing --config self_forcing_video_hpsv3 --num_train_epochs 2
 
@@ -29,7 +29,7 @@ from astrolabe_diffusers.distributed.sharding import full_tensor
 from astrolabe_diffusers.errors import exit_code
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
-from astrolabe_diffusers.training import NFTConfig, NFTTrainer
+from astrolabe_diffusers.training.algorithms import get_algorithm, get_config_class
 from astrolabe_diffusers.training.policies import policy_parameters
 
 
@@ -59,7 +59,7 @@ def checksum(parameters: list[torch.Tensor]) -> str:
 def benchmark(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
-    _, settings, arguments = parse_settings(parser, argv)
+    algorithm, settings, arguments = parse_settings(parser, argv)
     recipe = recipe_of(arguments.pop("recipe"), arguments.get("model"))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     pipeline = random_pipeline(recipe, device) if recipe else None
@@ -68,8 +68,8 @@ def benchmark(argv: list[str] | None):
         pipeline.register_to_config(num_context_frames=None)
         pipeline.vae.float()
     with tempfile.TemporaryDirectory() as folder:
-        config = NFTConfig(**{**DEFAULTS, **settings, **SHORT, "output_dir": folder, **arguments})
-        trainer = NFTTrainer(pipeline, config)
+        config = get_config_class(algorithm)(**{**DEFAULTS, **settings, **SHORT, "output_dir": folder, **arguments})
+        trainer = get_algorithm(algorithm)(pipeline, config)
         # The held-out video only warms up: a block of it is enough.
         block = trainer.transformer.config.num_frames_per_block
         trainer.held_out.size["num_frames"] = 1 + trainer.pipeline.vae.config.scale_factor_temporal * (block - 1)

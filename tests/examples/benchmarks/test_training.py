@@ -21,6 +21,14 @@ def test_sizes_and_rewards_are_those_of_the_published_run(model_folder, capsys):
     assert figures and re.search(r"^process 0: peak memory \S+ GB, LoRA [0-9a-f]{12}$", output, re.MULTILINE)
 
 
+def test_another_algorithm(model_folder, capsys):
+    from training import main
+
+    sizes = ["--samples_per_prompt", "2", "--batches_per_epoch", "1", "--train_batch_size", "2"]
+    assert main(["--algorithm", "awm", "--model", str(model_folder), *SMALL, *sizes]) == 0
+    assert re.search(r"(?m)^seconds_sampling .*\nprocess 0: peak memory \S+ GB, LoRA", capsys.readouterr().out)
+
+
 def test_rewards_of_published_runs_exist():
     from astrolabe_diffusers.rewards.registry import _REGISTRY
     from tests.training.test_published_runs import RUNS
