@@ -17,11 +17,11 @@ VALUES = {
     "eval_seeds": 1,
     "train_batch_size": 2,
     "batches_per_epoch": 2,
-    "max_train_steps": 4,
-    "checkpointing_steps": 2,
+    "max_train_steps": 2,
+    "checkpointing_steps": 1,
     "eval_steps": 2,
     "ema_decay": 0.5,
-    "reference_reset_epochs": 3,
+    "reference_reset_epochs": 1,
     "kl_weight": 0.5,
     "learning_rate": 1e-3,
     # A step of 1e-3 for a gradient of nothing but rounding would differ by chance.
@@ -60,9 +60,9 @@ def test_all_weights_are_in_shards(runs):
     "file",
     [
         "pytorch_lora_weights.safetensors",
-        "checkpoints/checkpoint-2/pytorch_lora_weights.safetensors",
-        "checkpoints/checkpoint-4/pytorch_lora_weights_old.safetensors",
-        "checkpoints/checkpoint-4/pytorch_lora_weights_reference.safetensors",
+        "checkpoints/checkpoint-1/pytorch_lora_weights.safetensors",
+        "checkpoints/checkpoint-2/pytorch_lora_weights_old.safetensors",
+        "checkpoints/checkpoint-2/pytorch_lora_weights_reference.safetensors",
     ],
 )
 def test_it_learns_the_same(runs, file):
@@ -105,7 +105,7 @@ def test_the_adapter_loads_into_a_pipeline(runs, model_folder):
 @pytest.mark.slow
 def test_resuming_is_exact(runs, model_folder, tmp_path):
     folders, _ = runs
-    run(model_folder, tmp_path, True, max_train_steps=2)
+    run(model_folder, tmp_path, True, max_train_steps=1)
     run(model_folder, tmp_path, True, resume_from_checkpoint="latest")
     resumed, whole = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path, folders[True]))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
