@@ -9,7 +9,7 @@ import pytest
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.training import NFTTrainer
 from tests.reporting.test_trackers import events_of
-from tests.training.helpers import BRIGHTNESS, tiny_arguments
+from tests.training.helpers import ALL_REPORTS, BRIGHTNESS, tiny_arguments
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "logged_metrics.md"
@@ -44,7 +44,7 @@ def run(model_folder, tmp_path_factory):
     """The folder of a run of NFT that logs all that there is."""
     folder = tmp_path_factory.mktemp("run")
     rewards = {"rewards": f"{BRIGHTNESS},{CONTRAST}", "eval_rewards": FLICKER}
-    options = {"selective_kl": True, "reference_reset_kl": 0.5, "max_train_steps": 1, "checkpointing_steps": 10}
+    options = ALL_REPORTS | {"selective_kl": True, "reference_reset_kl": 0.5, "max_train_steps": 1}
     NFTTrainer(config=parse_args(tiny_arguments(model_folder, folder, **rewards, **options))).train()
     return folder
 

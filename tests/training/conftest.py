@@ -1,1 +1,0 @@
-from tests.conftest import model_folder  # noqa: F401
