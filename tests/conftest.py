@@ -1,15 +1,27 @@
 import os
+from pathlib import Path
 
 
 # Before anything imports the hub client: no test may need the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Processes that the tests start import the checkout as they do, and have one thread as well.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
+from tests.tiny_pipeline import save_tiny_pipeline
+
 
 # The tensors are tiny: a second thread only waits, and with other work on the machine it waits for long.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The random tiny pipeline as a Diffusers folder, with prompts."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,12 @@ import pytest
 
 from astrolabe_diffusers.distributed.agreement import raise_together
 from astrolabe_diffusers.errors import UserError
-from tests.training.helpers import torchrun
+from tests.processes import Torchrun
 
 
 def test_error_of_one_process_is_raised_in_both_and_soon(tmp_path):
-    run = torchrun("-m", "tests.training.agreement_worker", tmp_path)
-    output, _ = run.communicate(timeout=180)
-    assert run.returncode == 0, output
+    code, output = Torchrun("tests/training/agreement_worker.py", tmp_path).finish()
+    assert code == 0, output
     (first, first_seconds), (second, second_seconds) = (ast.literal_eval((tmp_path / r).read_text()) for r in "01")
     assert first[0] == second[0] == ("UserError", "a mistake")
     assert first[1] == ("ZeroDivisionError", "a bug")  # with its own traceback

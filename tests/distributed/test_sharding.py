@@ -1,15 +1,13 @@
 """FSDP2 over two processes on a CPU, against the same run with whole copies of the weights."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from tests.processes import Torchrun
 from tests.training.helpers import tiny_arguments
 
 
@@ -19,11 +17,11 @@ VALUES = {
     "eval_seeds": 1,
     "train_batch_size": 2,
     "batches_per_epoch": 2,
-    "max_train_steps": 4,
-    "checkpointing_steps": 2,
+    "max_train_steps": 2,
+    "checkpointing_steps": 1,
     "eval_steps": 2,
     "ema_decay": 0.5,
-    "reference_reset_epochs": 3,
+    "reference_reset_epochs": 1,
     "kl_weight": 0.5,
     "learning_rate": 1e-3,
     # A step of 1e-3 for a gradient of nothing but rounding would differ by chance.
@@ -32,27 +30,19 @@ VALUES = {
 }
 
 
-def run(model, folder, root, sharded, **values):
+def run(model, folder, sharded, **values):
     """Two processes; returns what each says of its weights."""
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "ACCELERATE_USE_FSDP": str(sharded).lower(),
-        "FSDP_VERSION": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.training.sharded_worker", *map(str, tiny_arguments(model, folder, **VALUES | values))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments = tiny_arguments(model, folder, **VALUES | values)
+    fsdp = {"ACCELERATE_USE_FSDP": str(sharded).lower(), "FSDP_VERSION": "2"}
+    code, output = Torchrun("tests/training/sharded_worker.py", *arguments, **fsdp).finish(timeout=300)
+    assert code == 0, output
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def runs(model_folder, tmp_path_factory, request):
+def runs(model_folder, tmp_path_factory):
     folders = {sharded: tmp_path_factory.mktemp("run") for sharded in (True, False)}
-    reports = {s: run(model_folder, folder, request.config.rootpath, s) for s, folder in folders.items()}
+    reports = {s: run(model_folder, folder, s) for s, folder in folders.items()}
     return folders, reports
 
 
@@ -70,9 +60,9 @@ def test_all_weights_are_in_shards(runs):
     "file",
     [
         "pytorch_lora_weights.safetensors",
-        "checkpoints/checkpoint-2/pytorch_lora_weights.safetensors",
-        "checkpoints/checkpoint-4/pytorch_lora_weights_old.safetensors",
-        "checkpoints/checkpoint-4/pytorch_lora_weights_reference.safetensors",
+        "checkpoints/checkpoint-1/pytorch_lora_weights.safetensors",
+        "checkpoints/checkpoint-2/pytorch_lora_weights_old.safetensors",
+        "checkpoints/checkpoint-2/pytorch_lora_weights_reference.safetensors",
     ],
 )
 def test_it_learns_the_same(runs, file):
@@ -113,9 +103,9 @@ def test_the_adapter_loads_into_a_pipeline(runs, model_folder):
 
 
 @pytest.mark.slow
-def test_resuming_is_exact(runs, model_folder, tmp_path, request):
+def test_resuming_is_exact(runs, model_folder, tmp_path):
     folders, _ = runs
-    run(model_folder, tmp_path, request.config.rootpath, True, max_train_steps=2)
-    run(model_folder, tmp_path, request.config.rootpath, True, resume_from_checkpoint="latest")
+    run(model_folder, tmp_path, True, max_train_steps=1)
+    run(model_folder, tmp_path, True, resume_from_checkpoint="latest")
     resumed, whole = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path, folders[True]))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from PIL import Image
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.training.adapter_files import save_adapter
+from tests.processes import Torchrun
 from tests.tiny_pipeline import save_tiny_pipeline
-from tests.training.helpers import full_disk, policy_pipeline, tiny_arguments
+from tests.training.helpers import ALL_REPORTS, full_disk, policy_pipeline, tiny_arguments
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -64,7 +63,7 @@ def run_scores(folder, step: int) -> dict:
 def run(model_folder, tmp_path_factory):
     """Folder of a run of two steps, evaluated at 0, 1 and 2."""
     folder = tmp_path_factory.mktemp("run") / "bright"
-    assert train(tiny_arguments(model_folder, folder)) == 0
+    assert train(tiny_arguments(model_folder, folder, **ALL_REPORTS)) == 0
     return folder
 
 
@@ -93,7 +92,7 @@ def test_figures_are_the_runs_own(finished, run):
 def test_figures_are_the_runs_own_in_bfloat16(model_folder, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        assert train(tiny_arguments(model_folder, tmp_path / "run", mixed_precision="bf16")) == 0
+        assert train(tiny_arguments(model_folder, tmp_path / "run", eval_seeds=2, mixed_precision="bf16")) == 0
         lora = tmp_path / "run"
         assert main(arguments(model_folder, tmp_path / "eval", [lora], mixed_precision="bf16")) == 0
     finally:
@@ -109,7 +108,8 @@ def test_held_out_prompts_of_a_single_file(model_folder, tmp_path):
     prompts = (model_folder / "prompts" / "train.txt").read_text().splitlines()
     (tmp_path / "all.txt").write_text("\n".join(prompts[:5]))
     values = {"prompts": tmp_path / "all.txt"}
-    assert train(tiny_arguments(model_folder, tmp_path / "run", **values, max_train_steps=1)) == 0
+    run = tiny_arguments(model_folder, tmp_path / "run", **values, max_train_steps=1, eval_seeds=2)
+    assert train(run) == 0
     assert main(arguments(model_folder, tmp_path / "eval", [tmp_path / "run"], **values)) == 0
     results = read_results(tmp_path / "eval")
     assert [video["prompt"] for video in results["videos"]] == 2 * [prompts[0], prompts[2]]
@@ -213,22 +213,11 @@ def test_videos_and_pictures(finished, run):
         assert len(chart.getcolors(1 << 20)) > 10
 
 
-def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_path, request):
+def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_path):
     """Three batches of two: the second process has one less."""
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(request.config.rootpath), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        str(EXAMPLES / "evaluate.py"),
-        *arguments(model_folder, tmp_path / "two", [run], batch_size=2, seeds=3),
-    ]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "2 processes on cpu" in process.stdout
+    two = arguments(model_folder, tmp_path / "two", [run], batch_size=2, seeds=3)
+    code, output = Torchrun("examples/evaluate.py", *two).finish()
+    assert code == 0 and "2 processes on cpu" in output, output
     assert main(arguments(model_folder, tmp_path / "one", [run], batch_size=2, seeds=3)) == 0
     two, one = read_results(tmp_path / "two"), read_results(tmp_path / "one")
     assert two["columns"] == one["columns"] and two["videos"] == one["videos"]

@@ -3,16 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 
 import imageio.v3
 import numpy as np
-import psutil
 import pytest
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -25,6 +22,7 @@ from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rollout import reward_thread
 from astrolabe_diffusers.rollout.seeds import seeded_generator
 from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
+from tests.processes import Script, Torchrun
 from tests.tiny_pipeline import tiny_shapes_captions
 from tests.training.helpers import full_disk, policy_pipeline
 
@@ -36,14 +34,13 @@ from generate import main  # noqa: E402
 SCRIPT = str(Path(__file__).parents[2] / "examples" / "generate.py")
 PROMPT = "a red circle moves left on a black background"
 BRIGHTNESS = "tests.training.rewards:brightness"
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """A file of twenty prompts."""
+    """A file of twelve prompts."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(tiny_shapes_captions()[::16][:20]))
+    path.write_text("\n".join(tiny_shapes_captions()[::16][:12]))
     return path
 
 
@@ -57,7 +54,7 @@ def first_prompts(prompts, tmp_path):
 
 @pytest.fixture(scope="module")
 def single(model_folder, prompts, tmp_path_factory):
-    """Output folder of the twenty prompts, made one at a time by this process."""
+    """Output folder of the twelve prompts, made one at a time by this process."""
     folder = tmp_path_factory.mktemp("single")
     assert main(arguments(model_folder, folder, prompts=prompts)) == 0
     return folder
@@ -402,32 +399,6 @@ def test_launch_that_accelerate_does_not_see(model_folder, tmp_path, capsys, mon
     assert "ACCELERATE_USE_CPU=true" in capsys.readouterr().err
 
 
-def start(command: list[str], path: str | Path = "") -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(SCRIPT).parents[1]), str(path), os.environ.get("PYTHONPATH", "")]),
-    }
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell that runs the tests in the background has Ctrl-C ignored, and every process inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for_videos(process: subprocess.Popen, folder: Path, number: int):
-    deadline = time.monotonic() + 120
-    while len(videos(folder)) < number:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-
-
 def check_whole(folder: Path):
     for path in videos(folder):
         assert len(imageio.v3.imread(path)) == 21, path
@@ -438,31 +409,30 @@ def check_equal(folder: Path, expected: Path):
     assert [path.name for path in videos(folder)] == [path.name for path in videos(expected)]
     for a, b in zip(videos(folder), videos(expected)):
         np.testing.assert_array_equal(imageio.v3.imread(a), imageio.v3.imread(b))
-    assert [entry["prompt_index"] for entry in read_manifest(folder)] == list(range(20))
+    assert [entry["prompt_index"] for entry in read_manifest(folder)] == list(range(12))
 
 
 def test_two_processes_make_what_one_makes(single, model_folder, prompts, tmp_path):
-    process = start([*TWO_PROCESSES, *arguments(model_folder, tmp_path, prompts=prompts, reward="sharpness")])
-    output, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors[-3000:]
-    assert "processes: 2 on cpu" in output and "videos made: 20, skipped: 0" in output
+    code, output = Torchrun(SCRIPT, *arguments(model_folder, tmp_path, prompts=prompts, reward="sharpness")).finish()
+    assert code == 0, output
+    assert "processes: 2 on cpu" in output and "videos made: 12, skipped: 0" in output
     assert output.count("videos made") == 1
     check_equal(tmp_path, single)
     scores = [entry["scores"]["sharpness"] for entry in read_manifest(tmp_path)]
-    assert f"sharpness {sum(scores) / 20:.4f}" in output
+    assert f"sharpness {sum(scores) / 12:.4f}" in output
 
 
 def test_interrupted_run_leaves_whole_videos(single, model_folder, prompts, tmp_path):
     command = arguments(model_folder, tmp_path, prompts=prompts)
-    process = start([sys.executable, SCRIPT, *command])
-    wait_for_videos(process, tmp_path, 3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted: the same command makes the videos that are missing."
-    assert "Traceback" not in errors
+    process = Script(SCRIPT, *command)
+    process.wait_for(lambda: len(videos(tmp_path)) >= 3)
+    process.signal_group(signal.SIGINT)
+    code, output = process.finish(timeout=60)
+    assert code == 130
+    assert output.splitlines()[-1] == "interrupted: the same command makes the videos that are missing."
+    assert "Traceback" not in output
     check_whole(tmp_path)
-    assert 3 <= len(videos(tmp_path)) < 20 and not list(tmp_path.glob("*.partial"))
+    assert 3 <= len(videos(tmp_path)) < 12 and not list(tmp_path.glob("*.partial"))
     before = modified(tmp_path)
     complete = {entry["file"] for entry in read_manifest(tmp_path)}
     assert complete == before.keys()
@@ -474,23 +444,18 @@ def test_interrupted_run_leaves_whole_videos(single, model_folder, prompts, tmp_
 
 @pytest.mark.slow
 def test_killed_processes_lose_nothing_and_make_nothing_twice(single, model_folder, prompts, tmp_path):
-    command = [*TWO_PROCESSES, *arguments(model_folder, tmp_path, prompts=prompts)]
-    process = start(command)
-    wait_for_videos(process, tmp_path, 5)
-    children = psutil.Process(process.pid).children(recursive=True)
-    for victim in (*children, process):
-        victim.kill()
-    process.communicate()
-    psutil.wait_procs(children, timeout=30)
+    command = arguments(model_folder, tmp_path, prompts=prompts)
+    process = Torchrun(SCRIPT, *command)
+    process.wait_for(lambda: len(videos(tmp_path)) >= 5)
+    process.kill_all()
     check_whole(tmp_path)
     complete = {entry["file"] for entry in read_manifest(tmp_path)}
     before = modified(tmp_path)
-    assert 3 <= len(complete) < 20
+    assert 3 <= len(complete) < 12
 
-    process = start(command)
-    output, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors[-3000:]
-    assert f"videos made: {20 - len(complete)}, skipped: {len(complete)}" in output
+    code, output = Torchrun(SCRIPT, *command).finish()
+    assert code == 0, output
+    assert f"videos made: {12 - len(complete)}, skipped: {len(complete)}" in output
     assert all(modified(tmp_path)[name] == before[name] for name in complete)
     assert not list(tmp_path.glob("*.partial"))
     check_equal(tmp_path, single)
@@ -499,13 +464,13 @@ def test_killed_processes_lose_nothing_and_make_nothing_twice(single, model_fold
 @pytest.mark.slow
 def test_interrupted_processes_leave_whole_videos(single, model_folder, prompts, tmp_path):
     command = arguments(model_folder, tmp_path, prompts=prompts)
-    process = start([*TWO_PROCESSES, *command])
-    wait_for_videos(process, tmp_path, 4)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert errors.count("interrupted: the same command makes the videos that are missing.") == 1
+    process = Torchrun(SCRIPT, *command)
+    process.wait_for(lambda: len(videos(tmp_path)) >= 4)
+    process.signal_group(signal.SIGINT)
+    _, output = process.finish(timeout=60)
+    assert output.count("interrupted: the same command makes the videos that are missing.") == 1
     check_whole(tmp_path)
-    assert len(videos(tmp_path)) < 20 and not list(tmp_path.glob("*.partial"))
+    assert len(videos(tmp_path)) < 12 and not list(tmp_path.glob("*.partial"))
     assert main(command) == 0
     check_equal(tmp_path, single)
 
@@ -516,12 +481,10 @@ def test_error_of_one_process_ends_all_in_one_line(model_folder, prompts, tmp_pa
     texts = prompts.read_text().splitlines()
     (tmp_path / "rewards_of_this_test.py").write_text(
         "def fails_once(videos, prompts, metadata):\n"
-        f"    assert {texts[15]!r} not in prompts\n"
+        f"    assert {texts[9]!r} not in prompts\n"
         "    return [1.0], None\n"
     )
     command = arguments(model_folder, tmp_path / "out", prompts=prompts, reward="rewards_of_this_test:fails_once")
-    process = start([*TWO_PROCESSES, *command], path=tmp_path)
-    output, errors = process.communicate(timeout=180)
-    assert process.returncode != 0
-    assert errors.count("error: a reward failed") == 1
-    assert "videos made: 15, skipped: 0" in output
+    code, output = Torchrun(SCRIPT, *command, PYTHONPATH=str(tmp_path)).finish()
+    assert code != 0 and output.count("error: a reward failed") == 1
+    assert "videos made: 9, skipped: 0" in output

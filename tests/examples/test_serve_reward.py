@@ -1,18 +1,17 @@
 """The server as it is started, by a run that trains with it."""
 
+import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import requests
 import torch
 
+from tests.processes import Script
 from tests.training.helpers import tiny_arguments
 
 
@@ -23,45 +22,23 @@ import train_nft  # noqa: E402
 
 
 @pytest.fixture
-def server(tmp_path):
-    errors = tmp_path / "server-errors.txt"
+def server():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "examples/serve_reward.py",
-        "--rewards",
-        "sharpness,dynamic_degree",
-        "--port",
-        str(port),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with errors.open("w") as file:
-        # A shell's background job, as the tests may be one, has its children ignore Ctrl-C.
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+    process = Script("examples/serve_reward.py", "--rewards", "sharpness,dynamic_degree", "--port", port)
     url = f"http://127.0.0.1:{port}"
-    assert process.stdout.readline() == f"sharpness, dynamic_degree at {url}\n"
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            assert requests.get(f"{url}/health", timeout=5).json() == {"status": "ok"}
-            break
-        except requests.ConnectionError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    first = f"sharpness, dynamic_degree at {url}\n"
+    process.wait_for(first)
+
+    def answers():
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(f"{url}/health", timeout=5).json() == {"status": "ok"}
+
+    process.wait_for(answers)
     yield url
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
-    assert errors.read_text() == ""
+    assert process.finish(timeout=20) == (130, first)  # and nothing else, no error
 
 
 def test_a_run_trains_with_it(server, model_folder, tmp_path):

@@ -40,6 +40,7 @@ def test_whole_clips_equal_the_class():
     assert torch.equal(vae.decode(latents).sample, decoded)
 
 
+@pytest.mark.slow
 def test_recipe_makes_a_pipeline(tmp_path):
     import train
 

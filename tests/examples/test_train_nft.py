@@ -23,7 +23,7 @@ from astrolabe_diffusers.rollout.prompts import PromptSource, train_and_eval_pro
 from astrolabe_diffusers.rollout.samples import eval_samples
 from astrolabe_diffusers.rollout.sampling import Rollout
 from astrolabe_diffusers.training.run_folder import TRAINING_FILES
-from tests.training.helpers import creation_mask, full_disk, reward_worker, tiny_arguments
+from tests.training.helpers import ALL_REPORTS, creation_mask, full_disk, reward_worker, tiny_arguments
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -31,9 +31,9 @@ from train_nft import main  # noqa: E402
 
 
 BRIGHTNESS = "tests.training.rewards:brightness"
-FOUR_STEPS = dict(
-    max_train_steps=4, checkpointing_steps=2, eval_steps=2, lr_scheduler="cosine", lr_warmup_steps=1, seed=3
-)
+FOUR_STEPS = dict(max_train_steps=4, checkpointing_steps=2, eval_steps=2, eval_seeds=2, seed=3)
+FOUR_STEPS |= dict(lr_scheduler="cosine", lr_warmup_steps=1)
+WHOLE = ALL_REPORTS | FOUR_STEPS
 
 
 def read_jsonl(path):
@@ -46,7 +46,7 @@ def finished(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     output = io.StringIO()
     with contextlib.redirect_stdout(output), creation_mask(0o027):
-        code = main(tiny_arguments(model_folder, folder, **FOUR_STEPS))
+        code = main(tiny_arguments(model_folder, folder, **WHOLE))
     assert code == 0
     return folder, output.getvalue()
 
@@ -93,8 +93,8 @@ def test_a_second_start_says_what_to_do(finished, model_folder, capsys):
 
 
 def test_overwriting_begins_anew(model_folder, tmp_path, capsys):
-    short = dict(max_train_steps=1, num_eval_videos=0, report_to="none")
-    assert main(tiny_arguments(model_folder, tmp_path, max_train_steps=2, num_eval_videos=1, report_to="none")) == 0
+    short = dict(max_train_steps=1, checkpointing_steps=1)
+    assert main(tiny_arguments(model_folder, tmp_path, num_eval_videos=1, checkpointing_steps=1)) == 0
     assert main(tiny_arguments(model_folder, tmp_path, **short, overwrite_output_dir="true")) == 0
     assert "set aside, as .set_aside: checkpoint-1, checkpoint-2" in capsys.readouterr().out
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
@@ -173,7 +173,7 @@ def test_resumed_run_has_the_numbers_of_the_uninterrupted_one(finished, model_fo
 def test_resuming_a_finished_run_only_reports(finished, model_folder, capsys):
     folder, _ = finished
     before = load_file(folder / "pytorch_lora_weights.safetensors")
-    arguments = tiny_arguments(model_folder, folder, **FOUR_STEPS, resume_from_checkpoint="latest")
+    arguments = tiny_arguments(model_folder, folder, **WHOLE, resume_from_checkpoint="latest")
     assert main(arguments) == 0
     after = load_file(folder / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -201,6 +201,7 @@ def test_held_out_videos_of_another_length(model_folder, tmp_path):
         rewards="tests.training.rewards:frame_count",
         max_train_steps=1,
         eval_steps=1,
+        num_eval_videos=1,
     )
     assert main(arguments) == 0
     assert [record["reward"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [9]
@@ -212,7 +213,7 @@ def test_held_out_videos_of_another_length(model_folder, tmp_path):
 def test_bfloat16_run(model_folder, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        arguments = tiny_arguments(model_folder, tmp_path, mixed_precision="bf16", max_train_steps=2, eval_steps=2)
+        arguments = tiny_arguments(model_folder, tmp_path, mixed_precision="bf16")
         assert main(arguments) == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -280,7 +281,7 @@ def test_processes_of_rewards_end_with_a_run_that_fails(model_folder, tmp_path, 
 def test_a_full_disk_is_one_line(model_folder, tmp_path, capsys):
     """Here it is TensorBoard that cannot go on, in a thread of its own."""
     with full_disk(20_000):
-        assert main(tiny_arguments(model_folder, tmp_path)) == 2
+        assert main(tiny_arguments(model_folder, tmp_path, **ALL_REPORTS)) == 2
     error = capsys.readouterr().err
     assert f"error: cannot write {tmp_path / 'logs'}: " in error.splitlines()[-1]
     assert "Traceback" not in error and "not closed" not in error
@@ -340,7 +341,6 @@ def test_reward_goes_where_its_weight_points(model_folder, tmp_path):
             eval_seeds=4,
             checkpointing_steps=10,
             advantage_std="group",
-            report_to="none",
         )
         assert main(arguments) == 0
         scores = json.loads((folder / "results.json").read_text())["scores"]

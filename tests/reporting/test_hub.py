@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.reporting.hub import create_hub_repo, push_to_hub
-from tests.training.helpers import config, tiny_arguments
+from tests.training.helpers import ALL_REPORTS, config, tiny_arguments
 from tests.training.hub_server import TOKEN, serve_hub
 
 
@@ -81,7 +81,7 @@ for code in (code, code.replace("someone/my-lora", "my-lora")):
 def test_a_run_that_is_pushed_loads_as_its_card_says(model_folder, tmp_path):
     """Training, upload and download; the code of the card is run to the letter."""
     (tmp_path / model_folder.name).symlink_to(model_folder)
-    arguments = tiny_arguments(model_folder.name, "my-lora", push_to_hub=True, hub_license="apache-2.0")
+    arguments = tiny_arguments(model_folder.name, "my-lora", **ALL_REPORTS, push_to_hub=True, hub_license="apache-2.0")
     with serve_hub() as hub:
         output = run([sys.executable, "-c", PUSH_AND_LOAD, ROOT / "examples", *arguments], hub, tmp_path)
     assert f"pushed to {hub.url}/someone/my-lora" in output

@@ -9,7 +9,7 @@ import pytest
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.awm import AWMConfig, AWMTrainer
 from tests.reporting.test_trackers import events_of
-from tests.training.helpers import BRIGHTNESS, tiny_arguments
+from tests.training.helpers import ALL_REPORTS, BRIGHTNESS, tiny_settings
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "logged_metrics.md"
@@ -40,8 +40,7 @@ def flat(record, prefix=""):
 
 
 def train(kind, config_class, model, folder, **values):
-    words = tiny_arguments(model, folder, max_train_steps=1, checkpointing_steps=10, **values)
-    settings = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2])}
+    settings = tiny_settings(model, folder, **ALL_REPORTS | {"max_train_steps": 1, "checkpointing_steps": 10} | values)
     settings["rewards"] = {BRIGHTNESS: 1, CONTRAST: 1}
     kind(config=config_class(**settings)).train()
 

@@ -6,11 +6,8 @@ import contextlib
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -27,6 +24,14 @@ from tests.tiny_pipeline import tiny_pipeline
 
 BRIGHTNESS = "tests.training.rewards:brightness"
 SIZE = {"height": 32, "width": 32, "num_frames": 21}
+# What `tiny_arguments` leaves out, for it costs as much as the training.
+ALL_REPORTS = {
+    "eval_steps": 1,
+    "eval_seeds": 2,
+    "num_eval_videos": 2,
+    "checkpointing_steps": 1,
+    "report_to": "tensorboard",
+}
 
 
 def policy_pipeline(rank: int = 4, randomize: bool = True, **overrides):
@@ -89,7 +94,7 @@ def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> ScoringT
 
 
 def tiny_settings(model_folder, output_dir, **values) -> dict:
-    """Settings of a run of two steps that takes seconds."""
+    """Settings of a run of two steps that takes seconds: evaluated and saved at its end, without videos."""
     defaults = {
         "model": model_folder,
         "output_dir": output_dir,
@@ -105,11 +110,12 @@ def tiny_settings(model_folder, output_dir, **values) -> dict:
         "learning_rate": 1e-2,
         "rank": 4,
         "lora_alpha": 8,
-        "eval_steps": 1,
+        "eval_steps": 2,
         "num_eval_prompts": 2,
-        "eval_seeds": 2,
-        "num_eval_videos": 2,
-        "checkpointing_steps": 1,
+        "eval_seeds": 1,
+        "num_eval_videos": 0,
+        "checkpointing_steps": 2,
+        "report_to": "none",
         "mixed_precision": "no",
     }
     return defaults | values
@@ -136,32 +142,6 @@ def numbers_of_run(folder: Path) -> dict:
         for name in [name for name in record if "second" in name or name == "peak_memory_gb"]:
             del record[name]
     return {**adapters, "metrics": metrics, "evaluations": evaluations, "state": state}
-
-
-class Torchrun(subprocess.Popen):
-    def kill_all(self):
-        """kill -9 to the launcher and all that it has started."""
-        processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes)
-
-
-def torchrun(*command, **environment: str) -> Torchrun:
-    """Starts two processes on the CPU, in the repository's root; their output is one text stream."""
-    root = Path(__file__).parents[2]
-    inherited = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    inherited["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return Torchrun(
-        [*launcher, *map(str, command)],
-        env=inherited | environment,
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @contextlib.contextmanager

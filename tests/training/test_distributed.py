@@ -1,31 +1,21 @@
 """Two processes over gloo against one process in here."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.processes import Torchrun
 from tests.training.distributed_worker import rollout_and_gradients
-from tests.training.helpers import tiny_arguments, torchrun
+from tests.training.helpers import tiny_arguments
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, request):
+def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(request.config.rootpath), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.training.distributed_worker", str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr[-3000:]
+    code, output = Torchrun("tests/training/distributed_worker.py", folder).finish()
+    assert code == 0, output
     results = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     assert [result["world_size"] for result in results] == [2, 2]
     return results
@@ -69,9 +59,8 @@ def test_checkpoint_of_two_processes_is_complete(ranks):
 
 def test_ddp_goes_before_the_process_group(model_folder, tmp_path):
     """The other way round one run in four of a small model hung at its end (torch 2.13, gloo)."""
-    arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1, eval_steps=10, num_eval_videos=0)
-    run = torchrun("-m", "tests.training.end_worker", tmp_path, *arguments)
-    output, _ = run.communicate(timeout=180)
-    assert run.returncode == 0, output
+    arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1)
+    code, output = Torchrun("tests/training/end_worker.py", tmp_path, *arguments).finish()
+    assert code == 0, output
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [True, [0]]

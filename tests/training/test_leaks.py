@@ -11,7 +11,7 @@ import wandb
 from astrolabe_diffusers.rewards.placement.local import LocalRewards
 from astrolabe_diffusers.rewards.placement.server import create_app
 from tests.rewards.http_server import serving
-from tests.training.helpers import BRIGHTNESS, tiny_arguments
+from tests.training.helpers import ALL_REPORTS, BRIGHTNESS, tiny_arguments
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -55,13 +55,13 @@ def test_what_runs_write_names_no_secret_no_server_and_no_home(home, model_folde
 
         run = home / "runs" / "my-lora"
         values = {"rewards": rewards, "max_train_steps": 1, "report_to": "all", "prompts": model / "prompts", **places}
-        arguments = tiny_arguments(model, run, **values)
+        arguments = tiny_arguments(model, run, **ALL_REPORTS | values)
         monkeypatch.setattr(sys, "argv", [f"{home}/train.py", *arguments])  # wandb would keep it
         assert train_nft.main(arguments) == 0
         wandb.teardown()  # as at the end of a process: its service has written everything
 
         second = home / "runs" / "second"
-        assert train_nft.main(tiny_arguments(model, second, max_train_steps=1, init_lora=run, report_to="none")) == 0
+        assert train_nft.main(tiny_arguments(model, second, max_train_steps=1, init_lora=run)) == 0
 
         size = ["--height", "32", "--width", "32", "--num_frames", "21"]
         names = ["--rewards", f"{BRIGHTNESS},{JUDGED},flicker", "--num_prompts", "1", "--seeds", "1"]

@@ -28,8 +28,7 @@ class Darkness(Reward):
 
 
 def settings(model_folder, folder, **values):
-    lean = {"eval_rewards": [], "eval_steps": 2, "num_eval_videos": 0, "report_to": "none"}
-    values = tiny_settings(model_folder, folder, **{**lean, **values})
+    values = tiny_settings(model_folder, folder, **{"eval_rewards": [], "checkpointing_steps": 1, **values})
     values.pop("rewards")
     return values
 

@@ -6,35 +6,24 @@ import time
 
 import pytest
 
-from tests.training.helpers import numbers_of_run, tiny_arguments, torchrun
+from tests.processes import Torchrun
+from tests.training.helpers import numbers_of_run, tiny_arguments
 
 
 SETTINGS = dict(train_batch_size=2, batches_per_epoch=2, samples_per_prompt=4, max_train_steps=3, eval_steps=3)
+SETTINGS |= dict(eval_seeds=2, checkpointing_steps=1)
 
 
 def start(model_folder, folder, **values):
     environment = {name: str(values.pop(name)) for name in list(values) if name.isupper()}
     arguments = tiny_arguments(model_folder, folder, **SETTINGS | values)
-    return torchrun("examples/train_nft.py", *arguments, **environment)
-
-
-def finish(run, timeout=180):
-    output, _ = run.communicate(timeout=timeout)
-    return run.returncode, output
-
-
-def wait_for(run, text):
-    """Reads the output of a run until a line has `text`."""
-    for line in run.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"ended without {text!r}")
+    return Torchrun("examples/train_nft.py", *arguments, **environment)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    code, output = finish(start(model_folder, folder))
+    code, output = start(model_folder, folder).finish()
     assert code == 0 and "2 processes on cpu" in output, output
     return numbers_of_run(folder)
 
@@ -42,11 +31,11 @@ def uninterrupted(model_folder, tmp_path_factory):
 def test_signal_to_one_process_stops_both(model_folder, tmp_path, uninterrupted):
     values = dict(rewards="tests.training.rewards:sends_a_signal", TROUBLE_CALL=5, TROUBLE_RANK=1)
     values |= dict(TROUBLE_SIGNAL="SIGTERM", TROUBLE_MARK=tmp_path / "mark")
-    code, output = finish(start(model_folder, tmp_path / "out", **values))
+    code, output = start(model_folder, tmp_path / "out", **values).finish()
     assert code != 0 and "SIGTERM: --resume_from_checkpoint latest goes on from" in output
     # Nobody crashed, and torchrun had nobody to kill.
     assert "exitcode  : 143" in output and "Traceback" not in output.split("SIGTERM: --resume")[0]
-    code, output = finish(start(model_folder, tmp_path / "out", resume_from_checkpoint="latest", **values))
+    code, output = start(model_folder, tmp_path / "out", resume_from_checkpoint="latest", **values).finish()
     assert code == 0, output
     numbers = numbers_of_run(tmp_path / "out")
     assert numbers["pytorch_lora_weights.safetensors"] == uninterrupted["pytorch_lora_weights.safetensors"]
@@ -56,9 +45,9 @@ def test_signal_to_one_process_stops_both(model_folder, tmp_path, uninterrupted)
 def test_process_that_dies_ends_the_run(model_folder, tmp_path):
     values = dict(rewards="tests.training.rewards:dies", TROUBLE_CALL=4, TROUBLE_RANK=1)
     run = start(model_folder, tmp_path, **values)
-    wait_for(run, "step 1/3")
+    run.wait_for("step 1/3")
     begin = time.monotonic()
-    code, _ = finish(run, timeout=60)
+    code, _ = run.finish(timeout=60)
     assert code != 0 and time.monotonic() - begin < 60
 
 
@@ -67,11 +56,11 @@ def test_process_that_dies_ends_the_run(model_folder, tmp_path):
 def test_signal_to_the_launcher(model_folder, tmp_path, uninterrupted, name):
     """What a cluster or Ctrl-C does: torchrun hands it on to its processes, and gives them half a minute."""
     run = start(model_folder, tmp_path)
-    wait_for(run, "step 1/3")
+    run.wait_for("step 1/3")
     run.send_signal(signal.Signals[name])
-    code, output = finish(run, timeout=60)
+    code, output = run.finish(timeout=60)
     assert code != 0 and f"{name}: --resume_from_checkpoint latest goes on from" in output, output
-    code, output = finish(start(model_folder, tmp_path, resume_from_checkpoint="latest"))
+    code, output = start(model_folder, tmp_path, resume_from_checkpoint="latest").finish()
     assert code == 0, output
     assert numbers_of_run(tmp_path) == uninterrupted
 
@@ -86,7 +75,7 @@ def test_signal_to_the_launcher(model_folder, tmp_path, uninterrupted, name):
         ),
         (dict(rewards="tests.training.rewards:exits"), "a reward ended with SystemExit(0)"),
         (
-            dict(rewards="tests.training.rewards:fills_the_disk", TROUBLE_CALL=2, report_to="none", num_eval_videos=0),
+            dict(rewards="tests.training.rewards:fills_the_disk", TROUBLE_CALL=2,),
             "cannot write",
         ),
     ],
@@ -95,7 +84,7 @@ def test_signal_to_the_launcher(model_folder, tmp_path, uninterrupted, name):
 def test_trouble_of_one_process_ends_both_with_its_error(model_folder, tmp_path, values, message, rank):
     run = start(model_folder, tmp_path, TROUBLE_RANK=rank, **values)
     begin = time.monotonic()
-    code, output = finish(run, timeout=90)
+    code, output = run.finish(timeout=90)
     assert code != 0
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0], output
@@ -108,22 +97,22 @@ def test_kills_change_nothing(model_folder, tmp_path):
     written or an old one removed, as the `.partial` folder shows."""
     values = dict(max_train_steps=160, eval_steps=20, checkpointing_steps=2, checkpoints_total_limit=2)
     values |= dict(num_frames=9, learning_rate=1e-3)
-    code, output = finish(start(model_folder, tmp_path / "whole", **values), timeout=600)
+    code, output = start(model_folder, tmp_path / "whole", **values).finish(timeout=600)
     assert code == 0, output
     random_moments, folder = random.Random(0), tmp_path / "killed"
     left_over = []
     for kill in range(30):
         run = start(model_folder, folder, resume_from_checkpoint="latest", **values)
-        wait_for(run, "output in")
+        run.wait_for("output in")
         time.sleep(random_moments.uniform(0, 3 if kill < 20 else 1))
-        while kill >= 20 and run.poll() is None and not list((folder / "checkpoints").glob("*.partial")):
+        while kill >= 20 and run.returncode is None and not list((folder / "checkpoints").glob("*.partial")):
             time.sleep(0.001)
         time.sleep(random_moments.uniform(0, 0.03))
-        assert run.poll() is None, "the run is too short for so many kills"
+        assert run.returncode is None, "the run is too short for so many kills"
         run.kill_all()
         left_over.append(any((folder / "checkpoints").glob("*.partial")))
     print(f"{sum(left_over)} of {len(left_over)} kills while a checkpoint was written or removed")
     assert sum(left_over) >= 3  # the others came just after the end of the writing
-    code, output = finish(start(model_folder, folder, resume_from_checkpoint="latest", **values), timeout=600)
+    code, output = start(model_folder, folder, resume_from_checkpoint="latest", **values).finish(timeout=600)
     assert code == 0 and "resuming from" in output, output
     assert numbers_of_run(folder) == numbers_of_run(tmp_path / "whole")

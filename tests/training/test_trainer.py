@@ -14,7 +14,7 @@ from tests.training.helpers import randomize_adapters, tiny_arguments
 def trainer(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer")
     arguments = tiny_arguments(
-        model_folder, folder, batches_per_epoch=4, gradient_accumulation_steps=2, max_train_steps=20
+        model_folder, folder, batches_per_epoch=4, gradient_accumulation_steps=2, max_train_steps=20, eval_seeds=2
     )
     trainer = NFTTrainer(config=parse_args(arguments))
     randomize_adapters(trainer.transformer)
@@ -69,11 +69,11 @@ def test_old_policy_decay_follows_the_steps(trainer):
     assert decays == pytest.approx([0, 0.1, 0.5, 0.5])
 
 
-def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path):
+def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path_factory):
     """It begins where the LoRA was, and writes one with the same rank and alpha."""
-    first = tmp_path / "first"
+    first = tmp_path_factory.mktemp("first")
     save_adapter(trainer.transformer, first, "default")
-    arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1, rank=2, init_lora=first)
+    arguments = tiny_arguments(model_folder, tmp_path, max_train_steps=1, eval_seeds=2, rank=2, init_lora=first)
     again = NFTTrainer(config=parse_args(arguments))
     again.train()
     again.rewards.close()

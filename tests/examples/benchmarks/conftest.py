@@ -3,8 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import model_folder  # noqa: F401
-
 
 FOLDER = Path(__file__).parents[3] / "examples" / "benchmarks"
 

@@ -1,1 +1,0 @@
-from tests.training.conftest import model_folder  # noqa: F401
