@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from ...errors import summarize_exception
+from .. import built_in
 from ..closing import Closing
 from ..frames import FrameRequest
 from ..reward import RewardError, RewardOutput, RewardPlaceError
@@ -74,7 +75,7 @@ class ProcessRewards(Closing):
         context = multiprocessing.get_context(START_METHOD)
         if START_METHOD == "forkserver":
             # Nothing in it initialises CUDA, which would not survive the fork.
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload([__name__, built_in.__name__])
         self._executor = ProcessPoolExecutor(1, context, _begin, (dict(os.environ),))
         try:
             self.using_prompts: list[str] = self._call(START_SECONDS, _load, *self._loading)
