@@ -60,7 +60,7 @@ class Reward(ABC):
     `reward_options`. It loads what it needs when it is made, and may be scored from another thread than that one.
 
     Attributes:
-        uses_prompt: `False` says that scores depend on the video alone, so that a server may remember them.
+        uses_prompt: `False` says that scores depend on the video alone.
     """
 
     uses_prompt = True
