@@ -58,7 +58,7 @@ def draw_means(
     """
     columns = min(columns, len(means))
     rows = math.ceil(len(means) / columns)
-    figure = _figure(2.4 * columns, 0.6 + 2.1 * rows)
+    figure = _figure(0.1 + 2.4 * columns, 0.62 + 2.1 * rows)
     charts = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for (score, marks), axes in zip(means.items(), charts):
         _style(axes)
@@ -71,12 +71,15 @@ def draw_means(
         axes.set_title(short, fontsize="small", parse_math=False)
     for axes in charts:
         axes.remove()
-    figure.suptitle(title, parse_math=False)
+    heading = figure.suptitle(title, parse_math=False)
     legend = figure.legend(handles, names, loc="outside lower left", ncols=len(names))
     for text in legend.get_texts():
         text.set_parse_math(False)
-    # Where the title or the names of all columns are wider than the charts, the picture is.
-    figure.savefig(path, format="png", bbox_inches="tight")
+    # The picture is as wide as the charts, or as the title or the names of all columns where these are wider.
+    figure.draw_without_rendering()
+    widest = max(artist.get_window_extent().width for artist in (heading, legend))
+    figure.set_figwidth(max(figure.get_figwidth(), widest / DPI + 0.2))
+    figure.savefig(path, format="png")
 
 
 def _figure(width: float, height: float) -> Figure:
