@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,8 @@ class Reader:
         self.modules: list[str] = []
         monkeypatch.chdir(folder)
         monkeypatch.syspath_prepend(str(folder))
+        # A chart takes as long as a short run. The quick start's and those of tests/reporting are drawn.
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
 
     def follow(self, page: str) -> Reader:
         for block in blocks(read_page(page), page):
@@ -190,6 +193,7 @@ class Reader:
             script = importlib.util.module_from_spec(spec)
             with self.monkeypatch.context() as patch:
                 patch.syspath_prepend(str((ROOT / path).parent))
+                patch.setitem(sys.modules, spec.name, script)
                 spec.loader.exec_module(script)
                 read = ArgumentParser.parse_args
 
