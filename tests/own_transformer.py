@@ -6,6 +6,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
+from astrolabe_diffusers import CausalWanKVCache
+
 
 class OwnBlock(nn.Module):
     """One head of attention to the past and the own block, and to nothing else."""
@@ -45,6 +47,9 @@ class OwnTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.embed, self.text, self.time = nn.Linear(in_channels, dim), nn.Linear(text_dim, dim), nn.Linear(1, dim)
         self.blocks = nn.ModuleList(OwnBlock(dim) for _ in range(num_layers))
         self.out = nn.Linear(dim, in_channels)
+
+    def new_kv_cache(self, max_frames=None, past_weight=1.0):
+        return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
 
     def forward(
         self,

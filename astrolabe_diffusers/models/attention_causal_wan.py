@@ -79,29 +79,31 @@ def attend_with_shared_past(
 class BlockLayout:
     """Which earlier frames each block sees: everything, or the sink and a window that ends with the block itself.
 
-    A block of frames `[start, end)` sees frames `0 .. sink_size-1` and `end-(window-sink_size) .. end-1`; while
-    `end <= window`, and always with `window=-1`, that is all of `0 .. end-1`.
+    A block of frames `[start, end)` sees frames `0 .. sink_size-1` and `end-(attn_window-sink_size) .. end-1`; while
+    `end <= attn_window`, and always with `attn_window=-1`, that is all of `0 .. end-1`.
     """
 
     num_frames: int
     frame_tokens: int
     block_frames: int
-    window: int
+    attn_window: int
     sink_size: int
     teacher_forcing: bool  # the sequence is [clean frames, noisy frames]
     sink_shifts: dict[int, Rotary]  # relative positions: rotation of the sink keys, by the block's `end`
 
     def context(self, start: int, end: int) -> list[tuple[int, int]]:
         """Frame ranges before `start` that the block `[start, end)` sees, the sink first."""
-        if self.window == -1 or end <= self.window:
+        if self.attn_window == -1 or end <= self.attn_window:
             return [(0, start)] if start else []
-        first = end - (self.window - self.sink_size)
+        first = end - (self.attn_window - self.sink_size)
         return [r for r in [(0, self.sink_size), (first, start)] if r[0] < r[1]]
 
     @property
     def unit(self) -> int:
         """Frames in the largest pieces of which every block and every context is a whole number."""
-        return math.gcd(self.block_frames, self.sink_size, 0 if self.window == -1 else self.window - self.sink_size)
+        return math.gcd(
+            self.block_frames, self.sink_size, 0 if self.attn_window == -1 else self.attn_window - self.sink_size
+        )
 
 
 def is_fused(attn: nn.Module) -> bool:
@@ -138,13 +140,11 @@ class CausalWanSelfAttnProcessor:
         value = value.unflatten(2, (attn.heads, -1))
 
         if kv_cache is not None:
-            past = kv_cache.shared()
-            if past is None:
-                hidden_states = attend(query, *kv_cache.extend(key, value), attention_mask, self._attention_backend)
+            own = kv_cache.extend(key, value)
+            if kv_cache.past is None:
+                hidden_states = attend(query, *own, attention_mask, self._attention_backend)
             else:
-                hidden_states = attend_with_shared_past(
-                    query, past, kv_cache.extend(key, value), self._attention_backend
-                )
+                hidden_states = attend_with_shared_past(query, kv_cache.past, own, self._attention_backend)
             if kv_cache_mode == "write":
                 kv_cache.store(key, value)
         else:
@@ -179,7 +179,7 @@ class CausalWanSelfAttnProcessor:
 
 
 class CausalWanCrossAttnProcessor:
-    """Attention to the text. With a cache, keys and values are computed once a prompt."""
+    """Attention to the text, whose keys and values a cache may keep ([`CausalWanKVCache.set_text`])."""
 
     _attention_backend = None
     _parallel_config = None
@@ -195,9 +195,9 @@ class CausalWanCrossAttnProcessor:
     ) -> torch.Tensor:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         # What is cached carries no graph: with grad the text is projected anew, or its weights would never learn.
-        use_cache = kv_cache is not None and not torch.is_grad_enabled()
-        if use_cache and kv_cache.text_key is not None:
-            key, value = kv_cache.text_key, kv_cache.text_value
+        keep = kv_cache is not None and kv_cache.state.keeps_text and not torch.is_grad_enabled()
+        if keep and kv_cache.text is not None:
+            key, value = kv_cache.text
         else:
             if is_fused(attn):
                 key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
@@ -205,8 +205,8 @@ class CausalWanCrossAttnProcessor:
                 key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
             value = value.unflatten(2, (attn.heads, -1))
-            if use_cache:
-                kv_cache.text_key, kv_cache.text_value = key, value
+            if keep:
+                kv_cache.text = key, value
         hidden_states = attend(query, key, value, backend=self._attention_backend)
         hidden_states = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return attn.to_out[1](hidden_states)

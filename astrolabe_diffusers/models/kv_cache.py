@@ -1,39 +1,141 @@
 """K/V cache of a block-wise causal video transformer."""
 
+from __future__ import annotations
+
 import math
-import weakref
+from dataclasses import dataclass, replace
 
 import torch
 
-from .rotary import Rotary, apply_rotary
+from .rotary import CausalWanRotaryPosEmbed, Rotary, apply_rotary
+
+
+@dataclass(frozen=True)
+class BoundedSlots:
+    """A slot for every frame of a video that has an end. Frames are counted from the one in slot 0."""
+
+    capacity: int
+    sink_size = 0
+
+    def slot(self, frame: int) -> int | None:
+        """The slot that keeps a frame, or `None` if no later block can see it."""
+        return frame if frame < self.capacity else None
+
+    def still_seen(self, num_frames: int, num_newer: int) -> list[int]:
+        """The slots of `num_frames` frames that a block sees before which `num_newer` are kept elsewhere."""
+        return list(range(min(num_frames, self.capacity)))
+
+
+@dataclass(frozen=True)
+class RingSlots:
+    """The slots of a window: the first frames, the sink, stay for ever, and the others form a ring."""
+
+    capacity: int
+    sink_size: int
+
+    def slot(self, frame: int) -> int | None:
+        """As [`BoundedSlots.slot`]."""
+        if frame < self.capacity:
+            return frame
+        ring = self.capacity - self.sink_size
+        return self.sink_size + (frame - self.sink_size) % ring if ring else None
+
+    def still_seen(self, num_frames: int, num_newer: int) -> list[int]:
+        """As [`BoundedSlots.still_seen`]: the newer ones have pushed the oldest out of the window."""
+        num_left = min(num_frames, self.capacity - num_newer) - self.sink_size
+        newest = range(num_frames - num_left, num_frames)
+        return sorted([*range(self.sink_size), *(self.slot(frame) for frame in newest)])
+
+
+@dataclass
+class KVCacheState:
+    """Where a cache keeps what, and how far it is. The cache and its layers hold the same one.
+
+    Attributes:
+        num_frames: latent frames stored so far, those that left the window included.
+        num_cached: slots in use.
+        first_frame: the frame in slot 0.
+        max_frames: the longest video.
+        shape: batch, and height and width of the latents.
+        rewound: the next block is what is written anew, all at once.
+        keeps_text: this pass takes the text's keys and values from the layers and leaves them there.
+    """
+
+    num_frames: int = 0
+    num_cached: int = 0
+    first_frame: int = 0
+    max_frames: float = math.inf
+    slots: BoundedSlots | RingSlots = BoundedSlots(0)
+    block_frames: int = 0
+    frame_tokens: int = 0
+    shape: tuple[int, int, int] | None = None
+    rewound: bool = False
+    keeps_text: bool = False
+
+    def tokens(self, slot: int) -> slice:
+        """The tokens of a slot in the layers' buffers. Slot 0 is the rightmost one."""
+        start = (self.slots.capacity - 1 - slot) * self.frame_tokens
+        return slice(start, start + self.frame_tokens)
+
+
+def growing(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """The same tensor, marked for torch.compile: the number of its tokens changes from block to block."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
 
 
 class CausalWanKVLayerCache:
     """Keys and values of one transformer layer, shapes `(batch, tokens, heads, head_dim)`.
 
-    One buffer per tensor holds `capacity` frame slots followed by a workspace of one block. Slots fill from the right,
-    so that the frames in use and the workspace always form one contiguous slice: attention reads cache and current
-    block without a copy, whatever the fill level. The workspace is scratch for the block being denoised; slots only
-    ever receive what [`store`] is given.
+    One buffer per tensor holds the frame slots followed by a workspace of one block. Slots fill from the right, so
+    that the frames in use and the workspace always form one contiguous slice: attention reads cache and current block
+    without a copy, whatever the fill level. The workspace is scratch for the block being denoised; slots only ever
+    receive what [`store`] is given.
+
+    [`extend`] and [`store`] are what a compiled block calls: they see views and no number that grows with the video.
     """
 
-    def __init__(self, cache: "CausalWanKVCache"):
-        # Weak: a cycle would keep gigabytes until the garbage collector comes by.
-        self._cache = weakref.proxy(cache)
+    # Keys and values `(1, tokens, heads, head_dim)` that all videos see beside those of `extend`.
+    past: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, state: KVCacheState):
+        self.state = state
+        self.text: tuple[torch.Tensor, torch.Tensor] | None = None
         self.clear()
 
     def clear(self):
         self.key: torch.Tensor | None = None
         self.value: torch.Tensor | None = None
-        self.text_key: torch.Tensor | None = None
-        self.text_value: torch.Tensor | None = None
+        # What the current block sees of them, its workspace included if it has one.
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._has_workspace = False
+        self._stored: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.forget_sink()
+
+    def forget_sink(self):
         # Relative positions only: the sink keys as first stored, and the shift (in frames) that `key` has them at.
         self._sink_key: torch.Tensor | None = None
         self._sink_shift = 0
 
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Keys and values `(1, tokens, heads, head_dim)` that all videos see beside those of [`extend`]."""
-        return None
+    def select(self, videos: list[int], state: KVCacheState) -> CausalWanKVLayerCache:
+        """A layer of its own for some videos of the batch, without text."""
+        other = CausalWanKVLayerCache(state)
+        for name in ("key", "value", "_sink_key"):
+            tensor = getattr(self, name)
+            setattr(other, name, None if tensor is None else tensor[videos])
+        other._sink_shift = self._sink_shift
+        return other
+
+    def begin_block(self, num_tokens: int):
+        if self.key is None:
+            return
+        state = self.state
+        end = state.slots.capacity * state.frame_tokens
+        start = end - state.num_cached * state.frame_tokens
+        self._has_workspace = not torch.is_grad_enabled() and end + num_tokens <= self.key.shape[1]
+        stop = end + num_tokens if self._has_workspace else end
+        self._seen = growing(self.key[:, start:stop]), growing(self.value[:, start:stop])
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cached keys and values followed by those of the current block.
@@ -41,41 +143,42 @@ class CausalWanKVLayerCache:
         Without grad the block goes to the workspace and views are returned: use them before the next call. With grad
         the result is a new tensor, and the cached part is a constant.
         """
-        if self.key is None:
+        if self._seen is None:
             return key, value
-        cache = self._cache
-        end = cache.capacity * cache.frame_tokens
-        start = end - cache.num_cached * cache.frame_tokens
-        stop = end + key.shape[1]
-        if torch.is_grad_enabled() or stop > self.key.shape[1]:
-            return torch.cat([self.key[:, start:end], key], dim=1), torch.cat([self.value[:, start:end], value], dim=1)
-        self.key[:, end:stop] = key
-        self.value[:, end:stop] = value
-        return self.key[:, start:stop], self.value[:, start:stop]
+        seen_key, seen_value = self._seen
+        if not self._has_workspace:
+            return torch.cat([seen_key, key], dim=1), torch.cat([seen_value, value], dim=1)
+        seen_key[:, -key.shape[1] :] = key
+        seen_value[:, -key.shape[1] :] = value
+        return seen_key, seen_value
 
     def store(self, key: torch.Tensor, value: torch.Tensor):
-        """Keep a block's (clean) keys and values; the frames that leave the window are overwritten."""
-        cache = self._cache
-        size = cache.frame_tokens
+        """Keep a block's (clean) keys and values; [`commit`] brings them into the slots."""
+        self._stored = key.detach(), value.detach()
+
+    def commit(self):
+        """Bring what [`store`] was given into the slots; the frames that leave the window are overwritten."""
+        if self._stored is None:
+            return
+        state, (key, value) = self.state, self._stored
+        size = state.frame_tokens
         if self.key is None:
-            tokens = (cache.capacity + cache.block_frames) * size
-            self.key = key.new_empty(key.shape[0], tokens, *key.shape[2:])
-            self.value = torch.empty_like(self.key)
-        for i in range(key.shape[1] // size):
-            slot = cache.slot(cache.num_frames + i)
+            shape = (key.shape[0], 1 + (state.slots.capacity + state.block_frames) * size, *key.shape[2:])
+            # One token in front: a view that begins where its memory does would be compiled for itself.
+            self.key, self.value = key.new_empty(shape)[:, 1:], value.new_empty(shape)[:, 1:]
+        for i, frame in enumerate(range(state.num_frames, state.num_frames + key.shape[1] // size)):
+            slot = state.slots.slot(frame - state.first_frame)
             if slot is not None:
-                # Slot 0 is the rightmost one.
-                start = (cache.capacity - 1 - slot) * size
-                self.key[:, start : start + size] = key[:, i * size : (i + 1) * size].detach()
-                self.value[:, start : start + size] = value[:, i * size : (i + 1) * size].detach()
+                self.key[:, state.tokens(slot)] = key[:, i * size : (i + 1) * size]
+                self.value[:, state.tokens(slot)] = value[:, i * size : (i + 1) * size]
+        self._stored = None
 
     def shift_sink(self, shift: int, rotary: Rotary):
         """Place the sink keys `shift` frames after their own positions; `rotary` is the rotation that does it."""
         if shift == self._sink_shift or self.key is None:
             return
-        cache = self._cache
-        end = cache.capacity * cache.frame_tokens
-        sink = self.key[:, end - cache.sink_size * cache.frame_tokens : end]
+        slots, size = self.state.slots, self.state.frame_tokens
+        sink = self.key[:, (slots.capacity - slots.sink_size) * size : slots.capacity * size]
         if self._sink_key is None:
             # Always rotate the original: rotating a rotated bf16 key again and again would drift.
             self._sink_key = sink.clone()
@@ -105,125 +208,129 @@ class CausalWanKVCache:
     def __init__(self, num_layers: int, max_frames: int | None = None, past_weight: float = 1.0):
         self.max_frames = max_frames
         self.past_weight = past_weight
-        self.num_frames = 0  # latent frames stored so far, those that left the window included
-        self.num_cached = 0  # slots in use
-        self.sink_start = 0  # the frame in the first sink slot
-        self.capacity = self.sink_size = self.block_frames = self.frame_tokens = 0
-        self._ring = True
-        self._rewound = False
-        self._shape: tuple[int, int, int] | None = None
+        self.state = KVCacheState()
         self._text: torch.Tensor | None = None
-        self.layer_caches = [CausalWanKVLayerCache(self) for _ in range(num_layers)]
+        self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in range(num_layers)]
 
     def __len__(self) -> int:
         return len(self.layer_caches)
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames stored so far, those that left the window included."""
+        return self.state.num_frames
 
     def get(self, layer_idx: int) -> CausalWanKVLayerCache:
         return self.layer_caches[layer_idx]
 
     def clear(self):
-        """Forget everything, text included, and free the memory."""
-        self.num_frames = self.num_cached = self.sink_start = 0
-        self._text = None
+        """Forget all frames and free their memory."""
+        self.state.num_frames = self.state.num_cached = self.state.first_frame = 0
         for layer_cache in self.layer_caches:
             layer_cache.clear()
 
-    def reset_text(self):
-        """Forget the text keys and values. Only needed after the weights changed: new text is noticed by itself."""
-        self._text = None
+    def set_text(self, encoder_hidden_states: torch.Tensor | None):
+        """Keep the text's keys and values over the passes without gradients that get this very tensor.
+
+        The first of them computes these. Whoever sets a text answers for the weights: set it again where they may have
+        changed. Passes with another tensor or with gradients compute their own, as all do if no text is set.
+        """
+        self._text = encoder_hidden_states
         for layer_cache in self.layer_caches:
-            layer_cache.text_key = layer_cache.text_value = None
+            layer_cache.text = None
+
+    def begin_text(self, encoder_hidden_states: torch.Tensor) -> bool:
+        """Whether this pass has the keys and values of its text already."""
+        self.state.keeps_text = self._text is encoder_hidden_states and not torch.is_grad_enabled()
+        return self.state.keeps_text and self.layer_caches[-1].text is not None
 
     def rewind(self, num_frames: int, keep_sink: bool):
         """Go back to `num_frames` frames, to write those after them anew, all at once.
 
         Of the frames before, only the sink stays, if `keep_sink`; if not, the next frames that are written become it.
         """
-        self.num_frames = num_frames
-        self.num_cached = self.sink_size if keep_sink else 0
-        self._rewound = True
+        state = self.state
+        state.num_frames = num_frames
+        state.num_cached = state.slots.sink_size if keep_sink else 0
+        state.rewound = True
         if not keep_sink:
-            self.sink_start = num_frames
+            state.first_frame = num_frames
             for layer_cache in self.layer_caches:
-                layer_cache._sink_key, layer_cache._sink_shift = None, 0
+                layer_cache.forget_sink()
 
     def advance(self, num_frames: int):
         """Count frames that every layer has stored."""
-        self.num_frames += num_frames
-        self.num_cached = min(self.num_cached + num_frames, self.capacity)
-        self._rewound = False
+        for layer_cache in self.layer_caches:
+            layer_cache.commit()
+        state = self.state
+        state.num_frames += num_frames
+        state.num_cached = min(state.num_cached + num_frames, state.slots.capacity)
+        state.rewound = False
 
-    def select(self, videos: list[int]) -> "CausalWanKVCache":
+    def select(self, videos: list[int]) -> CausalWanKVCache:
         """A cache of its own for some videos of the batch."""
-        other = CausalWanKVCache(len(self), self.max_frames, self.past_weight)
-        for name, value in vars(self).items():
-            if name not in ("layer_caches", "_text"):
-                setattr(other, name, value)
-        if self._shape is not None:
-            other._shape = (len(videos), *self._shape[1:])
-        for source, target in zip(self.layer_caches, other.layer_caches):
-            for name in ("key", "value", "_sink_key"):
-                tensor = getattr(source, name)
-                setattr(target, name, None if tensor is None else tensor[videos])
-            target._sink_shift = source._sink_shift
+        other = CausalWanKVCache(0, self.max_frames, self.past_weight)
+        other.state = replace(self.state, shape=self.state.shape and (len(videos), *self.state.shape[1:]))
+        other.layer_caches = [layer_cache.select(videos, other.state) for layer_cache in self.layer_caches]
         return other
-
-    def slot(self, frame: int) -> int | None:
-        """The slot that keeps a latent frame, or `None` if no later block can see it."""
-        frame -= self.sink_start
-        if frame < self.capacity:
-            return frame
-        ring = self.capacity - self.sink_size
-        return self.sink_size + (frame - self.sink_size) % ring if self._ring and ring > 0 else None
 
     def begin_block(self, frame_offset: int, num_frames: int, frame_tokens: int, shape: tuple[int, int, int], config):
         """Check a block against the cache and, before the first one, size the slots by the model's window."""
-        if frame_offset != self.num_frames:
+        state = self.state
+        if frame_offset != state.num_frames:
             raise ValueError(
-                f"`frame_offset` must be {self.num_frames}, the number of latent frames in `kv_cache`, but is "
+                f"`frame_offset` must be {state.num_frames}, the number of latent frames in `kv_cache`, but is "
                 f"{frame_offset}."
             )
-        if self.num_frames == 0:
-            self.frame_tokens, self._shape = frame_tokens, shape
-            self.block_frames = config.num_frames_per_block
-            self._ring = config.local_attn_size != -1
-            self.sink_size = config.sink_size if self._ring else 0
-            if not self._ring and self.max_frames is None:
-                raise ValueError(
-                    "the model's window is unlimited: state the longest video in latent frames, "
-                    "`CausalWanKVCache(num_layers, max_frames=...)`."
-                )
-            # The current block is never read from a slot, and nothing follows the last block of a bounded video.
-            longest = config.local_attn_size if self._ring else self.max_frames
-            self.capacity = max(longest - self.block_frames, 0)
-        elif shape != self._shape:
-            raise ValueError(f"`kv_cache` serves batch, height and width {self._shape}, but this block has {shape}.")
-        elif num_frames > self.block_frames and not self._rewound:
+        if state.num_frames == 0:
+            state.frame_tokens, state.shape, state.block_frames = frame_tokens, shape, config.num_frames_per_block
+            self._set_slots(config.local_attn_size, config.sink_size)
+        elif shape != state.shape:
+            raise ValueError(f"`kv_cache` serves batch, height and width {state.shape}, but this block has {shape}.")
+        elif num_frames > state.block_frames and not state.rewound:
             raise ValueError(
                 f"a block of {num_frames} latent frames cannot follow cached ones: the model's blocks have "
-                f"{self.block_frames} at most."
+                f"{state.block_frames} at most."
             )
-        if not self._ring and frame_offset + num_frames > self.max_frames:
+        if frame_offset + num_frames > state.max_frames:
             raise ValueError(
-                f"latent frame {frame_offset + num_frames - 1} passes `max_frames={self.max_frames}` of `kv_cache`."
+                f"latent frame {frame_offset + num_frames - 1} passes `max_frames={state.max_frames}` of `kv_cache`."
             )
+        for layer_cache in self.layer_caches:
+            layer_cache.begin_block(num_frames * frame_tokens)
+
+    def _set_slots(self, attn_window: int, sink_size: int):
+        # The current block is never read from a slot, and nothing follows the last block of a bounded video.
+        state = self.state
+        if attn_window != -1:
+            state.slots = RingSlots(attn_window - state.block_frames, sink_size)
+        elif self.max_frames is None:
+            raise ValueError(
+                "the model's window is unlimited: state the longest video in latent frames, "
+                "`CausalWanKVCache(num_layers, max_frames=...)`."
+            )
+        else:
+            state.slots, state.max_frames = BoundedSlots(max(self.max_frames - state.block_frames, 0)), self.max_frames
+
+    def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
+        """With relative positions, before a block that ends with latent frame `stop`: the sink right before its
+        window."""
+        state = self.state
+        if state.slots.sink_size:
+            attn_window = state.slots.capacity + state.block_frames
+            shift = max(stop - attn_window - state.first_frame, 0)
+            rotary = rope.shift(shift, device)
+            for layer_cache in self.layer_caches:
+                layer_cache.shift_sink(shift, rotary)
 
     def attention_mask(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """What `past_weight` adds to the scores of the keys that a block of `num_tokens` sees, `(1, 1, 1, keys)`."""
-        if self.past_weight == 1 or self.num_cached == 0:
+        state = self.state
+        if self.past_weight == 1 or state.num_cached == 0:
             return None
-        cached = self.num_cached * self.frame_tokens
-        # The rightmost slot keeps the first frame until a ring without a sink takes it for another.
-        keeps_first = self.num_frames - self.sink_start <= self.capacity or self.sink_size > 0
-        past = cached - self.frame_tokens * keeps_first
+        cached = state.num_cached * state.frame_tokens
+        # Slot 0 keeps the first frame until a ring without a sink takes it for another.
+        keeps_first = state.num_frames - state.first_frame <= state.slots.capacity or state.slots.sink_size > 0
         mask = torch.zeros(1, 1, 1, cached + num_tokens, device=device, dtype=dtype)
-        mask[..., :past] = math.log(self.past_weight)
-        return mask
-
-    def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:
-        """Whether the text keys and values of exactly this tensor are cached; if not, forget those of another."""
-        if self._text is not encoder_hidden_states:
-            self.reset_text()
-            self._text = encoder_hidden_states
-            return False
-        return self.layer_caches[-1].text_key is not None
+        mask[..., : cached - state.frame_tokens * keeps_first] = math.log(self.past_weight)
+        return growing(mask, dim=3)

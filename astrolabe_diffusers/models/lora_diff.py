@@ -65,12 +65,13 @@ class LoraDiff(nn.Module, BaseTunerLayer):
             for store in (self.lora_diff, self.lora_diff_b)
         )
         norm = self.base_layer
-        if isinstance(norm, nn.RMSNorm):
+        # 0 if no active adapter adds to it.
+        if isinstance(weight, torch.Tensor) and isinstance(norm, nn.RMSNorm):
             weight = weight * nn.functional.rms_norm(x, norm.normalized_shape, None, norm.eps)
-        elif isinstance(norm, nn.LayerNorm):
+        elif isinstance(weight, torch.Tensor) and isinstance(norm, nn.LayerNorm):
             weight = weight * nn.functional.layer_norm(x.float(), norm.normalized_shape, None, None, norm.eps)
         change = weight + bias
-        return result if isinstance(change, int) else result + change.to(result.dtype)
+        return result + change.to(result.dtype) if isinstance(change, torch.Tensor) else result
 
     @torch.no_grad()
     def _add_to_base(self, adapter: str, sign: int):

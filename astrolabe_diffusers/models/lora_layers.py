@@ -6,7 +6,8 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,14 +93,40 @@ def apply_lora_scale(forward: Callable) -> Callable:
         if scale == 1:
             return forward(self, *args, **kwargs)
         check_lora_weights(self, [scale])
-        layers = tuner_layers(self)
-        weights = [dict(layer.scaling) for layer in layers]
-        try:
-            for layer in layers:
+        with lora_weights(self, lora_weights_of(self)):
+            for layer in tuner_layers(self):
                 layer.scale_layer(scale)
             return forward(self, *args, **kwargs)
-        finally:
-            for layer, before in zip(layers, weights):
-                layer.scaling.update(before)
 
     return wrapper
+
+
+def lora_weights_of(model: nn.Module) -> list[dict[str, float]]:
+    """Those of every adapter, by layer."""
+    return [dict(layer.scaling) for layer in tuner_layers(model)]
+
+
+@contextmanager
+def lora_weights(model: nn.Module, weights: list[dict[str, float]]) -> Iterator[None]:
+    """Inside, the adapters have these weights, and whatever is set inside ends with it."""
+    layers, before = tuner_layers(model), lora_weights_of(model)
+    try:
+        for layer, inside in zip(layers, weights):
+            layer.scaling.update(inside)
+        yield
+    finally:
+        for layer, outside in zip(layers, before):
+            layer.scaling.update(outside)
+
+
+class RecomputedBlock:
+    """A block for gradient checkpointing. It is computed again in the backward pass, when the call that gave its LoRAs
+    their weights is over: with those weights."""
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.weights = lora_weights_of(block)
+
+    def __call__(self, *args):
+        with lora_weights(self.block, self.weights):
+            return self.block(*args)

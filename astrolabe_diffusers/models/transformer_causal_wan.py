@@ -20,6 +20,7 @@ from ..spelling import close_matches
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .lora_layers import (
+    RecomputedBlock,
     apply_lora_scale,
     check_lora_weights,
     check_no_loose_lora,
@@ -159,16 +160,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None:
             raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
-        smallest = {
-            "num_attention_heads": (num_attention_heads, 1),
-            "attention_head_dim": (attention_head_dim, 1),
-            "num_layers": (num_layers, 1),
-            "rope_max_seq_len": (rope_max_seq_len, 1),
-            "num_frames_per_block": (num_frames_per_block, 1),
-            "sink_size": (sink_size, 0),
-            "local_attn_size": (local_attn_size, -1),
-        }
-        for name, (value, least) in smallest.items():
+        counts = dict.fromkeys(("num_attention_heads", "attention_head_dim", "num_layers", "rope_max_seq_len"), 1)
+        for name, least in (counts | {"num_frames_per_block": 1, "sink_size": 0, "local_attn_size": -1}).items():
+            value = self.config[name]
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
         if rope_mode not in ROPE_MODES:
@@ -179,21 +173,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"{sink_size + num_frames_per_block}, but is {local_attn_size}."
             )
         # The parent builds everything but the blocks, whose class is ours.
-        super().__init__(
-            patch_size=patch_size,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            ffn_dim=ffn_dim,
-            num_layers=0,
-            cross_attn_norm=cross_attn_norm,
-            qk_norm=qk_norm,
-            eps=eps,
-            rope_max_seq_len=rope_max_seq_len,
-        )
+        stock = signature(WanTransformer3DModel.__init__).parameters.keys() & self.config.keys()
+        super().__init__(**{name: self.config[name] for name in stock} | {"num_layers": 0})
         self.register_to_config(num_layers=num_layers)
         inner_dim = num_attention_heads * attention_head_dim
         self.blocks = nn.ModuleList(
@@ -276,16 +257,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 An argument is not known; the file is no checkpoint or holds several models; tensors are missing,
                 unexpected or of another shape. The message names them.
         """
-        known = cls._get_init_keys(cls) - {"self"}
-        for name in kwargs.keys() - known:
-            arguments = known | set(signature(cls.from_single_file).parameters)
-            raise ValueError(
-                f"{cls.__name__}.from_single_file takes no `{name}`{close_matches(name, arguments)}; it takes its own "
-                "arguments and the values of the model's config."
-            )
         dtype = torch_dtype if dtype is None else dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"`dtype` must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}.")
+        cls._check_single_file_arguments(dtype, kwargs)
         published = None if recipe is None else find_published_model(recipe)
         hub = dict(
             force_download=force_download,
@@ -313,6 +286,22 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval() if device is not None else model.eval()
 
+    @classmethod
+    def _check_single_file_arguments(cls, dtype: Any, config: dict[str, Any]):
+        known = cls._get_init_keys(cls) - {"self"}
+        for name in config.keys() - known:
+            arguments = known | set(signature(cls.from_single_file).parameters)
+            raise ValueError(
+                f"{cls.__name__}.from_single_file takes no `{name}`{close_matches(name, arguments)}; it takes its own "
+                "arguments and the values of the model's config."
+            )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}.")
+
+    def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
+        """An empty cache for one generation; the arguments are those of [`CausalWanKVCache`]."""
+        return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
+
     def set_adapters(self, adapter_names: list[str] | str, weights=None):
         """As the parent's. Weights that are not finite are refused, and others than 1 of a DoRA."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -322,6 +311,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             check_lora_weights(self, values, [name])
         with lora_lock(self):
             super().set_adapters(adapter_names, weights)
+
+    def compile_repeated_blocks(self, *args, **kwargs):
+        """As the parent's."""
+        # Reading or writing, with a cache or none, text kept or new, one video or a batch: more than torch's 8 graphs.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        super().compile_repeated_blocks(*args, **kwargs)
 
     def fuse_qkv_projections(self):
         if any(tuner_layers(block) for block in self.blocks):
@@ -378,7 +373,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             [`Transformer2DModelOutput`] or a tuple with the flow, `(B, C, F, H, W)`.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
-        p_t, p_h, p_w = self.config.patch_size
+        _, p_h, p_w = self.config.patch_size
         frame_tokens = (height // p_h) * (width // p_w)
         relative = self.config.rope_mode == "relative"
         if not relative and frame_offset + num_frames > self.config.rope_max_seq_len:
@@ -393,12 +388,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
             layout = None
             kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
-            if relative and kv_cache.sink_size:
-                first = frame_offset + num_frames - self.config.local_attn_size  # of the window
-                shift = max(first - kv_cache.sink_start, 0)
-                sink_rotary = self.rope.shift(shift, hidden_states.device)
-                for layer_cache in kv_cache.layer_caches:
-                    layer_cache.shift_sink(shift, sink_rotary)
+            if relative:
+                kv_cache.place_sink(frame_offset + num_frames, self.rope, hidden_states.device)
         else:
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
@@ -415,15 +406,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             timestep = timestep.expand(-1, num_frames)
             timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
 
-        embedder = self.condition_embedder
-        time_dtype = embedder.time_embedder.linear_1.weight.dtype
-        temb = embedder.time_embedder(embedder.timesteps_proj(timestep.flatten()).to(time_dtype))
-        temb = temb.type_as(encoder_hidden_states).unflatten(0, timestep.shape)  # (B, frames or 1, dim)
-        timestep_proj = embedder.time_proj(embedder.act_fn(temb)).unflatten(2, (6, -1))
-
+        temb, timestep_proj = self._embed_time(timestep, encoder_hidden_states.dtype)
         # The keys of cached text are all that is used of it.
-        if kv_cache is None or torch.is_grad_enabled() or not kv_cache.has_text(encoder_hidden_states):
-            encoder_hidden_states = embedder.text_embedder(encoder_hidden_states)
+        if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states):
+            encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
 
         attention_mask = None
         if kv_cache_mode == "read":
@@ -434,42 +420,58 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         for i, block in enumerate(self.blocks):
             args = (hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, layout)
             args += (kv_cache.get(i) if kv_cache is not None else None, kv_cache_mode, attention_mask)
-            hidden_states = self._gradient_checkpointing_func(block, *args) if checkpointing else block(*args)
+            if checkpointing:
+                hidden_states = self._gradient_checkpointing_func(RecomputedBlock(block), *args)
+            else:
+                hidden_states = block(*args)
+            if kv_cache_mode == "write":
+                kv_cache.get(i).commit()
 
         if kv_cache_mode == "write":
             kv_cache.advance(num_frames)
         if clean_hidden_states is not None:
             hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
-
-        table = self.modulation(self.scale_shift_table)
-        shift, scale = (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
-        normed = self.norm_out(hidden_states.float()).unflatten(1, (temb.shape[1], -1)) * (1 + scale) + shift
-        hidden_states = self.proj_out(normed.flatten(1, 2).type_as(hidden_states))
-        hidden_states = hidden_states.reshape(
-            batch_size, num_frames // p_t, height // p_h, width // p_w, p_t, p_h, p_w, -1
-        )
-        output = hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        output = self._project_out(hidden_states, temb, (num_frames, height, width))
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
 
+    def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of timesteps `(B, frames or 1)`: `(B, frames or 1, dim)` and the blocks' modulation `(..., 6, dim)`."""
+        embedder = self.condition_embedder
+        time_dtype = embedder.time_embedder.linear_1.weight.dtype
+        temb = embedder.time_embedder(embedder.timesteps_proj(timestep.flatten()).to(time_dtype))
+        temb = temb.to(dtype).unflatten(0, timestep.shape)
+        return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(2, (6, -1))
+
+    def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        """Tokens to latents `(B, C, *size)`."""
+        table = self.modulation(self.scale_shift_table)
+        shift, scale = (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
+        normed = self.norm_out(hidden_states.float()).unflatten(1, (temb.shape[1], -1)) * (1 + scale) + shift
+        hidden_states = self.proj_out(normed.flatten(1, 2).type_as(hidden_states))
+        patch = self.config.patch_size
+        grid = [length // p for length, p in zip(size, patch)]
+        hidden_states = hidden_states.unflatten(2, (*patch, -1)).unflatten(1, grid)
+        return hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
     def _block_layout(
         self, num_frames: int, frame_tokens: int, teacher_forcing: bool, relative: bool, device: torch.device
     ) -> BlockLayout:
-        n, window = self.config.num_frames_per_block, self.config.local_attn_size
+        n, attn_window = self.config.num_frames_per_block, self.config.local_attn_size
         if num_frames % n != 0:
             raise ValueError(f"{num_frames} latent frames are no whole number of blocks of {n} frames.")
         shifts = {}
-        if relative and window != -1 and self.config.sink_size:
+        if relative and attn_window != -1 and self.config.sink_size:
             ends = range(n, num_frames + 1, n)
-            shifts = {end: self.rope.shift(end - window, device) for end in ends if end > window}
+            shifts = {end: self.rope.shift(end - attn_window, device) for end in ends if end > attn_window}
         return BlockLayout(
             num_frames=num_frames,
             frame_tokens=frame_tokens,
             block_frames=n,
-            window=window,
-            sink_size=self.config.sink_size if window != -1 else 0,
+            attn_window=attn_window,
+            sink_size=self.config.sink_size if attn_window != -1 else 0,
             teacher_forcing=teacher_forcing,
             sink_shifts=shifts,
         )

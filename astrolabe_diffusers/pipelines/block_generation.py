@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models.kv_cache import CausalWanKVCache
-from ..models.kv_cache_fork import ForkedKVCache
+from ..models.kv_cache_shared_past import SharedPastKVCache
 from ..models.vae_streaming import StreamingVAEDecoder
 from .call import Call
 from .noise import draw_noise
@@ -75,7 +74,7 @@ class BlockGenerator:
         pipe, num_context = self.pipe, self.pipe.config.num_context_frames
         config = pipe.transformer.config
         max_frames = num_context + config.num_frames_per_block if num_context else self.sampling.max_frames
-        self.kv_cache = CausalWanKVCache(config.num_layers, max_frames, pipe.config.past_weight)
+        self.kv_cache = pipe.transformer.new_kv_cache(max_frames, pipe.config.past_weight)
         self.decoder = StreamingVAEDecoder(pipe.vae)
         self.context = ReencodedContext(pipe.vae, num_context) if num_context else None
         # The last block, which enters the cache only when another follows, and the prompt it was made with.
@@ -107,7 +106,7 @@ class BlockGenerator:
         other.videos = list(range(num_videos))
         other.prompt_embeds = prompt_embeds
         other.scheduler = copy.deepcopy(self.scheduler)
-        other.kv_cache = ForkedKVCache(self.kv_cache, num_videos, self.sampling.max_frames)
+        other.kv_cache = SharedPastKVCache(self.kv_cache, num_videos, self.sampling.max_frames)
         other.history = self.history.expand(num_videos, -1, -1, -1, -1)
         return other
 
@@ -175,6 +174,8 @@ class BlockGenerator:
             FloatingPointError: the block has NaN or infinite values.
         """
         pipe, scheduler, sampling = self.pipe, self.scheduler, self.sampling
+        # For every block anew: since the last one the text may be another, and LoRAs may have been loaded.
+        self.kv_cache.set_text(self.prompt_embeds)
         self.remember()
         levels = sampling.sigmas if self.num_generated else sampling.first_block_sigmas
         sampling.call.num_timesteps = len(levels)

@@ -15,19 +15,19 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ..models.contract import CausalTransformer
 from ..models.lora_layers import check_no_loose_lora
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..models.vae_streaming import encode_video
 from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
 from .call import Calls
-from .given_frames import unit_range
 from .lora import CausalWanLoraLoaderMixin
 from .noise import draw_noise
 from .pipeline_output import CausalWanPipelineOutput
 from .prompt_tokens import check_sequence_length, check_text, tokenize
 from .scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
 from .sigmas import check_sigmas
+from .start_frames import StartFrames, StartLatents, read_start
 from .stream import CausalWanStream, PromptInbox, PromptSwitch
 from .video_processor import BilinearVideoProcessor
 from .warn_once import warn_once
@@ -63,7 +63,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         text_encoder ([`~transformers.UMT5EncoderModel`]): text encoder.
         vae ([`AutoencoderKLWan`]): video autoencoder.
         scheduler ([`FlowMatchLCMScheduler`]): few-step sampler; its `shift` warps `sigmas`.
-        transformer ([`CausalWanTransformer3DModel`]): the model.
+        transformer ([`CausalWanTransformer3DModel`]): the model, or another [`CausalTransformer`].
         sigmas (`list[float]`, defaults to `(1.0, 0.75, 0.5, 0.25)`):
             Noise levels of the steps before the shift; (1, .75, .5, .25) at shift 5 are t = 1000, 937.5, 833.3, 625.
         first_block_sigmas (`list[float]`, *optional*):
@@ -104,7 +104,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         text_encoder: UMT5EncoderModel | None,
         vae: AutoencoderKLWan | None,
         scheduler: FlowMatchLCMScheduler | None,
-        transformer: CausalWanTransformer3DModel | None,
+        transformer: CausalTransformer | None,
         sigmas: list[float] = (1.0, 0.75, 0.5, 0.25),
         first_block_sigmas: list[float] | None = None,
         num_context_frames: int | None = None,
@@ -356,73 +356,6 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 f"{sorted(unknown)}."
             )
 
-    def preprocess_start(
-        self,
-        image: PipelineImageInput | None,
-        video: list | np.ndarray | torch.Tensor | None,
-        strength: float | None,
-        height: int,
-        width: int,
-    ) -> tuple[torch.Tensor | None, int]:
-        """Given frames, `(N, 3, F, H, W)` in [-1, 1] or latents `(N, C, f, h, w)`, and how many frames they are."""
-        if image is not None and video is not None:
-            raise ValueError("Provide either `image` or `video`, and not both.")
-        if strength is not None and (video is None or not 0 < strength <= 1):
-            raise ValueError(f"`strength={strength}` has to be in (0, 1] and needs a `video`.")
-        scale, n = self.vae.config.scale_factor_temporal, self.transformer.config.num_frames_per_block
-        if image is not None:
-            if n != 1:
-                raise ValueError(
-                    f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of "
-                    f"{1 + scale * (n - 1)} frames, or use a model with blocks of one."
-                )
-            return self._preprocess_frames(image, "image", height, width), 1
-        if video is None:
-            return None, 0
-        # Latents have more channels than a picture, and no whole number of blocks has that many frames.
-        if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == self.vae.config.z_dim:
-            start, given = video.float(), 1 + scale * (video.shape[2] - 1)
-            size = tuple(length // self.vae.config.scale_factor_spatial for length in (height, width))
-            if start.shape[3:] != size or not start.isfinite().all():
-                raise ValueError(
-                    f"latents of `video` must be finite and {size[0]} x {size[1]} for {height} x {width} pixels, but "
-                    f"have the shape {tuple(start.shape)}."
-                )
-        else:
-            start = self._preprocess_frames(video, "video", height, width)
-            given = start.shape[2]
-        if (given - 1) % scale or ((given - 1) // scale + 1) % n:
-            first = 1 + scale * (n - 1)
-            raise ValueError(
-                f"`video` has {given} frames, which is no whole number of blocks: {first}, {first + scale * n}, "
-                f"{first + 2 * scale * n}, ..."
-            )
-        return start, given
-
-    def _preprocess_frames(self, frames: Any, name: str, height: int, width: int) -> torch.Tensor:
-        """`(N, 3, F, H, W)` in [-1, 1], resized, of frames as diffusers' `VideoProcessor` takes them or eight bits."""
-        frames = unit_range(frames, name)
-        if name == "image":
-            start = self.video_processor.preprocess(frames, height, width)[:, :, None]
-        else:
-            start = self.video_processor.preprocess_video(frames, height, width)
-        if start.shape[1] != 3:
-            raise ValueError(
-                f"`{name}` has {start.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
-            )
-        return start
-
-    def encode_start(self, start: torch.Tensor, batch_size: int, num_videos_per_prompt: int) -> torch.Tensor:
-        """Normalised latents `(batch_size, C, f, h, w)`, float32, of what `preprocess_start` returns."""
-        latents = start.to(self._execution_device)
-        if start.shape[1] != self.vae.config.z_dim:
-            latents = encode_video(self.vae, latents)
-        if latents.shape[0] == 1:
-            return latents.expand(batch_size, -1, -1, -1, -1)
-        if latents.shape[0] * num_videos_per_prompt != batch_size:
-            raise ValueError(f"{latents.shape[0]} images or videos to start from: pass one, or one a prompt.")
-        return latents.repeat_interleave(num_videos_per_prompt, dim=0)
-
     def prepare_latents(
         self,
         batch_size: int,
@@ -519,29 +452,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             ValueError: an argument is out of its range, or the pipeline lacks a component.
             FloatingPointError: a block is not finite; generation stops there.
         """
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
         if num_frames == math.inf:
             raise ValueError("a video without an end is never whole: use `stream` for `num_frames=inf`.")
-        pieces = list(
-            self.stream(
-                prompt,
-                height,
-                width,
-                num_frames,
-                sigmas,
-                num_videos_per_prompt,
-                generator,
-                latents,
-                prompt_embeds,
-                output_type,
-                attention_kwargs,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                max_sequence_length,
-                image,
-                video,
-                strength,
-            )
-        )
+        pieces = list(self.stream(**arguments))
         if output_type == "pil":
             frames = [sum(video, []) for video in zip(*pieces)]
         elif output_type == "np":
@@ -583,70 +497,84 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         width = self.config.width if width is None else width
         self.check_size(height, width)
         _check_count("num_videos_per_prompt", num_videos_per_prompt)
-        levels = check_sigmas(self.config.sigmas if sigmas is None else sigmas)
-        first_levels = levels
-        if sigmas is None and self.config.first_block_sigmas is not None:
-            first_levels = check_sigmas(self.config.first_block_sigmas, "first_block_sigmas")
-        start, num_start = self.preprocess_start(image, video, strength, height, width)
-        if strength is not None:
-            if num_frames not in (None, num_start):
-                raise ValueError(f"with `strength` the video keeps its {num_start} frames: leave out `num_frames`.")
-            num_frames = num_start
-        num_frames = self.round_num_frames(self.default_num_frames(prompt) if num_frames is None else num_frames)
-        if strength is None and num_start >= num_frames:
-            raise ValueError(
-                f"`num_frames={num_frames}` leaves nothing to generate after the {num_start} given frames."
-            )
+        n = self.transformer.config.num_frames_per_block
+        start_frames = read_start(
+            image,
+            video,
+            strength,
+            vae=self.vae,
+            processor=self.video_processor,
+            block_frames=n,
+            height=height,
+            width=width,
+        )
+        levels, first_levels = self._noise_levels(sigmas, strength)
+        num_frames = self._video_length(prompt, num_frames, start_frames)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             prompt, prompt_embeds, height, width, num_frames, output_type, callback_on_step_end_tensor_inputs
         )
-        num_blocks = self._num_blocks(num_frames)
-        device = self._execution_device
+        num_blocks, device = self._num_blocks(num_frames), self._execution_device
+        if num_blocks is None and latents is not None:
+            raise ValueError("`latents` cannot be given with `num_frames=inf`: its noise is drawn block by block.")
         call = self._calls.begin()
+        encode_scenes = partial(self._encode_scenes, max_sequence_length=max_sequence_length)
         if prompt is not None:
             plans = [plan_scenes(scenes, self._seconds_per_block, num_blocks)[0] for scenes in _parse(prompt)]
-            schedule = self._encode_scenes(plans, num_videos_per_prompt, max_sequence_length)
+            schedule = encode_scenes(plans, num_videos_per_prompt)
         else:
             prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
             schedule = [[EncodedScene(embeds, 0, False)] for embeds in prompt_embeds]
-        batch_size = len(schedule)
-        given = original = None
-        if start is not None:
-            start = self.encode_start(start, batch_size, num_videos_per_prompt)
-            given, original = (start, None) if strength is None else (None, start)
-        num_given = 0 if given is None else given.shape[2]
-        if num_blocks is None and latents is not None:
-            raise ValueError("`latents` cannot be given with `num_frames=inf`: its noise is drawn block by block.")
-        noise = None
-        if num_blocks is not None:
-            noise = self.prepare_latents(batch_size, height, width, num_frames, device, generator, latents, num_given)
+        batch_size, start = len(schedule), StartLatents()
+        if start_frames is not None:
+            start = start_frames.encode(self.vae, device, batch_size, num_videos_per_prompt)
+        draw = partial(self.prepare_latents, batch_size, height, width, device=device, generator=generator)
+        if num_blocks is None:
+            noise = (draw(self._frames_of_blocks(1)) for _ in itertools.count())
+        else:
+            generated = draw(num_frames, latents=latents, num_given=start.num_given).split(n, dim=2)
+            noise = itertools.chain(itertools.repeat(None, start.num_given // n), generated)
         sampling = Sampling(
-            self._scaled_sigmas(levels, strength),
-            self._scaled_sigmas(first_levels, strength),
-            num_blocks and num_blocks * self.transformer.config.num_frames_per_block,
-            output_type != "latent",
-            attention_kwargs,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            call,
+            sigmas=levels,
+            first_block_sigmas=first_levels,
+            max_frames=num_blocks and num_blocks * n,
+            decode=output_type != "latent",
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            call=call,
         )
         inbox = PromptInbox()
-        blocks = self._generate_blocks(
-            sampling,
-            schedule,
-            inbox,
-            max_sequence_length,
-            (height, width),
-            given,
-            original,
-            noise,
-            generator,
-            num_blocks,
-        )
+        blocks = self._generate_blocks(sampling, schedule, inbox, encode_scenes, start, noise, generator)
         running = partial(self._calls.run, call)
         return CausalWanStream(self._postprocess_blocks(blocks, output_type), inbox, batch_size, running)
+
+    def _video_length(self, prompt: str | list[str] | None, num_frames: float | None, start: StartFrames | None):
+        """Frames of the video, whole blocks."""
+        if start is not None and start.strength is not None:
+            if num_frames not in (None, start.num_frames):
+                raise ValueError(
+                    f"with `strength` the video keeps its {start.num_frames} frames: leave out `num_frames`."
+                )
+            return start.num_frames
+        num_frames = self.round_num_frames(self.default_num_frames(prompt) if num_frames is None else num_frames)
+        if start is not None and start.num_frames >= num_frames:
+            raise ValueError(
+                f"`num_frames={num_frames}` leaves nothing to generate after the {start.num_frames} given frames."
+            )
+        return num_frames
+
+    def _noise_levels(self, sigmas: list[float] | None, strength: float | None) -> list[list[float]]:
+        """Noise levels of every block but the first, and of the first, before the scheduler's shift."""
+        first = self.config.first_block_sigmas if sigmas is None else None
+        levels = check_sigmas(self.config.sigmas if sigmas is None else sigmas)
+        both = [levels, levels if first is None else check_sigmas(first, "first_block_sigmas")]
+        if strength is None:
+            return both
+        # The published samplers have whole timesteps before the shift.
+        steps = self.scheduler.config.num_train_timesteps
+        return [[int(round(steps * strength * sigma, 6)) / steps for sigma in sigmas] for sigmas in both]
 
     def _longest_take(self, videos: list[list[Scene]], num_blocks: int) -> int:
         """The most blocks of a video without a cut between them."""
@@ -676,9 +604,9 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     def _encode_scenes(
         self,
         plans: list[list[PlannedScene]],
-        num_videos_per_prompt: int,
-        max_sequence_length: int | None,
+        num_videos_per_prompt: int = 1,
         start: int = 0,
+        max_sequence_length: int | None = None,
     ) -> list[list[EncodedScene]]:
         """The scenes of every video, from block `start` on. Each text is encoded once."""
         texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan))
@@ -689,83 +617,69 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             for _ in range(num_videos_per_prompt)
         ]
 
-    def _scaled_sigmas(self, sigmas: list[float], strength: float | None) -> list[float]:
-        if strength is None:
-            return list(sigmas)
-        # The published samplers have whole timesteps before the shift.
-        steps = self.scheduler.config.num_train_timesteps
-        return [int(round(steps * strength * sigma, 6)) / steps for sigma in sigmas]
-
     @torch.no_grad()
     def _generate_blocks(
         self,
         sampling: Sampling,
         schedule: list[list[EncodedScene]],
         inbox: PromptInbox,
-        max_sequence_length: int | None,
-        size: tuple[int, int],
-        given: torch.Tensor | None,
-        original: torch.Tensor | None,
-        noise: torch.Tensor | None,
+        encode_scenes: Callable[..., list[list[EncodedScene]]],
+        start: StartLatents,
+        noise: Iterator[torch.Tensor | None],
         generator: torch.Generator | list[torch.Generator] | None,
-        num_blocks: int | None,
     ) -> Iterator[torch.Tensor]:
         """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1], or clean latents `(B, C, n, h, w)`."""
-        n, batch_size = self.transformer.config.num_frames_per_block, len(schedule)
-        num_given = 0 if given is None else given.shape[2]
-        groups = [self.block_generator_class(self, sampling, list(range(batch_size)))]
+        n = self.transformer.config.num_frames_per_block
+        groups = [self.block_generator_class(self, sampling, list(range(len(schedule))))]
         groups[0].prompt_embeds = torch.stack([scenes[0].prompt_embeds for scenes in schedule])
         schedule = [scenes[1:] for scenes in schedule]
-
-        def piece(latents: torch.Tensor, start: int, group: BlockGenerator) -> torch.Tensor:
-            block = latents[:, :, start : start + n]
-            return block if len(groups) == 1 else block[group.videos]
-
-        blocks = itertools.count() if num_blocks is None else range(num_blocks)
+        blocks = itertools.count() if sampling.max_frames is None else range(sampling.max_frames // n)
         with self.progress_bar(blocks) as progress_bar:
             for block in blocks:
-                sampling.call.block, start = block, block * n
+                sampling.call.block = block
                 switch = inbox.take()
                 if switch is not None:
-                    schedule = self._switch_prompt(switch, groups, block, max_sequence_length)
+                    schedule = self._switch_prompt(switch, groups, block, encode_scenes)
                 groups = begin_scenes(groups, schedule, block)
                 if switch is not None and switch.transition == "recache":
                     for group in groups:
                         group.recache(switch.global_sink)
-                if noise is None:
-                    block_noise = self.prepare_latents(
-                        batch_size, *size, self._frames_of_blocks(1), self._execution_device, generator
-                    )
+                frames = slice(block * n, (block + 1) * n)
+                given = frames.start < start.num_given
+                fresh = next(noise)
+                latents = start.given[:, :, frames] if given else fresh
+                original = None if start.original is None else start.original[:, :, frames]
                 pieces = []
                 for group in groups:
-                    if start < num_given:
-                        latents = piece(given, start, group)
-                    else:
-                        latents = group.denoise(
-                            piece(block_noise, 0, group) if noise is None else piece(noise, start - num_given, group),
-                            None if original is None else piece(original, start, group),
-                            [generator[i] for i in group.videos] if isinstance(generator, list) else generator,
-                        )
-                    frames = group.finish(latents, given=start < num_given)
-                    missing = n * self.vae.config.scale_factor_temporal - frames.shape[2]
-                    if sampling.decode and block and missing:
-                        # After a cut the first latent frame is one picture: it is held as long as four.
-                        frames = torch.cat([frames[:, :, :1].expand(-1, -1, missing, -1, -1), frames], dim=2)
-                    pieces.append(frames)
+                    # All of them, as a view, unless they have parted.
+                    rows = slice(None) if len(groups) == 1 else group.videos
+                    own = latents[rows]
+                    if not given:
+                        generators = [generator[i] for i in group.videos] if isinstance(generator, list) else generator
+                        own = group.denoise(own, None if original is None else original[rows], generators)
+                    pieces.append(group.finish(own, given=given))
+                if sampling.decode and block:
+                    pieces = [self._hold_first(piece) for piece in pieces]
                 order = [video for group in groups for video in group.videos]
                 progress_bar.update()
                 yield pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
                 if sampling.call.interrupt:
                     return
 
+    def _hold_first(self, frames: torch.Tensor) -> torch.Tensor:
+        """After a cut the first latent frame is one picture: it is held as long as four."""
+        n, scale = self.transformer.config.num_frames_per_block, self.vae.config.scale_factor_temporal
+        missing = n * scale - frames.shape[2]
+        return torch.cat([frames[:, :, :1].expand(-1, -1, missing, -1, -1), frames], dim=2) if missing else frames
+
     def _switch_prompt(
-        self, switch: PromptSwitch, groups: list[BlockGenerator], block: int, max_sequence_length: int | None
+        self, switch: PromptSwitch, groups: list[BlockGenerator], block: int, encode_scenes: Callable
     ) -> list[list[EncodedScene]]:
         """The scenes from `block` on that a change of the prompt leaves."""
         batch_size = sum(len(group.videos) for group in groups)
         texts = [switch.prompt] * batch_size if isinstance(switch.prompt, str) else switch.prompt
         plans = [plan_scenes(parse_scenes(text), self._seconds_per_block)[0] for text in texts]
-        schedule = self._encode_scenes(plans, 1, max_sequence_length, start=block)
+        schedule = encode_scenes(plans, start=block)
         old = {video: embeds for group in groups for video, embeds in zip(group.videos, group.prompt_embeds)}
         for video, scenes in enumerate(schedule):
             first = scenes.pop(0)

@@ -90,26 +90,51 @@ def test_clear_starts_a_new_video():
         assert torch.equal(write(model, block, other_text, cache), write(model, block, other_text, fresh))
 
 
-def test_text_is_projected_once():
-    """The text is projected in the first pass only, and a new prompt is taken up after `reset_text`."""
+def test_text_is_kept_where_it_is_set():
+    """Set once, the text is projected in the first pass only; another tensor is not taken for it."""
     model, _, noisy, clean, text = build(2, 4, 2)
     calls = []
     model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
-    cache = new_cache(model)
+    cache, plain = new_cache(model), new_cache(model)
+    cache.set_text(text)
     for block in blocks_of(clean, 2)[:3]:
-        read(model, block, 1000.0, text, cache)
-        write(model, block, text, cache)
-    assert len(calls) == 1
+        assert torch.equal(read(model, block, 1000.0, text, cache), read(model, block, 1000.0, text, plain))
+        assert torch.equal(write(model, block, text, cache), write(model, block, text, plain))
+    assert len(calls) == 1 + 6
 
-    new_text = torch.randn_like(text)
-    block = noisy[:, :, 6:8]
+    other, block = torch.randn_like(text), noisy[:, :, 6:8]
     old = read(model, block, 1000.0, text, cache)
-    cache.reset_text()
-    new = read(model, block, 1000.0, new_text, cache)
-    assert len(calls) == 2
-    assert max_error(new, old) > 1e-2
-    cache.reset_text()
+    assert len(calls) == 7
+    assert torch.equal(read(model, block, 1000.0, text.clone(), cache), old)
+    assert max_error(read(model, block, 1000.0, other, cache), old) > 1e-2
     assert torch.equal(read(model, block, 1000.0, text, cache), old)
+    assert len(calls) == 9
+    cache.set_text(other)
+    assert torch.equal(read(model, block, 1000.0, other, cache), read(model, block, 1000.0, other, plain))
+
+
+def test_no_text_outlives_its_weights():
+    """New weights are seen at once where no text is set, and from the next `set_text` on where one is."""
+    model, _, noisy, _, text = build(2)
+    block, cache, kept = noisy[:, :, :2], new_cache(model, 4), new_cache(model, 4)
+    kept.set_text(text)
+    before = [read(model, block, 1000.0, text, c) for c in (cache, kept)]
+    model.blocks[0].attn2.to_k.weight.mul_(-1)
+    after = read(model, block, 1000.0, text, cache)
+    assert max_error(after, before[0]) > 1e-3
+    kept.set_text(text)
+    assert torch.equal(read(model, block, 1000.0, text, kept), after)
+
+
+def test_gradients_reach_the_text():
+    """A text that is kept carries no graph: with gradients it is projected anew."""
+    model, _, noisy, _, text = build(2)
+    cache = new_cache(model, 4)
+    cache.set_text(text)
+    read(model, noisy[:, :, :2], 1000.0, text, cache)
+    with torch.enable_grad():
+        read(model, noisy[:, :, :2], 1000.0, text, cache).sum().backward()
+    assert model.blocks[0].attn2.to_k.weight.grad.abs().max() > 0
 
 
 def test_new_prompt_keeps_the_old_frames():
@@ -118,9 +143,8 @@ def test_new_prompt_keeps_the_old_frames():
     new_text = torch.randn_like(text)
     cache, context = new_cache(model), reference.context_of(clean[:, :, :0], text)
     for i, block in enumerate(blocks_of(clean, 3)):
-        if i == 2:
-            cache.reset_text()
         prompt = text if i < 2 else new_text
+        cache.set_text(prompt)
         expected = reference.block(block, torch.zeros(2), prompt, context, store=True)
         assert max_error(write(model, block, prompt, cache), expected) <= TOLERANCE
 

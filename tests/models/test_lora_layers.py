@@ -102,3 +102,28 @@ def test_dora_has_one_weight(pipe):
     for call in (lambda: other.set_adapters("dora", 0.5), lambda: video(other, 0.5)):
         with pytest.raises(ValueError, match="dora is a DoRA, which can only be applied with weight 1"):
             call()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_of_a_scaled_call(pipe, checkpointing):
+    """Against a central difference, also where blocks are computed again after the call."""
+    transformer = pipe.transformer
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4, 3, 4, 4, generator=generator), torch.tensor([500.0]), torch.randn(1, 16, 32)
+
+    def loss():
+        transformer.train()
+        return transformer(*inputs, attention_kwargs={"scale": 0.3}, return_dict=False)[0].double().square().mean()
+
+    loss().backward()
+    parameter = transformer.blocks[0].attn1.to_q.lora_B["x"].weight
+    direction = parameter.grad / parameter.grad.norm()
+    values = []
+    for step in (1e-2, -1e-2):
+        with torch.no_grad():
+            parameter += step * direction
+            values.append(loss().item())
+            parameter -= step * direction
+    assert abs((values[0] - values[1]) / 2e-2 / parameter.grad.norm().item() - 1) < 1e-2

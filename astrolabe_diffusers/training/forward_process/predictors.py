@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ...models.kv_cache import CausalWanKVCache
-from ...models.kv_cache_fork import ForkedKVCache
+from ...models.kv_cache_shared_past import SharedPastKVCache
 from ..policies import use_policy
 from .noising import NoisedBatch, predicted_clean
 
@@ -21,7 +20,7 @@ class BlockwisePredictor:
     and not what lies before it.
 
     Args:
-        transformer: the [`CausalWanTransformer3DModel`] itself.
+        transformer: the [`CausalTransformer`] itself.
         batch: the videos.
         past_policy: whose K/V the clean blocks have, one of `POLICIES`.
 
@@ -35,16 +34,15 @@ class BlockwisePredictor:
         self.past_policy = past_policy
         self.num_frames = batch.clean.shape[2]
         self.block_frames = transformer.config.num_frames_per_block
-        self._text_policy: str | None = None
         past = batch.past
         self.blocks = self._split(past.num_frames, self.num_frames)
         # Nothing follows a cache's last block, but the window follows a shared past.
         max_frames = past.num_frames + self.block_frames if past.shared else self.num_frames
-        self.cache = CausalWanKVCache(transformer.config.num_layers, max_frames=max_frames)
+        self.cache = transformer.new_kv_cache(max_frames)
         for frames in self._split(0, past.num_frames):
             self._store(past.rows(batch.clean[:, :, frames]), past.rows(batch.prompt_embeds), frames)
         if past.shared:
-            self.cache = ForkedKVCache(self.cache, len(batch.clean), self.num_frames)
+            self.cache = SharedPastKVCache(self.cache, len(batch.clean), self.num_frames)
 
     def _split(self, start: int, stop: int) -> list[slice]:
         return [slice(first, first + self.block_frames) for first in range(start, stop, self.block_frames)]
@@ -55,17 +53,16 @@ class BlockwisePredictor:
         Args:
             forward: what computes it: the transformer itself, or what DDP made of it.
         """
-        return self._predict(frames, "current", forward or self.transformer)
+        return self._predict(frames, forward or self.transformer)
 
     def predict_as(self, policy: str, frames: slice) -> torch.Tensor:
         """As [`~BlockwisePredictor.predict`], by another policy and without gradients."""
         with use_policy(self.transformer, policy):
-            return self._predict(frames, policy, self.transformer)
+            return self._predict(frames, self.transformer)
 
-    def _predict(self, frames: slice, policy: str, forward) -> torch.Tensor:
+    def _predict(self, frames: slice, forward) -> torch.Tensor:
         batch, past = self.batch, self.batch.past.num_frames
         noisy = batch.noisy[:, :, frames.start - past : frames.stop - past]
-        self._use_text_of(policy)
         velocity = forward(
             noisy.to(self.transformer.dtype),
             batch.timestep,
@@ -84,7 +81,6 @@ class BlockwisePredictor:
 
     def _store(self, clean: torch.Tensor, prompt_embeds: torch.Tensor, frames: slice):
         with use_policy(self.transformer, self.past_policy):
-            self._use_text_of(self.past_policy)
             self.transformer(
                 clean.to(self.transformer.dtype),
                 clean.new_zeros(len(clean)),
@@ -94,12 +90,6 @@ class BlockwisePredictor:
                 frame_offset=frames.start,
                 return_dict=False,
             )
-
-    def _use_text_of(self, policy: str):
-        """What is cached of the text is of one policy."""
-        if policy != self._text_policy:
-            self.cache.reset_text()
-            self._text_policy = policy
 
     def predict_window(self) -> dict[int, torch.Tensor]:
         """The predictions of `past_policy` for all blocks, by their first frames."""

@@ -5,7 +5,7 @@ import torch
 
 from astrolabe_diffusers import CausalWanKVCache
 from astrolabe_diffusers.models.attention_causal_wan import attend_with_shared_past
-from astrolabe_diffusers.models.kv_cache_fork import ForkedKVCache
+from astrolabe_diffusers.models.kv_cache_shared_past import SharedPastKVCache
 from tests.tiny_pipeline import tiny_transformer
 
 
@@ -45,7 +45,7 @@ def go_on(transformer, cache, own, embeds):
 @pytest.mark.parametrize("num_past", [1, 2, 6])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_as_with_a_cache_each(config, num_past, with_grad):
-    """Over six own blocks, so that window and ring roll past the fork; and twice from the same past."""
+    """Over six own blocks, so that window and ring roll on; and twice from the same past."""
     transformer = tiny_transformer(**CONFIGS[config])
     past, own = blocks(num_past, 1, 0), blocks(6, 3, 1)
     embeds = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(2))
@@ -61,8 +61,8 @@ def test_as_with_a_cache_each(config, num_past, with_grad):
                 run(transformer, shared, block, embeds, "write")
         expected = go_on(transformer, each, own, embeds.expand(3, -1, -1))
         for _ in range(2):
-            fork = ForkedKVCache(shared, 3, total)
-            result = go_on(transformer, fork, own, embeds.expand(3, -1, -1))
+            videos = SharedPastKVCache(shared, 3, total)
+            result = go_on(transformer, videos, own, embeds.expand(3, -1, -1))
             assert (result - expected).abs().max() < 1e-5
         # The context is seen at all.
         blind = go_on(transformer, CausalWanKVCache(num_layers, max_frames=total), own, embeds.expand(3, -1, -1))
@@ -77,9 +77,9 @@ def test_no_copy_of_an_unlimited_past():
     with torch.no_grad():
         for block in blocks(2, 1, 0):
             run(transformer, cache, block, embeds, "write")
-        fork = ForkedKVCache(cache, 4, 15)
-        go_on(transformer, fork, blocks(2, 4, 1), embeds.expand(4, -1, -1))
-    key, value = fork.get(0).shared()
+        videos = SharedPastKVCache(cache, 4, 15)
+        go_on(transformer, videos, blocks(2, 4, 1), embeds.expand(4, -1, -1))
+    key, value = videos.get(0).past
     buffers = cache.get(0)
     assert key.untyped_storage().data_ptr() == buffers.key.untyped_storage().data_ptr() and key.shape[0] == 1
     assert value.untyped_storage().data_ptr() == buffers.value.untyped_storage().data_ptr()
@@ -99,12 +99,12 @@ def test_merged_attention():
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_forked():
+def test_a_past_that_cannot_be_shared():
     transformer = tiny_transformer(local_attn_size=12, sink_size=6)
     cache = CausalWanKVCache(transformer.config.num_layers)
     with pytest.raises(ValueError, match="at least one block"):
-        ForkedKVCache(cache, 2, None)
+        SharedPastKVCache(cache, 2, None)
     with torch.no_grad():
         run(transformer, cache, blocks(1, 1, 0)[0], torch.randn(1, 16, 32), "write")
     with pytest.raises(ValueError, match="the sink, 6 latent frames.*this one has 3"):
-        ForkedKVCache(cache, 2, None)
+        SharedPastKVCache(cache, 2, None)

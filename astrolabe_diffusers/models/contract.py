@@ -1,0 +1,70 @@
+"""What pipelines and training need of a transformer, whatever its family."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from .kv_cache import CausalWanKVCache
+
+
+class CausalTransformerConfig(Protocol):
+    """The values that are read, all as [`CausalWanTransformer3DModel`] has them; `image_dim` is `None`."""
+
+    in_channels: int
+    patch_size: tuple[int, int, int]
+    num_layers: int
+    num_frames_per_block: int
+    local_attn_size: int
+    sink_size: int
+    rope_mode: str
+    rope_max_seq_len: int
+    image_dim: None
+
+
+# diffusers compares a pipeline's components with the annotations of its `__init__`.
+@runtime_checkable
+class CausalTransformer(Protocol):
+    """
+    A transformer that predicts videos block by block. To be saved, loaded and trained it is also a diffusers
+    `ModelMixin`, `ConfigMixin` and `PeftAdapterMixin`; it need not be a subclass of ours.
+
+    Attributes:
+        _repeated_blocks: names of the classes that `compile_repeated_blocks` compiles, and whose Linear layers get a
+            LoRA if a run does not name modules.
+    """
+
+    config: CausalTransformerConfig
+    dtype: torch.dtype
+    _repeated_blocks: list[str]
+
+    def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
+        """An empty cache for one generation; the arguments are those of [`CausalWanKVCache`]."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        kv_cache: CausalWanKVCache | None = None,
+        kv_cache_mode: str | None = None,
+        frame_offset: int = 0,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """
+        The flow, noise minus clean, of `hidden_states` `(B, C, F, H, W)` in the same shape, differentiably; the first
+        of a tuple if not `return_dict`.
+
+        With a cache: `kv_cache.begin_block(...)` first; in layer i `kv_cache.get(i).extend(key, value)` for what the
+        block sees, `(B, tokens, heads, dim)`, and `store(key, value)` if the mode is `"write"`; then `advance(F)`.
+        With `"read"` nothing may change. Without one, all blocks at once, each of which sees those before it.
+
+        Args:
+            timestep: `(B,)`, 0 to 1000.
+            encoder_hidden_states: text embeddings `(B, L, D)`.
+            frame_offset: frames in the cache.
+            attention_kwargs: `{"scale": s}` of the LoRAs.
+        """

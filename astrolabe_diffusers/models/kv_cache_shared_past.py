@@ -1,0 +1,85 @@
+"""A K/V cache of several videos that go on from one."""
+
+from __future__ import annotations
+
+import torch
+
+from .kv_cache import BoundedSlots, CausalWanKVCache, CausalWanKVLayerCache, KVCacheState, RingSlots, growing
+from .rotary import CausalWanRotaryPosEmbed
+
+
+class SharedPastKVLayerCache(CausalWanKVLayerCache):
+    """Keys and values of the videos' own frames; those before are the past's."""
+
+    def __init__(self, state: KVCacheState, past: CausalWanKVLayerCache):
+        super().__init__(state)
+        self._past = past
+
+    def see_past(self, ranges: list[slice]):
+        """What the next block sees: a view of one range of tokens of the past's buffers, or a copy of several."""
+
+        def tokens(buffer: torch.Tensor) -> torch.Tensor:
+            parts = [buffer[:, tokens] for tokens in ranges]
+            return growing(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+        self.past = (tokens(self._past.key), tokens(self._past.value)) if ranges else None
+
+
+class SharedPastKVCache(CausalWanKVCache):
+    """The K/V of videos that go on from a single one, whose own are kept once, for all of them.
+
+    The frames since then have slots of their own: a ring of the size that window and sink leave, or as many as the
+    longest video needs. Of the past's frames the sink stays in sight, and of the others the newest that the window
+    still reaches; a view, or a copy of a few frames of one video.
+
+    Args:
+        past: the cache of the single video, with the model's sink at least; not to be written while this one is used.
+        num_videos: how many go on from it.
+        max_frames: the longest of them in latent frames, the past included; needed if the window is unlimited.
+    """
+
+    def __init__(self, past: CausalWanKVCache, num_videos: int, max_frames: int | None):
+        state = past.state
+        if state.num_frames < max(state.slots.sink_size, 1) or past.past_weight != 1:
+            raise ValueError(
+                f"a past can be shared that has at least one block and the sink, {state.slots.sink_size} latent "
+                f"frames, and `past_weight=1`; this one has {state.num_frames} and {past.past_weight}."
+            )
+        super().__init__(0, max_frames)
+        self.past = past
+        if isinstance(state.slots, RingSlots):
+            slots, max_frames = RingSlots(state.slots.capacity - state.slots.sink_size, 0), float("inf")
+        else:
+            slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
+        self.state = KVCacheState(
+            num_frames=state.num_frames,
+            first_frame=state.num_frames,
+            max_frames=max_frames,
+            slots=slots,
+            block_frames=state.block_frames,
+            frame_tokens=state.frame_tokens,
+            shape=(num_videos, *state.shape[1:]),
+        )
+        self.layer_caches = [SharedPastKVLayerCache(self.state, layer) for layer in past.layer_caches]
+
+    def begin_block(self, *args, **kwargs):
+        """As the parent's."""
+        super().begin_block(*args, **kwargs)
+        self._see_past()
+
+    def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
+        """As the parent's: the sink is the past's."""
+        self.past.place_sink(stop, rope, device)
+        self._see_past()
+
+    def _see_past(self):
+        # Ranges of tokens in the past's buffers that the next block sees, neighbours joined.
+        past = self.past.state
+        ranges = []
+        for slot in reversed(past.slots.still_seen(past.num_frames - past.first_frame, self.state.num_cached)):
+            tokens = past.tokens(slot)
+            if ranges and ranges[-1].stop == tokens.start:
+                tokens = slice(ranges.pop().start, tokens.stop)
+            ranges.append(tokens)
+        for layer_cache in self.layer_caches:
+            layer_cache.see_past(ranges)

@@ -1,0 +1,149 @@
+"""Pictures that a user gives a video to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.image_processor import PipelineImageInput
+from diffusers.video_processor import VideoProcessor
+
+from ..models.vae_streaming import encode_video
+
+
+@dataclass(frozen=True)
+class StartLatents:
+    """Clean latents `(B, C, f, h, w)`: of the first frames, or what every block starts from, with noise."""
+
+    given: torch.Tensor | None = None
+    original: torch.Tensor | None = None
+
+    @property
+    def num_given(self) -> int:
+        return 0 if self.given is None else self.given.shape[2]
+
+
+@dataclass(frozen=True)
+class StartFrames:
+    """
+    `image=`, `video=` and `strength=` of a call, checked.
+
+    Args:
+        frames: `(N, 3, F, H, W)` in [-1, 1], or latents `(N, C, f, h, w)`.
+        num_frames: how many frames they are.
+        strength: noise in (0, 1] that every block of them gets; `None` if they are the video's first.
+    """
+
+    frames: torch.Tensor
+    num_frames: int
+    strength: float | None = None
+
+    def encode(
+        self, vae: AutoencoderKLWan, device: torch.device, batch_size: int, num_videos_per_prompt: int
+    ) -> StartLatents:
+        """Normalised latents of every video, float32.
+
+        Raises:
+            ValueError: they are neither one for all videos nor one a prompt.
+        """
+        latents = self.frames.to(device)
+        if latents.shape[1] != vae.config.z_dim:
+            latents = encode_video(vae, latents)
+        if len(latents) == 1:
+            latents = latents.expand(batch_size, -1, -1, -1, -1)
+        elif len(latents) * num_videos_per_prompt == batch_size:
+            latents = latents.repeat_interleave(num_videos_per_prompt, dim=0)
+        else:
+            raise ValueError(f"{len(latents)} images or videos to start from: pass one, or one a prompt.")
+        return StartLatents(given=latents) if self.strength is None else StartLatents(original=latents)
+
+
+def read_start(
+    image: PipelineImageInput | None,
+    video: list | np.ndarray | torch.Tensor | None,
+    strength: float | None,
+    *,
+    vae: AutoencoderKLWan,
+    processor: VideoProcessor,
+    block_frames: int,
+    height: int,
+    width: int,
+) -> StartFrames | None:
+    """What a call starts from, if it is given anything.
+
+    Raises:
+        ValueError: both, or a strength without a video; no whole number of blocks; or no frames, see [`unit_range`].
+    """
+    if image is not None and video is not None:
+        raise ValueError("Provide either `image` or `video`, and not both.")
+    if strength is not None and (video is None or not 0 < strength <= 1):
+        raise ValueError(f"`strength={strength}` has to be in (0, 1] and needs a `video`.")
+    if image is None and video is None:
+        return None
+    scale, n = vae.config.scale_factor_temporal, block_frames
+    first = 1 + scale * (n - 1)
+    if image is not None:
+        if n != 1:
+            raise ValueError(
+                f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of {first} frames, "
+                "or use a model with blocks of one."
+            )
+        pictures = processor.preprocess(unit_range(image, "image"), height, width)
+        return StartFrames(_three_channels(pictures[:, :, None], "image"), 1)
+    # Latents have more channels than a picture, and no whole number of blocks has that many frames.
+    if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.config.z_dim:
+        frames, num_frames = video.float(), 1 + scale * (video.shape[2] - 1)
+        size = tuple(length // vae.config.scale_factor_spatial for length in (height, width))
+        if frames.shape[3:] != size or not frames.isfinite().all():
+            raise ValueError(
+                f"latents of `video` must be finite and {size[0]} x {size[1]} for {height} x {width} pixels, but "
+                f"have the shape {tuple(frames.shape)}."
+            )
+    else:
+        frames = _three_channels(processor.preprocess_video(unit_range(video, "video"), height, width), "video")
+        num_frames = frames.shape[2]
+    if (num_frames - 1) % scale or ((num_frames - 1) // scale + 1) % n:
+        raise ValueError(
+            f"`video` has {num_frames} frames, which is no whole number of blocks: {first}, {first + scale * n}, "
+            f"{first + 2 * scale * n}, ..."
+        )
+    return StartFrames(frames, num_frames, strength)
+
+
+def _three_channels(frames: torch.Tensor, name: str) -> torch.Tensor:
+    if frames.shape[1] != 3:
+        raise ValueError(
+            f"`{name}` has {frames.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
+        )
+    return frames
+
+
+def unit_range(frames: PIL.Image.Image | np.ndarray | torch.Tensor | list, name: str):
+    """The same frames for diffusers' `VideoProcessor`, which takes arrays and tensors as they are: eight bits become
+    floats in [0, 1], others are checked. Lists may be nested.
+
+    Raises:
+        ValueError: of another type or an empty list, or floats that are not finite or outside of [0, 1].
+    """
+    if isinstance(frames, (list, tuple)) and len(frames):
+        return [unit_range(frame, name) for frame in frames]
+    if isinstance(frames, PIL.Image.Image):
+        return frames
+    if not isinstance(frames, (np.ndarray, torch.Tensor)) or 0 in frames.shape:
+        raise ValueError(f"`{name}` has to be images, arrays or tensors, and not empty, but is {type(frames)}.")
+    if frames.ndim not in (3, 4, 5):
+        raise ValueError(f"`{name}` has to have 3 to 5 dimensions but has the shape {tuple(frames.shape)}.")
+    is_tensor = isinstance(frames, torch.Tensor)
+    tensor = frames if is_tensor else torch.from_numpy(np.ascontiguousarray(frames))
+    if tensor.dtype == torch.uint8:
+        tensor = tensor.float() / 255
+    elif not tensor.is_floating_point():
+        raise ValueError(f"`{name}` has to be floats in [0, 1] or uint8, but is {tensor.dtype}.")
+    low, high = (value.item() for value in tensor.aminmax())
+    # Written so that NaN does not pass.
+    if not (0 <= low and high <= 1):
+        raise ValueError(f"`{name}` has to be floats in [0, 1] or uint8, but goes from {low:.4g} to {high:.4g}.")
+    return tensor if is_tensor else tensor.numpy()

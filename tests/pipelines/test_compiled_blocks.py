@@ -1,0 +1,103 @@
+"""`compile_repeated_blocks(fullgraph=True)`: every recipe, the same videos, and nothing compiled anew as they grow."""
+
+import pytest
+import torch
+
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.pipelines.block_generation import Sampling
+from tests.tiny_pipeline import tiny_pipeline
+
+
+# Every published recipe that differs from those before it, and what none of them has.
+RECIPES = {}
+for name, model in PUBLISHED_MODELS.items():
+    settings = {**model.transformer, **model.pipeline}
+    settings.pop("num_frames", None)
+    if settings not in RECIPES.values():
+        RECIPES[name] = settings
+RECIPES["ring"] = {"local_attn_size": 6}
+RECIPES["relative"] = {"local_attn_size": 7, "sink_size": 1, "rope_mode": "relative"}
+RECIPES["past_weight"] = {"local_attn_size": 9, "past_weight": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def video(pipe, num_blocks):
+    n = pipe.transformer.config.num_frames_per_block
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red circle", num_frames=1 + 4 * (n * num_blocks - 1), generator=generator, output_type="latent")[0]
+
+
+def shared_past_videos(pipe, num_blocks):
+    """Two videos that go on from a past of two blocks."""
+    n, generator = pipe.transformer.config.num_frames_per_block, torch.Generator().manual_seed(0)
+    sampling = Sampling([1.0, 0.5], [1.0, 0.5], max_frames=n * (num_blocks + 2), decode=False)
+    past = pipe.block_generator_class(pipe, sampling, [0])
+    past.prompt_embeds = pipe.encode_prompt("a red circle")
+    noise = torch.randn(num_blocks + 2, 2, 4, n, 4, 4, generator=generator)
+    with torch.no_grad():
+        for block in noise[:2]:
+            past.finish(past.denoise(block[:1], None, generator))
+        past.remember()
+        videos, blocks = past.fork(2, past.prompt_embeds.expand(2, -1, -1)), []
+        for block in noise[2:]:
+            blocks.append(videos.denoise(block, None, generator))
+            videos.finish(blocks[-1])
+    return torch.cat(blocks, dim=2)
+
+
+def check(pipe, generate, backend, tolerance):
+    expected = [generate(pipe, num_blocks) for num_blocks in (3, 6)]
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    # The first video meets all that there is to compile: the first block, the second, a cache that grows.
+    results = [generate(pipe, 3)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        results.append(generate(pipe, 6))
+    for a, b in zip(results, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe):
+    check(tiny_pipeline(**RECIPES[recipe]), video, "eager", tolerance=0)
+
+
+@pytest.mark.parametrize("config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}])
+def test_shared_past(config):
+    check(tiny_pipeline(**config), shared_past_videos, "eager", tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["self-forcing", "relative"])
+def test_inductor(recipe):
+    check(tiny_pipeline(**RECIPES[recipe]), video, "inductor", tolerance=1e-4)
+
+
+def test_gradients():
+    """Of each block of a longer and longer video, as training takes them: the past is a constant."""
+    transformer = tiny_pipeline().transformer
+    generator = torch.Generator().manual_seed(0)
+    blocks, text = torch.randn(5, 1, 4, 3, 4, 4, generator=generator), torch.randn(1, 16, 32, generator=generator)
+
+    def gradients(num_blocks):
+        cache, results = transformer.new_kv_cache(max_frames=15), []
+        for block in blocks[:num_blocks]:
+            kwargs = dict(kv_cache=cache, frame_offset=cache.num_frames, return_dict=False)
+            transformer.zero_grad()
+            flow = transformer(block, torch.tensor([500.0]), text, kv_cache_mode="read", **kwargs)[0]
+            flow.square().mean().backward()
+            results.append(transformer.blocks[0].attn1.to_q.weight.grad.clone())
+            with torch.no_grad():
+                transformer(block, torch.tensor([0.0]), text, kv_cache_mode="write", **kwargs)
+        return torch.stack(results)
+
+    expected = gradients(5)
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    gradients(3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(gradients(5), expected, rtol=0, atol=1e-6)
