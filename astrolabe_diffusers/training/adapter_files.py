@@ -31,13 +31,16 @@ def save_adapter(
     """Writes an adapter in Diffusers format, with its LoraConfig in the header so that alpha survives. Every process
     calls it, and the first one writes."""
     layers = full_tensors(get_peft_model_state_dict(transformer, adapter_name=adapter))
+    # peft has sets, whose order would make files of equal runs differ.
+    config = transformer.peft_config[adapter].to_dict()
+    metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     if is_first_process():
         with replacing(Path(folder) / (weight_name or WEIGHT_NAMES[adapter])) as path:
             CausalWanPipeline.save_lora_weights(
                 path.parent,
                 transformer_lora_layers=layers,
                 weight_name=path.name,
-                transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+                transformer_lora_adapter_metadata=metadata,
             )
 
 
