@@ -284,7 +284,7 @@ class CausalWanKVCache:
             )
         if state.num_frames == 0:
             state.frame_tokens, state.shape, state.block_frames = frame_tokens, shape, config.num_frames_per_block
-            self._set_slots(config.local_attn_size, config.sink_size)
+            self._size_slots(config.local_attn_size, config.sink_size)
         elif shape != state.shape:
             raise ValueError(f"`kv_cache` serves batch, height and width {state.shape}, but this block has {shape}.")
         elif num_frames > state.block_frames and not state.rewound:
@@ -299,7 +299,7 @@ class CausalWanKVCache:
         for layer_cache in self.layer_caches:
             layer_cache.begin_block(num_frames * frame_tokens)
 
-    def _set_slots(self, attn_window: int, sink_size: int):
+    def _size_slots(self, attn_window: int, sink_size: int):
         # The current block is never read from a slot, and nothing follows the last block of a bounded video.
         state = self.state
         if attn_window != -1:
@@ -317,8 +317,7 @@ class CausalWanKVCache:
         window."""
         state = self.state
         if state.slots.sink_size:
-            attn_window = state.slots.capacity + state.block_frames
-            shift = max(stop - attn_window - state.first_frame, 0)
+            shift = max(stop - (state.slots.capacity + state.block_frames) - state.first_frame, 0)
             rotary = rope.shift(shift, device)
             for layer_cache in self.layer_caches:
                 layer_cache.shift_sink(shift, rotary)

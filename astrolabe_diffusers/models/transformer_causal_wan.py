@@ -33,6 +33,7 @@ from .rotary import CausalWanRotaryPosEmbed, Rotary
 
 KV_CACHE_MODES = ("read", "write")
 ROPE_MODES = ("absolute", "relative")
+HUB_ARGUMENTS = ("force_download", "cache_dir", "proxies", "local_files_only", "token")
 
 
 class CausalWanTimesteps(nn.Module):
@@ -217,11 +218,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         device: str | torch.device | None = None,
         low_cpu_mem_usage: bool = True,
         disable_mmap: bool = False,
-        force_download: bool = False,
-        cache_dir: str | PathLike | None = None,
-        proxies: dict[str, str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
         revision: str | None = None,
         config_revision: str | None = None,
         **kwargs,
@@ -248,9 +244,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             device (`str` or `torch.device`, *optional*): where the model is put.
             low_cpu_mem_usage (`bool`): has no effect: weights are never initialised.
             disable_mmap (`bool`): read files whole instead of through a memory map.
-            force_download, cache_dir, proxies, local_files_only, token, revision: of downloads from the Hub.
-            config_revision (`str`, *optional*): revision of `config`.
-            kwargs: config values, such as `num_frames_per_block=1`; they go before those of `config` and `recipe`.
+            revision, config_revision (`str`, *optional*): of the file and of `config` on the Hub.
+            kwargs:
+                `force_download`, `cache_dir`, `proxies`, `local_files_only` and `token` of downloads from the Hub; and
+                config values, such as `num_frames_per_block=1`, which go before those of `config` and `recipe`.
 
         Raises:
             ValueError:
@@ -258,15 +255,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 unexpected or of another shape. The message names them.
         """
         dtype = torch_dtype if dtype is None else dtype
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         cls._check_single_file_arguments(dtype, kwargs)
         published = None if recipe is None else find_published_model(recipe)
-        hub = dict(
-            force_download=force_download,
-            cache_dir=cache_dir,
-            proxies=proxies,
-            local_files_only=local_files_only,
-            token=token,
-        )
         checkpoint = pretrained_model_link_or_path_or_dict
         if not isinstance(checkpoint, dict):
             checkpoint = fetch_link(checkpoint, revision=revision, **hub)
@@ -290,7 +281,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def _check_single_file_arguments(cls, dtype: Any, config: dict[str, Any]):
         known = cls._get_init_keys(cls) - {"self"}
         for name in config.keys() - known:
-            arguments = known | set(signature(cls.from_single_file).parameters)
+            arguments = known | set(signature(cls.from_single_file).parameters) | set(HUB_ARGUMENTS)
             raise ValueError(
                 f"{cls.__name__}.from_single_file takes no `{name}`{close_matches(name, arguments)}; it takes its own "
                 "arguments and the values of the model's config."
@@ -372,30 +363,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         Returns:
             [`Transformer2DModelOutput`] or a tuple with the flow, `(B, C, F, H, W)`.
         """
-        batch_size, _, num_frames, height, width = hidden_states.shape
-        _, p_h, p_w = self.config.patch_size
-        frame_tokens = (height // p_h) * (width // p_w)
-        relative = self.config.rope_mode == "relative"
-        if not relative and frame_offset + num_frames > self.config.rope_max_seq_len:
-            raise ValueError(
-                f"latent frame {frame_offset + num_frames - 1} passes the model's {self.config.rope_max_seq_len} "
-                "absolute positions: make a shorter video or use a model with rope_mode='relative'."
-            )
-        if kv_cache is not None:
-            if kv_cache_mode not in KV_CACHE_MODES:
-                raise ValueError(f"`kv_cache_mode` must be one of {KV_CACHE_MODES} but is {kv_cache_mode!r}.")
-            if clean_hidden_states is not None:
-                raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
-            layout = None
-            kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
-            if relative:
-                kv_cache.place_sink(frame_offset + num_frames, self.rope, hidden_states.device)
-        else:
-            if kv_cache_mode is not None:
-                raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
-            layout = self._block_layout(
-                num_frames, frame_tokens, clean_hidden_states is not None, relative, hidden_states.device
-            )
+        size = hidden_states.shape[2:]
+        if kv_cache is not None and clean_hidden_states is not None:
+            raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
+        layout = self._begin_pass(
+            hidden_states, kv_cache, kv_cache_mode, frame_offset, clean_hidden_states is not None
+        )
 
         timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep  # (B, 1) or (B, F)
         rotary_emb = self.rope(hidden_states, frame_offset)
@@ -403,7 +376,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if clean_hidden_states is not None:
             hidden_states = torch.cat([self._embed(clean_hidden_states), hidden_states], dim=1)
             rotary_emb = tuple(torch.cat([table, table], dim=1) for table in rotary_emb)
-            timestep = timestep.expand(-1, num_frames)
+            timestep = timestep.expand(-1, size[0])
             timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
 
         temb, timestep_proj = self._embed_time(timestep, encoder_hidden_states.dtype)
@@ -428,11 +401,40 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 kv_cache.get(i).commit()
 
         if kv_cache_mode == "write":
-            kv_cache.advance(num_frames)
+            kv_cache.advance(size[0])
         if clean_hidden_states is not None:
             hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
-        output = self._project_out(hidden_states, temb, (num_frames, height, width))
+        output = self._project_out(hidden_states, temb, size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _begin_pass(
+        self,
+        latents: torch.Tensor,
+        kv_cache: CausalWanKVCache | None,
+        kv_cache_mode: str | None,
+        frame_offset: int,
+        teacher_forcing: bool,
+    ) -> BlockLayout | None:
+        """Check a pass and prepare its cache. Returns what each block sees if there is none."""
+        batch_size, _, num_frames, height, width = latents.shape
+        _, p_h, p_w = self.config.patch_size
+        frame_tokens = (height // p_h) * (width // p_w)
+        relative = self.config.rope_mode == "relative"
+        if not relative and frame_offset + num_frames > self.config.rope_max_seq_len:
+            raise ValueError(
+                f"latent frame {frame_offset + num_frames - 1} passes the model's {self.config.rope_max_seq_len} "
+                "absolute positions: make a shorter video or use a model with rope_mode='relative'."
+            )
+        if kv_cache is None:
+            if kv_cache_mode is not None:
+                raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
+            return self._block_layout(num_frames, frame_tokens, teacher_forcing, relative, latents.device)
+        if kv_cache_mode not in KV_CACHE_MODES:
+            raise ValueError(f"`kv_cache_mode` must be one of {KV_CACHE_MODES} but is {kv_cache_mode!r}.")
+        kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
+        if relative:
+            kv_cache.place_sink(frame_offset + num_frames, self.rope, latents.device)
+        return None
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()

@@ -331,17 +331,14 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 raise ValueError("`prompt_embeds` have NaN or infinite values.")
         self.check_size(height, width)
         num_frames = self.round_num_frames(num_frames)
-        scale, n = self.vae.config.scale_factor_temporal, self.transformer.config.num_frames_per_block
-        bounded = self.transformer.config.rope_mode == "absolute" and self.config.num_context_frames is None
-        endless = num_frames == math.inf
-        if endless and (
-            bounded or (self.transformer.config.local_attn_size == -1 and not self.config.num_context_frames)
-        ):
+        config, in_cache = self.transformer.config, self.config.num_context_frames is None
+        bounded = config.rope_mode == "absolute" and in_cache
+        if num_frames == math.inf and (bounded or (config.local_attn_size == -1 and in_cache)):
             raise ValueError(
                 "`num_frames=inf` needs a model whose memory is bounded and positions are not: local_attn_size and "
                 "rope_mode='relative', or num_context_frames."
             )
-        table = self.transformer.config.rope_max_seq_len
+        scale, n, table = self.vae.config.scale_factor_temporal, config.num_frames_per_block, config.rope_max_seq_len
         if bounded and self._longest_take(videos, self._num_blocks(num_frames)) * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
@@ -498,16 +495,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         self.check_size(height, width)
         _check_count("num_videos_per_prompt", num_videos_per_prompt)
         n = self.transformer.config.num_frames_per_block
-        start_frames = read_start(
-            image,
-            video,
-            strength,
-            vae=self.vae,
-            processor=self.video_processor,
-            block_frames=n,
-            height=height,
-            width=width,
-        )
+        start_frames = read_start(self, image, video, strength, (height, width))
         levels, first_levels = self._noise_levels(sigmas, strength)
         num_frames = self._video_length(prompt, num_frames, start_frames)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):

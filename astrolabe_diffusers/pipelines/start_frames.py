@@ -9,7 +9,6 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.image_processor import PipelineImageInput
-from diffusers.video_processor import VideoProcessor
 
 from ..models.vae_streaming import encode_video
 
@@ -62,17 +61,13 @@ class StartFrames:
 
 
 def read_start(
+    pipe,
     image: PipelineImageInput | None,
     video: list | np.ndarray | torch.Tensor | None,
     strength: float | None,
-    *,
-    vae: AutoencoderKLWan,
-    processor: VideoProcessor,
-    block_frames: int,
-    height: int,
-    width: int,
+    size: tuple[int, int],
 ) -> StartFrames | None:
-    """What a call starts from, if it is given anything.
+    """What a call of the pipeline starts from, if it is given anything; `size` are height and width in pixels.
 
     Raises:
         ValueError: both, or a strength without a video; no whole number of blocks; or no frames, see [`unit_range`].
@@ -83,7 +78,8 @@ def read_start(
         raise ValueError(f"`strength={strength}` has to be in (0, 1] and needs a `video`.")
     if image is None and video is None:
         return None
-    scale, n = vae.config.scale_factor_temporal, block_frames
+    vae, processor = pipe.vae.config, pipe.video_processor
+    scale, n = vae.scale_factor_temporal, pipe.transformer.config.num_frames_per_block
     first = 1 + scale * (n - 1)
     if image is not None:
         if n != 1:
@@ -91,19 +87,19 @@ def read_start(
                 f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of {first} frames, "
                 "or use a model with blocks of one."
             )
-        pictures = processor.preprocess(unit_range(image, "image"), height, width)
+        pictures = processor.preprocess(unit_range(image, "image"), *size)
         return StartFrames(_three_channels(pictures[:, :, None], "image"), 1)
     # Latents have more channels than a picture, and no whole number of blocks has that many frames.
-    if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.config.z_dim:
+    if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim:
         frames, num_frames = video.float(), 1 + scale * (video.shape[2] - 1)
-        size = tuple(length // vae.config.scale_factor_spatial for length in (height, width))
-        if frames.shape[3:] != size or not frames.isfinite().all():
+        h, w = (length // vae.scale_factor_spatial for length in size)
+        if frames.shape[3:] != (h, w) or not frames.isfinite().all():
             raise ValueError(
-                f"latents of `video` must be finite and {size[0]} x {size[1]} for {height} x {width} pixels, but "
-                f"have the shape {tuple(frames.shape)}."
+                f"latents of `video` must be finite and {h} x {w} for {size[0]} x {size[1]} pixels, but have the "
+                f"shape {tuple(frames.shape)}."
             )
     else:
-        frames = _three_channels(processor.preprocess_video(unit_range(video, "video"), height, width), "video")
+        frames = _three_channels(processor.preprocess_video(unit_range(video, "video"), *size), "video")
         num_frames = frames.shape[2]
     if (num_frames - 1) % scale or ((num_frames - 1) // scale + 1) % n:
         raise ValueError(

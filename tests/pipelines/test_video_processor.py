@@ -27,8 +27,7 @@ def expected(picture):
 
 
 def start_of(pipe, image=None, video=None):
-    size = dict(height=32, width=48)
-    start = read_start(image, video, None, vae=pipe.vae, processor=pipe.video_processor, block_frames=1, **size)
+    start = read_start(pipe, image, video, None, (32, 48))
     return start.frames, start.num_frames
 
 
