@@ -242,7 +242,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             dtype (`torch.dtype`, *optional*): of the parameters, those that diffusers keeps in float32 excepted.
             torch_dtype (`torch.dtype`, *optional*): older name of `dtype`.
             device (`str` or `torch.device`, *optional*): where the model is put.
-            low_cpu_mem_usage (`bool`): has no effect: weights are never initialised.
+            low_cpu_mem_usage: has no effect: weights are never initialised.
             disable_mmap (`bool`): read files whole instead of through a memory map.
             revision, config_revision (`str`, *optional*): of the file and of `config` on the Hub.
             kwargs:
@@ -355,10 +355,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 `"read"`: attend to the cache and leave it as it is (with grad, its contents are constants; run the
                 backward pass before the next write). `"write"`: also store this block, which should then be clean.
             frame_offset (`int`): latent frame index of the first frame; with a cache, the number of frames in it.
-            clean_hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`, *optional*):
-                The clean video, for teacher forcing. Gradients flow through it.
-            attention_kwargs (`dict`, *optional*):
-                `{"scale": s}` multiplies the weights of the LoRAs, in this call.
+            clean_hidden_states (`(B, C, F, H, W)`, *optional*): the clean video, for teacher forcing, with gradients.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies the weights of the LoRAs, in this call.
 
         Returns:
             [`Transformer2DModelOutput`] or a tuple with the flow, `(B, C, F, H, W)`.
@@ -378,28 +376,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             rotary_emb = tuple(torch.cat([table, table], dim=1) for table in rotary_emb)
             timestep = timestep.expand(-1, size[0])
             timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
-
         temb, timestep_proj = self._embed_time(timestep, encoder_hidden_states.dtype)
         # The keys of cached text are all that is used of it.
         if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states):
             encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
 
-        attention_mask = None
-        if kv_cache_mode == "read":
-            attention_mask = kv_cache.attention_mask(hidden_states.shape[1], hidden_states.device, hidden_states.dtype)
-
-        # A checkpointed block runs twice: it must not write.
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache_mode != "write"
-        for i, block in enumerate(self.blocks):
-            args = (hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, layout)
-            args += (kv_cache.get(i) if kv_cache is not None else None, kv_cache_mode, attention_mask)
-            if checkpointing:
-                hidden_states = self._gradient_checkpointing_func(RecomputedBlock(block), *args)
-            else:
-                hidden_states = block(*args)
-            if kv_cache_mode == "write":
-                kv_cache.get(i).commit()
-
+        hidden_states = self._run_blocks(
+            hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, layout, kv_cache, kv_cache_mode
+        )
         if kv_cache_mode == "write":
             kv_cache.advance(size[0])
         if clean_hidden_states is not None:
@@ -446,6 +430,32 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         temb = embedder.time_embedder(embedder.timesteps_proj(timestep.flatten()).to(time_dtype))
         temb = temb.to(dtype).unflatten(0, timestep.shape)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(2, (6, -1))
+
+    def _run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: Rotary,
+        layout: BlockLayout | None,
+        kv_cache: CausalWanKVCache | None,
+        kv_cache_mode: str | None,
+    ) -> torch.Tensor:
+        mask = None
+        if kv_cache_mode == "read":
+            mask = kv_cache.attention_mask(hidden_states.shape[1], hidden_states.device, hidden_states.dtype)
+        # A checkpointed block runs twice: it must not write.
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache_mode != "write"
+        for i, block in enumerate(self.blocks):
+            layer_cache = None if kv_cache is None else kv_cache.get(i)
+            args = (encoder_hidden_states, temb, rotary_emb, layout, layer_cache, kv_cache_mode, mask)
+            if checkpointing:
+                hidden_states = self._gradient_checkpointing_func(RecomputedBlock(block), hidden_states, *args)
+            else:
+                hidden_states = block(hidden_states, *args)
+            if kv_cache_mode == "write":
+                layer_cache.commit()
+        return hidden_states
 
     def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """Tokens to latents `(B, C, *size)`."""
