@@ -1,4 +1,6 @@
 import os
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 
@@ -16,6 +18,12 @@ from tests.tiny_pipeline import save_tiny_pipeline
 
 # The tensors are tiny: a second thread only waits, and with other work on the machine it waits for long.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    """A process has one server of processes, with what it was started with: before a test's rewards ask for one."""
+    if "tests.processes" in sys.modules:
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -31,10 +30,8 @@ PRELOADED = (
     "torch.distributed.run",
 )
 
-# A process has one server, which keeps what it was started with: it is there before a test's rewards ask for one.
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(list(PRELOADED))
-forkserver.ensure_running()
 
 
 class Script:

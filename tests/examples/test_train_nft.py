@@ -279,9 +279,9 @@ def test_processes_of_rewards_end_with_a_run_that_fails(model_folder, tmp_path, 
 
 
 def test_a_full_disk_is_one_line(model_folder, tmp_path, capsys):
-    """Here it is TensorBoard that cannot go on, in a thread of its own."""
+    """Here it is TensorBoard that cannot go on, in a thread of its own; there is room for a LoRA."""
     with full_disk(20_000):
-        assert main(tiny_arguments(model_folder, tmp_path, **ALL_REPORTS)) == 2
+        assert main(tiny_arguments(model_folder, tmp_path, **ALL_REPORTS, rank=1)) == 2
     error = capsys.readouterr().err
     assert f"error: cannot write {tmp_path / 'logs'}: " in error.splitlines()[-1]
     assert "Traceback" not in error and "not closed" not in error
@@ -317,7 +317,7 @@ def test_checkpoint_of_another_rank(finished, model_folder, capsys):
 
 
 def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("astrolabe_diffusers.training.trainer.follow_current", lambda *_: 1 / 0)
+    monkeypatch.setattr("astrolabe_diffusers.training.nft.trainer.follow_current", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(tiny_arguments(model_folder, tmp_path))
 

@@ -59,7 +59,7 @@ def test_checkpoint_of_two_processes_is_complete(ranks):
 
 def test_ddp_goes_before_the_process_group(model_folder, tmp_path):
     """The other way round one run in four of a small model hung at its end (torch 2.13, gloo)."""
-    arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1)
+    arguments = tiny_arguments(model_folder, tmp_path / "run", max_train_steps=1, num_frames=9)
     code, output = Torchrun("tests/training/end_worker.py", tmp_path, *arguments).finish()
     assert code == 0, output
     for rank in range(2):

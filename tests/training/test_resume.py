@@ -15,14 +15,15 @@ from tests.training.helpers import numbers_of_run, tiny_arguments
 from tests.training.test_checkpoints import Evil
 
 
-# Two optimizer steps an epoch, four epochs; 2 batches of an epoch and 1 of an evaluation are scored by a call each.
+# Two optimizer steps an epoch, three epochs; 2 batches of an epoch and 1 of an evaluation are scored by a call each.
 SETTINGS = dict(
     rewards="tests.training.rewards:sends_a_signal",
     gradient_accumulation_steps=1,
-    max_train_steps=8,
+    max_train_steps=6,
     checkpointing_steps=4,
     eval_steps=4,
     lr_scheduler="cosine",
+    num_frames=9,
     lora_dropout=0.1,
 )
 
@@ -99,7 +100,7 @@ def test_signal_after_the_first_step_of_an_epoch_waits_for_its_end(model_folder,
 def test_signal_between_the_batches_of_a_step(model_folder, tmp_path, trouble):
     """The gradients so far are given up, and the random numbers of their dropout come again."""
     trouble.setenv("TROUBLE_CALL", "0")
-    values = dict(gradient_accumulation_steps=2, max_train_steps=2, checkpointing_steps=2, eval_steps=2)
+    values = dict(gradient_accumulation_steps=2, max_train_steps=2, checkpointing_steps=2, num_frames=21)
     assert run(model_folder, tmp_path / "whole", **values)[0] == 0
     arguments = tiny_arguments(model_folder, tmp_path / "out", **SETTINGS | values)
     trainer = NFTTrainer(config=parse_args(arguments))
@@ -120,10 +121,10 @@ def test_signal_between_the_batches_of_a_step(model_folder, tmp_path, trouble):
 def test_damaged_newest_checkpoint(model_folder, tmp_path, uninterrupted, trouble, capsys):
     trouble.setenv("TROUBLE_CALL", "0")
     assert run(model_folder, tmp_path)[0] == 0
-    newest = tmp_path / "checkpoints" / "checkpoint-8" / "optimizer.safetensors"
+    newest = tmp_path / "checkpoints" / "checkpoint-6" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     assert run(model_folder, tmp_path, resume_from_checkpoint="latest")[0] == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-8 is damaged" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-6 is damaged" in line]
     assert len(lines) == 1 and "optimizer.safetensors has 1000 bytes" in lines[0]
     assert numbers_of_run(tmp_path) == uninterrupted
 

@@ -11,7 +11,7 @@ from tests.training.helpers import numbers_of_run, tiny_arguments
 
 
 SETTINGS = dict(train_batch_size=2, batches_per_epoch=2, samples_per_prompt=4, max_train_steps=3, eval_steps=3)
-SETTINGS |= dict(eval_seeds=2, checkpointing_steps=1)
+SETTINGS |= dict(eval_seeds=2, checkpointing_steps=1, num_frames=9)
 
 
 def start(model_folder, folder, **values):
@@ -96,7 +96,7 @@ def test_kills_change_nothing(model_folder, tmp_path):
     """kill -9 to the launcher and both processes: 20 at random moments of the training, 10 while a checkpoint is
     written or an old one removed, as the `.partial` folder shows."""
     values = dict(max_train_steps=160, eval_steps=20, checkpointing_steps=2, checkpoints_total_limit=2)
-    values |= dict(num_frames=9, learning_rate=1e-3)
+    values |= dict(learning_rate=1e-3)
     code, output = start(model_folder, tmp_path / "whole", **values).finish(timeout=600)
     assert code == 0, output
     random_moments, folder = random.Random(0), tmp_path / "killed"
