@@ -74,7 +74,9 @@ class ProcessRewards(Closing):
     def _start(self):
         context = multiprocessing.get_context(START_METHOD)
         if START_METHOD == "forkserver":
-            # Nothing in it initialises CUDA, which would not survive the fork.
+            # CUDA does not survive a fork. Nothing in it initialises CUDA, but libraries ask whether it is there when
+            # they are imported, which counts as that unless torch asks NVML.
+            os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
             context.set_forkserver_preload([__name__, built_in.__name__])
         self._executor = ProcessPoolExecutor(1, context, _begin, (dict(os.environ),))
         try:
