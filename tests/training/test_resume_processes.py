@@ -65,23 +65,23 @@ def test_signal_to_the_launcher(model_folder, tmp_path, uninterrupted, name):
     assert numbers_of_run(tmp_path) == uninterrupted
 
 
+HANGS = dict(rewards="tests.training.rewards:hangs_once", reward_timeout=5, TROUBLE_CALL=4)
+EXITS = dict(rewards="tests.training.rewards:exits")
+FILLS = dict(rewards="tests.training.rewards:fills_the_disk", TROUBLE_CALL=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("rank", "values", "message"),
     [
-        (
-            dict(rewards="tests.training.rewards:hangs_once", reward_timeout=5, TROUBLE_CALL=4),
-            "a reward has not answered for 5 s",
-        ),
-        (dict(rewards="tests.training.rewards:exits"), "a reward ended with SystemExit(0)"),
-        (
-            dict(rewards="tests.training.rewards:fills_the_disk", TROUBLE_CALL=2,),
-            "cannot write",
-        ),
+        (0, HANGS, "a reward has not answered for 5 s"),
+        (1, HANGS, "a reward has not answered for 5 s"),
+        (0, EXITS, "a reward ended with SystemExit(0)"),
+        (1, EXITS, "a reward ended with SystemExit(0)"),
+        (0, FILLS, "cannot write"),  # the other process writes nothing
     ],
 )
-@pytest.mark.parametrize("rank", [0, 1])
-def test_trouble_of_one_process_ends_both_with_its_error(model_folder, tmp_path, values, message, rank):
+def test_trouble_of_one_process_ends_both_with_its_error(model_folder, tmp_path, rank, values, message):
     run = start(model_folder, tmp_path, TROUBLE_RANK=rank, **values)
     begin = time.monotonic()
     code, output = run.finish(timeout=90)
