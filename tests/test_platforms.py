@@ -33,12 +33,13 @@ for name in modules():
     importlib.import_module(f"astrolabe_diffusers.{name}")
 
 import torch
-from astrolabe_diffusers.generation import GenerationConfig, generate_videos
+from astrolabe_diffusers.generation.config import GenerationConfig
+from astrolabe_diffusers.generation.run import generate_videos
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
 model, out = sys.argv[1:]
 size = dict(height=32, width=32, num_frames=9)
-generate_videos(GenerationConfig(model=model, prompt="a circle", output_dir=out, reward={"sharpness": 1.0}, **size))
+generate_videos(GenerationConfig(model=model, prompt="a circle", output_dir=out, rewards={"sharpness": 1.0}, **size))
 assert 0.1 < peak_memory_gb(torch.device("cpu")) < 50
 """
 

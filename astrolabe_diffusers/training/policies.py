@@ -112,6 +112,8 @@ def use_policy(transformer: nn.Module, policy: str) -> Iterator[nn.Module]:
         raise ValueError(f"`policy` must be one of {tuple(POLICIES)}, not {policy!r}.")
     adapter = POLICIES[policy]
     has_adapter = adapter in transformer.peft_config
+    if not has_adapter and policy not in ("reference", "base"):
+        raise ValueError(f"this run has no policy {policy!r}: its adapters are {', '.join(transformer.peft_config)}.")
     training = transformer.training
     transformer.eval()
     try:

@@ -11,7 +11,6 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.training.awm import AWMConfig
 from astrolabe_diffusers.training.config import OnlineConfig
 from astrolabe_diffusers.training.nft import NFTConfig
-from tests.training.conftest import model_folder  # noqa: F401
 from tests.training.helpers import tiny_arguments
 
 

@@ -356,7 +356,9 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, val
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert all(word in error for word in words), error
     assert not list(tmp_path.glob("out/*.partial"))
-    assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"tqdm_monitor"}
+    # Those of libraries may take a moment longer.
+    names = {thread.name.partition("-")[0] for thread in set(threading.enumerate()) - threads}
+    assert names <= {"tqdm_monitor", "ThreadPoolExecutor"}
 
 
 def test_a_reward_that_hangs_is_one_line(model_folder, tmp_path, capsys, monkeypatch):

@@ -107,7 +107,7 @@ def test_a_lora_of_another_trainer_as_the_start(tmp_path):
     pipe = tiny_pipeline()
     base = output(pipe.transformer)
     save_file(tensors, tmp_path / "start.safetensors")
-    load_policies(pipe, tmp_path / "start.safetensors", ("reference",))
+    load_policies(pipe, tmp_path / "start.safetensors", ("old", "reference"))
     outputs = {}
     for policy in ("current", "old", "reference", "base"):
         with use_policy(pipe.transformer, policy):
