@@ -35,7 +35,7 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
         name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
         if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
             raise UserError(
-                f"{model} is a {name}, not a CausalWanPipeline: examples/convert_checkpoint.py makes one of the "
+                f"{model} is a {name}, not a CausalWanPipeline: `astrolabe convert` makes one of the "
                 "weights of a published model."
             )
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)

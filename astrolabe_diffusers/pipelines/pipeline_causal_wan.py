@@ -208,7 +208,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         if self.transformer is not None and "num_frames_per_block" not in self.transformer.config:
             raise ValueError(
                 f"the transformer is a {type(self.transformer).__name__}, which does not generate block by block: "
-                "convert a published causal model with examples/convert_checkpoint.py, or load causal weights with "
+                "convert a published causal model with `astrolabe convert`, or load causal weights with "
                 "CausalWanTransformer3DModel.from_pretrained or from_single_file and pass them as `transformer`."
             )
         if self.scheduler is not None and not isinstance(self.scheduler, FlowMatchLCMScheduler):

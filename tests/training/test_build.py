@@ -103,7 +103,7 @@ def test_a_stock_wan_folder_is_no_causal_one(load, tmp_path):
     """Said from its index alone, before anything is loaded or downloaded."""
     stock_folder(tmp_path)
     shutil.rmtree(tmp_path / "transformer")
-    with pytest.raises(UserError, match="is a WanPipeline, not a CausalWanPipeline: examples/convert_checkpoint.py"):
+    with pytest.raises(UserError, match="is a WanPipeline, not a CausalWanPipeline: `astrolabe convert`"):
         load(str(tmp_path))
 
 
