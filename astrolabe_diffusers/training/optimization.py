@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +13,11 @@ from diffusers.optimization import get_scheduler
 
 from ..distributed.sharding import full_tensor
 from ..errors import UserError, as_user_error
+from ..rollout.samples import VideoBatch
 from .config import OnlineConfig
 from .policies import policy_parameters
 
 
-T = TypeVar("T")
 # Values that are reported as root mean squares; what is summed are squares.
 ROOTS = ("deviation", "x0_norm")
 
@@ -113,29 +113,30 @@ class Optimization:
 
     def step(
         self,
-        batches: Sequence[T],
-        accumulate_gradients: Callable[[T, int, bool], dict[str, torch.Tensor]],
+        parts: Sequence[tuple[VideoBatch, Any]],
+        accumulate_gradients: Callable[[VideoBatch, Any, int, bool], dict[str, torch.Tensor]],
         guard: CollapseGuard,
         number: int,
         before_batch: Callable[[], object] = lambda: None,
     ) -> dict[str, float]:
-        """Step `number`, counted from 1, on batches of equal size; returns means over all samples of all processes.
+        """Step `number`, counted from 1, on batches and what belongs to each; returns means over all samples of all
+        processes, of which each has as many.
 
         `ROOTS` are root mean squares. `skipped_steps` is 1 if the step was not taken, in no process.
 
         Args:
             accumulate_gradients:
-                adds a batch's gradients to the parameters, given the samples of the step on this process and whether
-                it is the last batch, and returns sums over samples by name.
+                adds a part's gradients to the parameters, given the samples of the step on this process and whether
+                it is the last part, and returns sums over samples by name.
             before_batch: called before each batch; what it raises leaves the policy as it was.
         """
         transformer = self.accelerator.unwrap_model(self.model)
         transformer.train()
-        count = sum(len(batch.clean) for batch in batches)
+        count = sum(len(batch.samples) for batch, _ in parts)
         totals = {}
-        for i, batch in enumerate(batches):
+        for i, part in enumerate(parts):
             before_batch()
-            for name, value in accumulate_gradients(batch, count, i == len(batches) - 1).items():
+            for name, value in accumulate_gradients(*part, count, i == len(parts) - 1).items():
                 totals[name] = totals.get(name, 0) + value
         means = self.accelerator.reduce(torch.stack(list(totals.values())) / count, reduction="mean").tolist()
         statistics = {name: mean**0.5 if name in ROOTS else mean for name, mean in zip(totals, means)}

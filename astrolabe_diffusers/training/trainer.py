@@ -56,9 +56,8 @@ class OnlineTrainer:
     Every process makes one trainer; [`~OnlineTrainer.train`] runs it. Mistakes of the user raise [`UserError`].
 
     An algorithm is a subclass. It has a `config_class`, says which policy samples, and defines
-    [`~OnlineTrainer.prepare_batch`] and [`~OnlineTrainer.accumulate_gradients`]; where it differs in them, its own
-    [`~OnlineTrainer.advantages`], [`~OnlineTrainer.sample_values`], [`~OnlineTrainer.after_epoch`] and
-    [`~OnlineTrainer.metrics`].
+    [`~OnlineTrainer.accumulate_gradients`]; where it differs in them, its own [`~OnlineTrainer.advantages`],
+    [`~OnlineTrainer.sample_values`], [`~OnlineTrainer.after_epoch`] and [`~OnlineTrainer.metrics`].
 
     Args:
         model: a [`CausalWanPipeline`], or folder or Hub id of one; that of the settings if not given.
@@ -125,19 +124,14 @@ class OnlineTrainer:
         """What the update needs of every sample, by name `(N,)`, on every process the same."""
         return {"advantages": advantages.values * advantages.trained}
 
-    def prepare_batch(self, batch: VideoBatch, values: dict[str, torch.Tensor]) -> Any:
-        """What [`~OnlineTrainer.accumulate_gradients`] wants of a batch; its `clean` is `(B, ...)`.
-
-        Args:
-            values: the batch's part `(B,)` of [`~OnlineTrainer.sample_values`], on the batch's device.
-        """
-        raise NotImplementedError
-
-    def accumulate_gradients(self, batch: Any, samples_per_step: int, synchronize: bool) -> dict[str, torch.Tensor]:
+    def accumulate_gradients(
+        self, batch: VideoBatch, values: dict[str, torch.Tensor], samples_per_step: int, synchronize: bool
+    ) -> dict[str, torch.Tensor]:
         """Add the gradients of a batch, divided by `samples_per_step`, to the current policy's parameters.
 
         Args:
-            batch: from [`~OnlineTrainer.prepare_batch`].
+            values: the batch's part `(B,)` of [`~OnlineTrainer.sample_values`], on the batch's device.
+            samples_per_step: of an optimizer step on this process.
             synchronize: whether it is the step's last batch, whose last backward pass averages over the processes;
                 all others are inside `self.accelerator.no_sync(self.model)`.
 
@@ -346,12 +340,12 @@ class OnlineTrainer:
             self.report.activity("training")
             # Until its first step an epoch may be given up; then it is brought to its end.
             before_batch = self.interruption.check_together if first == 0 else lambda: None
-            prepared = [
-                self.prepare_batch(batch, {name: part.to(batch.latents.device) for name, part in parts.items()})
-                for batch, parts in zip(batches[first : first + accumulation], mine[first : first + accumulation])
+            parts = [
+                (batch, {name: part.to(batch.latents.device) for name, part in values.items()})
+                for batch, values in zip(batches[first : first + accumulation], mine[first : first + accumulation])
             ]
             statistics.append(
-                optimization.step(prepared, self.accumulate_gradients, self.guard, self.step + 1, before_batch)
+                optimization.step(parts, self.accumulate_gradients, self.guard, self.step + 1, before_batch)
             )
             self.step += 1
             if self.config.ema_decay is not None:

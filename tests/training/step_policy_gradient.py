@@ -31,16 +31,20 @@ class StepPolicyGradient(OnlineTrainer):
         one_group = torch.zeros(len(reward), dtype=torch.long)
         return Advantages(reward - reward.mean(), ~reward.isnan(), reward.std(correction=0)[None], one_group)
 
-    def prepare_batch(self, batch, values):
-        latents, timesteps = batch.trajectory.latents, batch.trajectory.timesteps
-        return StepBatch(batch.latents, batch.prompt_embeds, latents, timesteps, values["advantages"])
+    def accumulate_gradients(self, batch, values, samples_per_step, synchronize):
+        return self.accumulate(step_batch(batch, values["advantages"]), samples_per_step)
 
-    def accumulate_gradients(self, batch, samples_per_step, synchronize):
+    def accumulate(self, batch, samples_per_step):
         total = 0
-        for loss, is_last in step_losses(self.transformer, batch, self.model):
+        for loss in step_losses(self.transformer, batch, self.model):
             self.accelerator.backward((batch.advantages * loss).sum() / samples_per_step)
             total = total + (batch.advantages * loss.detach()).sum()
         return {"loss": total}
+
+
+def step_batch(batch, advantages):
+    trajectory = batch.trajectory
+    return StepBatch(batch.latents, batch.prompt_embeds, trajectory.latents, trajectory.timesteps, advantages)
 
 
 def step_losses(transformer, batch, forward):
@@ -60,7 +64,7 @@ def step_losses(transformer, batch, forward):
             sigma, next_sigma = timestep / 1000, following / 1000
             clean = latents[i] - sigma * run(latents[i], timestep, "read", block * n, forward)
             error = (latents[i + 1] - (1 - next_sigma) * clean) / next_sigma
-            yield error.square().flatten(1).mean(1) / 2, False
+            yield error.square().flatten(1).mean(1) / 2
         if block + 1 < len(batch.latents):
             with torch.no_grad():
                 run(latents[-1], 0, "write", block * n, transformer)

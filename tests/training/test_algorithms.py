@@ -12,7 +12,7 @@ from astrolabe_diffusers.rollout.sampling import PromptEncoder, SharedPastSample
 from astrolabe_diffusers.training import NFTTrainer, OnlineConfig, get_algorithm
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
 from tests.training.helpers import SIZE, make_samples, policy_pipeline, randomize_adapters, tiny_settings
-from tests.training.step_policy_gradient import StepPolicyGradient, step_losses
+from tests.training.step_policy_gradient import StepPolicyGradient, step_batch, step_losses
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "customise_algorithm.md"
@@ -55,9 +55,9 @@ def test_trajectory_is_how_the_sampler_went(stepwise):
     trajectory = batch.trajectory
     assert [len(block) for block in trajectory.latents] == [5, 5] and [len(t) for t in trajectory.timesteps] == [4, 4]
     assert torch.equal(torch.cat([block[-1] for block in trajectory.latents], dim=2), batch.latents)
-    prepared = trainer.prepare_batch(batch, {"advantages": torch.tensor([1.0, -1.0])})
+    prepared = step_batch(batch, torch.tensor([1.0, -1.0]))
     with torch.no_grad():
-        losses = [loss for loss, _ in step_losses(trainer.transformer, prepared, trainer.transformer)]
+        losses = list(step_losses(trainer.transformer, prepared, trainer.transformer))
     assert len(losses) == 6
     # The error of each step is the noise that was drawn: half its mean square is near 1/2.
     assert torch.stack(losses).mean().item() == pytest.approx(0.5, abs=0.05)
@@ -65,13 +65,13 @@ def test_trajectory_is_how_the_sampler_went(stepwise):
 
 def test_gradient_of_the_steps_by_finite_differences(stepwise):
     trainer, batch = stepwise
-    prepared = trainer.prepare_batch(batch, {"advantages": torch.tensor([1.0, -0.5])})
+    prepared = step_batch(batch, torch.tensor([1.0, -0.5]))
     # The first block alone: what later ones see of it carries no gradient.
     prepared.latents, prepared.timesteps = prepared.latents[:1], prepared.timesteps[:1]
     prepared.clean = prepared.clean[:, :, :3]
     parameters = policy_parameters(trainer.transformer)
     trainer.optimizer.zero_grad()
-    trainer.accumulate_gradients(prepared, 2, True)
+    trainer.accumulate(prepared, 2)
     generator = torch.Generator().manual_seed(3)
     directions = [torch.randn(p.shape, generator=generator) for p in parameters]
     slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions)).double()
@@ -81,7 +81,7 @@ def test_gradient_of_the_steps_by_finite_differences(stepwise):
             for parameter, direction in zip(parameters, directions):
                 parameter.add_(step * direction)
             losses = step_losses(trainer.transformer, prepared, trainer.transformer)
-            values.append(sum((prepared.advantages * loss).sum().double() for loss, _ in losses) / 2)
+            values.append(sum((prepared.advantages * loss).sum().double() for loss in losses) / 2)
     trainer.optimizer.zero_grad()
     torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-3, rtol=3e-2, atol=0)
 

@@ -39,12 +39,12 @@ class AWMTrainer(OnlineTrainer):
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps)
         super().prepare()
 
-    def prepare_batch(self, batch: VideoBatch, values: dict[str, torch.Tensor]) -> AWMBatch:
+    def accumulate_gradients(
+        self, batch: VideoBatch, values: dict[str, torch.Tensor], samples_per_step: int, synchronize: bool
+    ) -> dict[str, torch.Tensor]:
         limit = self.config.adv_clip_max
         advantages = values["advantages"].clamp(-limit, limit)
-        return AWMBatch(**vars(noise_batch(batch, self.sigmas)), advantages=advantages)
-
-    def accumulate_gradients(self, batch: AWMBatch, samples_per_step: int, synchronize: bool):
+        batch = AWMBatch(**vars(noise_batch(batch, self.sigmas)), advantages=advantages)
         return accumulate_gradients(self.accelerator, self.model, batch, self.config, samples_per_step, synchronize)
 
 

@@ -75,11 +75,11 @@ class NFTTrainer(OnlineTrainer):
         mask[valid] = self.risk(rank_disagreement(scores[self.primary_reward][valid], others))
         return mask
 
-    def prepare_batch(self, batch: VideoBatch, values: dict[str, torch.Tensor]) -> NFTBatch:
-        use_reference = bool(values.pop("use_reference").any())
-        return NFTBatch(**vars(noise_batch(batch, self.sigmas)), **values, use_reference=use_reference)
-
-    def accumulate_gradients(self, batch: NFTBatch, samples_per_step: int, synchronize: bool):
+    def accumulate_gradients(
+        self, batch: VideoBatch, values: dict[str, torch.Tensor], samples_per_step: int, synchronize: bool
+    ) -> dict[str, torch.Tensor]:
+        values = values | {"use_reference": bool(values["use_reference"].any())}
+        batch = NFTBatch(**vars(noise_batch(batch, self.sigmas)), **values)
         return accumulate_gradients(
             self.accelerator, self.model, batch, self.config, samples_per_step, synchronize
         )

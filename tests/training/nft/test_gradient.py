@@ -149,11 +149,12 @@ def make_step(pipe, accelerator, **values):
     skip = cfg.nan_loss == "skip"
     optimization = Optimization(accelerator, pipe.transformer, optimizer, schedule, cfg.max_grad_norm, skip)
 
-    def accumulate_batch(batch, *part):
+    def accumulate_batch(videos, batch, *part):
         return accumulate_gradients(accelerator, pipe.transformer, batch, cfg, *part)
 
     def step(batches, guard, number):
-        return optimization.step(batches, accumulate_batch, guard, number)
+        parts = [(VideoBatch(make_samples(2), None, None, None), batch) for batch in batches]
+        return optimization.step(parts, accumulate_batch, guard, number)
 
     batches = [noised_batch(pipe, seed=seed) for seed in (0, 1)]
     return cfg, optimization, step, batches
