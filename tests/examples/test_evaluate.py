@@ -38,7 +38,7 @@ def arguments(model_folder, output_dir, loras=(), **values) -> list[str]:
         "rewards": f"{BRIGHTNESS},{CONTRAST}",
         "height": 32,
         "width": 32,
-        "num_frames": 21,
+        "num_frames": 9,
         "batch_size": 4,
         "num_prompts": 2,
         "seeds": 2,
@@ -63,7 +63,7 @@ def run_scores(folder, step: int) -> dict:
 def run(model_folder, tmp_path_factory):
     """Folder of a run of two steps, evaluated at 0, 1 and 2."""
     folder = tmp_path_factory.mktemp("run") / "bright"
-    assert train(tiny_arguments(model_folder, folder, **ALL_REPORTS)) == 0
+    assert train(tiny_arguments(model_folder, folder, num_frames=9, **ALL_REPORTS)) == 0
     return folder
 
 
@@ -92,7 +92,8 @@ def test_figures_are_the_runs_own(finished, run):
 def test_figures_are_the_runs_own_in_bfloat16(model_folder, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        assert train(tiny_arguments(model_folder, tmp_path / "run", eval_seeds=2, mixed_precision="bf16")) == 0
+        values = dict(eval_seeds=2, num_frames=9, mixed_precision="bf16")
+        assert train(tiny_arguments(model_folder, tmp_path / "run", **values)) == 0
         lora = tmp_path / "run"
         assert main(arguments(model_folder, tmp_path / "eval", [lora], mixed_precision="bf16")) == 0
     finally:
@@ -108,7 +109,7 @@ def test_held_out_prompts_of_a_single_file(model_folder, tmp_path):
     prompts = (model_folder / "prompts" / "train.txt").read_text().splitlines()
     (tmp_path / "all.txt").write_text("\n".join(prompts[:5]))
     values = {"prompts": tmp_path / "all.txt"}
-    run = tiny_arguments(model_folder, tmp_path / "run", **values, max_train_steps=1, eval_seeds=2)
+    run = tiny_arguments(model_folder, tmp_path / "run", **values, max_train_steps=1, eval_seeds=2, num_frames=9)
     assert train(run) == 0
     assert main(arguments(model_folder, tmp_path / "eval", [tmp_path / "run"], **values)) == 0
     results = read_results(tmp_path / "eval")
@@ -156,7 +157,7 @@ def test_base_alone(model_folder, tmp_path):
 def test_results_say_what_was_measured(finished, model_folder, run):
     results = read_results(finished)
     settings = results["settings"]
-    assert (settings["model"], settings["num_frames"], settings["seeds"]) == (model_folder.name, 21, 2)
+    assert (settings["model"], settings["num_frames"], settings["seeds"]) == (model_folder.name, 9, 2)
     assert results["versions"]["torch"] == torch.__version__
     assert {"diffusers", "astrolabe_diffusers"} <= results["versions"].keys()
     prompts = (model_folder / "prompts" / "test.txt").read_text().splitlines()[::2]
@@ -189,7 +190,7 @@ def test_table_is_printed(model_folder, tmp_path, capsys):
     assert main(arguments(model_folder, tmp_path)) == 0
     output = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() in output
-    for text in ("4 videos (2 prompts x 2 seeds) of 21 frames of 32x32", "1 process on cpu", f"base: {BRIGHTNESS} "):
+    for text in ("4 videos (2 prompts x 2 seeds) of 9 frames of 32x32", "1 process on cpu", f"base: {BRIGHTNESS} "):
         assert text in output
     assert all(
         str(tmp_path / name) in output for name in ("results.json", "table.md", "scores.png", "side_by_side.mp4")
@@ -200,12 +201,12 @@ def test_videos_and_pictures(finished, run):
     for name in ("base", "bright", "first"):
         folder = finished / "videos" / name
         assert sorted(path.name for path in folder.iterdir()) == ["000.mp4", "001.mp4"]
-        assert imageio.v3.imread(folder / "001.mp4").shape == (21, 32, 32, 3)
+        assert imageio.v3.imread(folder / "001.mp4").shape == (9, 32, 32, 3)
     # The very video of the run's evaluation.
     expected = (run / "eval_videos" / "step-2" / "000.mp4").read_bytes()
     assert (finished / "videos" / "bright" / "000.mp4").read_bytes() == expected
     # Two groups of three tiles of 128 + 4 pixels, filled up to multiples of 16.
-    assert imageio.v3.imread(finished / "side_by_side.mp4").shape == (21, 160, 800, 3)
+    assert imageio.v3.imread(finished / "side_by_side.mp4").shape == (9, 160, 800, 3)
     # Three columns of four frames of 96 + 2 pixels; a row of 96 + 26 for each of two prompts.
     assert Image.open(finished / "side_by_side.png").size == (3 * 4 * 98 + 2 * 16 + 16, 30 + 2 * 122 + 8)
     with Image.open(finished / "scores.png") as chart:

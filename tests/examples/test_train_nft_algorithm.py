@@ -20,7 +20,8 @@ TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
 
 
 def run(model_folder, folder, **values):
-    assert main(tiny_arguments(model_folder, folder, **values)) == 0
+    # One group of four videos in two batches.
+    assert main(tiny_arguments(model_folder, folder, **{"train_batch_size": 2} | values)) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -70,7 +71,7 @@ def test_selective_kl_holds_some_samples(model_folder, tmp_path):
 
 def test_the_kl_is_a_mean_over_the_step_or_over_batches(model_folder, tmp_path):
     """One of eight samples is held: over the step its KL counts in full, over two batches, one without, half."""
-    values = {**TWO_REWARDS, "selective_kl": True, "risk_ratio": 0.02, "risk_ratio_max": 0.02}
+    values = {**TWO_REWARDS, "selective_kl": True, "risk_ratio": 0.02, "risk_ratio_max": 0.02, "train_batch_size": 4}
     over_step = run(model_folder, tmp_path / "selected", **values)
     over_batches = run(model_folder, tmp_path / "batch", **values, kl_average="batch")
     # At first the KL is zero, and so is its gradient: in the second step the policies are still the same.
@@ -81,7 +82,7 @@ def test_the_kl_is_a_mean_over_the_step_or_over_batches(model_folder, tmp_path):
 
 def test_the_reference_moves(model_folder, tmp_path):
     """Older than one epoch it becomes the current policy: right after, the KL is that of one step."""
-    values = {"max_train_steps": 4, "checkpointing_steps": 4, "learning_rate": 1e-2}
+    values = {"max_train_steps": 4, "checkpointing_steps": 4, "learning_rate": 1e-2, "num_frames": 9}
     fixed = run(model_folder, tmp_path / "fixed", **values)
     moving = run(model_folder, tmp_path / "moving", **values, reference_reset_epochs=1)
     assert [record["reference_age"] for record in moving] == [1, 0, 1, 0]
@@ -98,6 +99,7 @@ def test_the_moving_threshold_is_that_of_the_run_that_is_resumed(model_folder, t
         "reference_reset_kl_step": 1.0,
         "max_train_steps": 3,
         "checkpointing_steps": 2,
+        "num_frames": 9,
     }
     records = run(model_folder, tmp_path, **values, learning_rate=1e-2)
     assert [record["reference_reset_kl"] for record in records] == [1e-7, 1 + 1e-7, 1 + 1e-7]

@@ -53,7 +53,7 @@ def test_pieces_equal_whole(vae, sizes):
     assert expected.abs().max() <= 1
 
 
-@pytest.mark.parametrize("sizes", [(5,), (3, 1, 1)])
+@pytest.mark.parametrize("sizes", [pytest.param((5,), marks=pytest.mark.slow), (3, 1, 1)])
 def test_tiles_equal_tiled_whole(vae, sizes):
     scale = vae.spatial_compression_ratio
     latents = random_latents(frames=5, height=9, width=14)

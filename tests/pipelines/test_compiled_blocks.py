@@ -62,11 +62,18 @@ def check(pipe, generate, backend="eager", tolerance=0.0, lengths=(3, 6)):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# Of the others each has the graphs of one of these; all of them together take a minute.
+FAST = ("self-forcing", "relative", "past_weight")
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in RECIPES]
+)
 def test_recipes(recipe):
     check(tiny_pipeline(**RECIPES[recipe]), video)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}])
 def test_shared_past(config):
     # Past and own frames that happen to be as many have a graph of their own, once.

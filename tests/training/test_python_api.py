@@ -28,7 +28,8 @@ class Darkness(Reward):
 
 
 def settings(model_folder, folder, **values):
-    values = tiny_settings(model_folder, folder, **{"eval_rewards": [], "checkpointing_steps": 1, **values})
+    lean = {"num_frames": 9, "eval_rewards": [], "checkpointing_steps": 1}
+    values = tiny_settings(model_folder, folder, **lean | values)
     values.pop("rewards")
     return values
 

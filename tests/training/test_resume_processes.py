@@ -28,6 +28,7 @@ def uninterrupted(model_folder, tmp_path_factory):
     return numbers_of_run(folder)
 
 
+@pytest.mark.slow
 def test_signal_to_one_process_stops_both(model_folder, tmp_path, uninterrupted):
     values = dict(rewards="tests.training.rewards:sends_a_signal", TROUBLE_CALL=5, TROUBLE_RANK=1)
     values |= dict(TROUBLE_SIGNAL="SIGTERM", TROUBLE_MARK=tmp_path / "mark")
