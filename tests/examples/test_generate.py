@@ -24,7 +24,7 @@ from astrolabe_diffusers.rollout.seeds import seeded_generator
 from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
 from tests.processes import Script, Torchrun
 from tests.tiny_pipeline import tiny_shapes_captions
-from tests.training.helpers import full_disk, policy_pipeline
+from tests.training.helpers import full_disk, policy_pipeline, threads_left
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -357,7 +357,7 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, val
     assert all(word in error for word in words), error
     assert not list(tmp_path.glob("out/*.partial"))
     # Those of libraries may take a moment longer.
-    names = {thread.name.partition("-")[0] for thread in set(threading.enumerate()) - threads}
+    names = {name.partition("-")[0] for name in threads_left(threads)}
     assert names <= {"tqdm_monitor", "ThreadPoolExecutor"}
 
 

@@ -23,7 +23,7 @@ from astrolabe_diffusers.rollout.prompts import PromptSource, train_and_eval_pro
 from astrolabe_diffusers.rollout.samples import eval_samples
 from astrolabe_diffusers.rollout.sampling import Rollout
 from astrolabe_diffusers.training.run_folder import TRAINING_FILES
-from tests.training.helpers import ALL_REPORTS, creation_mask, full_disk, reward_worker, tiny_arguments
+from tests.training.helpers import ALL_REPORTS, creation_mask, full_disk, reward_worker, threads_left, tiny_arguments
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -265,7 +265,7 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, tmp_path, capsys, val
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert all(word in lines[0] for word in words), lines[0]
-    assert {thread.name for thread in set(threading.enumerate()) - threads} <= {"tqdm_monitor"}
+    assert threads_left(threads) <= {"tqdm_monitor"}
     # And the same command, put right, may start at once: nobody holds the folder.
     assert main(tiny_arguments(model_folder, tmp_path / "out", model="/no/model")) == 2
     assert "another run" not in capsys.readouterr().err

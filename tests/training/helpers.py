@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import threading
 from pathlib import Path
 
 import torch
@@ -142,6 +143,14 @@ def numbers_of_run(folder: Path) -> dict:
         for name in [name for name in record if "second" in name or name == "peak_memory_gb"]:
             del record[name]
     return {**adapters, "metrics": metrics, "evaluations": evaluations, "state": state}
+
+
+def threads_left(before: set[threading.Thread]) -> set[str]:
+    """Names of threads that are there since `before`, once those that are ending have had a moment for it."""
+    for thread in set(threading.enumerate()) - before:
+        if thread.name != "tqdm_monitor":
+            thread.join(2)
+    return {thread.name for thread in set(threading.enumerate()) - before}
 
 
 @contextlib.contextmanager
