@@ -80,6 +80,12 @@ def as_user_error(what: str, kinds: tuple[type[Exception], ...] = CHECKED) -> It
         raise UserError(f"{what}: {one_line(message)}") from error
 
 
+def is_missing(module: str, error: ModuleNotFoundError) -> bool:
+    """Whether it is `module` that was not found. One that exists but lacks one of its own imports must say so
+    itself."""
+    return error.name is not None and f"{module}.".startswith(f"{error.name}.")
+
+
 def one_line(message: object) -> str:
     return " ".join(str(message).split())
 

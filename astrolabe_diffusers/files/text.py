@@ -64,5 +64,7 @@ def parse_json(text: str | bytes, what: str | Path) -> Any:
     """
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{what} is no JSON: {error}") from None
+    except RecursionError as error:
+        raise ValueError(f"{what} is no JSON: it is nested too deeply, {error}") from None

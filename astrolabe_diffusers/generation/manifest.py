@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from ..errors import UserError
 from ..files.output_folder import set_aside
+from ..files.text import parse_json
 from ..files.writing import PARTIAL, replacing, writing
 from .jobs import VideoJob
 
@@ -47,8 +48,8 @@ class Manifest:
         entries = {}
         for number, line in enumerate(self._lines(), 1):
             try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):  # a run was killed while it wrote the line
+                entry = parse_json(line, self.path)
+            except ValueError:  # a run was killed while it wrote the line
                 continue
             if not _is_entry(entry, names):
                 raise UserError(

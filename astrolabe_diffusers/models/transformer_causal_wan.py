@@ -454,7 +454,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             else:
                 hidden_states = block(hidden_states, *args)
             if kv_cache_mode == "write":
-                layer_cache.commit()
+                layer_cache.commit()  # not only when all have stored: one layer's keys at a time are twice in memory
         return hidden_states
 
     def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:

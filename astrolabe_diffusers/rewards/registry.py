@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from ..errors import is_missing
 from ..spelling import close_matches
 from .reward import FunctionReward, Reward
 
@@ -137,8 +138,7 @@ def _find(name: str) -> type[Reward] | partial | Callable:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A module that exists but misses one of its own imports must say so itself.
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+        if not is_missing(module_name, error):
             raise
         raise ValueError(
             f"unknown reward {name!r}: no module named {error.name!r} (is its folder on PYTHONPATH?); "

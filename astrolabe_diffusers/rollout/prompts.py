@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, as_user_error
-from ..files.text import read_lines
+from ..files.text import parse_json, read_lines
 from ..pipelines.prompt_tokens import check_text
 
 
@@ -43,9 +42,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         prompts = []
         for number, line in lines:
             try:
-                metadata = json.loads(line)
+                metadata = parse_json(line, path)
                 prompts.append(Prompt(metadata.pop("prompt"), metadata))
-            except (ValueError, KeyError, AttributeError, RecursionError) as error:
+            except (ValueError, KeyError, AttributeError) as error:
                 raise UserError(f'{path}, line {number}: not a JSON object with a "prompt".') from error
     if not prompts:
         raise UserError(f"the prompt file {path} is empty.")

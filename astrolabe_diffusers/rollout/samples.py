@@ -62,11 +62,11 @@ class Trajectory:
 
     Attributes:
         latents: of each block the `(B, C, n, h, w)` before its first step, after it, ... and the clean ones at last.
-        timesteps: of each block those of its steps, 0 to 1000.
+        timesteps: of each block those of its steps, 0 to 1000, numbers on the latents' device.
     """
 
     latents: list[list[torch.Tensor]]
-    timesteps: list[list[float]]
+    timesteps: list[list[torch.Tensor]]
 
     @classmethod
     def begin(cls, noise: torch.Tensor, block_frames: int) -> Trajectory:
@@ -77,7 +77,7 @@ class Trajectory:
         """The pipeline's `callback_on_step_end`."""
         if step == 0:
             self.timesteps.append([])
-        self.timesteps[-1].append(timestep.item())
+        self.timesteps[-1].append(timestep)
         self.latents[len(self.timesteps) - 1].append(arguments["latents"])
         return {}
 

@@ -190,5 +190,5 @@ class Rollout:
                 latents, trajectory = sampler(prompt_embeds, samples)
             if scores is not None:
                 scores.result()  # if rewards are slower than the model, videos must not pile up
-            scores = self.scoring.submit(latents, samples, watched, keep, past.num_frames, past.shared)
+            scores = self.scoring.submit(latents, samples, watched, keep, past)
             yield VideoBatch(samples, prompt_embeds, latents, scores, past, trajectory)

@@ -19,6 +19,7 @@ from ..errors import UserError, one_line, summarize_exception
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
 from ..rewards import RewardError, RewardPlaceError, RewardSet
 from ..rewards.closing import Closing
+from .past import Past
 from .reward_thread import RewardThread
 from .samples import Sample, VideoBatch
 
@@ -74,24 +75,23 @@ class ScoringThread(Closing):
         samples: Sequence[Sample],
         watched: bool = False,
         keep: Collection[tuple] = (),
-        window_start: int = 0,
-        shared_past: bool = False,
+        past: Past = Past(),
     ) -> Future:
         """Scores of `latents` `(B, C, f, h, w)` as a future; a reward's error becomes a [`UserError`].
 
         Args:
             watched: ask the watched rewards too.
             keep: keys of the samples whose videos are wanted back.
-            window_start, shared_past: as in [`decode_videos`].
+            past: what of the latents is not scored.
         """
-        future = self._thread.submit(self._run, latents, samples, watched, keep, window_start, shared_past)
+        future = self._thread.submit(self._run, latents, samples, watched, keep, past)
         if any(reward_set.takes_turns for reward_set in self._reward_sets):
             wait([future])
         return future
 
-    def _run(self, latents, samples, watched, keep, window_start, shared_past) -> Scores:
+    def _run(self, latents, samples, watched, keep, past) -> Scores:
         start = time.perf_counter()
-        videos = decode_videos(self.vae, latents, window_start, shared_past)
+        videos = decode_videos(self.vae, latents, past)
         values = self._score(videos, samples, watched)
         kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
         return Scores(values, kept, time.perf_counter() - start)
@@ -134,24 +134,21 @@ class ScoringThread(Closing):
 
 
 @torch.no_grad()
-def decode_videos(
-    vae: AutoencoderKLWan, latents: torch.Tensor, window_start: int = 0, shared_past: bool = False
-) -> torch.Tensor:
-    """Videos `(B, F, 3, H, W)` in [0, 1], float32, of `latents` `(B, C, f, h, w)` from latent frame `window_start` on.
+def decode_videos(vae: AutoencoderKLWan, latents: torch.Tensor, past: Past = Past()) -> torch.Tensor:
+    """Videos `(B, F, 3, H, W)` in [0, 1], float32, of `latents` `(B, C, f, h, w)` after their past.
 
-    Frames before it warm the decoder's memory up, as many as it can remember, so that the window's first frames are
-    those of the whole video. With `shared_past` they are decoded once for all.
+    The past warms the decoder's memory up, as much of it as that can hold, so that the window's first frames are
+    those of the whole video. One that is shared is decoded once for all.
     """
-    if window_start == 0:
+    if past.num_frames == 0:
         frames = decode_latents(vae, latents)
     else:
         decoder = StreamingVAEDecoder(vae)
-        rows = 1 if shared_past else None
-        for frame in range(max(window_start - DECODER_MEMORY, 0), window_start):
-            decoder.decode(latents[:rows, :, frame : frame + 1])
-        if shared_past:
+        for frame in range(max(past.num_frames - DECODER_MEMORY, 0), past.num_frames):
+            decoder.decode(past.rows(latents[:, :, frame : frame + 1]))
+        if past.shared:
             decoder = decoder.select([0] * len(latents))
-        frames = decoder.decode(latents[:, :, window_start:])
+        frames = decoder.decode(latents[:, :, past.num_frames :])
     return (frames.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, is_missing
 from ..spelling import close_matches
 
 
@@ -56,7 +56,6 @@ def _load(name: str, path: str) -> type | None:
     try:
         return getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
-        # A module that exists but misses one of its own imports must say so itself.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+        if not is_missing(module, error):
             raise
         raise UserError(f"algorithm {name!r}: no module {error.name} (is its folder on PYTHONPATH?).") from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..distributed.sharding import is_sharded, together
+from ..files.text import read_json
 from ..files.writing import replacing
 from ..reporting.comparison import Evaluation
 from ..reporting.hub import push_to_hub
@@ -40,7 +41,7 @@ class BestAdapter:
     def resume(self, step: int):
         """Takes up what a run has kept that goes on from `step`; what it kept later is another run's now."""
         try:
-            record = json.loads((self.folder / "best.json").read_text())
+            record = read_json(self.folder / "best.json")
             self.record = record if record["step"] <= step else None
         except (OSError, ValueError, TypeError, KeyError):
             self.record = None

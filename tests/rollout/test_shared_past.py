@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.models.vae_streaming import decode_latents
+from astrolabe_diffusers.rollout.past import Past
 from astrolabe_diffusers.rollout.prompts import Prompt
 from astrolabe_diffusers.rollout.samples import Sample
 from astrolabe_diffusers.rollout.sampling import PromptEncoder, SharedPastSampler
@@ -71,14 +72,14 @@ def test_the_decoder_is_warm():
     latents = torch.randn(2, 4, 54, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = (decode_latents(vae, latents).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
-    window = decode_videos(vae, latents, window_start=48)
+    window = decode_videos(vae, latents, Past(48))
     assert window.shape == (2, 24, 3, 32, 32)
     assert (window - whole[:, -24:]).abs().max() < 1e-5
     cold = decode_videos(vae, latents[:, :, 48:])
     assert (cold[:, -20:] - whole[:, -20:]).abs().max() > 1e-3
 
     latents[1, :, :48] = latents[0, :, :48]
-    expected = decode_videos(vae, latents, window_start=48)
-    shared = decode_videos(vae, latents, window_start=48, shared_past=True)
+    expected = decode_videos(vae, latents, Past(48))
+    shared = decode_videos(vae, latents, Past(48, shared=True))
     # Another batch size rounds otherwise, and the norms of random weights make it more.
     assert (shared - expected).abs().max() < 1e-3 and (shared - expected).abs().mean() < 1e-6

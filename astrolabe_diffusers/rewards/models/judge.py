@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from ...files.text import parse_json
 from ..frames import FrameRequest, FrameSelection
 from ..http_client import HttpClient
-from ..placement.wire import read_json
 from ..registry import register_reward
 from ..reward import Reward, RewardError, RewardOutput, RewardPlaceError
 
@@ -128,7 +128,7 @@ class UnifiedReward(Reward):
     def _score(self, answer: bytes) -> float:
         cut = False
         try:
-            choice = read_json(answer)["choices"][0]
+            choice = parse_json(answer, "the answer")["choices"][0]
             cut = choice.get("finish_reason") == "length"
             return parse_score(choice["message"]["content"])
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -138,7 +138,7 @@ class UnifiedReward(Reward):
     def _reason(self, answer: bytes) -> str:
         """The code or the type of the error that a judge answers, if it has one."""
         try:
-            error = read_json(answer)["error"]
+            error = parse_json(answer, "the answer")["error"]
             names = [error.get("code"), error.get("type")]
         except (ValueError, KeyError, TypeError, AttributeError):
             return ""

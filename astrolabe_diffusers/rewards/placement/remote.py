@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from ...files.text import parse_json
 from ..closing import Closing
 from ..frames import FrameRequest
 from ..http_client import HttpClient, UnreachableError
 from ..reward import RewardError, RewardOutput, RewardPlaceError
-from .wire import VERSION, ScoringJob, outputs_from_json, pack_job, read_json, requests_from_json
+from .wire import VERSION, ScoringJob, outputs_from_json, pack_job, requests_from_json
 
 
 # The secret that server and clients share, if they do.
@@ -120,7 +121,7 @@ class RemoteRewards(Closing):
 
     def _answer(self, status: int, body: bytes) -> Any:
         try:
-            answer = read_json(body)
+            answer = parse_json(body, "the answer")
         except ValueError:
             raise RewardPlaceError(f"{self} answered nonsense, with status {status}: it is no JSON.") from None
         if status == 200:

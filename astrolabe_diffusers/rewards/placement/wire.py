@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ...files.text import parse_json
 from ..frames import FrameRequest, prepare_frames
 from ..reward import RewardOutput
 
@@ -84,7 +85,7 @@ def unpack_job(data: bytes) -> ScoringJob:
     """Raises `ValueError` unless `data` is a job of which everything fits together."""
     try:
         tensors = load(data)
-        text = read_json(tensors.pop("header").numpy().tobytes())
+        text = parse_json(tensors.pop("header").numpy().tobytes(), "the header")
         version = text.get("version", 1)
         frames = {name: tensors[key] for name, key in text["rewards"].items()}
         whole, prompts, metadata = frozenset(text["whole"]), text["prompts"], text["metadata"]
@@ -105,14 +106,6 @@ def unpack_job(data: bytes) -> ScoringJob:
                 f"them empty, not {tensor.dtype} {list(tensor.shape)}."
             )
     return ScoringJob(frames, whole, prompts, metadata)
-
-
-def read_json(data: bytes) -> Any:
-    """`ValueError` for what is no JSON, or nested so deeply that it cannot be read."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("JSON is nested too deeply") from None
 
 
 def requests_to_json(requests: dict[str, FrameRequest | None]) -> dict[str, Any]:
