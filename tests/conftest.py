@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from multiprocessing import forkserver
@@ -21,7 +22,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish(session):
-    """A process has one server of processes, with what it was started with: before a test's rewards ask for one."""
+    # Every run collects garbage at its end, and would look through all that was imported here.
+    gc.freeze()
+    # A process has one server of processes, with what it was started with: before a test's rewards ask for one.
     if "tests.processes" in sys.modules:
         forkserver.ensure_running()
 

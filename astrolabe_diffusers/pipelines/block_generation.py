@@ -65,6 +65,8 @@ class BlockGenerator:
         self.pipe = pipe
         self.sampling = sampling
         self.videos = videos
+        # Asked for once: diffusers goes through all modules for the answer.
+        self.dtype = pipe.transformer.dtype
         self.prompt_embeds: torch.Tensor | None = None  # (videos, L, dim) of the current scenes
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.restart()
@@ -113,7 +115,7 @@ class BlockGenerator:
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, mode: str):
         transformer = self.pipe.transformer
         return transformer(
-            latents.to(transformer.dtype),
+            latents.to(self.dtype),
             timestep.expand(latents.shape[0]),
             prompt_embeds,
             kv_cache=self.kv_cache,
@@ -191,7 +193,7 @@ class BlockGenerator:
             # the published samplers generate from a seed would not come out.
             latents = clean = latents - scheduler.sigmas[i] * flow
             if i + 1 < len(levels):
-                fresh = draw_noise(latents.shape, generator, latents.device, pipe.transformer.dtype)
+                fresh = draw_noise(latents.shape, generator, latents.device, self.dtype)
                 latents = torch.lerp(clean, fresh, scheduler.sigmas[i + 1])
             if sampling.callback_on_step_end is not None:
                 values = {"latents": latents, "prompt_embeds": self.prompt_embeds}

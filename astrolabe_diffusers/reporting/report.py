@@ -121,7 +121,8 @@ class RunReport:
         if not self.accelerator.is_main_process:
             return
         append_jsonl(self.output_dir / "eval.jsonl", evaluation.to_json())
-        self.draw_curves()
+        if len(self.evaluations) > 1:
+            self.draw_curves()
         if videos:
             images = side_by_side(videos, columns=min(4, len(videos)))
             log_video(self.accelerator, "eval/videos", images, frame_rate, evaluation.step)

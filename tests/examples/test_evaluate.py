@@ -36,7 +36,7 @@ def arguments(model_folder, output_dir, loras=(), **values) -> list[str]:
         "model": model_folder,
         "output_dir": output_dir,
         "rewards": f"{BRIGHTNESS},{CONTRAST}",
-        "height": 32,
+        "height": 16,
         "width": 32,
         "num_frames": 9,
         "batch_size": 4,
@@ -190,7 +190,7 @@ def test_table_is_printed(model_folder, tmp_path, capsys):
     assert main(arguments(model_folder, tmp_path)) == 0
     output = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() in output
-    for text in ("4 videos (2 prompts x 2 seeds) of 9 frames of 32x32", "1 process on cpu", f"base: {BRIGHTNESS} "):
+    for text in ("4 videos (2 prompts x 2 seeds) of 9 frames of 16x32", "1 process on cpu", f"base: {BRIGHTNESS} "):
         assert text in output
     assert all(
         str(tmp_path / name) in output for name in ("results.json", "table.md", "scores.png", "side_by_side.mp4")
@@ -201,14 +201,14 @@ def test_videos_and_pictures(finished, run):
     for name in ("base", "bright", "first"):
         folder = finished / "videos" / name
         assert sorted(path.name for path in folder.iterdir()) == ["000.mp4", "001.mp4"]
-        assert imageio.v3.imread(folder / "001.mp4").shape == (9, 32, 32, 3)
+        assert imageio.v3.imread(folder / "001.mp4").shape == (9, 16, 32, 3)
     # The very video of the run's evaluation.
     expected = (run / "eval_videos" / "step-2" / "000.mp4").read_bytes()
     assert (finished / "videos" / "bright" / "000.mp4").read_bytes() == expected
-    # Two groups of three tiles of 128 + 4 pixels, filled up to multiples of 16.
-    assert imageio.v3.imread(finished / "side_by_side.mp4").shape == (9, 160, 800, 3)
-    # Three columns of four frames of 96 + 2 pixels; a row of 96 + 26 for each of two prompts.
-    assert Image.open(finished / "side_by_side.png").size == (3 * 4 * 98 + 2 * 16 + 16, 30 + 2 * 122 + 8)
+    # Two groups of three tiles of 128 + 4 by 64 + 4 pixels, filled up to multiples of 16.
+    assert imageio.v3.imread(finished / "side_by_side.mp4").shape == (9, 96, 800, 3)
+    # Three columns of four frames of 96 + 2 pixels; a row of 48 + 26 for each of two prompts.
+    assert Image.open(finished / "side_by_side.png").size == (3 * 4 * 98 + 2 * 16 + 16, 30 + 2 * 74 + 8)
     with Image.open(finished / "scores.png") as chart:
         assert chart.size == (4 * 240 + 10, 62 + 2 * 210)
         assert len(chart.getcolors(1 << 20)) > 10

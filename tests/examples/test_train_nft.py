@@ -136,7 +136,7 @@ def test_reloaded_adapter_reproduces_the_evaluation(finished, model_folder):
     pipe.load_lora_weights(folder)
     samples = eval_samples(train_and_eval_prompts(PromptSource(str(model_folder / "prompts")), 2)[1], 2)
     worker = reward_worker(pipe)
-    size = {"height": 32, "width": 32, "num_frames": 21}
+    size = {"height": 16, "width": 32, "num_frames": 21}
     with torch.no_grad():
         evaluation, _ = HeldOut(Rollout(pipe, worker), samples, size, 4).evaluate()
     worker.close()

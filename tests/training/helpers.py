@@ -101,7 +101,7 @@ def tiny_settings(model_folder, output_dir, **values) -> dict:
         "output_dir": output_dir,
         "rewards": BRIGHTNESS,
         "eval_rewards": "tests.training.rewards:contrast",
-        "height": 32,
+        "height": 16,
         "width": 32,
         "num_frames": 21,
         "train_batch_size": 4,

@@ -63,7 +63,7 @@ def test_what_runs_write_names_no_secret_no_server_and_no_home(home, model_folde
         second = home / "runs" / "second"
         assert train_nft.main(tiny_arguments(model, second, max_train_steps=1, init_lora=run)) == 0
 
-        size = ["--height", "32", "--width", "32", "--num_frames", "21"]
+        size = ["--height", "16", "--width", "32", "--num_frames", "21"]
         names = ["--rewards", f"{BRIGHTNESS},{JUDGED},flicker", "--num_prompts", "1", "--seeds", "1"]
         names += [part for name, value in places.items() for part in (f"--{name}", value)]
         loras = ["--lora", f"mine={run}", "--lora", str(second), "--model", str(model)]

@@ -30,6 +30,8 @@ class BlockwisePredictor:
 
     def __init__(self, transformer, batch: NoisedBatch, past_policy: str):
         self.transformer = transformer
+        # Asked for once: diffusers goes through all modules for the answer.
+        self.dtype = transformer.dtype
         self.batch = batch
         self.past_policy = past_policy
         self.num_frames = batch.clean.shape[2]
@@ -64,7 +66,7 @@ class BlockwisePredictor:
         batch, past = self.batch, self.batch.past.num_frames
         noisy = batch.noisy[:, :, frames.start - past : frames.stop - past]
         velocity = forward(
-            noisy.to(self.transformer.dtype),
+            noisy.to(self.dtype),
             batch.timestep,
             batch.prompt_embeds,
             kv_cache=self.cache,
@@ -82,7 +84,7 @@ class BlockwisePredictor:
     def _store(self, clean: torch.Tensor, prompt_embeds: torch.Tensor, frames: slice):
         with use_policy(self.transformer, self.past_policy):
             self.transformer(
-                clean.to(self.transformer.dtype),
+                clean.to(self.dtype),
                 clean.new_zeros(len(clean)),
                 prompt_embeds,
                 kv_cache=self.cache,
@@ -107,6 +109,8 @@ class WholeClipPredictor:
 
     def __init__(self, transformer, batch: NoisedBatch, past_policy: str):
         self.transformer = transformer
+        # Asked for once: diffusers goes through all modules for the answer.
+        self.dtype = transformer.dtype
         self.batch = batch
         self.past_policy = past_policy
         self.blocks = [slice(0, batch.clean.shape[2])]
@@ -115,7 +119,7 @@ class WholeClipPredictor:
         batch = self.batch
         with _without_sink(self.transformer):
             velocity = (forward or self.transformer)(
-                batch.noisy.to(self.transformer.dtype), batch.timestep, batch.prompt_embeds, return_dict=False
+                batch.noisy.to(self.dtype), batch.timestep, batch.prompt_embeds, return_dict=False
             )[0]
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
