@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,7 @@ class VideoJob:
     video_number: int
     num_frames: int
 
-    FILE: ClassVar[str] = r"\d{5,}-\d+-.*\.mp4"  # as a pattern, the names below
+    FILE: ClassVar[str] = r"\d{5,}-\d+-.*\.mp4"  # the names below
 
     @property
     def file(self) -> str:
@@ -42,11 +43,7 @@ class VideoJob:
 
 
 def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[VideoJob]:
-    """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos.
-
-    Raises:
-        UserError: they are more than `MAX_JOBS`.
-    """
+    """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos. At most `MAX_JOBS`."""
     if len(prompts) * num_videos_per_prompt > MAX_JOBS:
         raise UserError(
             f"{len(prompts)} prompts x num_videos_per_prompt={num_videos_per_prompt} are more than {MAX_JOBS} videos: "
@@ -61,10 +58,7 @@ def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_p
 
 def batches(jobs: Sequence[VideoJob], batch_size: int) -> Iterator[list[VideoJob]]:
     """Batches of at most `batch_size` jobs with equal numbers of frames, the shortest first."""
-
-    def length(job: VideoJob) -> int:
-        return job.num_frames
-
+    length = attrgetter("num_frames")
     for _, group in groupby(sorted(jobs, key=length), key=length):
         equal = list(group)
         yield from (equal[start : start + batch_size] for start in range(0, len(equal), batch_size))

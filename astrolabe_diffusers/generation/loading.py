@@ -11,20 +11,10 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from ..errors import UserError, as_user_error, one_line
 from ..files.output_folder import list_checkpoints
 from ..models.attention_causal_wan import attend
-from ..pipelines.loading import load_from
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 
 
 SAMPLED_VALUES = 64
-
-
-def load_pipeline(
-    model: str, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
-) -> CausalWanPipeline:
-    """A [`CausalWanPipeline`] on the CPU, without progress bars of its own."""
-    pipe = load_from(model, revision, variant=variant, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def find_lora(name: str) -> str:
@@ -46,8 +36,7 @@ def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
 def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> str:
     """Changes when the weights of the transformer do, those of loaded LoRAs included, or those of the others.
 
-    Of each parameter of the others `SAMPLED_VALUES` are looked at: they are files of one's own rarely, and training
-    changes all values. UMT5 alone has 11 GB, which take 11 s to read.
+    Of these each parameter's `SAMPLED_VALUES` are looked at: training changes all, and UMT5's 11 GB take 11 s to read.
     """
     digest = hashlib.sha256()
     for name, parameter in transformer.named_parameters():
@@ -66,13 +55,7 @@ def place_pipeline(
     vae_tiling: bool = False,
     attention_backend: str | None = None,
 ):
-    """Puts the pipeline on its device.
-
-    Args:
-        offload: what leaves the device while it is not used: `"none"`, `"model"` (whole models) or `"group"` (layers).
-        vae_tiling: decode in tiles.
-        attention_backend: a backend of diffusers.
-    """
+    """Puts the pipeline on its device, of which `offload` (models, or groups of layers) leaves while it is not used."""
     device = torch.device(device)
     if offload != "none" and device.type == "cpu":
         raise UserError(f"offload={offload} needs a GPU: on a CPU it can only be none.")
@@ -88,9 +71,8 @@ def place_pipeline(
         try:
             pipe.transformer.set_attention_backend(attention_backend)
             # A backend that cannot run on this device or in this dtype only says so when it is called.
-            query = torch.zeros(
-                1, 16, 1, pipe.transformer.config.attention_head_dim, device=device, dtype=pipe.transformer.dtype
-            )
+            shape = 1, 16, 1, pipe.transformer.config.attention_head_dim
+            query = torch.zeros(shape, device=device, dtype=pipe.transformer.dtype)
             attend(query, query, query)
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"attention_backend {attention_backend} on {device.type}: {one_line(error)}") from error

@@ -39,14 +39,15 @@ class Manifest:
     def read(self, names: Sequence[str] = tuple(TYPES)) -> dict[str, dict[str, Any]]:
         """The entries by file, of files that exist. A torn line does not count; of several of a file the last does.
 
-        Args:
-            names: of the values that an entry must have.
-
         Raises:
-            UserError: a line is no entry, or its file lies elsewhere.
+            UserError: a line is no entry with values of these `names`, or its file lies elsewhere.
         """
-        entries = {}
-        for number, line in enumerate(self._lines(), 1):
+        entries, lines = {}, []
+        if self.path.exists():
+            # Unlike `str.splitlines` this does not split at U+2028 and the like, which other tools write as they are.
+            with self.path.open(encoding="utf-8-sig", errors="replace") as file:
+                lines = list(file)
+        for number, line in enumerate(lines, 1):
             try:
                 entry = parse_json(line, self.path)
             except ValueError:  # a run was killed while it wrote the line
@@ -58,14 +59,6 @@ class Manifest:
                 )
             entries[entry["file"]] = entry
         return {file: entry for file, entry in entries.items() if os.path.isfile(self.folder / file)}
-
-    def _lines(self) -> list[str]:
-        """Unlike `str.splitlines` this does not split at U+2028 and the like, which other tools write as they are."""
-        try:
-            with self.path.open(encoding="utf-8-sig", errors="replace") as file:
-                return list(file)
-        except FileNotFoundError:
-            return []
 
     def append(self, entry: dict[str, Any]):
         # Over NFS not even appending is atomic.
@@ -84,8 +77,7 @@ class Manifest:
 
         A job is done if its file is whole, was made from the same prompt with the same `settings`, and has scores of
         all `rewards`. A file of its name that is not the manifest's, or not any more, is set aside: it may be
-        somebody's. The folder has to be locked, as by a
-        [`RunFolder`].
+        somebody's. The folder has to be locked, as by a [`RunFolder`].
         """
         entries = self.read()
         for path in self.folder.glob(f"*.mp4{PARTIAL}"):

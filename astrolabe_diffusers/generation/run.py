@@ -21,8 +21,8 @@ from ..distributed.agreement import Resources, raise_together
 from ..errors import UserError, as_user_error, one_line
 from ..files.output_folder import RunFolder
 from ..files.video import VideoWriter
-from ..pipelines.loading import frame_rate
-from ..pipelines.noise import NOISE_LAYOUT
+from ..pipelines.block_generation import NOISE_LAYOUT
+from ..pipelines.loading import checked_size, frame_rate, load_from
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.scene_prompt import escape_scenes
@@ -31,7 +31,7 @@ from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
 from .config import GenerationConfig
 from .jobs import VideoJob, batches, make_jobs
-from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
+from .loading import load_loras, place_pipeline, weights_digest
 from .manifest import Manifest, describe
 
 
@@ -53,7 +53,6 @@ def generate_videos(config: GenerationConfig):
 
 
 def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resources: Resources):
-    """`resources` are let go of afterwards, whatever happens."""
     manifest = Manifest(Path(config.output_dir))
     with raise_together():
         if accelerator.is_main_process:
@@ -69,19 +68,23 @@ def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resourc
         fps = config.fps or frame_rate(config.model, config.revision)
         rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
     dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
-    pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
+    pipe = load_from(config.model, config.revision, variant=config.variant, dtype=getattr(torch, dtype))
     if config.lora:
         load_loras(pipe, config.lora)
     settings = video_settings(config, pipe, dtype)
-    lengths = [video_length(pipe, i, prompt, config.num_frames, settings) for i, prompt in enumerate(prompts)]
+    lengths = []
+    for index, prompt in enumerate(prompts):
+        # What the pipeline would refuse is refused before the first video is made.
+        with as_user_error(f"prompt {index}"):
+            text = pipeline_prompt(prompt, settings)
+            size = checked_size(pipe, text, config.height, config.width, config.num_frames)
+        lengths.append(size["num_frames"])
     jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
     place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
-    worker = None
+    worker = pending = None
     if rewards:
         worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
-
-    pending = None
     with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
         if accelerator.is_main_process:
             pending = manifest.start(jobs, settings, config.rewards)
@@ -141,25 +144,6 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "attention_backend": config.attention_backend,
         "plain_prompts": config.plain_prompts,
     }
-
-
-def video_length(
-    pipe: CausalWanPipeline, index: int, prompt: Prompt, num_frames: int | None, settings: dict[str, Any]
-) -> int:
-    """Frames of a prompt's videos. What the pipeline would refuse is refused before the first video is made."""
-    with as_user_error(f"prompt {index}"):
-        text = pipeline_prompt(prompt, settings)
-        num_frames = pipe.round_num_frames(num_frames or pipe.default_num_frames(text))
-        pipe.check_inputs(
-            prompt=text,
-            prompt_embeds=None,
-            height=settings["height"],
-            width=settings["width"],
-            num_frames=num_frames,
-            output_type="pt",
-            callback_on_step_end_tensor_inputs=[],
-        )
-    return num_frames
 
 
 def pipeline_prompt(prompt: Prompt, settings: dict[str, Any]) -> str:
@@ -245,10 +229,11 @@ def stream_to_files(
     on_block: Callable[[torch.Tensor], None],
 ):
     """Writes the videos of a batch block by block. `on_block` gets the frames `(B, F, 3, H, W)` in [0, 1], float32."""
+    height, width = settings["height"], settings["width"]
     stream = pipe.stream(
         [pipeline_prompt(job.prompt, settings) for job in batch],
-        settings["height"],
-        settings["width"],
+        height,
+        width,
         batch[0].num_frames,
         settings["sigmas"],
         generator=[job.generator(settings["seed"]) for job in batch],
@@ -262,9 +247,7 @@ def stream_to_files(
             for frames in stream:
                 # Not before there are frames: an encoder that gets none complains.
                 writers = writers or [
-                    stack.enter_context(
-                        VideoWriter(folder / job.file, settings["height"], settings["width"], settings["fps"])
-                    )
+                    stack.enter_context(VideoWriter(folder / job.file, height, width, settings["fps"]))
                     for job in batch
                 ]
                 frames = frames.float()

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.kv_cache_shared_past import SharedPastKVCache
 from ..models.vae_streaming import StreamingVAEDecoder
 from .call import Call
-from .noise import draw_noise
 from .reencoded_context import ReencodedContext
+
+
+# A seed means another video in another layout.
+NOISE_LAYOUT = "BFCHW"
+
+
+def draw_noise(
+    shape: tuple[int, int, int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """
+    Standard normal noise of `shape` `(B, C, F, h, w)`, float32, as the published samplers draw it, so that their seeds
+    give their videos.
+
+    Self-Forcing, Causal-Forcing, LongLive and Krea's server have the frames before the channels in memory. Rounded to
+    `dtype`, the model's: on CUDA a bfloat16 draw, which theirs are, is the rounded float32 draw.
+    """
+    batch_size, channels, num_frames, height, width = shape
+    layout = (batch_size, num_frames, channels, height, width)
+    noise = randn_tensor(layout, generator=generator, device=device, dtype=torch.float32)
+    return noise.to(dtype).float().transpose(1, 2).contiguous()
 
 
 @dataclass
 class Sampling:
-    """What is the same for all blocks of a call.
+    """What is the same for all blocks of a call."""
 
-    `sigmas` and `first_block_sigmas` are noise levels before the shift, the latter of the first block that is
-    generated, and of the first after a cut; `max_frames` is the longest video in latent frames, `None` if it has no
-    end; `decode`: whether pixels are wanted; `call`: where it is.
-    """
-
-    sigmas: list[float]
-    first_block_sigmas: list[float]
-    max_frames: int | None
-    decode: bool
+    sigmas: list[float]  # before the shift
+    first_block_sigmas: list[float]  # of the first block that is generated, and of the first after a cut
+    max_frames: int | None  # latent frames of the longest video; `None` if it has no end
+    decode: bool  # whether pixels are wanted
     attention_kwargs: dict[str, Any] | None = None
     callback_on_step_end: Callable | None = None
-    callback_on_step_end_tensor_inputs: list[str] = field(default_factory=lambda: ["latents"])
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     call: Call = field(default_factory=Call)
 
 
@@ -95,13 +113,9 @@ class BlockGenerator:
         other.history = None if self.history is None else self.history[rows]
         return other
 
-    def fork(self, num_videos: int, prompt_embeds: torch.Tensor) -> BlockGenerator:
+    def share_past(self, num_videos: int, prompt_embeds: torch.Tensor) -> BlockGenerator:
         """A generator of `num_videos` continuations of this one's single video, which share its cache. Only latents:
-        nothing is decoded, and `remember` has to have been called.
-
-        Args:
-            prompt_embeds: `(num_videos, L, D)`.
-        """
+        nothing is decoded, and `remember` has to have been called. `prompt_embeds` are `(num_videos, L, D)`."""
         other = copy.copy(self)
         other.videos = list(range(num_videos))
         other.prompt_embeds = prompt_embeds
@@ -124,10 +138,7 @@ class BlockGenerator:
         )[0]
 
     def remember(self):
-        """Bring the cache up to the last block.
-
-        A context that is encoded anew enters it in blocks of the model's size, each of which sees those before it.
-        """
+        """Bring the cache up to the last block. A context that is encoded anew enters it block by block."""
         if self.last is None:
             return
         latents, frames, prompt_embeds = self.last
@@ -163,12 +174,7 @@ class BlockGenerator:
         original: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """
-        The next block, clean latents `(B, C, n, h, w)`.
-
-        Args:
-            noise: `(B, C, n, h, w)` float32.
-            original: clean latents that the block starts from, with noise, instead of from noise alone.
+        """The next block, clean latents, of noise `(B, C, n, h, w)` float32, or of `original` latents with that noise.
 
         Raises:
             FloatingPointError: the block has NaN or infinite values.

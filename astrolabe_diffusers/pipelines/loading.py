@@ -25,8 +25,9 @@ from .pipeline_causal_wan import CausalWanPipeline
 # A value in a config of the user's that no code expects fails wherever it is used first.
 LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
+
 def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
-    """The pipeline of a folder or Hub repository; `kwargs` of `from_pretrained`.
+    """The pipeline of a folder or Hub repository, without a bar of its own; `kwargs` of `from_pretrained`.
 
     Raises:
         UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded whole.
@@ -40,6 +41,7 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
             )
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)
         pipeline.check_components()
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
@@ -59,13 +61,11 @@ def no_missing_tensors() -> Iterator[None]:
 
     def take(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if "newly initialized" not in text:
-            return True
-        # A list in Python, or a table.
-        missing.extend(
-            list_item or row for list_item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M)
-        )
-        return False
+        is_about_missing = "newly initialized" in text
+        if is_about_missing:
+            # A list in Python, or a table.
+            missing.extend(item or row for item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M))
+        return not is_about_missing
 
     loggers = [logging.getLogger(name) for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils")]
     for logger in loggers:
@@ -123,11 +123,14 @@ def video_size(
 ) -> dict[str, int]:
     """`height`, `width` and `num_frames`, checked by the pipeline and rounded to whole blocks; its own where not
     given."""
-    given = {"height": height, "width": width, "num_frames": num_frames}
-    size = {name: value or pipeline.config[name] for name, value in given.items()}
     with as_user_error("video size"):
-        size["num_frames"] = pipeline.round_num_frames(size["num_frames"])
-        pipeline.check_inputs(
-            prompt="", prompt_embeds=None, output_type="latent", callback_on_step_end_tensor_inputs=[], **size
-        )
+        return checked_size(pipeline, "", height, width, num_frames)
+
+
+def checked_size(
+    pipeline: CausalWanPipeline, prompt: str, height: int | None, width: int | None, num_frames: int | None
+) -> dict[str, int]:
+    size = {"height": height or pipeline.config.height, "width": width or pipeline.config.width}
+    size["num_frames"] = pipeline.round_num_frames(num_frames or pipeline.default_num_frames(prompt))
+    pipeline.check_inputs(prompt, **size)
     return size

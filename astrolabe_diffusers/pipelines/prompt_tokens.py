@@ -1,40 +1,29 @@
-"""Prompts as tokens, and what cannot be a prompt."""
+"""Prompts as tokens."""
 
 from __future__ import annotations
 
+import logging
 import threading
+from functools import lru_cache
 from numbers import Integral
 
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from .warn_once import warn_once
+from .scene_prompt import check_text
 
 
+logger = logging.getLogger(__name__)
 # What UMT5 and the Wan models were trained with. Longer ones are made by nobody, and the padding costs memory.
 MAX_SEQUENCE_LENGTH = 512
-# 512 tokens are about 2500; a text may have many scenes. What is far beyond is a file passed for a prompt.
-MAX_CHARACTERS = 100_000
 # Tokenizers keep padding and truncation in themselves: two threads at once end in "Already borrowed".
 _TOKENIZING = threading.Lock()
 
 
-def check_text(text: str):
-    """
-    Raises:
-        ValueError: it is no text, or longer than `MAX_CHARACTERS`.
-    """
-    if not isinstance(text, str):
-        raise ValueError(f"a prompt has to be a `str`, and {text!r} is no text.")
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"a prompt of {len(text)} characters: at most {MAX_CHARACTERS}; is it a file's content?")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"prompt, character {error.start + 1}: half of a surrogate pair, which is no character; were its bytes in "
-            "UTF-8?"
-        ) from None
+@lru_cache(maxsize=1024)
+def warn_once(message: str):
+    """For what a user gave, which is often given many times."""
+    logger.warning(message)
 
 
 def check_sequence_length(length: int):
@@ -43,7 +32,13 @@ def check_sequence_length(length: int):
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> BatchEncoding:
-    """`input_ids` and `attention_mask` `(len(texts), length)`. Warns of each text that is cut."""
+    """`input_ids` and `attention_mask` `(len(texts), length)`. Warns of each text that is cut.
+
+    Raises:
+        ValueError: one of them is no text.
+    """
+    for text in texts:
+        check_text(text)
     texts = [prompt_clean(text) for text in texts]
     with _TOKENIZING:
         tokens = tokenizer(
@@ -51,7 +46,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) 
             padding="max_length",
             max_length=length,
             truncation=True,
-            add_special_tokens=True,
             return_attention_mask=True,
             return_tensors="pt",
         )

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 DEFAULT_SECONDS = 10.5
 # A day; what has no end is a stream with `num_frames=math.inf`.
 MAX_SECONDS = 86400
+# 512 tokens are about 2500; a text may have many scenes. What is far beyond is a file passed for a prompt.
+MAX_CHARACTERS = 100_000
 
 _PIECE = re.compile(r"\\([\\|\[\]])|(\||\[)|([^\\|\[]+|.)", re.DOTALL)
 _DURATION = re.compile(r"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#?)\s*\]\s*(?=\||$)")
@@ -28,11 +30,27 @@ class Scene:
     cut: bool = False
 
 
+def check_text(text: str):
+    """Raises a `ValueError` if a prompt is no text, or longer than `MAX_CHARACTERS`."""
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt has to be a `str`, and {text!r} is no text.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"a prompt of {len(text)} characters: at most {MAX_CHARACTERS}; is it a file's content?")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt, character {error.start + 1}: half of a surrogate pair, which is no character; were its bytes in "
+            "UTF-8?"
+        ) from None
+
+
 def parse_scenes(prompt: str) -> list[Scene]:
     """
     Raises:
-        ValueError: a scene without text or a bracket that is no duration; the message says at which character.
+        ValueError: no text, a scene without text or a bracket that is no duration; it says at which character.
     """
+    check_text(prompt)
     scenes: list[Scene] = []
     text, seconds, cut, next_cut = "", None, False, False
     start = position = 0
@@ -87,13 +105,9 @@ class PlannedScene:
 def plan_scenes(
     scenes: list[Scene], seconds_per_block: float, num_blocks: int | None = None
 ) -> tuple[list[PlannedScene], int]:
-    """
-    When each scene begins, and the number of blocks of the video.
+    """When each scene begins, and the number of blocks of the video.
 
-    Args:
-        seconds_per_block: of the model.
-        num_blocks: length of the video, if it is given; then the last scene is cut or stretched. By default the sum of
-            the scenes, each a whole number of blocks, at least one.
+    Each scene is a whole number of blocks, at least one. With `num_blocks` of a video the last is cut or stretched.
     """
     planned, start = [], 0
     for scene in scenes:

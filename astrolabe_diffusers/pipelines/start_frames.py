@@ -1,4 +1,4 @@
-"""Pictures that a user gives a video to start from."""
+"""Pictures that a user gives a video to start from, at the size that the published models were trained with."""
 
 from __future__ import annotations
 
@@ -9,55 +9,47 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.image_processor import PipelineImageInput
+from diffusers.video_processor import VideoProcessor
 
 from ..models.vae_streaming import encode_video
 
 
-@dataclass(frozen=True)
-class StartLatents:
-    """Clean latents `(B, C, f, h, w)`: of the first frames, or what every block starts from, with noise."""
+class BilinearVideoProcessor(VideoProcessor):
+    """
+    Resizes by antialiased bilinear interpolation, as torchvision's `Resize` does in Causal-Forcing's and
+    Self-Forcing's image-to-video; diffusers takes Lanczos for pictures and the nearest pixel for arrays.
+    """
 
-    given: torch.Tensor | None = None
-    original: torch.Tensor | None = None
+    def __init__(self, vae_scale_factor: int):
+        super().__init__(vae_scale_factor=vae_scale_factor, resample="bilinear", do_convert_rgb=True)
 
-    @property
-    def num_given(self) -> int:
-        return 0 if self.given is None else self.given.shape[2]
+    def resize(self, image, height: int, width: int, resize_mode: str = "default"):
+        """As the parent's; tensors are `(N, C, H, W)`."""
+        if not isinstance(image, torch.Tensor):
+            return super().resize(image, height, width, resize_mode)
+        return torch.nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True)
 class StartFrames:
-    """
-    `image=`, `video=` and `strength=` of a call, checked.
+    """`image=`, `video=` and `strength=` of a call, checked; without a strength they are the video's first frames."""
 
-    Args:
-        frames: `(N, 3, F, H, W)` in [-1, 1], or latents `(N, C, f, h, w)`.
-        num_frames: how many frames they are.
-        strength: noise in (0, 1] that every block of them gets; `None` if they are the video's first.
-    """
-
-    frames: torch.Tensor
+    frames: torch.Tensor  # (N, 3, F, H, W) in [-1, 1], or latents (N, C, f, h, w)
     num_frames: int
     strength: float | None = None
 
     def encode(
         self, vae: AutoencoderKLWan, device: torch.device, batch_size: int, num_videos_per_prompt: int
-    ) -> StartLatents:
-        """Normalised latents of every video, float32.
-
-        Raises:
-            ValueError: they are neither one for all videos nor one a prompt.
-        """
+    ) -> torch.Tensor:
+        """Normalised latents of every video, float32; a `ValueError` if it is neither one for all nor one a prompt."""
         latents = self.frames.to(device)
         if latents.shape[1] != vae.config.z_dim:
             latents = encode_video(vae, latents)
         if len(latents) == 1:
-            latents = latents.expand(batch_size, -1, -1, -1, -1)
-        elif len(latents) * num_videos_per_prompt == batch_size:
-            latents = latents.repeat_interleave(num_videos_per_prompt, dim=0)
-        else:
+            return latents.expand(batch_size, -1, -1, -1, -1)
+        if len(latents) * num_videos_per_prompt != batch_size:
             raise ValueError(f"{len(latents)} images or videos to start from: pass one, or one a prompt.")
-        return StartLatents(given=latents) if self.strength is None else StartLatents(original=latents)
+        return latents.repeat_interleave(num_videos_per_prompt, dim=0)
 
 
 def read_start(
@@ -70,7 +62,7 @@ def read_start(
     """What a call of the pipeline starts from, if it is given anything; `size` are height and width in pixels.
 
     Raises:
-        ValueError: both, or a strength without a video; no whole number of blocks; or no frames, see [`unit_range`].
+        ValueError: both, a strength without a video, no whole number of blocks, or no frames in [0, 1].
     """
     if image is not None and video is not None:
         raise ValueError("Provide either `image` or `video`, and not both.")
@@ -119,11 +111,7 @@ def _three_channels(frames: torch.Tensor, name: str) -> torch.Tensor:
 
 def unit_range(frames: PIL.Image.Image | np.ndarray | torch.Tensor | list, name: str):
     """The same frames for diffusers' `VideoProcessor`, which takes arrays and tensors as they are: eight bits become
-    floats in [0, 1], others are checked. Lists may be nested.
-
-    Raises:
-        ValueError: of another type or an empty list, or floats that are not finite or outside of [0, 1].
-    """
+    floats in [0, 1], others are checked. Lists may be nested."""
     if isinstance(frames, (list, tuple)) and len(frames):
         return [unit_range(frame, name) for frame in frames]
     if isinstance(frames, PIL.Image.Image):

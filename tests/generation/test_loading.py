@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.generation.loading import find_lora, load_loras, load_pipeline, weights_digest
+from astrolabe_diffusers.generation.loading import find_lora, load_loras, weights_digest
+from astrolabe_diffusers.pipelines.loading import load_from
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import policy_pipeline
@@ -73,7 +74,7 @@ def test_another_pipeline_is_refused(tmp_path):
     )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a DDPMPipeline, not a CausalWanPipeline"):
-        load_pipeline(str(tmp_path), torch.float32)
+        load_from(str(tmp_path), dtype=torch.float32)
 
 
 CODE = "import os\n\nos.mknod({mark!r})\nfrom diffusers import DiffusionPipeline as Own, ModelMixin as OwnModel\n"
@@ -95,7 +96,7 @@ def test_code_in_a_folder_is_not_run(tmp_path, monkeypatch, change, file):
     (folder / file).write_text(CODE.format(mark=str(mark)))
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match="cannot load") as error:
-        load_pipeline(str(folder), torch.float32)
+        load_from(str(folder), dtype=torch.float32)
     assert "\n" not in str(error.value) and not mark.exists()
 
 
