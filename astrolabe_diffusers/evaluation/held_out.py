@@ -64,13 +64,12 @@ class HeldOut:
         """Generate and score them with the active policy; every process calls it.
 
         Args:
-            step: of the run, for the evaluation.
+            step: of the run.
             video_dir: folder for the kept ones as MP4.
             on_batch: called after each batch that is sampled, with their number so far and in all, in this process.
 
         Returns:
-            The evaluation, in every process, and by index those kept videos `(F, 3, H, W)` in [0, 1] that were made
-            here.
+            The evaluation, and by index those kept videos `(F, 3, H, W)` in [0, 1] that were made in this process.
         """
         batches = self.batches()
         keep = {sample.key: i for i, sample in enumerate(self.shown)}
@@ -87,11 +86,8 @@ class HeldOut:
         return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
 
     def generate_columns(self, policies: dict[str, AbstractContextManager]) -> dict[str, list[torch.Tensor]]:
-        """The kept videos `(F, 3, H, W)` in [0, 1] under several policies, by their headings.
-
-        Args:
-            policies: by its heading, the context in which the pipeline has a policy.
-        """
+        """The kept videos `(F, 3, H, W)` in [0, 1] under several policies, each the context in which the pipeline has
+        it, by their headings."""
         columns, sampler = {}, Sampler(self.rollout.pipeline, self.size)
         for name, policy in policies.items():
             with policy:

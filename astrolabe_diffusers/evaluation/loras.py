@@ -31,19 +31,14 @@ from .results import column, column_table, is_result, write_results
 
 @contextmanager
 def use_lora(pipeline: DiffusionPipeline, lora: str | None, weight: float = 1.0) -> Iterator[None]:
-    """The pipeline with this LoRA alone, or with none; afterwards it is as it was before.
-
-    Raises:
-        UserError: there is no such LoRA, or it is another model's.
-    """
-    if lora is None:
-        yield
-        return
-    load_loras(pipeline, {lora: weight})
+    """The pipeline with this LoRA alone, or with none; afterwards it is as it was before."""
+    if lora is not None:
+        load_loras(pipeline, {lora: weight})
     try:
         yield
     finally:
-        pipeline.unload_lora_weights()
+        if lora is not None:
+            pipeline.unload_lora_weights()
 
 
 def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
@@ -91,7 +86,10 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         if is_main:
             files = write_results(results, Path(config.output_dir))
             if held_out.shown:
-                files += write_side_by_side(config, held_out)
+                pipeline, path = held_out.rollout.pipeline, Path(config.output_dir) / "side_by_side"
+                loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
+                prompts = [sample.prompt.text for sample in held_out.shown]
+                files += write_columns(held_out.generate_columns(loras), prompts, path, pipeline.config.frame_rate)
             print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -159,23 +157,10 @@ def evaluate_columns(config: LoraEvaluationConfig, held_out: HeldOut, is_main: b
     return evaluations
 
 
-def write_side_by_side(config: LoraEvaluationConfig, held_out: HeldOut) -> list[str]:
-    """Writes the kept videos of all columns beside each other; returns the paths."""
-    pipeline = held_out.rollout.pipeline
-    loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
-    prompts = [sample.prompt.text for sample in held_out.shown]
-    path = Path(config.output_dir) / "side_by_side"
-    return write_columns(held_out.generate_columns(loras), prompts, path, pipeline.config.frame_rate)
-
-
 @contextmanager
 def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> Iterator[RunFolder]:
-    """As a context, the locked folder of an evaluation with these columns. What an evaluation wrote there may be
-    written over.
-
-    Raises:
-        UserError: a run is writing to it, or it has files of others that would be written over without `overwrite`.
-    """
+    """As a context, the locked folder of an evaluation with these columns. Files of others that it would write over
+    are refused without `overwrite`."""
     files = ("results.json", "table.md", "scores.png", "side_by_side.mp4", "side_by_side.png", "side_by_side.gif")
     files = (*files, *(f"videos/{name}/*.mp4" for name in columns))
     with RunFolder(path, "evaluation", files) as folder:

@@ -23,25 +23,28 @@ def is_result(path: Path, *names: str) -> bool:
 
 def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
+    rows = comparison_rows(base, evaluation)
     return {
         "scores": evaluation.scores,
         "mean": {score: evaluation.mean(score) for score in evaluation.scores},
-        "change": {
-            score: {"change": change, "half_width_95": half}
-            for score, _, _, change, half in comparison_rows(base, evaluation)
-        },
+        "change": {score: {"change": change, "half_width_95": half} for score, _, _, change, half in rows},
     }
 
 
 def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
     """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
-    files = [output_dir / name for name in ("results.json", "table.md", "scores.png")]
+    files, columns = [output_dir / name for name in ("results.json", "table.md", "scores.png")], results["columns"]
     with replacing(files[0]) as partial:
         partial.write_text(json.dumps(results, indent=2))
     with replacing(files[1]) as partial:
-        partial.write_text(column_table(results["columns"]) + "\n")
+        partial.write_text(column_table(columns) + "\n")
+    # The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
+    means = {
+        score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
+        for score in columns[BASE]["mean"]
+    }
     with replacing(files[2]) as partial:
-        draw_columns(results["columns"], partial)
+        draw_means(means, list(columns), partial, title="means, with the 95 % interval of the change from base")
     return files
 
 
@@ -57,15 +60,3 @@ def column_table(columns: dict[str, dict[str, Any]]) -> str:
             cells += [f"{column['mean'][score]:.4f}", change_text(change["change"], change["half_width_95"])]
         rows.append(cells)
     return markdown_table(rows)
-
-
-def draw_columns(columns: dict[str, dict[str, Any]], path: Path):
-    """Chart of the `columns` that [`evaluate_loras`] returns.
-
-    The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
-    """
-    means = {
-        score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
-        for score in columns[BASE]["mean"]
-    }
-    draw_means(means, list(columns), path, title="means, with the 95 % interval of the change from base")
