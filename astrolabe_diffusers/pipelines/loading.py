@@ -83,16 +83,15 @@ def no_missing_tensors() -> Iterator[None]:
 def no_loading_bars() -> Iterator[None]:
     """Loading takes its time in silence: the bars would stand before an error's one line, and in every log file. Those
     of downloads stay."""
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    enabled = [library.is_progress_bar_enabled() for library in loggers]
-    for library in loggers:
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    enabled = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in enabled:
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, was_enabled in zip(loggers, enabled):
-            if was_enabled:
-                library.enable_progress_bar()
+        for library in enabled:
+            library.enable_progress_bar()
 
 
 def frame_rate(model: str, revision: str | None = None) -> float:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Integral, Real
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -165,19 +166,9 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
     # or else to the one that made the latest block.
-
-    @property
-    def num_timesteps(self) -> int | None:
-        return self._calls.current.num_timesteps
-
-    @property
-    def current_block(self) -> int | None:
-        """Index of the block being generated."""
-        return self._calls.current.block
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        return self._calls.current.timestep
+    num_timesteps = property(attrgetter("_calls.current.num_timesteps"))
+    current_block = property(attrgetter("_calls.current.block"), doc="Index of the block being generated.")
+    current_timestep = property(attrgetter("_calls.current.timestep"))
 
     @property
     def interrupt(self) -> bool:
@@ -535,7 +526,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         longest = 0
         for scenes in videos:
             plan, _ = plan_scenes(scenes, self._seconds_per_block, num_blocks)
-            cuts = [0, *(scene.start for scene in plan if scene.cut), num_blocks]
+            cuts = [0, *(block for block, scene in plan.items() if scene.cut), num_blocks]
             longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
         return longest
 
@@ -565,10 +556,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     ) -> list[list[EncodedScene]]:
         """The scenes of every video, from block `start` on. Each text is encoded once."""
         plans = [plan_scenes(scenes, self._seconds_per_block, num_blocks)[0] for scenes in videos]
-        texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan))
+        texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan.values()))
         embeds = dict(zip(texts, self.encode_prompt(texts, max_sequence_length=max_sequence_length)))
         return [
-            [EncodedScene(embeds[scene.text], start + scene.start, scene.cut) for scene in plan]
+            [EncodedScene(embeds[scene.text], start + block, scene.cut) for block, scene in plan.items()]
             for plan in plans
             for _ in range(num_videos_per_prompt)
         ]

@@ -93,27 +93,18 @@ def _error(prompt: str, position: int, message: str) -> ValueError:
     return ValueError(f"prompt, character {position + 1}: {message}: {place!r}")
 
 
-@dataclass(frozen=True)
-class PlannedScene:
-    """A scene from block `start` of a video on."""
-
-    text: str
-    start: int
-    cut: bool = False
-
-
 def plan_scenes(
     scenes: list[Scene], seconds_per_block: float, num_blocks: int | None = None
-) -> tuple[list[PlannedScene], int]:
-    """When each scene begins, and the number of blocks of the video.
+) -> tuple[dict[int, Scene], int]:
+    """The scenes by the block with which each begins, and the number of blocks of the video.
 
     Each scene is a whole number of blocks, at least one. With `num_blocks` of a video the last is cut or stretched.
     """
-    planned, start = [], 0
+    planned, start = {}, 0
     for scene in scenes:
-        planned.append(PlannedScene(scene.text, start, scene.cut))
+        planned[start] = scene
         # Whole blocks, rounded down; the quotient of decimal fractions may lie just below a whole number.
         start += max(1, int((scene.seconds or DEFAULT_SECONDS) / seconds_per_block + 1e-9))
     if num_blocks is None:
         return planned, start
-    return [scene for scene in planned if scene.start < num_blocks], num_blocks
+    return {start: scene for start, scene in planned.items() if start < num_blocks}, num_blocks

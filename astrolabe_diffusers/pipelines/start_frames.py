@@ -79,10 +79,10 @@ def read_start(
                 f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of {first} frames, "
                 "or use a model with blocks of one."
             )
-        pictures = processor.preprocess(unit_range(image, "image"), *size)
-        return StartFrames(_three_channels(pictures[:, :, None], "image"), 1)
+        frames = _three_channels(processor.preprocess(unit_range(image, "image"), *size)[:, :, None], "image")
+        num_frames = 1
     # Latents have more channels than a picture, and no whole number of blocks has that many frames.
-    if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim:
+    elif isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim:
         frames, num_frames = video.float(), 1 + scale * (video.shape[2] - 1)
         h, w = (length // vae.scale_factor_spatial for length in size)
         if frames.shape[3:] != (h, w) or not frames.isfinite().all():
