@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,14 @@ from tqdm.auto import tqdm
 
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.agreement import Resources, raise_together
-from ..files.output_folder import RunFolder
+from ..files.output_folder import RunFolder, is_result
+from ..files.writing import replacing
 from ..generation.loading import load_loras
 from ..pipelines.loading import frame_rate, load_frozen_pipeline, video_size
-from ..reporting.comparison import Evaluation
+from ..reporting.charts import draw_means
+from ..reporting.comparison import Evaluation, comparison_rows
 from ..reporting.machine import versions
+from ..reporting.tables import change_text, markdown_table
 from ..reporting.videos import write_columns
 from ..rollout.prompts import PromptSource, prompt_path, spread
 from ..rollout.samples import eval_samples
@@ -26,7 +30,6 @@ from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
 from .config import BASE, LoraEvaluationConfig
 from .held_out import HeldOut
-from .results import column, column_table, is_result, write_results
 
 
 @contextmanager
@@ -168,3 +171,44 @@ def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> It
         if not (overwrite or folder.has_begun() or ours):
             folder.refuse_files_of_others("--overwrite true")
         yield folder
+
+
+def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
+    rows = comparison_rows(base, evaluation)
+    return {
+        "scores": evaluation.scores,
+        "mean": {score: evaluation.mean(score) for score in evaluation.scores},
+        "change": {score: {"change": change, "half_width_95": half} for score, _, _, change, half in rows},
+    }
+
+
+def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
+    """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
+    files, columns = [output_dir / name for name in ("results.json", "table.md", "scores.png")], results["columns"]
+    with replacing(files[0]) as partial:
+        partial.write_text(json.dumps(results, indent=2))
+    with replacing(files[1]) as partial:
+        partial.write_text(column_table(columns) + "\n")
+    # The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
+    means = {
+        score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
+        for score in columns[BASE]["mean"]
+    }
+    with replacing(files[2]) as partial:
+        draw_means(means, list(columns), partial, title="means, with the 95 % interval of the change from base")
+    return files
+
+
+def column_table(columns: dict[str, dict[str, Any]]) -> str:
+    """Markdown table of the `columns` that [`evaluate_loras`] returns: a row a score, and behind every LoRA its change
+    from the base."""
+    (base_name, base), *loras = columns.items()
+    rows = [["", base_name, *(heading for name, _ in loras for heading in (name, "change (95 % interval)"))]]
+    for score, mean in base["mean"].items():
+        cells = [score, f"{mean:.4f}"]
+        for _, column in loras:
+            change = column["change"][score]
+            cells += [f"{column['mean'][score]:.4f}", change_text(change["change"], change["half_width_95"])]
+        rows.append(cells)
+    return markdown_table(rows)

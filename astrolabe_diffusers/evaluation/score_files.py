@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, as_user_error, one_line, summarize_exception
+from ..files.output_folder import is_result
 from ..files.writing import replacing
 from ..generation.manifest import Manifest
 from ..reporting.tables import markdown_table
@@ -22,7 +23,6 @@ from ..rewards import RewardError, RewardPlaceError, RewardSet
 from ..rollout.reward_thread import RewardThread
 from ..shareable import shareable, shareable_value
 from .config import ScoreConfig
-from .results import is_result
 
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")

@@ -55,7 +55,7 @@ def place_pipeline(
     vae_tiling: bool = False,
     attention_backend: str | None = None,
 ):
-    """Puts the pipeline on its device, of which `offload` (models, or groups of layers) leaves while it is not used."""
+    """Puts the pipeline on its device; with `offload`, models or groups of layers while they are used."""
     device = torch.device(device)
     if offload != "none" and device.type == "cpu":
         raise UserError(f"offload={offload} needs a GPU: on a CPU it can only be none.")

@@ -1,25 +1,76 @@
-"""What is in an output folder: a line of JSON for every complete video."""
+"""Which videos are to be made, and which are in the output folder: a line of JSON for every complete one."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from filelock import FileLock
 
 from ..errors import UserError
 from ..files.output_folder import set_aside
 from ..files.text import parse_json
 from ..files.writing import PARTIAL, replacing, writing
-from .jobs import VideoJob
+from ..rollout.prompts import Prompt
+from ..rollout.seeds import seeded_generator
 
 
+# What is far beyond is a slip, and would fill the memory with its list.
+MAX_JOBS = 1_000_000
 # What every entry has. Those of other tools, which only the scoring of videos reads, may have the first two alone.
 TYPES = {"file": str, "prompt": str, "prompt_index": int, "video_number": int, "bytes": int}
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One video to make: number `video_number` of prompt number `prompt_index`, both counted from 0."""
+
+    prompt: Prompt
+    prompt_index: int
+    video_number: int
+    num_frames: int
+
+    FILE: ClassVar[str] = r"\d{5,}-\d+-.*\.mp4"  # the names below
+
+    @property
+    def file(self) -> str:
+        """Its name in the output folder: both numbers and the beginning of the prompt."""
+        slug = re.sub(r"\W+", "-", self.prompt.text.lower())[:40].strip("-")
+        return f"{self.prompt_index:05d}-{self.video_number}-{slug}.mp4"
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The source of all its random numbers, on the CPU: they depend on no other job and on no device."""
+        return seeded_generator("video", seed, self.prompt_index, self.video_number)
+
+
+def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[VideoJob]:
+    """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos. At most `MAX_JOBS`."""
+    if len(prompts) * num_videos_per_prompt > MAX_JOBS:
+        raise UserError(
+            f"{len(prompts)} prompts x num_videos_per_prompt={num_videos_per_prompt} are more than {MAX_JOBS} videos: "
+            "split the prompts over several folders."
+        )
+    return [
+        VideoJob(prompt, index, number, length)
+        for index, (prompt, length) in enumerate(zip(prompts, num_frames))
+        for number in range(num_videos_per_prompt)
+    ]
+
+
+def batches(jobs: Sequence[VideoJob], batch_size: int) -> Iterator[list[VideoJob]]:
+    """Batches of at most `batch_size` jobs with equal numbers of frames, the shortest first."""
+    length = attrgetter("num_frames")
+    for _, group in groupby(sorted(jobs, key=length), key=length):
+        equal = list(group)
+        yield from (equal[start : start + batch_size] for start in range(0, len(equal), batch_size))
 
 
 class Manifest:
@@ -118,4 +169,5 @@ def describe(job: VideoJob) -> dict[str, Any]:
         "prompt_index": job.prompt_index,
         "video_number": job.video_number,
         "num_frames": job.num_frames,
+        "file": job.file,
     }

@@ -22,7 +22,7 @@ from ..errors import UserError, as_user_error, one_line
 from ..files.output_folder import RunFolder
 from ..files.video import VideoWriter
 from ..pipelines.block_generation import NOISE_LAYOUT
-from ..pipelines.loading import checked_size, frame_rate, load_from
+from ..pipelines.loading import frame_rate, load_from, video_size
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.scene_prompt import escape_scenes
@@ -30,9 +30,8 @@ from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
 from .config import GenerationConfig
-from .jobs import VideoJob, batches, make_jobs
 from .loading import load_loras, place_pipeline, weights_digest
-from .manifest import Manifest, describe
+from .manifest import Manifest, VideoJob, batches, describe, make_jobs
 
 
 def generate_videos(config: GenerationConfig):
@@ -49,64 +48,58 @@ def generate_videos(config: GenerationConfig):
     """
     accelerator = make_accelerator()
     with Resources() as resources:
-        _generate_videos(config, accelerator, resources)
+        manifest = Manifest(Path(config.output_dir))
+        with raise_together():
+            if accelerator.is_main_process:
+                resources.enter_context(RunFolder(config.output_dir, "generation"))
+        if config.max_sequence_length is not None:
+            with as_user_error("settings"):
+                check_sequence_length(config.max_sequence_length)
+        prompts = [Prompt(config.prompt)]
+        if config.prompts:
+            prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)
+        rewards = None
+        if config.rewards:
+            fps = config.fps or frame_rate(config.model, config.revision)
+            rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
+        dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
+        pipe = load_from(config.model, config.revision, variant=config.variant, dtype=getattr(torch, dtype))
+        if config.lora:
+            load_loras(pipe, config.lora)
+        settings = video_settings(config, pipe, dtype)
+        lengths = []
+        for index, prompt in enumerate(prompts):
+            # What the pipeline would refuse is refused before the first video is made.
+            text, size = pipeline_prompt(prompt, settings), (config.height, config.width, config.num_frames)
+            lengths.append(video_size(pipe, *size, text, f"prompt {index}")["num_frames"])
+        jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
+        place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
-
-def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resources: Resources):
-    manifest = Manifest(Path(config.output_dir))
-    with raise_together():
+        worker = pending = None
+        if rewards:
+            worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
+        with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
+            if accelerator.is_main_process:
+                pending = manifest.start(jobs, settings, config.rewards)
         if accelerator.is_main_process:
-            resources.enter_context(RunFolder(config.output_dir, "generation"))
-    if config.max_sequence_length is not None:
-        with as_user_error("settings"):
-            check_sequence_length(config.max_sequence_length)
-    prompts = [Prompt(config.prompt)]
-    if config.prompts:
-        prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)
-    rewards = None
-    if config.rewards:
-        fps = config.fps or frame_rate(config.model, config.revision)
-        rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
-    dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
-    pipe = load_from(config.model, config.revision, variant=config.variant, dtype=getattr(torch, dtype))
-    if config.lora:
-        load_loras(pipe, config.lora)
-    settings = video_settings(config, pipe, dtype)
-    lengths = []
-    for index, prompt in enumerate(prompts):
-        # What the pipeline would refuse is refused before the first video is made.
-        with as_user_error(f"prompt {index}"):
-            text = pipeline_prompt(prompt, settings)
-            size = checked_size(pipe, text, config.height, config.width, config.num_frames)
-        lengths.append(size["num_frames"])
-    jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
-    place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
-
-    worker = pending = None
-    if rewards:
-        worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
-    with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
+            print(
+                f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, "
+                f"{dtype}; processes: {accelerator.num_processes} on {accelerator.device.type}; "
+                f"videos to make: {len(pending)} of {len(jobs)}"
+            )
+        (pending,) = broadcast_object_list([pending])
+        started = time.perf_counter()
+        error = None
+        try:
+            run_jobs(pipe, pending, settings, manifest, worker, config.batch_size, accelerator)
+        except UserError as failure:
+            error = str(failure)
+        errors = [error for error in gather_object([error]) if error]
         if accelerator.is_main_process:
-            pending = manifest.start(jobs, settings, config.rewards)
-    if accelerator.is_main_process:
-        print(
-            f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, {dtype}; "
-            f"processes: {accelerator.num_processes} on {accelerator.device.type}; "
-            f"videos to make: {len(pending)} of {len(jobs)}"
-        )
-    (pending,) = broadcast_object_list([pending])
-    started = time.perf_counter()
-    error = None
-    try:
-        run_jobs(pipe, pending, settings, manifest, worker, config.batch_size, accelerator)
-    except UserError as failure:
-        error = str(failure)
-    errors = [error for error in gather_object([error]) if error]
-    if accelerator.is_main_process:
-        report(manifest, jobs, pending, config.rewards, time.perf_counter() - started)
-    accelerator.end_training()
-    if errors:
-        raise UserError(errors[0])
+            report(manifest, jobs, pending, config.rewards, time.perf_counter() - started)
+        accelerator.end_training()
+        if errors:
+            raise UserError(errors[0])
 
 
 def make_accelerator() -> Accelerator:
@@ -189,7 +182,6 @@ def run_jobs(
                 entry = {
                     **describe(job),
                     **settings,
-                    "file": job.file,
                     "bytes": (manifest.folder / job.file).stat().st_size,
                     "seconds": seconds,
                     "frames_per_second": job.num_frames / seconds,

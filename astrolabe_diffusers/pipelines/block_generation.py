@@ -71,18 +71,12 @@ def check_finite(block: torch.Tensor, what: str):
 
 
 class BlockGenerator:
-    """Videos that go on together, and what they remember of their past.
-
-    Args:
-        pipe: the pipeline; its components only, everything that changes is here.
-        sampling: settings.
-        videos: their indices in the batch of the call.
-    """
+    """Videos that go on together, and what they remember of their past. Of `pipe` nothing changes but this."""
 
     def __init__(self, pipe, sampling: Sampling, videos: list[int]):
         self.pipe = pipe
         self.sampling = sampling
-        self.videos = videos
+        self.videos = videos  # indices in the batch of the call
         self.prompt_embeds: torch.Tensor | None = None  # (videos, L, dim) of the current scenes
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.restart()
@@ -105,7 +99,6 @@ class BlockGenerator:
         other = copy.copy(self)
         other.videos = [self.videos[row] for row in rows]
         other.prompt_embeds = self.prompt_embeds[rows]
-        other.scheduler = copy.deepcopy(self.scheduler)
         other.kv_cache = self.kv_cache.select(rows)
         other.decoder = self.decoder.select(rows)
         other.context = self.context and self.context.select(rows)
@@ -119,7 +112,6 @@ class BlockGenerator:
         other = copy.copy(self)
         other.videos = list(range(num_videos))
         other.prompt_embeds = prompt_embeds
-        other.scheduler = copy.deepcopy(self.scheduler)
         other.kv_cache = SharedPastKVCache(self.kv_cache, num_videos, self.sampling.max_frames)
         other.history = self.history.expand(num_videos, -1, -1, -1, -1)
         return other

@@ -103,7 +103,7 @@ def frame_rate(model: str, revision: str | None = None) -> float:
 
 def load_frozen_pipeline(
     model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
-) -> DiffusionPipeline:
+) -> CausalWanPipeline:
     """The frozen pipeline of a folder or the Hub on its device; in bf16 runs all of it is bf16 but the autoencoder."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     pipeline = load_from(model, revision, variant=variant, dtype={"default": dtype, "vae": torch.float32})
@@ -118,18 +118,17 @@ def freeze_pipeline(pipeline: DiffusionPipeline, accelerator: Accelerator) -> Di
 
 
 def video_size(
-    pipeline: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
+    pipeline: CausalWanPipeline,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    prompt: str = "",
+    what: str = "video size",
 ) -> dict[str, int]:
-    """`height`, `width` and `num_frames`, checked by the pipeline and rounded to whole blocks; its own where not
-    given."""
-    with as_user_error("video size"):
-        return checked_size(pipeline, "", height, width, num_frames)
-
-
-def checked_size(
-    pipeline: CausalWanPipeline, prompt: str, height: int | None, width: int | None, num_frames: int | None
-) -> dict[str, int]:
+    """`height`, `width` and `num_frames` of a prompt's video, checked by the pipeline and rounded to whole blocks; its
+    own where not given. An error begins with `what`."""
     size = {"height": height or pipeline.config.height, "width": width or pipeline.config.width}
-    size["num_frames"] = pipeline.round_num_frames(num_frames or pipeline.default_num_frames(prompt))
-    pipeline.check_inputs(prompt, **size)
+    with as_user_error(what):
+        size["num_frames"] = pipeline.round_num_frames(num_frames or pipeline.default_num_frames(prompt))
+        pipeline.check_inputs(prompt, **size)
     return size

@@ -49,7 +49,6 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         The LoRA of a file, folder, Hub repository or dict under diffusers' names.
 
         Args:
-            weight_name: the file, where there are several.
             return_lora_metadata: also return peft's config. Without it the scales, which it has, are in B.
             use_safetensors, load_into_transformer_2: diffusers'; there is one format of a name, and one transformer.
             hub: subfolder, revision, token, cache_dir, force_download, proxies, local_files_only.
@@ -120,8 +119,8 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
 
 @contextmanager
 def without_offloading(pipeline: DiffusionPipeline | None) -> Iterator[None]:
-    """Inside, parameters are where they can be read. diffusers does so too while it loads a LoRA, but what comes after
-    would find the parameters of a pipeline that is offloaded sequentially on the meta device again."""
+    """Inside, parameters are where they can be read. diffusers does so too, but only while it loads a LoRA: what comes
+    after would find those of a pipeline that is offloaded sequentially on the meta device again."""
     is_model_offload, is_sequential_offload, is_group_offload = _func_optionally_disable_offloading(pipeline)
     try:
         yield
@@ -139,12 +138,12 @@ def without_offloading(pipeline: DiffusionPipeline | None) -> Iterator[None]:
 def check_not_fused(lora: OriginalLora, transformer: nn.Module):
     """Raise a one-line `ValueError` if the LoRA changes projections whose place a fused copy has taken."""
     for name, module in transformer.named_modules():
-        if getattr(module, "fused_projections", False):
-            if any(lora.changes(f"{name}.to_{x}.{end}") for x in "qkv" for end in ("weight", "bias")):
-                raise ValueError(
-                    "a LoRA needs Q, K and V apart, and this transformer has them fused: call its "
-                    "unfuse_qkv_projections() first."
-                )
+        parts = [f"{name}.to_{x}.{end}" for x in "qkv" for end in ("weight", "bias")]
+        if getattr(module, "fused_projections", False) and any(map(lora.changes, parts)):
+            raise ValueError(
+                "a LoRA needs Q, K and V apart, and this transformer has them fused: call its "
+                "unfuse_qkv_projections() first."
+            )
 
 
 def split_for_peft(lora: OriginalLora, transformer: nn.Module) -> tuple[OriginalLora, dict[str, torch.Tensor]]:

@@ -62,16 +62,13 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         sigmas (`list[float]`, defaults to `(1.0, 0.75, 0.5, 0.25)`):
             Noise levels of the steps before the shift; (1, .75, .5, .25) at shift 5 are t = 1000, 937.5, 833.3, 625.
         first_block_sigmas (`list[float]`, *optional*):
-            Noise levels of the first generated block, also after given frames and after a hard cut, where they are
-            others: models of one or two steps make it in four.
+            Of the first generated block and of that after a hard cut: models of one or two steps make it in four.
         num_context_frames (`int`, *optional*):
             Every block sees this many latent frames before it, encoded anew for it, in place of a cache that grows
             (Krea's server). Positions never pass the block's, so the video may go on for ever. The context
             begins with the video's first latent frame after one block and after one given and one generated; then
             with a decoded frame that is encoded by itself.
-        past_weight (`float`, defaults to 1.0):
-            Factor of the attention that a block pays to the frames before it, the first one excepted; see
-            [`CausalWanKVCache`].
+        past_weight (`float`, defaults to 1.0): see [`CausalWanKVCache`].
         max_sequence_length (`int`, defaults to 512):
             Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
@@ -215,10 +212,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             raise ValueError(f"`num_frames` must be a whole number of at least {shortest}, not {num_frames!r}.")
         rounded = self._frames_of_blocks(blocks)
         if rounded != num_frames:
-            n, scale = self.transformer.config.num_frames_per_block, self.vae.config.scale_factor_temporal
+            n, step = self.transformer.config.num_frames_per_block, self._frames_of_blocks(2) - shortest
             warn_once(
                 f"`num_frames={num_frames}` is rounded down to {rounded}: a video is whole blocks of {n} latent "
-                f"frames, {shortest} frames for the first and {n * scale} for every other."
+                f"frames, {shortest} frames for the first and {step} for every other."
             )
         return rounded
 
@@ -532,13 +529,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     @property
     def _seconds_per_block(self) -> float:
-        frames = self.vae.config.scale_factor_temporal * self.transformer.config.num_frames_per_block
-        return frames / self.config.frame_rate
+        return (self._frames_of_blocks(2) - self._frames_of_blocks(1)) / self.config.frame_rate
 
     def _frames_of_blocks(self, num_blocks: int) -> int:
-        return 1 + self.vae.config.scale_factor_temporal * (
-            num_blocks * self.transformer.config.num_frames_per_block - 1
-        )
+        num_latents = num_blocks * self.transformer.config.num_frames_per_block
+        return 1 + self.vae.config.scale_factor_temporal * (num_latents - 1)
 
     def _num_blocks(self, num_frames: float) -> int | None:
         if num_frames == math.inf:

@@ -10,14 +10,10 @@ from ..models.vae_streaming import encode_video
 
 class ReencodedContext:
     """
-    The last latent frames of a video, as the beginning of one.
+    The last `num_frames` latent frames of a video, as the beginning of one.
 
     Wan's first latent frame stands for a single frame, every other for four. So the frame just before the latents that
     are kept is encoded by itself and stands before them; or, to begin with, the video's own first latent frame.
-
-    Args:
-        vae ([`AutoencoderKLWan`]): encodes that frame.
-        num_frames (`int`): latent frames of the context.
     """
 
     def __init__(self, vae: AutoencoderKLWan, num_frames: int):
@@ -46,10 +42,7 @@ class ReencodedContext:
         self._frames = frames[:, :, -(1 + self.vae.config.scale_factor_temporal * (self.num_frames - 1)) :]
 
     def __call__(self, keep_first: bool) -> torch.Tensor:
-        """The context, `(B, C, f, h, w)`: `num_frames` latent frames, fewer at the video's beginning.
-
-        Args:
-            keep_first: begin with the video's first latent frame, whatever was left out since.
-        """
+        """The context, `(B, C, f, h, w)`, shorter at the video's beginning. With `keep_first` it begins with the
+        video's first latent frame, whatever was left out since."""
         first = self._first if keep_first else encode_video(self.vae, self._frames[:, :, :1])
         return torch.cat([first, self._latents[:, :, 1:]], dim=2)

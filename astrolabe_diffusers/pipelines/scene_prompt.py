@@ -17,7 +17,7 @@ MAX_SECONDS = 86400
 # 512 tokens are about 2500; a text may have many scenes. What is far beyond is a file passed for a prompt.
 MAX_CHARACTERS = 100_000
 
-_PIECE = re.compile(r"\\([\\|\[\]])|(\||\[)|([^\\|\[]+|.)", re.DOTALL)
+_TEXT = re.compile(r"(?:\\[\\|\[\]]|[^|\[])*")
 _DURATION = re.compile(r"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#?)\s*\]\s*(?=\||$)")
 
 
@@ -52,18 +52,12 @@ def parse_scenes(prompt: str) -> list[Scene]:
     """
     check_text(prompt)
     scenes: list[Scene] = []
-    text, seconds, cut, next_cut = "", None, False, False
-    start = position = 0
-
-    def finish():
-        # The empty prompt is a prompt; an empty scene among others is a slip.
-        if not text.strip() and prompt.strip():
-            raise _error(prompt, start, "a scene has no text")
-        scenes.append(Scene(text.strip(), seconds, cut))
-
-    while position < len(prompt):
-        escaped, special, plain = _PIECE.match(prompt, position).groups()
-        if special == "[":
+    position, cut = 0, False
+    while True:
+        start, text = position, _TEXT.match(prompt, position)[0]
+        position += len(text)
+        seconds, next_cut = None, False
+        if prompt.startswith("[", position):
             duration = _DURATION.match(prompt, position)
             if duration is None or not (duration[1] or duration[2]) or (duration[1] and not float(duration[1])):
                 raise _error(prompt, position, r"a duration is [8s], [8s#] or [#] at a scene's end; \[ is a bracket")
@@ -71,16 +65,14 @@ def parse_scenes(prompt: str) -> list[Scene]:
                 raise _error(prompt, position, f"a scene lasts at most {MAX_SECONDS} seconds")
             seconds, next_cut = duration[1] and float(duration[1]), bool(duration[2])
             position = duration.end()
-        elif special == "|":
-            finish()
-            text, seconds, cut, next_cut = "", None, next_cut, False
-            position += 1
-            start = position
-        else:
-            text += escaped or plain
-            position += 2 if escaped else len(plain)
-    finish()
-    return scenes
+        # The empty prompt is a prompt; an empty scene among others is a slip.
+        if not text.strip() and prompt.strip():
+            raise _error(prompt, start, "a scene has no text")
+        scenes.append(Scene(re.sub(r"\\([\\|\[\]])", r"\1", text).strip(), seconds, cut))
+        if position == len(prompt):
+            return scenes
+        position += 1  # a bar
+        cut = next_cut
 
 
 def escape_scenes(text: str) -> str:

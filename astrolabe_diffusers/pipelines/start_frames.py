@@ -110,8 +110,8 @@ def _three_channels(frames: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def unit_range(frames: PIL.Image.Image | np.ndarray | torch.Tensor | list, name: str):
-    """The same frames for diffusers' `VideoProcessor`, which takes arrays and tensors as they are: eight bits become
-    floats in [0, 1], others are checked. Lists may be nested."""
+    """The same frames, checked, for diffusers' `VideoProcessor`, which takes arrays and tensors as they are: eight
+    bits become floats in [0, 1]. Lists may be nested."""
     if isinstance(frames, (list, tuple)) and len(frames):
         return [unit_range(frame, name) for frame in frames]
     if isinstance(frames, PIL.Image.Image):
