@@ -16,8 +16,7 @@ from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.agreement import Resources, raise_together
 from ..files.output_folder import RunFolder, is_result
 from ..files.writing import replacing
-from ..generation.loading import load_loras
-from ..pipelines.loading import frame_rate, load_frozen_pipeline, video_size
+from ..pipelines.loading import frame_rate, load_frozen_pipeline, load_loras, video_size
 from ..reporting.charts import draw_means
 from ..reporting.comparison import Evaluation, comparison_rows
 from ..reporting.machine import versions

@@ -22,7 +22,7 @@ from ..errors import UserError, as_user_error, one_line
 from ..files.output_folder import RunFolder
 from ..files.video import VideoWriter
 from ..pipelines.block_generation import NOISE_LAYOUT
-from ..pipelines.loading import frame_rate, load_from, video_size
+from ..pipelines.loading import frame_rate, load_from, load_loras, place_pipeline, video_size, weights_digest
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.scene_prompt import escape_scenes
@@ -30,7 +30,6 @@ from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
 from .config import GenerationConfig
-from .loading import load_loras, place_pipeline, weights_digest
 from .manifest import Manifest, VideoJob, batches, describe, make_jobs
 
 

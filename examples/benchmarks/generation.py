@@ -20,10 +20,9 @@ from astrolabe_diffusers import CausalWanPipeline
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.errors import CHECKED, as_user_error, exit_code
 from astrolabe_diffusers.generation.config import OFFLOADS
-from astrolabe_diffusers.generation.loading import place_pipeline
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import StreamingVAEDecoder
-from astrolabe_diffusers.pipelines.loading import load_from
+from astrolabe_diffusers.pipelines.loading import load_from, place_pipeline
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
 
