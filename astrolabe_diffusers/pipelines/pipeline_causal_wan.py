@@ -376,8 +376,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
                 First the noise of all generated blocks is drawn, `(B, F, C, h, w)`, then block by block that of the
                 steps but the last, `(B, n, C, h, w)`; float32, rounded once to the transformer's dtype. That is the
-                originals' order: a seed of theirs gives their video up to rounding, if it is one video a call, the
-                first of their run, in bfloat16 with a generator on a GPU of the same kind.
+                originals' order: one video a call, in bfloat16 with a generator on such a GPU, begins as theirs.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all generated blocks.
             prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
             output_type (`str`), return_dict (`bool`): see [`CausalWanPipelineOutput`], which else is a tuple.
@@ -389,11 +388,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs (`list[str]`): what `callback_kwargs` holds.
             max_sequence_length (`int`, *optional*): text tokens, at most 512; what is longer is cut, with a warning.
             image (`PIL.Image.Image`, array, tensor or list, *optional*):
-                The first frame, one for all videos or one a prompt, for models with blocks of one latent frame.
+                As `video`, one frame, for models with blocks of one latent frame.
             video (list of images, array, tensor, or a list of them, *optional*):
                 The first frames, a whole number of blocks, one video for all or one a prompt. They are resized, count
                 in `num_frames`, and come back as the autoencoder reproduces them. Or their latents `(B, C, f, h, w)`.
-                Arrays `(F, H, W, 3)` and tensors `(F, 3, H, W)` are floats in [0, 1] or uint8, also of `image`.
+                Arrays `(F, H, W, 3)` and tensors `(F, 3, H, W)` are floats in [0, 1] or uint8.
             strength (`float`, *optional*):
                 Video to video: every block starts from `video` with this much noise, in (0, 1], instead of from noise
                 alone, and all noise levels are scaled with it. `num_frames` is then the video's.
@@ -436,8 +435,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         strength: float | None = None,
     ) -> CausalWanStream:
         r"""
-        Generate block by block: an iterator over the frames of each block, in the format of `output_type`, as soon as
-        they exist. Arguments as for `__call__`; the pieces joined in time are what `__call__` returns.
+        As `__call__`, block by block: an iterator over the frames of each block, as soon as they exist.
+
         `num_frames=math.inf` goes on for ever, with models that have a window and relative positions; then every block
         draws its own noise and that of its steps, so a seed gives another video than with an end.
         [`CausalWanStream.set_prompt`] changes the prompt while it goes on.

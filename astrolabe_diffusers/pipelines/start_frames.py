@@ -73,17 +73,17 @@ def read_start(
     vae, processor = pipe.vae.config, pipe.video_processor
     scale, n = vae.scale_factor_temporal, pipe.transformer.config.num_frames_per_block
     first = 1 + scale * (n - 1)
+    # They have more channels than a picture, and no whole number of blocks has that many frames.
+    is_latents = isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim
     if image is not None:
         if n != 1:
             raise ValueError(
                 f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of {first} frames, "
                 "or use a model with blocks of one."
             )
-        frames = _three_channels(processor.preprocess(unit_range(image, "image"), *size)[:, :, None], "image")
-        num_frames = 1
-    # Latents have more channels than a picture, and no whole number of blocks has that many frames.
-    elif isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim:
-        frames, num_frames = video.float(), 1 + scale * (video.shape[2] - 1)
+        frames = processor.preprocess(unit_range(image, "image"), *size)[:, :, None]
+    elif is_latents:
+        frames = video.float()
         h, w = (length // vae.scale_factor_spatial for length in size)
         if frames.shape[3:] != (h, w) or not frames.isfinite().all():
             raise ValueError(
@@ -91,22 +91,19 @@ def read_start(
                 f"shape {tuple(frames.shape)}."
             )
     else:
-        frames = _three_channels(processor.preprocess_video(unit_range(video, "video"), *size), "video")
-        num_frames = frames.shape[2]
+        frames = processor.preprocess_video(unit_range(video, "video"), *size)
+    if not is_latents and frames.shape[1] != 3:
+        name = "video" if image is None else "image"
+        raise ValueError(
+            f"`{name}` has {frames.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
+        )
+    num_frames = 1 + scale * (frames.shape[2] - 1) if is_latents else frames.shape[2]
     if (num_frames - 1) % scale or ((num_frames - 1) // scale + 1) % n:
         raise ValueError(
             f"`video` has {num_frames} frames, which is no whole number of blocks: {first}, {first + scale * n}, "
             f"{first + 2 * scale * n}, ..."
         )
     return StartFrames(frames, num_frames, strength)
-
-
-def _three_channels(frames: torch.Tensor, name: str) -> torch.Tensor:
-    if frames.shape[1] != 3:
-        raise ValueError(
-            f"`{name}` has {frames.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
-        )
-    return frames
 
 
 def unit_range(frames: PIL.Image.Image | np.ndarray | torch.Tensor | list, name: str):
