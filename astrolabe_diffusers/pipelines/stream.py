@@ -1,4 +1,4 @@
-"""A video that is generated while it is watched."""
+"""What a call of the pipeline returns: a whole video, or one that is generated while it is watched."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
+import PIL.Image
 import torch
+from diffusers.utils import BaseOutput
 
 from .scene_prompt import Scene, parse_scenes
 
 
 TRANSITIONS = ("roll", "recache", "cut")
+
+
+@dataclass
+class CausalWanPipelineOutput(BaseOutput):
+    """
+    The videos, by `output_type`: `"np"` an array `(B, F, H, W, 3)` in [0, 1], `"pt"` a tensor `(B, F, 3, H, W)` in
+    [0, 1], `"pil"` a list of lists of images, `"latent"` the normalised latents `(B, C, f, h, w)`.
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
 
 
 @dataclass
