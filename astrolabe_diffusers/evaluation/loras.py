@@ -74,7 +74,14 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         held_out = load_held_out(config, accelerator, resources)
         if is_main:
             folder.begin()
-            print(introduction(config, held_out, accelerator), flush=True)
+            number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
+            print(
+                f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
+                f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
+                f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
+                f"{accelerator.mixed_precision}; output in {config.output_dir}",
+                flush=True,
+            )
         evaluations = evaluate_columns(config, held_out, is_main)
         results = {
             "settings": {**shareable(config), **held_out.size, "mixed_precision": accelerator.mixed_precision},
@@ -122,16 +129,6 @@ def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resour
         config.num_videos,
         accelerator.process_index,
         accelerator.num_processes,
-    )
-
-
-def introduction(config: LoraEvaluationConfig, held_out: HeldOut, accelerator: Accelerator) -> str:
-    number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
-    return (
-        f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
-        f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
-        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
-        f"{accelerator.mixed_precision}; output in {config.output_dir}"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -37,8 +37,6 @@ class VideoJob:
     prompt_index: int
     video_number: int
     num_frames: int
-
-    FILE: ClassVar[str] = r"\d{5,}-\d+-.*\.mp4"  # the names below
 
     @property
     def file(self) -> str:
@@ -132,7 +130,7 @@ class Manifest:
         """
         entries = self.read()
         for path in self.folder.glob(f"*.mp4{PARTIAL}"):
-            if re.match(VideoJob.FILE, path.name):
+            if re.match(r"\d{5,}-\d+-.*\.mp4", path.name):  # a job's
                 path.unlink()
         pending, aside = [], []
         for job in jobs:

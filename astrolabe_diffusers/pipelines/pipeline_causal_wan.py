@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from numbers import Integral, Real
 from operator import attrgetter
@@ -486,9 +487,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             call=call,
         )
         inbox: deque[PromptSwitch] = deque(maxlen=1)
-        blocks = self._generate_blocks(sampling, schedule, inbox, encode_scenes, inputs, num_given, generator)
-        running = partial(self._calls.run, call)
-        return CausalWanStream(self._postprocess_blocks(blocks, output_type), inbox, batch_size, running)
+        blocks = self._generate_blocks(
+            sampling, schedule, inbox, encode_scenes, inputs, num_given, generator, output_type
+        )
+        return CausalWanStream(blocks, inbox, batch_size, running=partial(self._calls.run, call))
 
     def _video_length(self, prompt: str | list[str] | None, num_frames: float | None, start: StartFrames | None):
         """Frames of the video, whole blocks."""
@@ -567,15 +569,18 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         inputs: Iterator[tuple[torch.Tensor | None, torch.Tensor | None]],
         num_given: int,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> Iterator[torch.Tensor]:
-        """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1], or clean latents `(B, C, n, h, w)`. `inputs` are the
-        clean latents and the noise that each starts from; the first `num_given` blocks stay clean."""
+        output_type: str,
+    ) -> Iterator[torch.Tensor | np.ndarray | list]:
+        """Yields each block. `inputs` are the clean latents and the noise that each starts from; the first `num_given`
+        blocks stay clean."""
         n = self.transformer.config.num_frames_per_block
         groups = [self.block_generator_class(self, sampling, list(range(len(schedule))))]
         groups[0].prompt_embeds = torch.stack([scenes[0].prompt_embeds for scenes in schedule])
         schedule = [scenes[1:] for scenes in schedule]
         blocks = itertools.count() if sampling.max_frames is None else range(sampling.max_frames // n)
-        with self.progress_bar(blocks) as progress_bar:
+        # Also when the caller closes the stream early.
+        with ExitStack() as at_end, self.progress_bar(blocks) as progress_bar:
+            at_end.callback(self.maybe_free_model_hooks)
             for block in blocks:
                 sampling.call.block = block
                 switch = inbox.pop() if inbox else None
@@ -599,7 +604,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                     pieces = [self._hold_first(piece) for piece in pieces]
                 order = [video for group in groups for video in group.videos]
                 progress_bar.update()
-                yield pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
+                frames = pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
+                if sampling.decode:
+                    frames = self.video_processor.postprocess_video(frames, output_type=output_type)
+                yield frames
                 if sampling.call.interrupt:
                     return
 
@@ -621,15 +629,3 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             texts = [torch.lerp(old[video], new, weight) for weight in weights]
             scenes[:0] = [EncodedScene(text, block + i, switch.transition == "cut") for i, text in enumerate(texts)]
         return schedule
-
-    @torch.no_grad()
-    def _postprocess_blocks(self, blocks: Iterator[torch.Tensor], output_type: str) -> Iterator:
-        try:
-            for block in blocks:
-                if output_type != "latent":
-                    block = self.video_processor.postprocess_video(block, output_type=output_type)
-                yield block
-        finally:
-            # Also when the caller closes the stream early.
-            blocks.close()
-            self.maybe_free_model_hooks()

@@ -32,11 +32,7 @@ def check_sequence_length(length: int):
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> BatchEncoding:
-    """`input_ids` and `attention_mask` `(len(texts), length)`. Warns of each text that is cut.
-
-    Raises:
-        ValueError: one of them is no text.
-    """
+    """`input_ids` and `attention_mask` `(len(texts), length)`. Warns of each text that is cut."""
     for text in texts:
         check_text(text)
     texts = [prompt_clean(text) for text in texts]
@@ -50,17 +46,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) 
             return_tensors="pt",
         )
         for text, mask in zip(texts, tokens.attention_mask):
-            if mask.all():
-                _warn_if_cut(tokenizer, text, length)
+            ids = tokenizer(text, verbose=False).input_ids if mask.all() else []
+            if len(ids) > length:
+                kept = length - tokenizer.num_special_tokens_to_add()
+                removed = tokenizer.decode(ids[kept:], skip_special_tokens=True)
+                end = " ..." if len(removed) > 500 else ""
+                warn_once(
+                    f"The following part of a prompt was cut off, because the model takes {length} tokens "
+                    f"(max_sequence_length): {removed[:500]!r}{end}"
+                )
     return tokens
-
-
-def _warn_if_cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int):
-    ids = tokenizer(text, verbose=False).input_ids
-    if len(ids) > length:
-        removed = tokenizer.decode(ids[length - tokenizer.num_special_tokens_to_add() :], skip_special_tokens=True)
-        end = " ..." if len(removed) > 500 else ""
-        warn_once(
-            f"The following part of a prompt was cut off, because the model takes {length} tokens "
-            f"(max_sequence_length): {removed[:500]!r}{end}"
-        )
