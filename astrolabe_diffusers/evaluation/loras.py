@@ -58,9 +58,6 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         In every process, `settings`, `versions`, `videos` (prompt and seed of each), and by name for each of the
         `columns` its `lora` and `weight`, its `scores` (by reward or part, one a video), their `mean`, and their
         `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval.
-
-    Raises:
-        UserError: a mistake in the settings, or a reward that cannot score a video.
     """
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)

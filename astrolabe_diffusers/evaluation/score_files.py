@@ -32,11 +32,8 @@ FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg,ivf"
 
 def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
     """
-    Score a video, or the videos of a folder, one after the other; print a table and write JSON.
-
-    Args:
-        path: a video file, or a folder of videos (`SUFFIXES`). With a `manifest.jsonl` and no `config.prompt` those in
-            it are scored, each for its own prompt.
+    Score a video, or the videos of a folder, one after the other; print a table and write JSON. With a
+    `manifest.jsonl` and no `config.prompt` those in it are scored, each for its own prompt.
 
     Returns:
         What it wrote: `settings`, `videos` (`file`, `prompt`, `fps`, `num_frames`, `scores` by reward, `info` by

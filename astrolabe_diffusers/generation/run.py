@@ -24,7 +24,6 @@ from ..files.video import VideoWriter
 from ..pipelines.block_generation import NOISE_LAYOUT
 from ..pipelines.loading import frame_rate, load_from, load_loras, place_pipeline, video_size, weights_digest
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.scene_prompt import escape_scenes
 from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
@@ -51,9 +50,6 @@ def generate_videos(config: GenerationConfig):
         with raise_together():
             if accelerator.is_main_process:
                 resources.enter_context(RunFolder(config.output_dir, "generation"))
-        if config.max_sequence_length is not None:
-            with as_user_error("settings"):
-                check_sequence_length(config.max_sequence_length)
         prompts = [Prompt(config.prompt)]
         if config.prompts:
             prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)

@@ -24,8 +24,8 @@ from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
 from .call import Calls
 from .lora import CausalWanLoraLoaderMixin
-from .prompt_tokens import check_sequence_length, tokenize, warn_once
-from .scene_prompt import Scene, parse_scenes, plan_scenes
+from .prompt_tokens import tokenize, warn_once
+from .scene_prompt import Scene, check_sequence_length, parse_scenes, plan_scenes
 from .sigmas import check_sigmas
 from .start_frames import BilinearVideoProcessor, StartFrames, read_start
 from .stream import CausalWanPipelineOutput, CausalWanStream, PromptSwitch

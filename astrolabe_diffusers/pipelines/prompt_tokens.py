@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from functools import lru_cache
-from numbers import Integral
 
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -14,8 +13,6 @@ from .scene_prompt import check_text
 
 
 logger = logging.getLogger(__name__)
-# What UMT5 and the Wan models were trained with. Longer ones are made by nobody, and the padding costs memory.
-MAX_SEQUENCE_LENGTH = 512
 # Tokenizers keep padding and truncation in themselves: two threads at once end in "Already borrowed".
 _TOKENIZING = threading.Lock()
 
@@ -24,11 +21,6 @@ _TOKENIZING = threading.Lock()
 def warn_once(message: str):
     """For what a user gave, which is often given many times."""
     logger.warning(message)
-
-
-def check_sequence_length(length: int):
-    if not isinstance(length, Integral) or not 1 <= length <= MAX_SEQUENCE_LENGTH:
-        raise ValueError(f"`max_sequence_length` must be from 1 to {MAX_SEQUENCE_LENGTH} tokens, not {length}.")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> BatchEncoding:

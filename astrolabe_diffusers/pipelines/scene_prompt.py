@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 
 # 14 blocks of 3 latent frames at 16 frames a second.
@@ -16,6 +17,8 @@ DEFAULT_SECONDS = 10.5
 MAX_SECONDS = 86400
 # 512 tokens are about 2500; a text may have many scenes. What is far beyond is a file passed for a prompt.
 MAX_CHARACTERS = 100_000
+# What UMT5 and the Wan models were trained with. Longer ones are made by nobody, and the padding costs memory.
+MAX_SEQUENCE_LENGTH = 512
 
 _TEXT = re.compile(r"(?:\\[\\|\[\]]|[^|\[])*")
 _DURATION = re.compile(r"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#?)\s*\]\s*(?=\||$)")
@@ -43,6 +46,11 @@ def check_text(text: str):
             f"prompt, character {error.start + 1}: half of a surrogate pair, which is no character; were its bytes in "
             "UTF-8?"
         ) from None
+
+
+def check_sequence_length(length: int):
+    if not isinstance(length, Integral) or not 1 <= length <= MAX_SEQUENCE_LENGTH:
+        raise ValueError(f"`max_sequence_length` must be from 1 to {MAX_SEQUENCE_LENGTH} tokens, not {length}.")
 
 
 def parse_scenes(prompt: str) -> list[Scene]:
