@@ -167,5 +167,4 @@ def describe(job: VideoJob) -> dict[str, Any]:
         "prompt_index": job.prompt_index,
         "video_number": job.video_number,
         "num_frames": job.num_frames,
-        "file": job.file,
     }

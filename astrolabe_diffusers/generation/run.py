@@ -177,6 +177,7 @@ def run_jobs(
                 entry = {
                     **describe(job),
                     **settings,
+                    "file": job.file,
                     "bytes": (manifest.folder / job.file).stat().st_size,
                     "seconds": seconds,
                     "frames_per_second": job.num_frames / seconds,
@@ -216,27 +217,21 @@ def stream_to_files(
     on_block: Callable[[torch.Tensor], None],
 ):
     """Writes the videos of a batch block by block. `on_block` gets the frames `(B, F, 3, H, W)` in [0, 1], float32."""
-    height, width = settings["height"], settings["width"]
     stream = pipe.stream(
         [pipeline_prompt(job.prompt, settings) for job in batch],
-        height,
-        width,
-        batch[0].num_frames,
-        settings["sigmas"],
+        num_frames=batch[0].num_frames,
         generator=[job.generator(settings["seed"]) for job in batch],
         output_type="pt",
         attention_kwargs={"scale": settings["lora_scale"]},
-        max_sequence_length=settings["max_sequence_length"],
+        **{name: settings[name] for name in ("height", "width", "sigmas", "max_sequence_length")},
     )
+    form = settings["height"], settings["width"], settings["fps"]
     try:
         with ExitStack() as stack:
             writers = []
             for frames in stream:
                 # Not before there are frames: an encoder that gets none complains.
-                writers = writers or [
-                    stack.enter_context(VideoWriter(folder / job.file, height, width, settings["fps"]))
-                    for job in batch
-                ]
+                writers = writers or [stack.enter_context(VideoWriter(folder / job.file, *form)) for job in batch]
                 frames = frames.float()
                 pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
                 for writer, video in zip(writers, pixels):

@@ -376,7 +376,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
                 First the noise of all generated blocks is drawn, `(B, F, C, h, w)`, then block by block that of the
                 steps but the last, `(B, n, C, h, w)`; float32, rounded once to the transformer's dtype. That is the
-                originals' order: one video a call, in bfloat16 with a generator on such a GPU, begins as theirs.
+                originals' order: a seed of theirs gives their video up to rounding, where docs/generate.md says.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all generated blocks.
             prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
             output_type (`str`), return_dict (`bool`): see [`CausalWanPipelineOutput`], which else is a tuple.
@@ -388,7 +388,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs (`list[str]`): what `callback_kwargs` holds.
             max_sequence_length (`int`, *optional*): text tokens, at most 512; what is longer is cut, with a warning.
             image (`PIL.Image.Image`, array, tensor or list, *optional*):
-                As `video`, one frame, for models with blocks of one latent frame.
+                The first frame, as `video` is given, for models with blocks of one latent frame.
             video (list of images, array, tensor, or a list of them, *optional*):
                 The first frames, a whole number of blocks, one video for all or one a prompt. They are resized, count
                 in `num_frames`, and come back as the autoencoder reproduces them. Or their latents `(B, C, f, h, w)`.
