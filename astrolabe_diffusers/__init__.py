@@ -18,8 +18,7 @@ __getattr__, __dir__, _names = lazy_names(
         ".models.transformer_causal_wan": ["CausalWanTransformer3DModel"],
         ".models.vae_streaming": ["StreamingVAEDecoder"],
         ".pipelines.pipeline_causal_wan": ["CausalWanPipeline"],
-        ".pipelines.pipeline_output": ["CausalWanPipelineOutput"],
-        ".pipelines.stream": ["CausalWanStream"],
+        ".pipelines.stream": ["CausalWanPipelineOutput", "CausalWanStream"],
         ".training": ["NFTConfig", "NFTTrainer", "OnlineConfig", "OnlineTrainer", "TrainerCallback"],
     },
 )

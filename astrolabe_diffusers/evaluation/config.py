@@ -30,11 +30,7 @@ class ScoreConfig(RewardConfig):
 
 @dataclass
 class LoraEvaluationConfig(VideoConfig):
-    """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made.
-
-    Attributes:
-        columns: LoRA and weight of each column by its name; the first is the base, with none.
-    """
+    """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made."""
 
     lora: list[str] = option(
         [], "PATH or PATH=WEIGHT, folder or Hub id of a LoRA, a column of its name; give it again for further columns"
@@ -56,6 +52,7 @@ class LoraEvaluationConfig(VideoConfig):
         super().__post_init__()
         if not self.rewards:
             raise UserError("rewards is empty: name at least one.")
+        # LoRA and weight of each column by its name.
         self.columns: dict[str, tuple[str | None, float]] = {BASE: (None, 1.0)}
         for text in self.lora:
             path, weight = name_and_weight(text)

@@ -22,22 +22,13 @@ from ..rollout.scoring import decode_videos, gather_scores
 
 @dataclass
 class HeldOut:
-    """Held-out videos and how they are made.
-
-    Args:
-        rollout: makes and scores them.
-        samples: all of them.
-        size: their `height`, `width` and `num_frames`.
-        batch_size: videos in a batch on each process.
-        num_videos: the first of them are kept, to be looked at.
-        process_index, num_processes: the batches are split over the processes.
-    """
+    """Held-out videos and how they are made; their batches are split over the processes."""
 
     rollout: Rollout
     samples: Sequence[Sample]
-    size: dict[str, int]
-    batch_size: int
-    num_videos: int = 0
+    size: dict[str, int]  # height, width and num_frames
+    batch_size: int  # on each process
+    num_videos: int = 0  # the first of them, that are kept to be looked at
     process_index: int = 0
     num_processes: int = 1
 
@@ -61,16 +52,11 @@ class HeldOut:
         video_dir: Path | None = None,
         on_batch: Callable[[int, int], object] = lambda done, total: None,
     ) -> tuple[Evaluation, dict[int, torch.Tensor]]:
-        """Generate and score them with the active policy; every process calls it.
-
-        Args:
-            step: of the run, for the evaluation.
-            video_dir: folder for the kept ones as MP4.
-            on_batch: called after each batch that is sampled, with their number so far and in all, in this process.
+        """Generate and score them with the active policy; every process calls it. Kept videos are written to
+        `video_dir`; `on_batch` is called after each batch, with the number of them so far and in all.
 
         Returns:
-            The evaluation, in every process, and by index those kept videos `(F, 3, H, W)` in [0, 1] that were made
-            here.
+            The evaluation, and by index those kept videos `(F, 3, H, W)` in [0, 1] that were made in this process.
         """
         batches = self.batches()
         keep = {sample.key: i for i, sample in enumerate(self.shown)}
@@ -87,11 +73,8 @@ class HeldOut:
         return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
 
     def generate_columns(self, policies: dict[str, AbstractContextManager]) -> dict[str, list[torch.Tensor]]:
-        """The kept videos `(F, 3, H, W)` in [0, 1] under several policies, by their headings.
-
-        Args:
-            policies: by its heading, the context in which the pipeline has a policy.
-        """
+        """The kept videos `(F, 3, H, W)` in [0, 1] under several policies, each the context in which the pipeline has
+        it, by their headings."""
         columns, sampler = {}, Sampler(self.rollout.pipeline, self.size)
         for name, policy in policies.items():
             with policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,13 @@ from tqdm.auto import tqdm
 
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.agreement import Resources, raise_together
-from ..files.output_folder import RunFolder
-from ..generation.loading import load_loras
-from ..pipelines.loading import frame_rate, load_frozen_pipeline, video_size
-from ..reporting.comparison import Evaluation
+from ..files.output_folder import RunFolder, is_result
+from ..files.writing import replacing
+from ..pipelines.loading import frame_rate, load_frozen_pipeline, load_loras, video_size
+from ..reporting.charts import draw_means
+from ..reporting.comparison import Evaluation, comparison_rows
 from ..reporting.machine import versions
+from ..reporting.tables import change_text, markdown_table
 from ..reporting.videos import write_columns
 from ..rollout.prompts import PromptSource, prompt_path, spread
 from ..rollout.samples import eval_samples
@@ -26,24 +29,18 @@ from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
 from .config import BASE, LoraEvaluationConfig
 from .held_out import HeldOut
-from .results import column, column_table, is_result, write_results
 
 
 @contextmanager
 def use_lora(pipeline: DiffusionPipeline, lora: str | None, weight: float = 1.0) -> Iterator[None]:
-    """The pipeline with this LoRA alone, or with none; afterwards it is as it was before.
-
-    Raises:
-        UserError: there is no such LoRA, or it is another model's.
-    """
-    if lora is None:
-        yield
-        return
-    load_loras(pipeline, {lora: weight})
+    """The pipeline with this LoRA alone, or with none; afterwards it is as it was before."""
+    if lora is not None:
+        load_loras(pipeline, {lora: weight})
     try:
         yield
     finally:
-        pipeline.unload_lora_weights()
+        if lora is not None:
+            pipeline.unload_lora_weights()
 
 
 def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
@@ -61,9 +58,6 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         In every process, `settings`, `versions`, `videos` (prompt and seed of each), and by name for each of the
         `columns` its `lora` and `weight`, its `scores` (by reward or part, one a video), their `mean`, and their
         `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval.
-
-    Raises:
-        UserError: a mistake in the settings, or a reward that cannot score a video.
     """
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
@@ -77,7 +71,14 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         held_out = load_held_out(config, accelerator, resources)
         if is_main:
             folder.begin()
-            print(introduction(config, held_out, accelerator), flush=True)
+            number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
+            print(
+                f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
+                f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
+                f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
+                f"{accelerator.mixed_precision}; output in {config.output_dir}",
+                flush=True,
+            )
         evaluations = evaluate_columns(config, held_out, is_main)
         results = {
             "settings": {**shareable(config), **held_out.size, "mixed_precision": accelerator.mixed_precision},
@@ -91,7 +92,10 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         if is_main:
             files = write_results(results, Path(config.output_dir))
             if held_out.shown:
-                files += write_side_by_side(config, held_out)
+                pipeline, path = held_out.rollout.pipeline, Path(config.output_dir) / "side_by_side"
+                loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
+                prompts = [sample.prompt.text for sample in held_out.shown]
+                files += write_columns(held_out.generate_columns(loras), prompts, path, pipeline.config.frame_rate)
             print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -125,16 +129,6 @@ def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resour
     )
 
 
-def introduction(config: LoraEvaluationConfig, held_out: HeldOut, accelerator: Accelerator) -> str:
-    number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
-    return (
-        f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
-        f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
-        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
-        f"{accelerator.mixed_precision}; output in {config.output_dir}"
-    )
-
-
 def evaluate_columns(config: LoraEvaluationConfig, held_out: HeldOut, is_main: bool) -> dict[str, Evaluation]:
     """The evaluation of each column, by its name; the main process says its means."""
     evaluations = {}
@@ -159,23 +153,10 @@ def evaluate_columns(config: LoraEvaluationConfig, held_out: HeldOut, is_main: b
     return evaluations
 
 
-def write_side_by_side(config: LoraEvaluationConfig, held_out: HeldOut) -> list[str]:
-    """Writes the kept videos of all columns beside each other; returns the paths."""
-    pipeline = held_out.rollout.pipeline
-    loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
-    prompts = [sample.prompt.text for sample in held_out.shown]
-    path = Path(config.output_dir) / "side_by_side"
-    return write_columns(held_out.generate_columns(loras), prompts, path, pipeline.config.frame_rate)
-
-
 @contextmanager
 def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> Iterator[RunFolder]:
-    """As a context, the locked folder of an evaluation with these columns. What an evaluation wrote there may be
-    written over.
-
-    Raises:
-        UserError: a run is writing to it, or it has files of others that would be written over without `overwrite`.
-    """
+    """As a context, the locked folder of an evaluation with these columns. Files of others that it would write over
+    are refused without `overwrite`."""
     files = ("results.json", "table.md", "scores.png", "side_by_side.mp4", "side_by_side.png", "side_by_side.gif")
     files = (*files, *(f"videos/{name}/*.mp4" for name in columns))
     with RunFolder(path, "evaluation", files) as folder:
@@ -183,3 +164,44 @@ def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> It
         if not (overwrite or folder.has_begun() or ours):
             folder.refuse_files_of_others("--overwrite true")
         yield folder
+
+
+def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
+    rows = comparison_rows(base, evaluation)
+    return {
+        "scores": evaluation.scores,
+        "mean": {score: evaluation.mean(score) for score in evaluation.scores},
+        "change": {score: {"change": change, "half_width_95": half} for score, _, _, change, half in rows},
+    }
+
+
+def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
+    """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
+    files, columns = [output_dir / name for name in ("results.json", "table.md", "scores.png")], results["columns"]
+    with replacing(files[0]) as partial:
+        partial.write_text(json.dumps(results, indent=2))
+    with replacing(files[1]) as partial:
+        partial.write_text(column_table(columns) + "\n")
+    # The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
+    means = {
+        score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
+        for score in columns[BASE]["mean"]
+    }
+    with replacing(files[2]) as partial:
+        draw_means(means, list(columns), partial, title="means, with the 95 % interval of the change from base")
+    return files
+
+
+def column_table(columns: dict[str, dict[str, Any]]) -> str:
+    """Markdown table of the `columns` that [`evaluate_loras`] returns: a row a score, and behind every LoRA its change
+    from the base."""
+    (base_name, base), *loras = columns.items()
+    rows = [["", base_name, *(heading for name, _ in loras for heading in (name, "change (95 % interval)"))]]
+    for score, mean in base["mean"].items():
+        cells = [score, f"{mean:.4f}"]
+        for _, column in loras:
+            change = column["change"][score]
+            cells += [f"{column['mean'][score]:.4f}", change_text(change["change"], change["half_width_95"])]
+        rows.append(cells)
+    return markdown_table(rows)

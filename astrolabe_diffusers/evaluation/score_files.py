@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, as_user_error, one_line, summarize_exception
+from ..files.output_folder import is_result
 from ..files.writing import replacing
 from ..generation.manifest import Manifest
 from ..reporting.tables import markdown_table
@@ -22,7 +23,6 @@ from ..rewards import RewardError, RewardPlaceError, RewardSet
 from ..rollout.reward_thread import RewardThread
 from ..shareable import shareable, shareable_value
 from .config import ScoreConfig
-from .results import is_result
 
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
@@ -32,11 +32,8 @@ FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg,ivf"
 
 def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
     """
-    Score a video, or the videos of a folder, one after the other; print a table and write JSON.
-
-    Args:
-        path: a video file, or a folder of videos (`SUFFIXES`). With `manifest.jsonl` of generate.py, and no
-            `config.prompt`, those in it are scored, each for its own prompt.
+    Score a video, or the videos of a folder, one after the other; print a table and write JSON. With a
+    `manifest.jsonl` and no `config.prompt` those in it are scored, each for its own prompt.
 
     Returns:
         What it wrote: `settings`, `videos` (`file`, `prompt`, `fps`, `num_frames`, `scores` by reward, `info` by
@@ -50,7 +47,10 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
     source = Path(path)
     videos = find_videos(source, config.prompt)
     output = Path(config.output or (source / "scores.json" if source.is_dir() else source.with_suffix(".scores.json")))
-    check_output(output, config.overwrite)
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"output {output} must be a file in a folder that exists.")
+    if output.exists() and not is_result(output, "settings", "videos", "mean") and not config.overwrite:
+        raise UserError(f"output {output} is there and is no earlier result: name another, or --overwrite true.")
     results, errors = {"settings": shareable(config), "videos": []}, []
 
     def note(error: UserError):
@@ -97,14 +97,6 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
         number = len(videos) - len(scored)
         raise UserError(f"{number} of {len(videos)} videos have no scores, see {output}; the first: {errors[0]}")
     return results
-
-
-def check_output(output: Path, overwrite: bool):
-    """Raises a [`UserError`] if the results cannot be written there, or something else would be lost."""
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"output {output} must be a file in a folder that exists.")
-    if output.exists() and not is_result(output, "settings", "videos", "mean") and not overwrite:
-        raise UserError(f"output {output} is there and is no earlier result: name another, or --overwrite true.")
 
 
 def find_videos(source: Path, prompt: str | None) -> list[tuple[Path, str | None]]:
@@ -162,11 +154,7 @@ def is_cut_off(path: Path) -> bool:
 
 
 def read_video(path: Path) -> tuple[torch.Tensor, float]:
-    """All frames of a video as uint8 `(F, 3, H, W)`, and how many there are a second.
-
-    Raises:
-        UserError: the file is no video, or not a whole one.
-    """
+    """All frames of a video as uint8 `(F, 3, H, W)`, and how many there are a second. The file is a whole video."""
     with as_user_error(f"{path} cannot be read as a whole video"):
         if is_cut_off(path):
             raise ValueError("its end is missing.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -97,6 +98,14 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+
+def is_result(path: Path, *names: str) -> bool:
+    """Whether there is a JSON file with values of these names, as an earlier call of ours has written it."""
+    try:
+        return set(names) <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def set_aside(path: Path):

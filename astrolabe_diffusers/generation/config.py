@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..config import option
 from ..errors import UserError, as_user_error
+from ..pipelines.scene_prompt import check_sequence_length
 from ..pipelines.sigmas import check_sigmas
 from ..rollout.config import VideoConfig
 
@@ -53,6 +54,8 @@ class GenerationConfig(VideoConfig):
             raise UserError("lora_scale needs a lora.")
         if (self.reward_options or self.reward_placement) and not self.rewards:
             raise UserError("reward_options and reward_placement need rewards.")
-        if self.sigmas:
-            with as_user_error("settings"):
+        with as_user_error("settings"):
+            if self.sigmas:
                 check_sigmas(self.sigmas)
+            if self.max_sequence_length is not None:
+                check_sequence_length(self.max_sequence_length)

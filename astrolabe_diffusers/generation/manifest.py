@@ -1,25 +1,74 @@
-"""What is in an output folder: a line of JSON for every complete video."""
+"""Which videos are to be made, and which are in the output folder: a line of JSON for every complete one."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from ..errors import UserError
 from ..files.output_folder import set_aside
 from ..files.text import parse_json
 from ..files.writing import PARTIAL, replacing, writing
-from .jobs import VideoJob
+from ..rollout.prompts import Prompt
+from ..rollout.seeds import seeded_generator
 
 
+# What is far beyond is a slip, and would fill the memory with its list.
+MAX_JOBS = 1_000_000
 # What every entry has. Those of other tools, which only the scoring of videos reads, may have the first two alone.
 TYPES = {"file": str, "prompt": str, "prompt_index": int, "video_number": int, "bytes": int}
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One video to make: number `video_number` of prompt number `prompt_index`, both counted from 0."""
+
+    prompt: Prompt
+    prompt_index: int
+    video_number: int
+    num_frames: int
+
+    @property
+    def file(self) -> str:
+        """Its name in the output folder: both numbers and the beginning of the prompt."""
+        slug = re.sub(r"\W+", "-", self.prompt.text.lower())[:40].strip("-")
+        return f"{self.prompt_index:05d}-{self.video_number}-{slug}.mp4"
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The source of all its random numbers, on the CPU: they depend on no other job and on no device."""
+        return seeded_generator("video", seed, self.prompt_index, self.video_number)
+
+
+def make_jobs(prompts: Sequence[Prompt], num_frames: Sequence[int], num_videos_per_prompt: int) -> list[VideoJob]:
+    """All videos of a run, prompt after prompt; `num_frames` of each prompt's videos. At most `MAX_JOBS`."""
+    if len(prompts) * num_videos_per_prompt > MAX_JOBS:
+        raise UserError(
+            f"{len(prompts)} prompts x num_videos_per_prompt={num_videos_per_prompt} are more than {MAX_JOBS} videos: "
+            "split the prompts over several folders."
+        )
+    return [
+        VideoJob(prompt, index, number, length)
+        for index, (prompt, length) in enumerate(zip(prompts, num_frames))
+        for number in range(num_videos_per_prompt)
+    ]
+
+
+def batches(jobs: Sequence[VideoJob], batch_size: int) -> Iterator[list[VideoJob]]:
+    """Batches of at most `batch_size` jobs with equal numbers of frames, the shortest first."""
+    length = attrgetter("num_frames")
+    for _, group in groupby(sorted(jobs, key=length), key=length):
+        equal = list(group)
+        yield from (equal[start : start + batch_size] for start in range(0, len(equal), batch_size))
 
 
 class Manifest:
@@ -39,14 +88,15 @@ class Manifest:
     def read(self, names: Sequence[str] = tuple(TYPES)) -> dict[str, dict[str, Any]]:
         """The entries by file, of files that exist. A torn line does not count; of several of a file the last does.
 
-        Args:
-            names: of the values that an entry must have.
-
         Raises:
-            UserError: a line is no entry, or its file lies elsewhere.
+            UserError: a line is no entry with values of these `names`, or its file lies elsewhere.
         """
-        entries = {}
-        for number, line in enumerate(self._lines(), 1):
+        entries, lines = {}, []
+        if self.path.exists():
+            # Unlike `str.splitlines` this does not split at U+2028 and the like, which other tools write as they are.
+            with self.path.open(encoding="utf-8-sig", errors="replace") as file:
+                lines = list(file)
+        for number, line in enumerate(lines, 1):
             try:
                 entry = parse_json(line, self.path)
             except ValueError:  # a run was killed while it wrote the line
@@ -58,14 +108,6 @@ class Manifest:
                 )
             entries[entry["file"]] = entry
         return {file: entry for file, entry in entries.items() if os.path.isfile(self.folder / file)}
-
-    def _lines(self) -> list[str]:
-        """Unlike `str.splitlines` this does not split at U+2028 and the like, which other tools write as they are."""
-        try:
-            with self.path.open(encoding="utf-8-sig", errors="replace") as file:
-                return list(file)
-        except FileNotFoundError:
-            return []
 
     def append(self, entry: dict[str, Any]):
         # Over NFS not even appending is atomic.
@@ -84,12 +126,11 @@ class Manifest:
 
         A job is done if its file is whole, was made from the same prompt with the same `settings`, and has scores of
         all `rewards`. A file of its name that is not the manifest's, or not any more, is set aside: it may be
-        somebody's. The folder has to be locked, as by a
-        [`RunFolder`].
+        somebody's. The folder has to be locked, as by a [`RunFolder`].
         """
         entries = self.read()
         for path in self.folder.glob(f"*.mp4{PARTIAL}"):
-            if re.match(VideoJob.FILE, path.name):
+            if re.match(r"\d{5,}-\d+-.*\.mp4", path.name):  # a job's
                 path.unlink()
         pending, aside = [], []
         for job in jobs:

@@ -21,18 +21,15 @@ from ..distributed.agreement import Resources, raise_together
 from ..errors import UserError, as_user_error, one_line
 from ..files.output_folder import RunFolder
 from ..files.video import VideoWriter
-from ..pipelines.loading import frame_rate
-from ..pipelines.noise import NOISE_LAYOUT
+from ..pipelines.block_generation import NOISE_LAYOUT
+from ..pipelines.loading import frame_rate, load_from, load_loras, place_pipeline, video_size, weights_digest
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from ..pipelines.prompt_tokens import check_sequence_length
 from ..pipelines.scene_prompt import escape_scenes
 from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
 from .config import GenerationConfig
-from .jobs import VideoJob, batches, make_jobs
-from .loading import load_loras, load_pipeline, place_pipeline, weights_digest
-from .manifest import Manifest, describe
+from .manifest import Manifest, VideoJob, batches, describe, make_jobs
 
 
 def generate_videos(config: GenerationConfig):
@@ -49,61 +46,55 @@ def generate_videos(config: GenerationConfig):
     """
     accelerator = make_accelerator()
     with Resources() as resources:
-        _generate_videos(config, accelerator, resources)
+        manifest = Manifest(Path(config.output_dir))
+        with raise_together():
+            if accelerator.is_main_process:
+                resources.enter_context(RunFolder(config.output_dir, "generation"))
+        prompts = [Prompt(config.prompt)]
+        if config.prompts:
+            prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)
+        rewards = None
+        if config.rewards:
+            fps = config.fps or frame_rate(config.model, config.revision)
+            rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
+        dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
+        pipe = load_from(config.model, config.revision, variant=config.variant, dtype=getattr(torch, dtype))
+        if config.lora:
+            load_loras(pipe, config.lora)
+        settings = video_settings(config, pipe, dtype)
+        lengths = []
+        for index, prompt in enumerate(prompts):
+            # What the pipeline would refuse is refused before the first video is made.
+            text, size = pipeline_prompt(prompt, settings), (config.height, config.width, config.num_frames)
+            lengths.append(video_size(pipe, *size, text, f"prompt {index}")["num_frames"])
+        jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
+        place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
-
-def _generate_videos(config: GenerationConfig, accelerator: Accelerator, resources: Resources):
-    """`resources` are let go of afterwards, whatever happens."""
-    manifest = Manifest(Path(config.output_dir))
-    with raise_together():
+        worker = pending = None
+        if rewards:
+            worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
+        with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
+            if accelerator.is_main_process:
+                pending = manifest.start(jobs, settings, config.rewards)
         if accelerator.is_main_process:
-            resources.enter_context(RunFolder(config.output_dir, "generation"))
-    if config.max_sequence_length is not None:
-        with as_user_error("settings"):
-            check_sequence_length(config.max_sequence_length)
-    prompts = [Prompt(config.prompt)]
-    if config.prompts:
-        prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)
-    rewards = None
-    if config.rewards:
-        fps = config.fps or frame_rate(config.model, config.revision)
-        rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
-    dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
-    pipe = load_pipeline(config.model, getattr(torch, dtype), config.revision, config.variant)
-    if config.lora:
-        load_loras(pipe, config.lora)
-    settings = video_settings(config, pipe, dtype)
-    lengths = [video_length(pipe, i, prompt, config.num_frames, settings) for i, prompt in enumerate(prompts)]
-    jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
-    place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
-
-    worker = None
-    if rewards:
-        worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
-
-    pending = None
-    with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
+            print(
+                f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, "
+                f"{dtype}; processes: {accelerator.num_processes} on {accelerator.device.type}; "
+                f"videos to make: {len(pending)} of {len(jobs)}"
+            )
+        (pending,) = broadcast_object_list([pending])
+        started = time.perf_counter()
+        error = None
+        try:
+            run_jobs(pipe, pending, settings, manifest, worker, config.batch_size, accelerator)
+        except UserError as failure:
+            error = str(failure)
+        errors = [error for error in gather_object([error]) if error]
         if accelerator.is_main_process:
-            pending = manifest.start(jobs, settings, config.rewards)
-    if accelerator.is_main_process:
-        print(
-            f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, {dtype}; "
-            f"processes: {accelerator.num_processes} on {accelerator.device.type}; "
-            f"videos to make: {len(pending)} of {len(jobs)}"
-        )
-    (pending,) = broadcast_object_list([pending])
-    started = time.perf_counter()
-    error = None
-    try:
-        run_jobs(pipe, pending, settings, manifest, worker, config.batch_size, accelerator)
-    except UserError as failure:
-        error = str(failure)
-    errors = [error for error in gather_object([error]) if error]
-    if accelerator.is_main_process:
-        report(manifest, jobs, pending, config.rewards, time.perf_counter() - started)
-    accelerator.end_training()
-    if errors:
-        raise UserError(errors[0])
+            report(manifest, jobs, pending, config.rewards, time.perf_counter() - started)
+        accelerator.end_training()
+        if errors:
+            raise UserError(errors[0])
 
 
 def make_accelerator() -> Accelerator:
@@ -141,25 +132,6 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "attention_backend": config.attention_backend,
         "plain_prompts": config.plain_prompts,
     }
-
-
-def video_length(
-    pipe: CausalWanPipeline, index: int, prompt: Prompt, num_frames: int | None, settings: dict[str, Any]
-) -> int:
-    """Frames of a prompt's videos. What the pipeline would refuse is refused before the first video is made."""
-    with as_user_error(f"prompt {index}"):
-        text = pipeline_prompt(prompt, settings)
-        num_frames = pipe.round_num_frames(num_frames or pipe.default_num_frames(text))
-        pipe.check_inputs(
-            prompt=text,
-            prompt_embeds=None,
-            height=settings["height"],
-            width=settings["width"],
-            num_frames=num_frames,
-            output_type="pt",
-            callback_on_step_end_tensor_inputs=[],
-        )
-    return num_frames
 
 
 def pipeline_prompt(prompt: Prompt, settings: dict[str, Any]) -> str:
@@ -247,26 +219,19 @@ def stream_to_files(
     """Writes the videos of a batch block by block. `on_block` gets the frames `(B, F, 3, H, W)` in [0, 1], float32."""
     stream = pipe.stream(
         [pipeline_prompt(job.prompt, settings) for job in batch],
-        settings["height"],
-        settings["width"],
-        batch[0].num_frames,
-        settings["sigmas"],
+        num_frames=batch[0].num_frames,
         generator=[job.generator(settings["seed"]) for job in batch],
         output_type="pt",
         attention_kwargs={"scale": settings["lora_scale"]},
-        max_sequence_length=settings["max_sequence_length"],
+        **{name: settings[name] for name in ("height", "width", "sigmas", "max_sequence_length")},
     )
+    form = settings["height"], settings["width"], settings["fps"]
     try:
         with ExitStack() as stack:
             writers = []
             for frames in stream:
                 # Not before there are frames: an encoder that gets none complains.
-                writers = writers or [
-                    stack.enter_context(
-                        VideoWriter(folder / job.file, settings["height"], settings["width"], settings["fps"])
-                    )
-                    for job in batch
-                ]
+                writers = writers or [stack.enter_context(VideoWriter(folder / job.file, *form)) for job in batch]
                 frames = frames.float()
                 pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
                 for writer, video in zip(writers, pixels):

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.kv_cache_shared_past import SharedPastKVCache
-from ..models.vae_streaming import StreamingVAEDecoder
+from ..models.vae_streaming import StreamingVAEDecoder, encode_video
 from .call import Call
-from .noise import draw_noise
-from .reencoded_context import ReencodedContext
+
+
+# A seed means another video in another layout.
+NOISE_LAYOUT = "BFCHW"
+
+
+def draw_noise(
+    shape: tuple[int, int, int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """
+    Standard normal noise of `shape` `(B, C, F, h, w)`, float32, as the published samplers draw it, so that their seeds
+    give their videos.
+
+    Self-Forcing, Causal-Forcing, LongLive and Krea's server have the frames before the channels in memory. Rounded to
+    `dtype`, the model's: on CUDA a bfloat16 draw, which theirs are, is the rounded float32 draw.
+    """
+    batch_size, channels, num_frames, height, width = shape
+    layout = (batch_size, num_frames, channels, height, width)
+    noise = randn_tensor(layout, generator=generator, device=device, dtype=torch.float32)
+    return noise.to(dtype).float().transpose(1, 2).contiguous()
 
 
 @dataclass
 class Sampling:
-    """What is the same for all blocks of a call.
+    """What is the same for all blocks of a call."""
 
-    `sigmas` and `first_block_sigmas` are noise levels before the shift, the latter of the first block that is
-    generated, and of the first after a cut; `max_frames` is the longest video in latent frames, `None` if it has no
-    end; `decode`: whether pixels are wanted; `call`: where it is.
-    """
-
-    sigmas: list[float]
-    first_block_sigmas: list[float]
-    max_frames: int | None
-    decode: bool
+    sigmas: list[float]  # before the shift
+    first_block_sigmas: list[float]  # of the first block that is generated, and of the first after a cut
+    max_frames: int | None  # latent frames of the longest video; `None` if it has no end
+    decode: bool  # whether pixels are wanted
     attention_kwargs: dict[str, Any] | None = None
     callback_on_step_end: Callable | None = None
-    callback_on_step_end_tensor_inputs: list[str] = field(default_factory=lambda: ["latents"])
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     call: Call = field(default_factory=Call)
 
 
@@ -44,6 +62,46 @@ class EncodedScene:
     cut: bool
 
 
+class ReencodedContext:
+    """
+    The last `num_frames` latent frames of a video, as the beginning of one, encoded anew for every block (Krea).
+
+    Wan's first latent frame stands for a single frame, every other for four. So the frame just before the latents that
+    are kept is encoded by itself and stands before them; or, to begin with, the video's own first latent frame.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, num_frames: int):
+        self.vae = vae
+        self.num_frames = num_frames
+        self._first: torch.Tensor | None = None
+        self._latents: torch.Tensor | None = None
+        self._frames: torch.Tensor | None = None
+
+    def select(self, videos: list[int]) -> ReencodedContext:
+        """A context of its own for some videos of the batch."""
+        other = copy.copy(self)
+        if self._latents is not None:
+            for name in ("_first", "_latents", "_frames"):
+                setattr(other, name, getattr(self, name)[videos])
+        return other
+
+    def append(self, latents: torch.Tensor, frames: torch.Tensor) -> None:
+        """Add a block: latents `(B, C, n, h, w)` and what they decode to, `(B, 3, F, H, W)` in [-1, 1]."""
+        if self._latents is None:
+            self._first = latents[:, :, :1]
+        else:
+            latents = torch.cat([self._latents, latents], dim=2)
+            frames = torch.cat([self._frames, frames], dim=2)
+        self._latents = latents[:, :, -self.num_frames :]
+        self._frames = frames[:, :, -(1 + self.vae.config.scale_factor_temporal * (self.num_frames - 1)) :]
+
+    def __call__(self, keep_first: bool) -> torch.Tensor:
+        """The context, `(B, C, f, h, w)`, shorter at the video's beginning. With `keep_first` it begins with the
+        video's first latent frame, whatever was left out since."""
+        first = self._first if keep_first else encode_video(self.vae, self._frames[:, :, :1])
+        return torch.cat([first, self._latents[:, :, 1:]], dim=2)
+
+
 def check_finite(block: torch.Tensor, what: str):
     if not block.isfinite().all():
         raise FloatingPointError(
@@ -53,18 +111,12 @@ def check_finite(block: torch.Tensor, what: str):
 
 
 class BlockGenerator:
-    """Videos that go on together, and what they remember of their past.
-
-    Args:
-        pipe: the pipeline; its components only, everything that changes is here.
-        sampling: settings.
-        videos: their indices in the batch of the call.
-    """
+    """Videos that go on together, and what they remember of their past. Of `pipe` nothing changes but this."""
 
     def __init__(self, pipe, sampling: Sampling, videos: list[int]):
         self.pipe = pipe
         self.sampling = sampling
-        self.videos = videos
+        self.videos = videos  # indices in the batch of the call
         # Asked for once: diffusers goes through all modules for the answer.
         self.dtype = pipe.transformer.dtype
         self.prompt_embeds: torch.Tensor | None = None  # (videos, L, dim) of the current scenes
@@ -89,7 +141,6 @@ class BlockGenerator:
         other = copy.copy(self)
         other.videos = [self.videos[row] for row in rows]
         other.prompt_embeds = self.prompt_embeds[rows]
-        other.scheduler = copy.deepcopy(self.scheduler)
         other.kv_cache = self.kv_cache.select(rows)
         other.decoder = self.decoder.select(rows)
         other.context = self.context and self.context.select(rows)
@@ -97,17 +148,12 @@ class BlockGenerator:
         other.history = None if self.history is None else self.history[rows]
         return other
 
-    def fork(self, num_videos: int, prompt_embeds: torch.Tensor) -> BlockGenerator:
+    def share_past(self, num_videos: int, prompt_embeds: torch.Tensor) -> BlockGenerator:
         """A generator of `num_videos` continuations of this one's single video, which share its cache. Only latents:
-        nothing is decoded, and `remember` has to have been called.
-
-        Args:
-            prompt_embeds: `(num_videos, L, D)`.
-        """
+        nothing is decoded, and `remember` has to have been called. `prompt_embeds` are `(num_videos, L, D)`."""
         other = copy.copy(self)
         other.videos = list(range(num_videos))
         other.prompt_embeds = prompt_embeds
-        other.scheduler = copy.deepcopy(self.scheduler)
         other.kv_cache = SharedPastKVCache(self.kv_cache, num_videos, self.sampling.max_frames)
         other.history = self.history.expand(num_videos, -1, -1, -1, -1)
         return other
@@ -126,10 +172,7 @@ class BlockGenerator:
         )[0]
 
     def remember(self):
-        """Bring the cache up to the last block.
-
-        A context that is encoded anew enters it in blocks of the model's size, each of which sees those before it.
-        """
+        """Bring the cache up to the last block. A context that is encoded anew enters it block by block."""
         if self.last is None:
             return
         latents, frames, prompt_embeds = self.last
@@ -165,12 +208,7 @@ class BlockGenerator:
         original: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """
-        The next block, clean latents `(B, C, n, h, w)`.
-
-        Args:
-            noise: `(B, C, n, h, w)` float32.
-            original: clean latents that the block starts from, with noise, instead of from noise alone.
+        """The next block, clean latents, of noise `(B, C, n, h, w)` float32, or of `original` latents with that noise.
 
         Raises:
             FloatingPointError: the block has NaN or infinite values.

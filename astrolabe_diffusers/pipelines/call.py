@@ -33,7 +33,7 @@ class Calls:
     def __init__(self):
         self._lock = threading.Lock()
         self._under_way: weakref.WeakSet[Call] = weakref.WeakSet()
-        self._running: dict[int, Call] = {}
+        self._thread = threading.local()
         self._latest = Call()
 
     def __reduce__(self):
@@ -50,28 +50,24 @@ class Calls:
     @contextmanager
     def run(self, call: Call) -> Iterator[None]:
         """Inside, this thread is in `call`. A callback may run another one."""
-        thread, outer = threading.get_ident(), self.running
-        self._running[thread] = self._latest = call
+        outer = self._running
+        self._thread.call = self._latest = call
         try:
             yield
         finally:
-            if outer is None:
-                del self._running[thread]
-            else:
-                self._running[thread] = outer
+            self._thread.call = outer
 
     @property
-    def running(self) -> Call | None:
-        """The call that this thread is in."""
-        return self._running.get(threading.get_ident())
+    def _running(self) -> Call | None:
+        return getattr(self._thread, "call", None)
 
     @property
     def current(self) -> Call:
         """The call that this thread is in; outside of all of them the one that made the latest block."""
-        return self.running or self._latest
+        return self._running or self._latest
 
     def set_interrupt(self, interrupt: bool):
         """Of the call that this thread is in; outside of all of them, of every call that is under way."""
         with self._lock:
-            for call in [self.running] if self.running else list(self._under_way):
+            for call in [self._running] if self._running else list(self._under_way):
                 call.interrupt = interrupt

@@ -1,7 +1,8 @@
-"""Pipelines of folders and Hub repositories, loaded whole and in silence."""
+"""Pipelines of folders and Hub repositories, loaded whole and in silence, with LoRAs, and placed on a device."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import re
@@ -14,19 +15,24 @@ import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import CHECKED, UserError, as_user_error
+from ..errors import CHECKED, UserError, as_user_error, one_line
+from ..files.output_folder import list_checkpoints
 from ..layouts.published_models import PUBLISHED_MODELS
+from ..models.attention_causal_wan import attend
 from ..spelling import close_matches
 from .pipeline_causal_wan import CausalWanPipeline
 
 
+SAMPLED_VALUES = 64
 # A value in a config of the user's that no code expects fails wherever it is used first.
 LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
+
 def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
-    """The pipeline of a folder or Hub repository; `kwargs` of `from_pretrained`.
+    """The pipeline of a folder or Hub repository, without a bar of its own; `kwargs` of `from_pretrained`.
 
     Raises:
         UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded whole.
@@ -40,6 +46,7 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
             )
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)
         pipeline.check_components()
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
@@ -59,13 +66,11 @@ def no_missing_tensors() -> Iterator[None]:
 
     def take(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if "newly initialized" not in text:
-            return True
-        # A list in Python, or a table.
-        missing.extend(
-            list_item or row for list_item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M)
-        )
-        return False
+        is_about_missing = "newly initialized" in text
+        if is_about_missing:
+            # A list in Python, or a table.
+            missing.extend(item or row for item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M))
+        return not is_about_missing
 
     loggers = [logging.getLogger(name) for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils")]
     for logger in loggers:
@@ -83,16 +88,15 @@ def no_missing_tensors() -> Iterator[None]:
 def no_loading_bars() -> Iterator[None]:
     """Loading takes its time in silence: the bars would stand before an error's one line, and in every log file. Those
     of downloads stay."""
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    enabled = [library.is_progress_bar_enabled() for library in loggers]
-    for library in loggers:
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    enabled = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in enabled:
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, was_enabled in zip(loggers, enabled):
-            if was_enabled:
-                library.enable_progress_bar()
+        for library in enabled:
+            library.enable_progress_bar()
 
 
 def frame_rate(model: str, revision: str | None = None) -> float:
@@ -104,7 +108,7 @@ def frame_rate(model: str, revision: str | None = None) -> float:
 
 def load_frozen_pipeline(
     model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
-) -> DiffusionPipeline:
+) -> CausalWanPipeline:
     """The frozen pipeline of a folder or the Hub on its device; in bf16 runs all of it is bf16 but the autoencoder."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     pipeline = load_from(model, revision, variant=variant, dtype={"default": dtype, "vae": torch.float32})
@@ -119,15 +123,78 @@ def freeze_pipeline(pipeline: DiffusionPipeline, accelerator: Accelerator) -> Di
 
 
 def video_size(
-    pipeline: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
+    pipeline: CausalWanPipeline,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    prompt: str = "",
+    what: str = "video size",
 ) -> dict[str, int]:
-    """`height`, `width` and `num_frames`, checked by the pipeline and rounded to whole blocks; its own where not
-    given."""
-    given = {"height": height, "width": width, "num_frames": num_frames}
-    size = {name: value or pipeline.config[name] for name, value in given.items()}
-    with as_user_error("video size"):
-        size["num_frames"] = pipeline.round_num_frames(size["num_frames"])
-        pipeline.check_inputs(
-            prompt="", prompt_embeds=None, output_type="latent", callback_on_step_end_tensor_inputs=[], **size
-        )
+    """`height`, `width` and `num_frames` of a prompt's video, checked by the pipeline and rounded to whole blocks; its
+    own where not given. An error begins with `what`."""
+    size = {"height": height or pipeline.config.height, "width": width or pipeline.config.width}
+    with as_user_error(what):
+        size["num_frames"] = pipeline.round_num_frames(num_frames or pipeline.default_num_frames(prompt))
+        pipeline.check_inputs(prompt, **size)
     return size
+
+
+def find_lora(name: str) -> str:
+    """What `load_lora_weights` takes for `name`: of a training run that has not finished, its last checkpoint."""
+    checkpoints = list_checkpoints(name)
+    return name if (Path(name) / LORA_WEIGHT_NAME_SAFE).is_file() or not checkpoints else str(checkpoints[-1])
+
+
+def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
+    """Loads LoRAs and activates all of them, each with its weight."""
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for lora, name in zip(loras, names):
+        is_here = "" if Path(lora).exists() else " (nothing here has that name, so it is looked for on the Hub)"
+        with as_user_error(f"cannot load the LoRA {lora}{is_here}"):
+            pipe.load_lora_weights(find_lora(lora), adapter_name=name)
+    pipe.set_adapters(names, list(loras.values()))
+
+
+def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> str:
+    """Changes when the weights of the transformer do, those of loaded LoRAs included, or those of the others.
+
+    Of these each parameter's `SAMPLED_VALUES` are looked at: training changes all, and UMT5's 11 GB take 11 s to read.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in transformer.named_parameters():
+        digest.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
+    for module in sampled:
+        for name, parameter in module.named_parameters():
+            values = parameter.detach().flatten()
+            digest.update(f"{name} {values[:: -(-len(values) // SAMPLED_VALUES)].tolist()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def place_pipeline(
+    pipe: CausalWanPipeline,
+    device: torch.device | str,
+    offload: str = "none",
+    vae_tiling: bool = False,
+    attention_backend: str | None = None,
+):
+    """Puts the pipeline on its device; with `offload`, models or groups of layers while they are used."""
+    device = torch.device(device)
+    if offload != "none" and device.type == "cpu":
+        raise UserError(f"offload={offload} needs a GPU: on a CPU it can only be none.")
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules=["vae"])
+    else:
+        pipe.to(device)
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    if attention_backend:
+        try:
+            pipe.transformer.set_attention_backend(attention_backend)
+            # A backend that cannot run on this device or in this dtype only says so when it is called.
+            shape = 1, 16, 1, pipe.transformer.config.attention_head_dim
+            query = torch.zeros(shape, device=device, dtype=pipe.transformer.dtype)
+            attend(query, query, query)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"attention_backend {attention_backend} on {device.type}: {one_line(error)}") from error

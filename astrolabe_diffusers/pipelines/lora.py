@@ -28,6 +28,10 @@ from ..models.lora_layers import plain_state_dict, tuner_layers
 _PREFIX = "transformer."
 
 
+def _with_prefix(values: dict[str, Any]) -> dict[str, Any]:
+    return {_PREFIX + name: value for name, value in values.items()}
+
+
 class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
     """`load_lora_weights` for everything that docs/lora_files.md lists; what cannot be applied whole is refused."""
 
@@ -45,7 +49,6 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         The LoRA of a file, folder, Hub repository or dict under diffusers' names.
 
         Args:
-            weight_name: the file, where there are several.
             return_lora_metadata: also return peft's config. Without it the scales, which it has, are in B.
             use_safetensors, load_into_transformer_2: diffusers'; there is one format of a name, and one transformer.
             hub: subfolder, revision, token, cache_dir, force_download, proxies, local_files_only.
@@ -60,15 +63,12 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
             lora = parse_lora(*read_lora_file(find_lora_file(source, weight_name, **hub)))
         if not return_lora_metadata:
             lora = replace(lora, modules={name: module.with_scale_one() for name, module in lora.modules.items()})
-        state_dict = {_PREFIX + name: tensor for name, tensor in lora.state_dict().items()}
-        if not return_lora_metadata:
-            return state_dict
+            return _with_prefix(lora.state_dict())
         config = lora.peft_config()
         if config is None:
-            return state_dict, None
-        metadata = config.to_dict()
-        metadata["target_modules"] = lora.config.get("target_modules") or config.target_modules
-        return state_dict, {_PREFIX + name: value for name, value in metadata.items()}
+            return _with_prefix(lora.state_dict()), None
+        target_modules = lora.config.get("target_modules") or config.target_modules
+        return _with_prefix(lora.state_dict()), _with_prefix(config.to_dict() | {"target_modules": target_modules})
 
     @classmethod
     def load_lora_into_transformer(
@@ -87,9 +87,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
                 f"{', '.join(map(repr, taken))}."
             )
         # diffusers would count the adapters of one layer, which need not have all.
-        adapter_name = adapter_name or next(
-            name for name in (f"default_{i}" for i in itertools.count()) if name not in taken
-        )
+        adapter_name = adapter_name or next(f"default_{i}" for i in itertools.count() if f"default_{i}" not in taken)
         lora, biases = split_for_peft(lora, transformer)
         find_diff_layers(transformer, lora.diffs)
         if hotswap and (lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer))):
@@ -107,10 +105,10 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
                 tensors[f"{name}.lora_B.bias"] = biases.get(name, torch.zeros(module.b.shape[0])).clone()
         with without_offloading(kwargs.get("_pipeline")):
             super().load_lora_into_transformer(
-                {_PREFIX + name: tensor for name, tensor in tensors.items()},
+                _with_prefix(tensors),
                 transformer,
                 adapter_name=adapter_name,
-                metadata={_PREFIX + name: value for name, value in config.to_dict().items()},
+                metadata=_with_prefix(config.to_dict()),
                 hotswap=hotswap,
                 **kwargs,
             )
@@ -121,8 +119,8 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
 
 @contextmanager
 def without_offloading(pipeline: DiffusionPipeline | None) -> Iterator[None]:
-    """Inside, parameters are where they can be read. diffusers does so too while it loads a LoRA, but what comes after
-    would find the parameters of a pipeline that is offloaded sequentially on the meta device again."""
+    """Inside, parameters are where they can be read. diffusers does so too, but only while it loads a LoRA: what comes
+    after would find those of a pipeline that is offloaded sequentially on the meta device again."""
     is_model_offload, is_sequential_offload, is_group_offload = _func_optionally_disable_offloading(pipeline)
     try:
         yield
@@ -140,21 +138,17 @@ def without_offloading(pipeline: DiffusionPipeline | None) -> Iterator[None]:
 def check_not_fused(lora: OriginalLora, transformer: nn.Module):
     """Raise a one-line `ValueError` if the LoRA changes projections whose place a fused copy has taken."""
     for name, module in transformer.named_modules():
-        if getattr(module, "fused_projections", False):
-            if any(lora.changes(f"{name}.to_{x}.{end}") for x in "qkv" for end in ("weight", "bias")):
-                raise ValueError(
-                    "a LoRA needs Q, K and V apart, and this transformer has them fused: call its "
-                    "unfuse_qkv_projections() first."
-                )
+        parts = [f"{name}.to_{x}.{end}" for x in "qkv" for end in ("weight", "bias")]
+        if getattr(module, "fused_projections", False) and any(map(lora.changes, parts)):
+            raise ValueError(
+                "a LoRA needs Q, K and V apart, and this transformer has them fused: call its "
+                "unfuse_qkv_projections() first."
+            )
 
 
 def split_for_peft(lora: OriginalLora, transformer: nn.Module) -> tuple[OriginalLora, dict[str, torch.Tensor]]:
-    """
-    The same LoRA as peft's layers carry it: what is added to a whole matrix or convolution is an A and B of full rank.
-
-    Returns:
-        The LoRA, whose `diffs` are those that peft has no layers for, and what is added to biases, by module.
-    """
+    """The same LoRA as peft's layers carry it, and what is added to biases, by module. What is added to a whole matrix
+    or convolution becomes an A and B of full rank; `diffs` are those left that peft has no layers for."""
     modules, biases, rest = dict(lora.modules), {}, {}
     for name, diff in lora.diffs.items():
         module, _, parameter = name.rpartition(".")
@@ -173,7 +167,7 @@ def split_for_peft(lora: OriginalLora, transformer: nn.Module) -> tuple[Original
         modules[name] = module.with_scale_one()
     if not modules:
         # peft knows no adapter without a module.
-        linears = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+        linears = (name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear))
         name = next(name for name in linears if f"{name}.weight" in weights)
         modules[name] = LoraModule.of_zeros(weights[f"{name}.weight"])
     return replace(lora, modules=modules, diffs=rest), biases

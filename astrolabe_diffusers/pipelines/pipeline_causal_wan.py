@@ -2,10 +2,12 @@
 
 import itertools
 import math
-import operator
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from numbers import Integral, Real
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,14 @@ from ..models.contract import CausalTransformer
 from ..models.lora_layers import check_no_loose_lora
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..registration import register_with_diffusers
-from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes
+from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
 from .call import Calls
 from .lora import CausalWanLoraLoaderMixin
-from .noise import draw_noise
-from .pipeline_output import CausalWanPipelineOutput
-from .prompt_tokens import check_sequence_length, check_text, tokenize
-from .scene_prompt import PlannedScene, Scene, parse_scenes, plan_scenes
+from .prompt_tokens import tokenize, warn_once
+from .scene_prompt import Scene, check_sequence_length, parse_scenes, plan_scenes
 from .sigmas import check_sigmas
-from .start_frames import StartFrames, StartLatents, read_start
-from .stream import CausalWanStream, PromptInbox, PromptSwitch
-from .video_processor import BilinearVideoProcessor
-from .warn_once import warn_once
+from .start_frames import BilinearVideoProcessor, StartFrames, read_start
+from .stream import CausalWanPipelineOutput, CausalWanStream, PromptSwitch
 
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
@@ -43,8 +41,6 @@ def _parse(prompt: str | list[str] | None) -> list[list[Scene]]:
     texts = prompt if isinstance(prompt, list) else [prompt or ""]
     if not texts:
         raise ValueError("`prompt` is an empty list.")
-    for text in texts:
-        check_text(text)
     return [parse_scenes(text) for text in texts]
 
 
@@ -59,24 +55,20 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     as the blocks come.
 
     Args:
-        tokenizer: of the text encoder; google/umt5-xxl for the published models.
-        text_encoder ([`~transformers.UMT5EncoderModel`]): text encoder.
+        tokenizer, text_encoder: google/umt5-xxl for the published models.
         vae ([`AutoencoderKLWan`]): video autoencoder.
         scheduler ([`FlowMatchLCMScheduler`]): few-step sampler; its `shift` warps `sigmas`.
         transformer ([`CausalWanTransformer3DModel`]): the model, or another [`CausalTransformer`].
         sigmas (`list[float]`, defaults to `(1.0, 0.75, 0.5, 0.25)`):
             Noise levels of the steps before the shift; (1, .75, .5, .25) at shift 5 are t = 1000, 937.5, 833.3, 625.
         first_block_sigmas (`list[float]`, *optional*):
-            Noise levels of the first generated block, also after given frames and after a hard cut, where they are
-            others: models of one or two steps make it in four.
+            Of the first generated block and of that after a hard cut: models of one or two steps make it in four.
         num_context_frames (`int`, *optional*):
             Every block sees this many latent frames before it, encoded anew for it, in place of a cache that grows
             (Krea's server). Positions never pass the block's, so the video may go on for ever. The context
             begins with the video's first latent frame after one block and after one given and one generated; then
             with a decoded frame that is encoded by itself.
-        past_weight (`float`, defaults to 1.0):
-            Factor of the attention that a block pays to the frames before it, the first one excepted; see
-            [`CausalWanKVCache`].
+        past_weight (`float`, defaults to 1.0): see [`CausalWanKVCache`].
         max_sequence_length (`int`, defaults to 512):
             Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
@@ -119,11 +111,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
+        if first_block_sigmas is not None:
+            first_block_sigmas = check_sigmas(first_block_sigmas, "first_block_sigmas")
         self.register_to_config(
             sigmas=check_sigmas(sigmas),
-            first_block_sigmas=None
-            if first_block_sigmas is None
-            else check_sigmas(first_block_sigmas, "first_block_sigmas"),
+            first_block_sigmas=first_block_sigmas,
             num_context_frames=num_context_frames,
             past_weight=past_weight,
             max_sequence_length=max_sequence_length,
@@ -171,37 +163,18 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
     # or else to the one that made the latest block.
-
-    @property
-    def num_timesteps(self) -> int | None:
-        """Denoising steps of a block."""
-        return self._calls.current.num_timesteps
-
-    @property
-    def current_block(self) -> int | None:
-        """Index of the block being generated."""
-        return self._calls.current.block
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        return self._calls.current.timestep
+    num_timesteps = property(attrgetter("_calls.current.num_timesteps"))
+    current_block = property(attrgetter("_calls.current.block"), doc="Index of the block being generated.")
+    current_timestep = property(attrgetter("_calls.current.timestep"))
 
     @property
     def interrupt(self) -> bool:
-        """
-        Whether the video ends with the current block. Set `_interrupt` in a callback to end this callback's call after
-        the step; the block is then what the model has predicted of it, without the noise for the next step. Set
-        outside of a call, `_interrupt` ends all calls of the pipeline that are under way, streams that wait included.
-        """
+        """Whether the video ends with the current block. Set `_interrupt` in a callback to end this callback's call
+        after the step, with what the model has predicted of the block; outside of a call, to end all that are under
+        way, streams that wait included."""
         return self._calls.current.interrupt
 
-    @property
-    def _interrupt(self) -> bool:
-        return self.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool):
-        self._calls.set_interrupt(value)
+    _interrupt = interrupt.setter(lambda self, value: self._calls.set_interrupt(value))
 
     def _check_kinds(self):
         """What only fails in the middle of a block, or gives noise: a model that is not causal, another sampler."""
@@ -224,33 +197,22 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             raise ValueError(f"this pipeline was loaded without {' and '.join(missing)}: load it with them{instead}.")
 
     def check_components(self):
-        """
-        Raises:
-            ValueError: the pipeline cannot generate: it lacks a component, or has one of another kind.
-        """
+        """Raises a `ValueError` if the pipeline cannot generate: it lacks a component, or has one of another kind."""
         self._require("vae", "scheduler", "transformer")
         self._check_kinds()
 
     def round_num_frames(self, num_frames: float) -> float:
-        """The frames of the most whole blocks that `num_frames` has room for, with a warning if that is fewer, as
-        diffusers' `WanPipeline` rounds to what its autoencoder can make. `math.inf` stays.
-
-        Raises:
-            ValueError: it is no whole number, or less than a block.
-        """
+        """The frames of the most whole blocks that `num_frames` has room for, with a warning if that is fewer.
+        `math.inf` stays; a `ValueError` if it is no whole number, or less than a block."""
         if num_frames == math.inf:
             return num_frames
         shortest = self._frames_of_blocks(1)
-        try:
-            blocks = self._num_blocks(operator.index(num_frames))
-        except TypeError:
-            blocks = 0
+        blocks = self._num_blocks(num_frames) if isinstance(num_frames, Integral) else 0
         if blocks < 1:
             raise ValueError(f"`num_frames` must be a whole number of at least {shortest}, not {num_frames!r}.")
         rounded = self._frames_of_blocks(blocks)
         if rounded != num_frames:
-            n = self.transformer.config.num_frames_per_block
-            step = self._frames_of_blocks(2) - shortest
+            n, step = self.transformer.config.num_frames_per_block, self._frames_of_blocks(2) - shortest
             warn_once(
                 f"`num_frames={num_frames}` is rounded down to {rounded}: a video is whole blocks of {n} latent "
                 f"frames, {shortest} frames for the first and {step} for every other."
@@ -276,8 +238,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Text embeddings `(B * num_videos_per_prompt, max_sequence_length, dim)`, zero beyond each prompt's end.
-
-        Needs tokenizer and text encoder alone. Warns of a prompt that is longer than `max_sequence_length` tokens.
+        Needs tokenizer and text encoder alone.
 
         Raises:
             ValueError: `max_sequence_length` is not in 1 to 512, or a prompt is no text.
@@ -288,8 +249,6 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             if prompt is None:
                 raise ValueError("Provide either `prompt` or `prompt_embeds`.")
             prompt = [prompt] if isinstance(prompt, str) else prompt
-            for text in prompt:
-                check_text(text)
             length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
             check_sequence_length(length)
             text_inputs = tokenize(self.tokenizer, prompt, length)
@@ -297,9 +256,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             prompt_embeds = self.text_encoder(text_inputs.input_ids.to(device), mask).last_hidden_state
             prompt_embeds = prompt_embeds * mask.unsqueeze(-1)
         dtype = dtype or (self.text_encoder if self.transformer is None else self.transformer).dtype
-        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype)
-        prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
-        return prompt_embeds
+        return prompt_embeds.to(device=device, dtype=dtype).repeat_interleave(num_videos_per_prompt, dim=0)
 
     def check_size(self, height: int, width: int):
         _, p_h, p_w = self.transformer.config.patch_size
@@ -311,12 +268,12 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     def check_inputs(
         self,
         prompt: str | list[str] | None,
-        prompt_embeds: torch.Tensor | None,
         height: int,
         width: int,
         num_frames: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
@@ -408,25 +365,21 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         Generate whole videos. What is left at `None` comes from the pipeline's config.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): the prompts; or pass `prompt_embeds`.
+            prompt (`str` or `list[str]`, *optional*): or pass `prompt_embeds`.
             height, width (`int`, *optional*): in pixels, multiples of the latent patch (16 for Wan).
             num_frames (`int`, *optional*):
-                Frames of the video, a whole number of blocks: 1 + 4 * (3 * blocks - 1) for blocks of 3 latent frames.
-                Others are rounded down, with a warning.
-            sigmas (`list[float]`, *optional*):
-                Noise levels of the denoising steps, falling, in [0, 1], before the scheduler's shift; given here, of
-                every block.
+                A whole number of blocks, 1 + 4 * (3 * blocks - 1) for blocks of 3 latent frames. Others are rounded
+                down, with a warning.
+            sigmas (`list[float]`, *optional*): as the pipeline's; given here, of every block.
             num_videos_per_prompt (`int`): videos for each prompt.
             generator (`torch.Generator` or a list with one for each video, *optional*):
                 Source of the noise. With one for each video, a video does not depend on the batch it is made in.
                 First the noise of all generated blocks is drawn, `(B, F, C, h, w)`, then block by block that of the
                 steps but the last, `(B, n, C, h, w)`; float32, rounded once to the transformer's dtype. That is the
-                originals' order: a seed of theirs gives their video up to rounding, if it is one video a call, the
-                first of their run, in bfloat16 with a generator on a GPU of the same kind.
+                originals' order: a seed of theirs gives their video up to rounding, where docs/generate.md says.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all generated blocks.
             prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
-            output_type (`str`): `"np"`, `"pt"`, `"pil"` or `"latent"`, see [`CausalWanPipelineOutput`].
-            return_dict (`bool`): return a [`CausalWanPipelineOutput`] instead of a tuple.
+            output_type (`str`), return_dict (`bool`): see [`CausalWanPipelineOutput`], which else is a tuple.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` scales a LoRA.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, callback_kwargs)` after each denoising step of each block;
@@ -435,8 +388,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs (`list[str]`): what `callback_kwargs` holds.
             max_sequence_length (`int`, *optional*): text tokens, at most 512; what is longer is cut, with a warning.
             image (`PIL.Image.Image`, array, tensor or list, *optional*):
-                The first frame, one for all videos or one a prompt. For models with blocks of one latent frame. Arrays
-                and tensors are floats in [0, 1] or uint8.
+                The first frame, as `video` is given, for models with blocks of one latent frame.
             video (list of images, array, tensor, or a list of them, *optional*):
                 The first frames, a whole number of blocks, one video for all or one a prompt. They are resized, count
                 in `num_frames`, and come back as the autoencoder reproduces them. Or their latents `(B, C, f, h, w)`.
@@ -483,8 +435,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         strength: float | None = None,
     ) -> CausalWanStream:
         r"""
-        Generate block by block: an iterator over the frames of each block, in the format of `output_type`, as soon as
-        they exist. Arguments as for `__call__`; the pieces joined in time are what `__call__` returns.
+        As `__call__`, block by block: an iterator over the frames of each block, as soon as they exist.
+
         `num_frames=math.inf` goes on for ever, with models that have a window and relative positions; then every block
         draws its own noise and that of its steps, so a seed gives another video than with an end.
         [`CausalWanStream.set_prompt`] changes the prompt while it goes on.
@@ -501,7 +453,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            prompt, prompt_embeds, height, width, num_frames, output_type, callback_on_step_end_tensor_inputs
+            prompt, height, width, num_frames, prompt_embeds, output_type, callback_on_step_end_tensor_inputs
         )
         num_blocks, device = self._num_blocks(num_frames), self._execution_device
         if num_blocks is None and latents is not None:
@@ -509,20 +461,21 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         call = self._calls.begin()
         encode_scenes = partial(self._encode_scenes, max_sequence_length=max_sequence_length)
         if prompt is not None:
-            plans = [plan_scenes(scenes, self._seconds_per_block, num_blocks)[0] for scenes in _parse(prompt)]
-            schedule = encode_scenes(plans, num_videos_per_prompt)
+            schedule = encode_scenes(_parse(prompt), num_blocks, num_videos_per_prompt)
         else:
             prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
             schedule = [[EncodedScene(embeds, 0, False)] for embeds in prompt_embeds]
-        batch_size, start = len(schedule), StartLatents()
+        batch_size, clean = len(schedule), ()
         if start_frames is not None:
-            start = start_frames.encode(self.vae, device, batch_size, num_videos_per_prompt)
+            clean = start_frames.encode(self.vae, device, batch_size, num_videos_per_prompt).split(n, dim=2)
+        num_given = len(clean) if strength is None else 0
         draw = partial(self.prepare_latents, batch_size, height, width, device=device, generator=generator)
         if num_blocks is None:
             noise = (draw(self._frames_of_blocks(1)) for _ in itertools.count())
         else:
-            generated = draw(num_frames, latents=latents, num_given=start.num_given).split(n, dim=2)
-            noise = itertools.chain(itertools.repeat(None, start.num_given // n), generated)
+            generated = draw(num_frames, latents=latents, num_given=num_given * n).split(n, dim=2)
+            noise = itertools.chain(itertools.repeat(None, num_given), generated)
+        inputs = zip(itertools.chain(clean, itertools.repeat(None)), noise)
         sampling = Sampling(
             sigmas=levels,
             first_block_sigmas=first_levels,
@@ -533,10 +486,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             call=call,
         )
-        inbox = PromptInbox()
-        blocks = self._generate_blocks(sampling, schedule, inbox, encode_scenes, start, noise, generator)
-        running = partial(self._calls.run, call)
-        return CausalWanStream(self._postprocess_blocks(blocks, output_type), inbox, batch_size, running)
+        inbox: deque[PromptSwitch] = deque(maxlen=1)
+        blocks = self._generate_blocks(
+            sampling, schedule, inbox, encode_scenes, inputs, num_given, generator, output_type
+        )
+        return CausalWanStream(blocks, inbox, batch_size, running=partial(self._calls.run, call))
 
     def _video_length(self, prompt: str | list[str] | None, num_frames: float | None, start: StartFrames | None):
         """Frames of the video, whole blocks."""
@@ -569,19 +523,17 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         longest = 0
         for scenes in videos:
             plan, _ = plan_scenes(scenes, self._seconds_per_block, num_blocks)
-            cuts = [0, *(scene.start for scene in plan if scene.cut), num_blocks]
+            cuts = [0, *(block for block, scene in plan.items() if scene.cut), num_blocks]
             longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
         return longest
 
     @property
     def _seconds_per_block(self) -> float:
-        frames = self.vae.config.scale_factor_temporal * self.transformer.config.num_frames_per_block
-        return frames / self.config.frame_rate
+        return (self._frames_of_blocks(2) - self._frames_of_blocks(1)) / self.config.frame_rate
 
     def _frames_of_blocks(self, num_blocks: int) -> int:
-        return 1 + self.vae.config.scale_factor_temporal * (
-            num_blocks * self.transformer.config.num_frames_per_block - 1
-        )
+        num_latents = num_blocks * self.transformer.config.num_frames_per_block
+        return 1 + self.vae.config.scale_factor_temporal * (num_latents - 1)
 
     def _num_blocks(self, num_frames: float) -> int | None:
         if num_frames == math.inf:
@@ -591,16 +543,18 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     def _encode_scenes(
         self,
-        plans: list[list[PlannedScene]],
+        videos: list[list[Scene]],
+        num_blocks: int | None = None,
         num_videos_per_prompt: int = 1,
         start: int = 0,
         max_sequence_length: int | None = None,
     ) -> list[list[EncodedScene]]:
         """The scenes of every video, from block `start` on. Each text is encoded once."""
-        texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan))
+        plans = [plan_scenes(scenes, self._seconds_per_block, num_blocks)[0] for scenes in videos]
+        texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan.values()))
         embeds = dict(zip(texts, self.encode_prompt(texts, max_sequence_length=max_sequence_length)))
         return [
-            [EncodedScene(embeds[scene.text], start + scene.start, scene.cut) for scene in plan]
+            [EncodedScene(embeds[scene.text], start + block, scene.cut) for block, scene in plan.items()]
             for plan in plans
             for _ in range(num_videos_per_prompt)
         ]
@@ -610,47 +564,50 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         self,
         sampling: Sampling,
         schedule: list[list[EncodedScene]],
-        inbox: PromptInbox,
+        inbox: deque[PromptSwitch],
         encode_scenes: Callable[..., list[list[EncodedScene]]],
-        start: StartLatents,
-        noise: Iterator[torch.Tensor | None],
+        inputs: Iterator[tuple[torch.Tensor | None, torch.Tensor | None]],
+        num_given: int,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> Iterator[torch.Tensor]:
-        """Yields each block: frames `(B, 3, F, H, W)` in [-1, 1], or clean latents `(B, C, n, h, w)`."""
+        output_type: str,
+    ) -> Iterator[torch.Tensor | np.ndarray | list]:
+        """Yields each block. `inputs` are the clean latents and the noise that each starts from; the first `num_given`
+        blocks stay clean."""
         n = self.transformer.config.num_frames_per_block
         groups = [self.block_generator_class(self, sampling, list(range(len(schedule))))]
         groups[0].prompt_embeds = torch.stack([scenes[0].prompt_embeds for scenes in schedule])
         schedule = [scenes[1:] for scenes in schedule]
         blocks = itertools.count() if sampling.max_frames is None else range(sampling.max_frames // n)
-        with self.progress_bar(blocks) as progress_bar:
+        # Also when the caller closes the stream early.
+        with ExitStack() as at_end, self.progress_bar(blocks) as progress_bar:
+            at_end.callback(self.maybe_free_model_hooks)
             for block in blocks:
                 sampling.call.block = block
-                switch = inbox.take()
+                switch = inbox.pop() if inbox else None
                 if switch is not None:
                     schedule = self._switch_prompt(switch, groups, block, encode_scenes)
                 groups = begin_scenes(groups, schedule, block)
                 if switch is not None and switch.transition == "recache":
                     for group in groups:
                         group.recache(switch.global_sink)
-                frames = slice(block * n, (block + 1) * n)
-                given = frames.start < start.num_given
-                fresh = next(noise)
-                latents = start.given[:, :, frames] if given else fresh
-                original = None if start.original is None else start.original[:, :, frames]
+                clean, noise = next(inputs)
                 pieces = []
                 for group in groups:
                     # All of them, as a view, unless they have parted.
                     rows = slice(None) if len(groups) == 1 else group.videos
-                    own = latents[rows]
-                    if not given:
+                    latents = None if clean is None else clean[rows]
+                    if block >= num_given:
                         generators = [generator[i] for i in group.videos] if isinstance(generator, list) else generator
-                        own = group.denoise(own, None if original is None else original[rows], generators)
-                    pieces.append(group.finish(own, given=given))
+                        latents = group.denoise(noise[rows], latents, generators)
+                    pieces.append(group.finish(latents, given=block < num_given))
                 if sampling.decode and block:
                     pieces = [self._hold_first(piece) for piece in pieces]
                 order = [video for group in groups for video in group.videos]
                 progress_bar.update()
-                yield pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
+                frames = pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
+                if sampling.decode:
+                    frames = self.video_processor.postprocess_video(frames, output_type=output_type)
+                yield frames
                 if sampling.call.interrupt:
                     return
 
@@ -664,30 +621,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         self, switch: PromptSwitch, groups: list[BlockGenerator], block: int, encode_scenes: Callable
     ) -> list[list[EncodedScene]]:
         """The scenes from `block` on that a change of the prompt leaves."""
-        batch_size = sum(len(group.videos) for group in groups)
-        texts = [switch.prompt] * batch_size if isinstance(switch.prompt, str) else switch.prompt
-        plans = [plan_scenes(parse_scenes(text), self._seconds_per_block)[0] for text in texts]
-        schedule = encode_scenes(plans, start=block)
+        schedule = encode_scenes(switch.scenes, start=block)
+        weights = torch.linspace(0, 1, switch.num_blocks).tolist() if switch.num_blocks > 1 else [1.0]
         old = {video: embeds for group in groups for video, embeds in zip(group.videos, group.prompt_embeds)}
         for video, scenes in enumerate(schedule):
-            first = scenes.pop(0)
-            weights = torch.linspace(0, 1, switch.num_blocks).tolist() if switch.num_blocks > 1 else [1.0]
-            scenes[:0] = [
-                EncodedScene(
-                    torch.lerp(old[video], first.prompt_embeds, weight), block + i, switch.transition == "cut"
-                )
-                for i, weight in enumerate(weights)
-            ]
+            new = scenes.pop(0).prompt_embeds
+            texts = [torch.lerp(old[video], new, weight) for weight in weights]
+            scenes[:0] = [EncodedScene(text, block + i, switch.transition == "cut") for i, text in enumerate(texts)]
         return schedule
-
-    @torch.no_grad()
-    def _postprocess_blocks(self, blocks: Iterator[torch.Tensor], output_type: str) -> Iterator:
-        try:
-            for block in blocks:
-                if output_type != "latent":
-                    block = self.video_processor.postprocess_video(block, output_type=output_type)
-                yield block
-        finally:
-            # Also when the caller closes the stream early.
-            blocks.close()
-            self.maybe_free_model_hooks()

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 
 # 14 blocks of 3 latent frames at 16 frames a second.
 DEFAULT_SECONDS = 10.5
 # A day; what has no end is a stream with `num_frames=math.inf`.
 MAX_SECONDS = 86400
+# 512 tokens are about 2500; a text may have many scenes. What is far beyond is a file passed for a prompt.
+MAX_CHARACTERS = 100_000
+# What UMT5 and the Wan models were trained with. Longer ones are made by nobody, and the padding costs memory.
+MAX_SEQUENCE_LENGTH = 512
 
-_PIECE = re.compile(r"\\([\\|\[\]])|(\||\[)|([^\\|\[]+|.)", re.DOTALL)
+_TEXT = re.compile(r"(?:\\[\\|\[\]]|[^|\[])*")
 _DURATION = re.compile(r"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#?)\s*\]\s*(?=\||$)")
 
 
@@ -28,24 +33,39 @@ class Scene:
     cut: bool = False
 
 
+def check_text(text: str):
+    """Raises a `ValueError` if a prompt is no text, or longer than `MAX_CHARACTERS`."""
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt has to be a `str`, and {text!r} is no text.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"a prompt of {len(text)} characters: at most {MAX_CHARACTERS}; is it a file's content?")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt, character {error.start + 1}: half of a surrogate pair, which is no character; were its bytes in "
+            "UTF-8?"
+        ) from None
+
+
+def check_sequence_length(length: int):
+    if not isinstance(length, Integral) or not 1 <= length <= MAX_SEQUENCE_LENGTH:
+        raise ValueError(f"`max_sequence_length` must be from 1 to {MAX_SEQUENCE_LENGTH} tokens, not {length}.")
+
+
 def parse_scenes(prompt: str) -> list[Scene]:
     """
     Raises:
-        ValueError: a scene without text or a bracket that is no duration; the message says at which character.
+        ValueError: no text, a scene without text or a bracket that is no duration; it says at which character.
     """
+    check_text(prompt)
     scenes: list[Scene] = []
-    text, seconds, cut, next_cut = "", None, False, False
-    start = position = 0
-
-    def finish():
-        # The empty prompt is a prompt; an empty scene among others is a slip.
-        if not text.strip() and prompt.strip():
-            raise _error(prompt, start, "a scene has no text")
-        scenes.append(Scene(text.strip(), seconds, cut))
-
-    while position < len(prompt):
-        escaped, special, plain = _PIECE.match(prompt, position).groups()
-        if special == "[":
+    position, cut = 0, False
+    while True:
+        start, text = position, _TEXT.match(prompt, position)[0]
+        position += len(text)
+        seconds, next_cut = None, False
+        if prompt.startswith("[", position):
             duration = _DURATION.match(prompt, position)
             if duration is None or not (duration[1] or duration[2]) or (duration[1] and not float(duration[1])):
                 raise _error(prompt, position, r"a duration is [8s], [8s#] or [#] at a scene's end; \[ is a bracket")
@@ -53,16 +73,14 @@ def parse_scenes(prompt: str) -> list[Scene]:
                 raise _error(prompt, position, f"a scene lasts at most {MAX_SECONDS} seconds")
             seconds, next_cut = duration[1] and float(duration[1]), bool(duration[2])
             position = duration.end()
-        elif special == "|":
-            finish()
-            text, seconds, cut, next_cut = "", None, next_cut, False
-            position += 1
-            start = position
-        else:
-            text += escaped or plain
-            position += 2 if escaped else len(plain)
-    finish()
-    return scenes
+        # The empty prompt is a prompt; an empty scene among others is a slip.
+        if not text.strip() and prompt.strip():
+            raise _error(prompt, start, "a scene has no text")
+        scenes.append(Scene(re.sub(r"\\([\\|\[\]])", r"\1", text).strip(), seconds, cut))
+        if position == len(prompt):
+            return scenes
+        position += 1  # a bar
+        cut = next_cut
 
 
 def escape_scenes(text: str) -> str:
@@ -75,31 +93,18 @@ def _error(prompt: str, position: int, message: str) -> ValueError:
     return ValueError(f"prompt, character {position + 1}: {message}: {place!r}")
 
 
-@dataclass(frozen=True)
-class PlannedScene:
-    """A scene from block `start` of a video on."""
-
-    text: str
-    start: int
-    cut: bool = False
-
-
 def plan_scenes(
     scenes: list[Scene], seconds_per_block: float, num_blocks: int | None = None
-) -> tuple[list[PlannedScene], int]:
-    """
-    When each scene begins, and the number of blocks of the video.
+) -> tuple[dict[int, Scene], int]:
+    """The scenes by the block with which each begins, and the number of blocks of the video.
 
-    Args:
-        seconds_per_block: of the model.
-        num_blocks: length of the video, if it is given; then the last scene is cut or stretched. By default the sum of
-            the scenes, each a whole number of blocks, at least one.
+    Each scene is a whole number of blocks, at least one. With `num_blocks` of a video the last is cut or stretched.
     """
-    planned, start = [], 0
+    planned, start = {}, 0
     for scene in scenes:
-        planned.append(PlannedScene(scene.text, start, scene.cut))
+        planned[start] = scene
         # Whole blocks, rounded down; the quotient of decimal fractions may lie just below a whole number.
         start += max(1, int((scene.seconds or DEFAULT_SECONDS) / seconds_per_block + 1e-9))
     if num_blocks is None:
         return planned, start
-    return [scene for scene in planned if scene.start < num_blocks], num_blocks
+    return {start: scene for start, scene in planned.items() if start < num_blocks}, num_blocks

@@ -6,16 +6,8 @@ from collections.abc import Iterable
 
 
 def check_sigmas(sigmas: Iterable[float], name: str = "sigmas") -> list[float]:
-    """
-    The noise levels, before the scheduler's shift, as a list.
-
-    Args:
-        sigmas: a list, array or tensor of numbers that fall, from at most 1, all noise, to at least 0, none.
-        name: what an error calls them.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """The noise levels, before the scheduler's shift, as a list: numbers that fall, from at most 1, all noise, to at
+    least 0, none; else a `ValueError` that calls them `name`."""
     try:
         levels = [float(sigma) for sigma in sigmas]
     except (TypeError, ValueError):
@@ -23,8 +15,7 @@ def check_sigmas(sigmas: Iterable[float], name: str = "sigmas") -> list[float]:
     # Written so that NaN does not pass.
     falling = all(high > low for high, low in zip(levels, levels[1:]))
     if not (levels and falling and 0 < levels[0] <= 1 and levels[-1] >= 0):
-        timesteps = bool(levels) and max(levels) > 1
-        hint = "; if these are timesteps, divide them by 1000" if timesteps else ""
+        hint = "; if these are timesteps, divide them by 1000" if max(levels, default=0) > 1 else ""
         raise ValueError(
             f"`{name}` must fall from at most 1 to at least 0, as [1.0, 0.75, 0.5, 0.25] do, not {levels}{hint}."
         )

@@ -1,4 +1,4 @@
-"""Pictures that a user gives a video to start from."""
+"""Pictures that a user gives a video to start from, at the size that the published models were trained with."""
 
 from __future__ import annotations
 
@@ -9,55 +9,47 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.image_processor import PipelineImageInput
+from diffusers.video_processor import VideoProcessor
 
 from ..models.vae_streaming import encode_video
 
 
-@dataclass(frozen=True)
-class StartLatents:
-    """Clean latents `(B, C, f, h, w)`: of the first frames, or what every block starts from, with noise."""
+class BilinearVideoProcessor(VideoProcessor):
+    """
+    Resizes by antialiased bilinear interpolation, as torchvision's `Resize` does in Causal-Forcing's and
+    Self-Forcing's image-to-video; diffusers takes Lanczos for pictures and the nearest pixel for arrays.
+    """
 
-    given: torch.Tensor | None = None
-    original: torch.Tensor | None = None
+    def __init__(self, vae_scale_factor: int):
+        super().__init__(vae_scale_factor=vae_scale_factor, resample="bilinear", do_convert_rgb=True)
 
-    @property
-    def num_given(self) -> int:
-        return 0 if self.given is None else self.given.shape[2]
+    def resize(self, image, height: int, width: int, resize_mode: str = "default"):
+        """As the parent's; tensors are `(N, C, H, W)`."""
+        if not isinstance(image, torch.Tensor):
+            return super().resize(image, height, width, resize_mode)
+        return torch.nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True)
 class StartFrames:
-    """
-    `image=`, `video=` and `strength=` of a call, checked.
+    """`image=`, `video=` and `strength=` of a call, checked; without a strength they are the video's first frames."""
 
-    Args:
-        frames: `(N, 3, F, H, W)` in [-1, 1], or latents `(N, C, f, h, w)`.
-        num_frames: how many frames they are.
-        strength: noise in (0, 1] that every block of them gets; `None` if they are the video's first.
-    """
-
-    frames: torch.Tensor
+    frames: torch.Tensor  # (N, 3, F, H, W) in [-1, 1], or latents (N, C, f, h, w)
     num_frames: int
     strength: float | None = None
 
     def encode(
         self, vae: AutoencoderKLWan, device: torch.device, batch_size: int, num_videos_per_prompt: int
-    ) -> StartLatents:
-        """Normalised latents of every video, float32.
-
-        Raises:
-            ValueError: they are neither one for all videos nor one a prompt.
-        """
+    ) -> torch.Tensor:
+        """Normalised latents of every video, float32; a `ValueError` if it is neither one for all nor one a prompt."""
         latents = self.frames.to(device)
         if latents.shape[1] != vae.config.z_dim:
             latents = encode_video(vae, latents)
         if len(latents) == 1:
-            latents = latents.expand(batch_size, -1, -1, -1, -1)
-        elif len(latents) * num_videos_per_prompt == batch_size:
-            latents = latents.repeat_interleave(num_videos_per_prompt, dim=0)
-        else:
+            return latents.expand(batch_size, -1, -1, -1, -1)
+        if len(latents) * num_videos_per_prompt != batch_size:
             raise ValueError(f"{len(latents)} images or videos to start from: pass one, or one a prompt.")
-        return StartLatents(given=latents) if self.strength is None else StartLatents(original=latents)
+        return latents.repeat_interleave(num_videos_per_prompt, dim=0)
 
 
 def read_start(
@@ -70,7 +62,7 @@ def read_start(
     """What a call of the pipeline starts from, if it is given anything; `size` are height and width in pixels.
 
     Raises:
-        ValueError: both, or a strength without a video; no whole number of blocks; or no frames, see [`unit_range`].
+        ValueError: both, a strength without a video, no whole number of blocks, or no frames in [0, 1].
     """
     if image is not None and video is not None:
         raise ValueError("Provide either `image` or `video`, and not both.")
@@ -81,17 +73,17 @@ def read_start(
     vae, processor = pipe.vae.config, pipe.video_processor
     scale, n = vae.scale_factor_temporal, pipe.transformer.config.num_frames_per_block
     first = 1 + scale * (n - 1)
+    # They have more channels than a picture, and no whole number of blocks has that many frames.
+    is_latents = isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim
     if image is not None:
         if n != 1:
             raise ValueError(
                 f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of {first} frames, "
                 "or use a model with blocks of one."
             )
-        pictures = processor.preprocess(unit_range(image, "image"), *size)
-        return StartFrames(_three_channels(pictures[:, :, None], "image"), 1)
-    # Latents have more channels than a picture, and no whole number of blocks has that many frames.
-    if isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim:
-        frames, num_frames = video.float(), 1 + scale * (video.shape[2] - 1)
+        frames = processor.preprocess(unit_range(image, "image"), *size)[:, :, None]
+    elif is_latents:
+        frames = video.float()
         h, w = (length // vae.scale_factor_spatial for length in size)
         if frames.shape[3:] != (h, w) or not frames.isfinite().all():
             raise ValueError(
@@ -99,8 +91,13 @@ def read_start(
                 f"shape {tuple(frames.shape)}."
             )
     else:
-        frames = _three_channels(processor.preprocess_video(unit_range(video, "video"), *size), "video")
-        num_frames = frames.shape[2]
+        frames = processor.preprocess_video(unit_range(video, "video"), *size)
+    if not is_latents and frames.shape[1] != 3:
+        name = "video" if image is None else "image"
+        raise ValueError(
+            f"`{name}` has {frames.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
+        )
+    num_frames = 1 + scale * (frames.shape[2] - 1) if is_latents else frames.shape[2]
     if (num_frames - 1) % scale or ((num_frames - 1) // scale + 1) % n:
         raise ValueError(
             f"`video` has {num_frames} frames, which is no whole number of blocks: {first}, {first + scale * n}, "
@@ -109,21 +106,9 @@ def read_start(
     return StartFrames(frames, num_frames, strength)
 
 
-def _three_channels(frames: torch.Tensor, name: str) -> torch.Tensor:
-    if frames.shape[1] != 3:
-        raise ValueError(
-            f"`{name}` has {frames.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
-        )
-    return frames
-
-
 def unit_range(frames: PIL.Image.Image | np.ndarray | torch.Tensor | list, name: str):
-    """The same frames for diffusers' `VideoProcessor`, which takes arrays and tensors as they are: eight bits become
-    floats in [0, 1], others are checked. Lists may be nested.
-
-    Raises:
-        ValueError: of another type or an empty list, or floats that are not finite or outside of [0, 1].
-    """
+    """The same frames, checked, for diffusers' `VideoProcessor`, which takes arrays and tensors as they are: eight
+    bits become floats in [0, 1]. Lists may be nested."""
     if isinstance(frames, (list, tuple)) and len(frames):
         return [unit_range(frame, name) for frame in frames]
     if isinstance(frames, PIL.Image.Image):

@@ -1,62 +1,61 @@
-"""A video that is generated while it is watched."""
+"""What a call of the pipeline returns: a whole video, or one that is generated while it is watched."""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
+import PIL.Image
 import torch
+from diffusers.utils import BaseOutput
 
-from .prompt_tokens import check_text
-from .scene_prompt import parse_scenes
+from .scene_prompt import Scene, parse_scenes
 
 
 TRANSITIONS = ("roll", "recache", "cut")
 
 
 @dataclass
+class CausalWanPipelineOutput(BaseOutput):
+    """
+    The videos, by `output_type`: `"np"` an array `(B, F, H, W, 3)` in [0, 1], `"pt"` a tensor `(B, F, 3, H, W)` in
+    [0, 1], `"pil"` a list of lists of images, `"latent"` the normalised latents `(B, C, f, h, w)`.
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
+
+
+@dataclass
 class PromptSwitch:
     """What `set_prompt` asks for; see there."""
 
-    prompt: str | list[str]
+    scenes: list[list[Scene]]  # of each video
     transition: str
     num_blocks: int
     global_sink: bool
 
 
-class PromptInbox:
-    """Carries the newest prompt from any thread to the one that generates."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._switch: PromptSwitch | None = None
-
-    def put(self, switch: PromptSwitch):
-        with self._lock:
-            self._switch = switch
-
-    def take(self) -> PromptSwitch | None:
-        with self._lock:
-            switch, self._switch = self._switch, None
-        return switch
-
-
-class CausalWanStream(Iterator):
+class CausalWanStream(Iterator, AbstractContextManager):
     """
     What `CausalWanPipeline.stream` returns: an iterator over the frames of each block.
 
     Nothing is computed until the next block is asked for: to pause, ask later. `close()` ends the stream and frees its
     memory at once, as leaving a `with` block does. Several threads may ask: each block goes to one of them.
+
+    Args:
+        inbox: has room for one, the newest change of the prompt, from any thread for the one that generates.
+        running: a context in which the blocks are made.
     """
 
     def __init__(
         self,
         blocks: Iterator[torch.Tensor | np.ndarray | list],
-        inbox: PromptInbox,
+        inbox: deque[PromptSwitch],
         batch_size: int,
         running: Callable[[], AbstractContextManager],
     ):
@@ -70,9 +69,6 @@ class CausalWanStream(Iterator):
     def __next__(self) -> torch.Tensor | np.ndarray | list:
         with self._lock, self._running():
             return next(self._blocks)
-
-    def __enter__(self) -> CausalWanStream:
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -111,10 +107,7 @@ class CausalWanStream(Iterator):
             )
         if not global_sink and transition != "recache":
             raise ValueError("`global_sink=False` only with transition='recache'.")
-        texts = prompt if isinstance(prompt, list) else [prompt]
         if isinstance(prompt, list) and len(prompt) != self._batch_size:
             raise ValueError(f"{len(prompt)} prompts for {self._batch_size} videos: pass one, or one a video.")
-        for text in texts:
-            check_text(text)
-            parse_scenes(text)
-        self._inbox.put(PromptSwitch(prompt, transition, num_blocks, global_sink))
+        texts = prompt if isinstance(prompt, list) else [prompt] * self._batch_size
+        self._inbox.append(PromptSwitch([parse_scenes(text) for text in texts], transition, num_blocks, global_sink))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..errors import UserError, as_user_error
 from ..files.text import parse_json, read_lines
-from ..pipelines.prompt_tokens import check_text
+from ..pipelines.scene_prompt import check_text
 
 
 logger = logging.getLogger(__name__)

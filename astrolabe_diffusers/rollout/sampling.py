@@ -115,7 +115,7 @@ class SharedPastSampler(Sampler):
             self._past, self._past_latents = self._sample_past(prompt_embeds[:1], group)
         generators = [seeded_generator("sample", *sample.key) for sample in samples]
         noise = self._noise(len(samples), generators, self.num_past_frames)
-        videos, trajectory = self._past.fork(len(samples), prompt_embeds), None
+        videos, trajectory = self._past.share_past(len(samples), prompt_embeds), None
         if self.keep_trajectory:
             trajectory = Trajectory.begin(noise, self._block_frames)
             videos.sampling = replace(videos.sampling, callback_on_step_end=trajectory.on_step_end)

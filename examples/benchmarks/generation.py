@@ -20,9 +20,9 @@ from astrolabe_diffusers import CausalWanPipeline
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.errors import CHECKED, as_user_error, exit_code
 from astrolabe_diffusers.generation.config import OFFLOADS
-from astrolabe_diffusers.generation.loading import load_pipeline, place_pipeline
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import StreamingVAEDecoder
+from astrolabe_diffusers.pipelines.loading import load_from, place_pipeline
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
 
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
     args = parse_args(argv)
     dtype = getattr(torch, args.dtype)
     recipe = recipe_of(args.recipe, args.model)
-    pipe = random_pipeline(recipe, args.device, dtype) if recipe else load_pipeline(args.model, dtype)
+    pipe = random_pipeline(recipe, args.device, dtype) if recipe else load_from(args.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     place_pipeline(pipe, args.device, args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}

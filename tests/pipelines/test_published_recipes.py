@@ -6,7 +6,7 @@ import torch
 
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import encode_video
-from tests.pipelines.test_reencoded_context import server_context
+from tests.pipelines.test_block_generation import server_context
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
 from tests.tiny_pipeline import tiny_pipeline
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from astrolabe_diffusers.pipelines.scene_prompt import PlannedScene, Scene, escape_scenes, parse_scenes, plan_scenes
+from astrolabe_diffusers.pipelines.scene_prompt import Scene, escape_scenes, parse_scenes, plan_scenes
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_errors_point_at_the_place(prompt, place, message):
 def test_plan():
     """Blocks of 0.75 s: rounded down, at least one, and 14 where nothing is said."""
     scenes = [Scene("a", 8.0), Scene("b", 0.1, cut=True), Scene("c", 2.25), Scene("d")]
-    starts = [PlannedScene("a", 0), PlannedScene("b", 10, True), PlannedScene("c", 11), PlannedScene("d", 14)]
+    starts = dict(zip((0, 10, 11, 14), scenes))
     assert plan_scenes(scenes, 0.75) == (starts, 28)
     assert plan_scenes(scenes, 0.75, num_blocks=50) == (starts, 50)
-    assert plan_scenes(scenes, 0.75, num_blocks=11) == (starts[:2], 11)
+    assert plan_scenes(scenes, 0.75, num_blocks=11) == ({0: scenes[0], 10: scenes[1]}, 11)
 
 
 def test_decimal_fractions_make_whole_blocks():

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.pipelines.test_reencoded_context import server_context
+from tests.pipelines.test_block_generation import server_context
 from tests.pipelines.test_scenes import A, B, C, N, generate, reference, seeded
 from tests.tiny_pipeline import tiny_pipeline
 
