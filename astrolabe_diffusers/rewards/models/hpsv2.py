@@ -7,10 +7,10 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 import torch.nn.functional as F
 
-from ...layouts.tensor_files import find_weights, misfits
+from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
 from .model_reward import FrameReward, standardize
-from .published_files import fetch, read_weights
+from .published_files import fetch, fill, read_weights
 
 
 _WEIGHTS = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
@@ -49,16 +49,18 @@ class HPSv2(FrameReward):
 
     def __post_init__(self):
         super().__post_init__()
-        open_clip = _open_clip()
-        path = fetch(self.checkpoint, list(_WEIGHTS[:1]))
-        weights = read_weights(find_weights(path, _WEIGHTS))
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError(
+                f"video_hpsv2_local needs open_clip: pip install 'astrolabe_diffusers[rewards]' ({error})"
+            ) from None
+        weights = read_weights(find_weights(fetch(self.checkpoint, list(_WEIGHTS[:1])), _WEIGHTS))
         if self.architecture not in open_clip.list_models():
             raise ValueError(f"open_clip has no architecture {self.architecture!r}.")
         self.tokenize = open_clip.get_tokenizer(self.architecture)
         self.model = open_clip.create_model(self.architecture, pretrained=None, output_dict=True)
-        if found := misfits(weights, {name: tensor.shape for name, tensor in self.model.state_dict().items()}):
-            raise ValueError(f"this checkpoint does not fit {self.architecture}: {found}.")
-        self.model.load_state_dict(weights, strict=True)
+        fill(self.model, weights, f"this checkpoint does not fit {self.architecture}")
         self.model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.side = self.model.visual.image_size[0]
 
@@ -84,13 +86,3 @@ def letterbox(frames: torch.Tensor, side: int) -> torch.Tensor:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
     rows, columns = side - size[0], side - size[1]
     return F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-
-
-def _open_clip():
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(
-            f"video_hpsv2_local needs open_clip: pip install 'astrolabe_diffusers[rewards]' ({error})"
-        ) from None
-    return open_clip

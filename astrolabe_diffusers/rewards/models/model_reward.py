@@ -107,9 +107,9 @@ class FrameReward(ModelReward):
         """The size that frames of this one are brought to, as Pillow does it; `None`: they stay as they are."""
         return None
 
-    @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> list[Any]:
         """What `score_frames` wants of each prompt."""
+        return prompts
 
     @abstractmethod
     def score_frames(self, frames: torch.Tensor, texts: list[Any]) -> torch.Tensor:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from ...errors import one_line
-from ...layouts.tensor_files import load_tensors, select_weights
+from ...layouts.tensor_files import load_tensors, misfits, select_weights
 
 
 def fetch(source: str, patterns: list[str]) -> Path:
@@ -34,8 +35,21 @@ def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_constants(file: Path, names: tuple[str, ...]) -> list[str]:
-    """Strings that a Python file assigns to `names` at its top level. The file is not run."""
+def fill(model: nn.Module, weights: dict[str, torch.Tensor], problem: str, remark: str = ""):
+    """Puts `weights` into a model; a `ValueError` of `problem`, which of them do not fit, and `remark`, if some do
+    not."""
+    if found := misfits(weights, {name: tensor.shape for name, tensor in model.state_dict().items()}):
+        raise ValueError(f"{problem}: {found}.{remark}")
+    model.load_state_dict(weights, assign=True)
+
+
+def read_template(model: str, files: list[Path], names: tuple[str, ...], remedy: str) -> str:
+    """What the first of these Python files that is there assigns to `names` at its top level, strings in a row; it is
+    not run."""
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        where = " or ".join(map(str, files))
+        raise ValueError(f"{model} needs the text it was trained with, and {where} does not exist: {remedy}")
     found = {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
@@ -43,4 +57,4 @@ def read_constants(file: Path, names: tuple[str, ...]) -> list[str]:
     missing = [name for name in names if not isinstance(found.get(name), str)]
     if missing:
         raise ValueError(f"{file} assigns no text to {', '.join(missing)}.")
-    return [found[name] for name in names]
+    return "".join(found[name] for name in names)
