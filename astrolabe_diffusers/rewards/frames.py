@@ -9,10 +9,6 @@ import torch
 import torch.nn.functional as F
 
 
-# VideoReward's sampler: an even number of frames, as the model sees them in pairs.
-_FPS_FRAMES = (4, 768)
-
-
 @dataclass(frozen=True)
 class FrameRequest:
     """
@@ -63,7 +59,7 @@ class FrameSelection:
 
     Args:
         rule: `"all"`; `"stride:K"`, every K-th; `"count:N"`, N spread evenly over the video, first and last included;
-            or `"fps:R"`, R a second of the video, spread evenly and an even number of at least 4 (VideoReward's rule).
+            or `"fps:R"`, R a second of the video, spread evenly, an even number from 4 to 768 (VideoReward's rule).
         fps: frames a second of the videos.
 
     Raises:
@@ -90,8 +86,8 @@ class FrameSelection:
             return list(range(0, num_frames, self.number))
         count = self.number
         if self.kind == "fps":
-            least, most = _FPS_FRAMES
-            even = round(min(max(num_frames / self.fps * self.number, least), most) / 2) * 2
+            # An even number of frames, as the model sees them in pairs.
+            even = round(min(max(num_frames / self.fps * self.number, 4), 768) / 2) * 2
             count = min(even, max(num_frames // 2 * 2, 1))
         return torch.linspace(0, num_frames - 1, min(count, num_frames)).round().int().tolist()
 

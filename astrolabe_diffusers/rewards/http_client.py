@@ -9,12 +9,14 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import LocationParseError
+from urllib3.util import Url, parse_url
 
 from ..errors import one_line
 from .closing import Closing
@@ -104,12 +106,12 @@ class HttpClient(Closing):
             UnreachableError: there is no connection.
             RewardPlaceError: it was too slow, or its answer too long.
         """
-        deadline, answer, used = time.monotonic() + timeout, Future(), []
+        answer, used = Future(), []
 
         def exchange():
             _thread.connections = used
             try:
-                answer.set_result(self._exchange(method, path, deadline, arguments))
+                answer.set_result(self._exchange(method, path, timeout, arguments))
             except Exception as error:
                 answer.set_exception(error)
 
@@ -126,15 +128,10 @@ class HttpClient(Closing):
             # Its text may hold the address with all that is in it.
             raise UnreachableError(f"{self.name} cannot be reached ({type(error).__name__}).") from None
 
-    def _exchange(self, method: str, path: str, deadline: float, arguments: dict[str, Any]):
-        with self._session.request(
-            method,
-            self.name + path,
-            timeout=(_CONNECT_SECONDS, max(deadline - time.monotonic(), 0.1)),
-            stream=True,
-            allow_redirects=False,
-            **arguments,
-        ) as response:
+    def _exchange(self, method: str, path: str, timeout: float, arguments: dict[str, Any]):
+        deadline = time.monotonic() + timeout
+        arguments |= {"timeout": (_CONNECT_SECONDS, timeout), "stream": True, "allow_redirects": False}
+        with self._session.request(method, self.name + path, **arguments) as response:
             body = bytearray()
             for piece in response.iter_content(2**16):
                 body += piece
@@ -150,7 +147,7 @@ class HttpClient(Closing):
         for secret in self._secrets:
             line = line.replace(secret, "...")
         line = "".join(c if c.isprintable() else "?" for c in line)
-        return line if len(line) <= _MAX_QUOTE else line[:_MAX_QUOTE] + "..."
+        return line[:_MAX_QUOTE] + "..." * (len(line) > _MAX_QUOTE)
 
     def close(self):
         self._session.close()
@@ -159,16 +156,14 @@ class HttpClient(Closing):
 def split_url(url: str) -> tuple[str, tuple[str, str] | None]:
     """An address without user and password, and these; `ValueError` if it is none."""
     try:
-        parts = urlsplit(url.strip())
-        port = parts.port
-    except ValueError:
-        parts, port = None, None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        parts = parse_url(url.strip())
+    except LocationParseError:
+        parts = Url()
+    if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.fragment:
         raise ValueError("an address of a server must be http://host:port or https://host:port, with a path if any.")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    shown = f"{parts.scheme}://{host}{f':{port}' if port is not None else ''}{parts.path.rstrip('/')}"
-    user = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
-    return shown, user
+    name, _, password = (parts.auth or "").partition(":")
+    user = None if parts.auth is None else (unquote(name), unquote(password))
+    return f"{parts.scheme}://{parts.netloc}{(parts.path or '').rstrip('/')}", user
 
 
 def check_key(key: str, name: str):
