@@ -11,8 +11,7 @@ from torch import nn
 
 from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
-from .model_reward import FrameReward, normalize
-from .published_files import fetch, fill, read_weights
+from .model_reward import FrameReward, fetch, fill, normalize, read_weights
 
 
 _WEIGHTS = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
@@ -35,9 +34,6 @@ class Aesthetic(FrameReward):
         checkpoint: Hub id, folder or file of the predictor.
         base: Hub id or folder of CLIP.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`]; the predictor has float32.
-
-    Raises:
-        ValueError: the weights are missing or do not fit.
     """
 
     uses_prompt = False
@@ -63,10 +59,8 @@ class Aesthetic(FrameReward):
             predictor = nn.Sequential(OrderedDict(layers=nn.Sequential(OrderedDict(layers))))
         fill(predictor, weights, f"this aesthetic predictor does not fit {self.base}")
         self.side = clip.config.vision_config.image_size
-        # Without the text half.
-        self.model = nn.ModuleDict(
-            {"vision": clip.vision_model, "projection": clip.visual_projection, "predictor": predictor.float()}
-        )
+        del clip.text_model, clip.text_projection
+        self.model = nn.ModuleDict({"clip": clip, "predictor": predictor.float()})
         self.model.to(self.device).eval().requires_grad_(False)
 
     def frame_size(self, height, width):
@@ -76,6 +70,6 @@ class Aesthetic(FrameReward):
     def score_frames(self, frames, texts):
         top, left = ((side - self.side) // 2 for side in frames.shape[-2:])
         middle = frames[..., top : top + self.side, left : left + self.side]
-        pictures = normalize(middle).to(self.model["projection"].weight.dtype)
-        features = self.model["projection"](self.model["vision"](pixel_values=pictures).pooler_output).float()
-        return self.model["predictor"](features / features.norm(dim=1, keepdim=True))[:, 0]
+        clip, predictor = self.model.values()
+        features = clip.visual_projection(clip.vision_model(normalize(middle).to(clip.dtype)).pooler_output).float()
+        return predictor(features / features.norm(dim=1, keepdim=True))[:, 0]

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
-from .model_reward import FrameReward, standardize
-from .published_files import fetch, fill, read_weights
+from .model_reward import FrameReward, fetch, fill, read_weights, standardize
 
 
 _WEIGHTS = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
@@ -29,16 +28,12 @@ class HPSv2(FrameReward):
     - Cost: ViT-H/14 (2 GB in bfloat16), 256 patches a frame, and 77 tokens a prompt.
     - Weights: `xswu/HPSv2` on the Hub (Apache-2.0); nothing else is needed. Paper: arXiv 2306.09341.
 
-    Needs open_clip (`pip install astrolabe_diffusers[rewards]`).
+    Needs open_clip (`pip install astrolabe_diffusers[rewards]`), or raises `ImportError`.
 
     Args:
         checkpoint: Hub id, folder or file of the weights.
         architecture: open_clip's name of the model.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
-
-    Raises:
-        ImportError: open_clip is missing.
-        ValueError: the weights are missing or do not fit.
     """
 
     checkpoint: str = "xswu/HPSv2"

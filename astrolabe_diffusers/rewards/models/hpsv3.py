@@ -10,8 +10,7 @@ from torch import nn
 
 from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
-from .model_reward import FrameReward
-from .published_files import fetch, read_template
+from .model_reward import FrameReward, fetch, read_template
 from .qwen2_vl_model import BASE_FILES, RewardPrompt, load_reward_model, read_reward_weights, resized_size
 
 
@@ -42,9 +41,6 @@ class HPSv3(FrameReward):
         base: Hub id or folder of the base model.
         template: the file with the text; by default in the folder of the weights or in the package `hpsv3`.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
-
-    Raises:
-        ValueError: files are missing or do not fit; names them.
     """
 
     checkpoint: str = "MizzenAI/HPSv3"

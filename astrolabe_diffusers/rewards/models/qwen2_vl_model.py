@@ -11,8 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from .model_reward import normalize
-from .published_files import fill, read_weights
+from .model_reward import fill, normalize, read_weights
 
 
 # What is used of the base model beside its weights.

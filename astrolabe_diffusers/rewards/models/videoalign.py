@@ -16,8 +16,7 @@ from ...layouts.tensor_files import find_weights
 from ..frames import FrameRequest
 from ..registry import register_reward
 from ..reward import RewardOutput
-from .model_reward import ModelReward
-from .published_files import fetch, read_template
+from .model_reward import ModelReward, fetch, read_template
 from .qwen2_vl_model import (
     BASE_FILES,
     EMBEDDING,
@@ -142,9 +141,6 @@ class VideoAlign(ModelReward):
         dimensions: those of "VQ", "MQ" and "TA" whose mean is the score. Without "TA" the prompt does not count.
         gray: without the colours, which go before the frames are resized, as published; not with "TA".
         frames, fps, batch_size, device, dtype: see [`ModelReward`]; a batch is of videos.
-
-    Raises:
-        ValueError: files are missing or do not fit, or there is no such dimension; names them.
     """
 
     checkpoint: str = "KlingTeam/VideoReward"
