@@ -12,13 +12,9 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class FrameRequest:
     """
-    The part of videos of one shape that a reward needs.
-
-    Attributes:
-        frames: indices of the frames.
-        sizes: (height, width) to which they are brought one after the other, bicubic with antialiasing and rounded
-            each time: none leaves them as they are, two are what Pillow does, columns first.
-        gray: without colour, in one channel; the colour goes before the size changes.
+    The part of videos of one shape that a reward needs: the frames of these indices, brought to each (height, width)
+    of `sizes` one after the other, bicubic with antialiasing and rounded each time (two are what Pillow does, columns
+    first). With `gray` they have one channel, without colour, which goes before the size changes.
     """
 
     frames: tuple[int, ...]
@@ -55,15 +51,12 @@ def prepare_frames(videos: torch.Tensor, request: FrameRequest) -> torch.Tensor:
 
 class FrameSelection:
     """
-    Indices of the frames to look at.
+    Indices of the frames to look at; a `ValueError` if there is no such rule.
 
     Args:
         rule: `"all"`; `"stride:K"`, every K-th; `"count:N"`, N spread evenly over the video, first and last included;
             or `"fps:R"`, R a second of the video, spread evenly, an even number from 4 to 768 (VideoReward's rule).
         fps: frames a second of the videos.
-
-    Raises:
-        ValueError: the rule is none of these.
     """
 
     def __init__(self, rule: str, fps: float = 16.0):

@@ -19,7 +19,6 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from ..errors import one_line
-from .closing import Closing
 from .reward import RewardPlaceError
 
 
@@ -56,7 +55,7 @@ class _Adapter(HTTPAdapter):
         return pool
 
 
-class HttpClient(Closing):
+class HttpClient:
     """
     Requests to one server. Frames, prompts and the key go to this address and nowhere else, so no redirect is
     followed; an answer is bounded in length and in time, from the look-up of the name to the last byte; and of the
@@ -95,12 +94,8 @@ class HttpClient(Closing):
 
     def ask(self, method: str, path: str = "", *, timeout: float, **arguments: Any) -> tuple[int, bytes, str | None]:
         """
-        The status, the body and the header Retry-After of an answer.
-
-        Args:
-            path: what comes after the address.
-            timeout: seconds for all of it.
-            arguments: as `requests.request` has them.
+        The status, the body and the header Retry-After of an answer, all within `timeout` seconds. `path` comes after
+        the address; other arguments are those of `requests.request`.
 
         Raises:
             UnreachableError: there is no connection.

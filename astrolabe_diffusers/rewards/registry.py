@@ -57,13 +57,8 @@ def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any
 def make_reward(
     name: str, source: str | Reward | Callable, options: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> Reward:
-    """
-    The reward that is called `name` from now on.
-
-    Args:
-        source: what `get_reward` knows by a name; or a function or a `Reward` subclass, to be made with these options;
-            or a `Reward`, which has its own.
-        options, defaults: as in `get_reward`.
+    """The reward that is called `name` from now on; arguments as those of [`get_reward`]. `source` is what that knows
+    by a name, or a function or a `Reward` subclass, to be made with these options, or a `Reward`, which has its own.
     """
     if isinstance(source, str):
         source = _find(source)
@@ -92,13 +87,9 @@ def make_reward(
 
 
 def named_reward_funcs(reward_funcs: Iterable[str | Reward | Callable]) -> dict[str, str | Reward | Callable]:
-    """
-    Rewards by names of their own, for `RewardSet`: a text is its own, a function has its `__name__`, and a `Reward` or
-    its class the registered name or else that of the class in snake case.
-
-    Raises:
-        ValueError: something is no reward, or two have one name.
-    """
+    """Rewards by names of their own, for `RewardSet`: a text is its own, a function has its `__name__`, and a `Reward`
+    or its class the registered name or else that of the class in snake case. A `ValueError` if something is no reward,
+    or two have one name."""
     named = {}
     for source in reward_funcs:
         name = source if isinstance(source, str) else _name_of(source)

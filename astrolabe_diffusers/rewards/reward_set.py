@@ -23,12 +23,8 @@ from .reward import Reward, RewardError, check_device
 
 @dataclass
 class RewardSetOutput:
-    """
-    Attributes:
-        total: float32 tensor [B] on the CPU, the weighted sum of the raw scores.
-        scores: the raw scores [B] of each reward.
-        info: the parts [B] of each reward as "reward/part".
-    """
+    """The weighted sum of the raw scores, float32 [B] on the CPU, these by reward, and the parts of each by
+    "reward/part"."""
 
     total: torch.Tensor
     scores: dict[str, torch.Tensor]

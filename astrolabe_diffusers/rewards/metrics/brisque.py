@@ -74,9 +74,8 @@ class SupportVectorRegression:
     """
     An RBF regression: f(x) = sum_i a_i exp(-g |x' - s_i|^2) - rho, with the features x scaled to x' in [-1, 1].
 
-    Args:
-        model: the text file of libsvm with all s_i, a_i, g and rho.
-        ranges: a pickle of {"min_": [...], "max_": [...]}, the features that become -1 and 1; no code in it is run.
+    `model` is a text file of libsvm with all s_i, a_i, g and rho; `ranges` is a pickle of the features that become
+    -1 and 1, {"min_": [...], "max_": [...]}, of which no code is run.
     """
 
     def __init__(self, model: Path, ranges: Path):
@@ -112,25 +111,17 @@ class SupportVectorRegression:
 
 
 def brisque_features(gray: torch.Tensor) -> torch.Tensor:
-    """[B, 36] of frames [B, H, W] in [0, 1], float64: 18 statistics at full and 18 at half size."""
-    half = F.interpolate(gray[:, None], scale_factor=0.5, mode="bicubic")[:, 0]
-    return torch.cat([_scale_features(gray), _scale_features(half)], dim=1)
-
-
-def _scale_features(gray: torch.Tensor) -> torch.Tensor:
-    """[B, 18]: shape and variance of the normalised luminance, and shape, mean and both variances of the products of
-    neighbours in four directions."""
-    x = _normalized(gray)
-    products = (
-        x[:, :, :-1] * x[:, :, 1:],
-        x[:, :-1] * x[:, 1:],
-        x[:, :-1, :-1] * x[:, 1:, 1:],
-        x[:, 1:, :-1] * x[:, :-1, 1:],
-    )
-    shape, _, left, right = _fit(x)
-    features = [shape, (left + right) / 2]
-    for product in products:
-        features += _fit(product)
+    """[B, 36] of frames [B, H, W] in [0, 1], float64: at full and at half size shape and variance of the normalised
+    luminance, and shape, mean and both variances of the products of neighbours in four directions."""
+    features = []
+    for size in (gray, F.interpolate(gray[:, None], scale_factor=0.5, mode="bicubic")[:, 0]):
+        x = _normalized(size)
+        shape, _, left, right = _fit(x)
+        features += [shape, (left + right) / 2]
+        features += _fit(x[:, :, :-1] * x[:, :, 1:])
+        features += _fit(x[:, :-1] * x[:, 1:])
+        features += _fit(x[:, :-1, :-1] * x[:, 1:, 1:])
+        features += _fit(x[:, 1:, :-1] * x[:, :-1, 1:])
     return torch.stack(features, dim=1)
 
 

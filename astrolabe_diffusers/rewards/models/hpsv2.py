@@ -68,11 +68,8 @@ class HPSv2(FrameReward):
 
 
 def letterbox(frames: torch.Tensor, side: int) -> torch.Tensor:
-    """
-    float32 [N, 3, side, side], about [0, 1], of uint8 frames [N, 3, H, W]: the longer side becomes `side`, bicubic
-    with antialiasing; the rest is black. What bicubic throws beyond 0 and 1 stays, as in the published code, which
-    resizes tensors.
-    """
+    """float32 [N, 3, side, side], about [0, 1], of uint8 frames [N, 3, H, W]: the longer side becomes `side`; the rest
+    is black. What bicubic throws beyond 0 and 1 stays, as in the published code, which resizes tensors."""
     height, width = frames.shape[-2:]
     scale = side / max(height, width)
     size = round(height * scale), round(width * scale)

@@ -59,8 +59,7 @@ class UnifiedReward(Reward):
         api_key_variable: environment variable with the key, if the endpoint wants one.
         num_frames: frames that are shown, spread evenly.
         max_side: longer sides are brought to this, in pixels.
-        max_tokens: length of an answer.
-        timeout: seconds for an answer, all of it.
+        max_tokens, timeout: tokens of an answer, and seconds for all of it.
         retries: how often a request is repeated.
         concurrency: requests at a time.
     """
@@ -150,10 +149,8 @@ def _seconds(text: str | None) -> float:
 
 
 def parse_score(answer: str) -> float:
-    """The number in the last line of an answer, "Final Score: N", from 1 to 5; `ValueError` if there is none.
-
-    Only the last line counts: before it, an answer may repeat a caption that names a score.
-    """
+    """The number in the last line of an answer, "Final Score: N", from 1 to 5; `ValueError` if there is none. Before
+    that line, an answer may repeat a caption that names a score."""
     lines = answer.rstrip().splitlines() or [""]
     match = _SCORE.fullmatch(lines[-1])
     if match is None or float(match[1]) > 5:

@@ -22,13 +22,13 @@ PATCH, MERGE, FRAMES = 14, 2, 2
 CELL = PATCH * MERGE
 
 # Qwen2's chat format up to the text of the user, whose message begins with the picture.
-_BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-_AFTER = "<|vision_end|>"
+_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{}<|vision_end|>"
+)
 _SLOT = "{text_prompt}"
 
-# Beginnings of names of transformers 4 (`model.layers`, `visual`) and of 5, without PEFT's prefix, and those of the
-# modules here; the first that fits.
-_PEFT_PREFIX = "base_model.model."
+# Beginnings of names of transformers 4 (`model.layers`, `visual`) and of 5, and those of the modules here; the first
+# that fits.
 _RENAMES = {
     "rm_head.": "head.",
     "visual.": "backbone.visual.",
@@ -58,13 +58,8 @@ def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Args:
-        frames: uint8 [N, T, 3, h, w] of a size that `resized_size` gave; the last is repeated if T is odd.
-
-    Returns:
-        normalised patches, float32 [N * t * h/14 * w/14, 1176], and the grid [N, 3] of each (t, h/14, w/14).
-    """
+    """Normalised patches, float32 [N * t * h/14 * w/14, 1176], and the grid [N, 3] of each (t, h/14, w/14), of uint8
+    frames [N, T, 3, h, w] of a size that `resized_size` gave; the last is repeated if T is odd."""
     if frames.shape[1] % FRAMES:
         frames = torch.cat([frames, frames[:, -1:]], dim=1)
     number, length, channels, height, width = frames.shape
@@ -97,12 +92,10 @@ class RewardPrompt:
         self.token_ids = tokenizer.convert_tokens_to_ids(list(tokens))
 
     def ids(self, prompt: str, last: str) -> torch.Tensor:
-        """Token ids [L] up to the reward token `last`: as attention is causal, what follows does not count.
-
-        A prompt that holds a special token is only text: `<|` becomes `< |`.
-        """
+        """Token ids [L] up to the reward token `last`: as attention is causal, what follows does not count. A prompt
+        that holds a special token is only text: `<|` becomes `< |`."""
         text = self.template.split(last)[0].replace(_SLOT, prompt.replace("<|", "< |"))
-        ids = self.tokenizer(_BEFORE + self.pad + _AFTER + text + last, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(_CHAT.format(self.pad) + text + last, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids)
 
 
@@ -126,13 +119,12 @@ class Qwen2VLRewardModel(nn.Module):
 
     def forward(self, frames: torch.Tensor, texts: list[torch.Tensor], token_ids: list[int]) -> torch.Tensor:
         """
+        float32 [N, K, outputs of the head].
+
         Args:
             frames: uint8 [N, T, 3, h, w].
             texts: N rows of token ids as [`RewardPrompt`] makes them, with one pad for the picture.
             token_ids: of the K reward tokens; each is in every row once.
-
-        Returns:
-            float32 [N, K, outputs of the head].
         """
         patches, grid = patchify(frames)
         pad = self.backbone.config.video_token_id
@@ -169,7 +161,7 @@ def read_reward_weights(files: list[Path]) -> dict[str, torch.Tensor]:
     used, is left out."""
     renamed = {}
     for name, tensor in read_weights(files).items():
-        short = name.removeprefix(_PEFT_PREFIX)
+        short = name.removeprefix("base_model.model.")  # PEFT's
         if short.startswith("lm_head."):
             continue
         old = next((old for old in _RENAMES if short.startswith(old)), None)
@@ -205,15 +197,13 @@ def load_reward_model(
     dtype: torch.dtype,
 ) -> Qwen2VLRewardModel:
     """
-    The model with `weights` (named as in the module), the head in float32 and all else in `dtype`.
+    The model with `weights` (named as in the module), the head in float32 and all else in `dtype`. A `ValueError` if a
+    tensor is missing, unexpected or of another shape, or the tokenizer is that of another model.
 
     Args:
         base, folder: what the user calls the base model, and where its configuration is; the vocabulary is that of
             the weights.
         head: makes the head for hidden states of that width.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected or of another shape, or the tokenizer is that of another model.
     """
     from transformers import Qwen2VLConfig
 
