@@ -41,15 +41,13 @@ def register_reward(name: str, **options: Any) -> Callable[[type[Reward]], type[
 
 def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any) -> Reward:
     """
-    Makes the reward that `name` means, with these options.
+    Makes the reward that `name` means, with these options; a `ValueError`, which lists those that there are, if
+    nothing has that name, or it has no such option.
 
     Args:
         name: a registered name, or the dotted path "package.module:Name" or "package.module.Name" of a `Reward`
             subclass or of a function, see `FunctionReward`.
         defaults: further options, for a reward that has them: `{"fps": 16.0}`, frames a second of the videos.
-
-    Raises:
-        ValueError: nothing has that name, or it has no such option; the message lists those that there are.
     """
     return make_reward(name, name, options, defaults)
 

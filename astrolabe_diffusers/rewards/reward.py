@@ -92,12 +92,9 @@ class Reward(ABC):
 
 
 class FunctionReward(Reward):
-    """A plain function as a reward: `function(videos, prompts, metadata)`, with arguments as in `Reward.score` and
-    `options` as further keywords.
-
-    It returns the scores, or a pair of them and an `info`, which may be `None`; scores and each value of `info` are B
-    numbers in a tensor, an array or a list.
-    """
+    """A plain function as a reward: `function(videos, prompts, metadata, **options)`, with arguments as in
+    `Reward.score`. It returns the scores, or a pair of them and an `info`, which may be `None`; scores and each value
+    of `info` are B numbers in a tensor, an array or a list."""
 
     def __init__(self, function: Callable, **options: Any):
         self.function, self.options = function, options

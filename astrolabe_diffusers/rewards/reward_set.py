@@ -112,10 +112,7 @@ class RewardSet(Closing):
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None
     ) -> RewardSetOutput:
         """
-        Args:
-            videos: float tensor [B, F, C, H, W] in [0, 1].
-            prompts: B prompts.
-            metadata: B dicts or `None`.
+        Scores B videos, floats [B, F, C, H, W] in [0, 1].
 
         Raises:
             RewardError: a reward returned anything but one finite score a video, or frames are no finite numbers.

@@ -68,15 +68,12 @@ def shape_mask(
     shape: torch.Tensor, center: torch.Tensor, radius: torch.Tensor, height: int = 64, width: int = 64
 ) -> torch.Tensor:
     """
-    Draws shapes on a plane whose opposite borders meet.
+    Draws shapes on a plane whose opposite borders meet: [N, height, width] in [0, 1], antialiased.
 
     Args:
         shape: long tensor [N], indices into `SHAPES`.
         center: float tensor [N, 2], the centroid (x, y) in pixels; pixel i covers [i, i + 1).
         radius: float tensor [N] in pixels: of the circle; the other shapes have about the same area.
-
-    Returns:
-        float tensor [N, height, width] in [0, 1]: the antialiased coverage of each pixel.
     """
     x, y = _offsets(width, center[:, 0])[:, None, :], _offsets(height, center[:, 1])[:, :, None]
     ax, ay, r = x.abs(), y.abs(), radius[:, None, None]
@@ -218,11 +215,9 @@ def measure(videos: torch.Tensor, wanted: dict[str, torch.Tensor]) -> dict[str, 
 def _color_distances(
     pixels: torch.Tensor, squared: torch.Tensor, background: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """[N, W, 9]: mean squared distance of the pixels [N, 3, P] from all colours under each of the weights [N, W, P].
-
-    `squared` [N, P] is the squared distance from `background` [N, 3]. It is the pixels' distance that is averaged, not
-    the pixels, so half red and half yellow is not orange.
-    """
+    """[N, W, 9]: mean squared distance of the pixels [N, 3, P] from all colours under each of the weights [N, W, P];
+    `squared` [N, P] is that from `background` [N, 3]. The distance is averaged, not the pixels: half red and half
+    yellow is not orange."""
     colors = torch.tensor(list(_ALL_COLORS.values()), device=pixels.device)
     total = weights.sum(-1, keepdim=True).clamp(min=1e-6)
     shift = background[:, None] - colors

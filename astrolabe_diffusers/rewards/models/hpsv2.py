@@ -26,9 +26,8 @@ class HPSv2(FrameReward):
       longer side and padded with black to a square. That is done in floats and where the model is, so frames travel
       there in their own size.
     - Cost: ViT-H/14 (2 GB in bfloat16), 256 patches a frame, and 77 tokens a prompt.
-    - Weights: `xswu/HPSv2` on the Hub (Apache-2.0); nothing else is needed. Paper: arXiv 2306.09341.
-
-    Needs open_clip (`pip install astrolabe_diffusers[rewards]`), or raises `ImportError`.
+    - Weights: `xswu/HPSv2` on the Hub (Apache-2.0). Paper: arXiv 2306.09341. Without open_clip (`pip install
+      astrolabe_diffusers[rewards]`) there is an `ImportError`.
 
     Args:
         checkpoint: Hub id, folder or file of the weights.

@@ -33,13 +33,11 @@ class HPSv3(FrameReward):
     - Weights: `MizzenAI/HPSv3` on the Hub (MIT), on Qwen2-VL-7B-Instruct (Apache-2.0), whose configuration and
       tokenizer are used. Paper: arXiv 2508.03789.
 
-    The text that the model was trained to read is published as code, in the package `hpsv3` (`pip install --no-deps
-    hpsv3`; it is never imported), or `template=` is the path of its file `data_collator_qwen.py`.
-
     Args:
         checkpoint: Hub id, folder (sharded too) or file of the weights.
         base: Hub id or folder of the base model.
-        template: the file with the text; by default in the folder of the weights or in the package `hpsv3`.
+        template: the text that the model was trained to read, published as code: a `data_collator_qwen.py`, by default
+            in the folder of the weights or of the package (`pip install --no-deps hpsv3`); it is read and never run.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
     """
 

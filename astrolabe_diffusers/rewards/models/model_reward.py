@@ -63,11 +63,8 @@ class ModelReward(Reward):
 @dataclass(kw_only=True, eq=False)
 class FrameReward(ModelReward):
     """
-    A reward that scores frames one by one. A video has the mean of the best of them; the mean over all is `mean` in
-    `info`.
-
-    Args:
-        top_fraction: the share of the frames, the best ones, whose mean is the score; 1 is the mean over all.
+    A reward that scores frames one by one. A video has the mean of the best `top_fraction` of them, of which 1 is all;
+    the mean over all is `mean` in `info`. Other arguments are those of [`ModelReward`].
     """
 
     top_fraction: float = 1.0
@@ -91,8 +88,6 @@ class FrameReward(ModelReward):
                 for i, part in enumerate(frames.flatten(0, 1).split(self.batch_size))
             ]
             scores = torch.cat(scores).float().cpu().view(frames.shape[:2])
-        # Its clone made out here is no inference tensor.
-        scores = scores.clone()
         return RewardOutput(top_fraction_mean(scores, self.top_fraction), {"mean": scores.mean(1)})
 
     def frame_size(self, height: int, width: int) -> tuple[int, int] | None:

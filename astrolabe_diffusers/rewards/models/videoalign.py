@@ -49,9 +49,8 @@ class VideoReward:
         root, folder, file = _locate(fetch(checkpoint, ["*.json", "*.py", "checkpoint-*/*"]))
         settings = json.loads((root / "model_config.json").read_text(encoding="utf-8"))
         norms = settings["inference_config"]
-        self.mean, self.std = (
-            torch.tensor([float(norms[f"{name}_{what}"]) for name in DIMENSIONS]) for what in ("mean", "std")
-        )
+        self.mean = torch.tensor([float(norms[f"{name}_mean"]) for name in DIMENSIONS])
+        self.std = torch.tensor([float(norms[f"{name}_std"]) for name in DIMENSIONS])
         remedy = f"put the {_TEMPLATE_FILE} of VideoAlign's repository there, or set template to it."
         text_file = Path(template) if template else root / _TEMPLATE_FILE
         text = read_template("VideoReward", [text_file], _TEMPLATE_NAMES, remedy)
@@ -77,13 +76,9 @@ class VideoReward:
         self._passes: dict[bool, tuple] = {}
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """
-        float32 [B, 3], or [B, 2] in gray: VQ, MQ and, in colour only, TA, each less its mean and over its deviation.
-
-        Args:
-            frames: uint8 [B, F, 3, h, w], those that the model looks at, in its size; or [B, F, 1, h, w] without
-                colour. The text is then read up to MQ and holds no prompt.
-        """
+        """float32 [B, 3] of VQ, MQ and TA, each less its mean and over its deviation, of uint8 frames [B, F, 3, h, w]
+        as `VideoAlign.request` says; or [B, 2], without TA, of gray ones [B, F, 1, h, w], for which the text is read up
+        to MQ and holds no prompt."""
         gray = frames.shape[2] == 1
         # What the last batch was is compared, not its identity: nobody can change it unseen.
         last_frames, last_prompts, known = self._passes.get(gray, (frames.new_empty(0), [], None))
@@ -98,8 +93,7 @@ class VideoReward:
             parts = range(0, len(texts), size)
             logits = torch.cat([self.model(pixels[i : i + size], texts[i : i + size], ids) for i in parts])
             raw = logits[..., 0] if logits.shape[2] == 1 else logits.diagonal(dim1=1, dim2=2)
-            raw = raw.cpu()
-        scores = (raw.clone() - self.mean[: len(tokens)]) / self.std[: len(tokens)]
+        scores = (raw.cpu() - self.mean[: len(tokens)]) / self.std[: len(tokens)]
         self._passes[gray] = (frames.clone(), list(prompts), scores)
         return scores.clone()
 
@@ -130,14 +124,12 @@ class VideoAlign(ModelReward):
       one of some 1,900 for the one in gray. All rewards with the same options share one model.
     - Weights: `KlingTeam/VideoReward` on the Hub, on Qwen2-VL-2B-Instruct (both Apache-2.0). Paper: arXiv 2501.13918.
 
-    The text that the model was trained to read is the file `prompt_template.py` of the repository KlingAIResearch/
-    VideoAlign: put it beside `model_config.json`, or `template=` is its path. It is read and never run.
-
     Args:
         checkpoint: Hub id, folder with `model_config.json` and `checkpoint-N`, of which the highest N is taken, one of
             these, or the weight file in it.
         base: Hub id or folder of the base model.
-        template: the file with the text.
+        template: the text that the model was trained to read, the file `prompt_template.py` of the repository
+            KlingAIResearch/VideoAlign, by default beside `model_config.json`; it is read and never run.
         dimensions: those of "VQ", "MQ" and "TA" whose mean is the score. Without "TA" the prompt does not count.
         gray: without the colours, which go before the frames are resized, as published; not with "TA".
         frames, fps, batch_size, device, dtype: see [`ModelReward`]; a batch is of videos.
