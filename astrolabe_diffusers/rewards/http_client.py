@@ -62,13 +62,9 @@ class HttpClient:
     environment nothing is used but, for https, HTTPS_PROXY with NO_PROXY and REQUESTS_CA_BUNDLE.
 
     Args:
-        url: `http://host:port/path` or https; a user and a password in it are sent and never shown.
-        key: sent as `Authorization: Bearer KEY`.
-        key_name: where the key is from, for the error.
+        url: `http://host:port/path` or https, or a `ValueError`; a user and a password in it are sent and never shown.
+        key, key_name: sent as `Authorization: Bearer KEY`, and where it is from, for the error if it cannot be.
         max_answer_bytes: longer answers are an error.
-
-    Raises:
-        ValueError: that is no such address, or the key cannot be sent.
     """
 
     def __init__(self, url: str, key: str | None = None, key_name: str = "the key", max_answer_bytes: int = 2**26):

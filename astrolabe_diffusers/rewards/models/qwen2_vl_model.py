@@ -156,9 +156,9 @@ class _RoundedVisionRotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def read_reward_weights(files: list[Path]) -> dict[str, torch.Tensor]:
-    """Published tensors under the names of [`Qwen2VLRewardModel`], LoRA matrices included; `lm_head`, which is not
-    used, is left out."""
+def read_reward_weights(files: list[Path], lora_alpha: float | None = None) -> dict[str, torch.Tensor]:
+    """Published tensors under the names of [`Qwen2VLRewardModel`], with `lora_alpha` of one with LoRA matrices merged;
+    `lm_head`, which is not used, is left out."""
     renamed = {}
     for name, tensor in read_weights(files).items():
         short = name.removeprefix("base_model.model.")  # PEFT's
@@ -167,10 +167,10 @@ def read_reward_weights(files: list[Path]) -> dict[str, torch.Tensor]:
         old = next((old for old in _RENAMES if short.startswith(old)), None)
         name = _RENAMES[old] + short.removeprefix(old) if old else name
         renamed[name.replace(".base_layer.", ".")] = tensor
-    return renamed
+    return renamed if lora_alpha is None else _merge_lora(renamed, lora_alpha)
 
 
-def merge_lora(weights: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+def _merge_lora(weights: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
     """W + alpha / rank * B A, in float32, for each pair of LoRA matrices among tensors named as in the module."""
     merged: dict[str, torch.Tensor] = {}
     pairs: dict[str, dict[str, torch.Tensor]] = {}

@@ -17,15 +17,7 @@ from ..frames import FrameRequest
 from ..registry import register_reward
 from ..reward import RewardOutput
 from .model_reward import ModelReward, fetch, read_template
-from .qwen2_vl_model import (
-    BASE_FILES,
-    EMBEDDING,
-    RewardPrompt,
-    load_reward_model,
-    merge_lora,
-    read_reward_weights,
-    resized_size,
-)
+from .qwen2_vl_model import BASE_FILES, EMBEDDING, RewardPrompt, load_reward_model, read_reward_weights, resized_size
 
 
 DIMENSIONS = ("VQ", "MQ", "TA")
@@ -62,12 +54,13 @@ class VideoReward:
         self.prompt = RewardPrompt(tokenizer, text, _TOKENS, "<|video_pad|>")
 
         if adapter:
-            base_files = find_weights(base_folder, ("model.safetensors",))
-            weights = read_reward_weights([*base_files, folder / _REST, folder / _ADAPTER])
-            weights[EMBEDDING] = weights[EMBEDDING][: len(tokenizer)]
+            files = [*find_weights(base_folder, ("model.safetensors",)), folder / _REST, folder / _ADAPTER]
         else:
-            weights = read_reward_weights(find_weights(file or folder, _WEIGHTS))
-        weights = merge_lora(weights, settings["peft_lora_config"]["lora_alpha"])
+            files = find_weights(file or folder, _WEIGHTS)
+        weights = read_reward_weights(files, settings["peft_lora_config"]["lora_alpha"])
+        if adapter:
+            # The base has unused rows.
+            weights[EMBEDDING] = weights[EMBEDDING][: len(tokenizer)]
         # The released head has one output for all three tokens; one trained with three has its own for each.
         outputs = len(weights["head.weight"]) if "head.weight" in weights else 1
         self.model = load_reward_model(
@@ -77,8 +70,8 @@ class VideoReward:
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """float32 [B, 3] of VQ, MQ and TA, each less its mean and over its deviation, of uint8 frames [B, F, 3, h, w]
-        as `VideoAlign.request` says; or [B, 2], without TA, of gray ones [B, F, 1, h, w], for which the text is read up
-        to MQ and holds no prompt."""
+        as `VideoAlign` requests them; or [B, 2], without TA, of gray ones [B, F, 1, h, w], for which the text is read
+        up to MQ and holds no prompt."""
         gray = frames.shape[2] == 1
         # What the last batch was is compared, not its identity: nobody can change it unseen.
         last_frames, last_prompts, known = self._passes.get(gray, (frames.new_empty(0), [], None))
