@@ -82,15 +82,7 @@ class SupportVectorRegression:
         try:
             limits = _PlainUnpickler(io.BytesIO(ranges.read_bytes())).load()
             low, high = ([float(x) for x in limits[name]] for name in ("min_", "max_"))
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            ValueError,
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-        ) as error:
+        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
             problem = f"{ranges} is no pickle of min_ and max_, two lists of numbers"
             raise ValueError(f"{problem}: {one_line(error)}") from None
         head, _, body = model.read_text().partition("SV\n")

@@ -99,8 +99,7 @@ def _ramp(x: torch.Tensor, start: float, end: float) -> torch.Tensor:
 
 # Side of the patch to which an object is brought before it is compared with the templates, and the side of a square
 # of the object's area inside it. The patch is large enough for the widest shape.
-_PATCH = 28
-_SIDE = 14
+_PATCH, _SIDE = 28, 14
 
 
 @cache
