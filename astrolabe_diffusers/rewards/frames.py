@@ -9,20 +9,12 @@ import torch
 import torch.nn.functional as F
 
 
-# VideoReward's sampler: an even number of frames, as the model sees them in pairs.
-_FPS_FRAMES = (4, 768)
-
-
 @dataclass(frozen=True)
 class FrameRequest:
     """
-    The part of videos of one shape that a reward needs.
-
-    Attributes:
-        frames: indices of the frames.
-        sizes: (height, width) to which they are brought one after the other, bicubic with antialiasing and rounded
-            each time: none leaves them as they are, two are what Pillow does, columns first.
-        gray: without colour, in one channel; the colour goes before the size changes.
+    The part of videos of one shape that a reward needs: the frames of these indices, brought to each (height, width)
+    of `sizes` one after the other, bicubic with antialiasing and rounded each time (two are what Pillow does, columns
+    first). With `gray` they have one channel, without colour, which goes before the size changes.
     """
 
     frames: tuple[int, ...]
@@ -59,15 +51,12 @@ def prepare_frames(videos: torch.Tensor, request: FrameRequest) -> torch.Tensor:
 
 class FrameSelection:
     """
-    Indices of the frames to look at.
+    Indices of the frames to look at; a `ValueError` if there is no such rule.
 
     Args:
         rule: `"all"`; `"stride:K"`, every K-th; `"count:N"`, N spread evenly over the video, first and last included;
-            or `"fps:R"`, R a second of the video, spread evenly and an even number of at least 4 (VideoReward's rule).
+            or `"fps:R"`, R a second of the video, spread evenly, an even number from 4 to 768 (VideoReward's rule).
         fps: frames a second of the videos.
-
-    Raises:
-        ValueError: the rule is none of these.
     """
 
     def __init__(self, rule: str, fps: float = 16.0):
@@ -90,8 +79,8 @@ class FrameSelection:
             return list(range(0, num_frames, self.number))
         count = self.number
         if self.kind == "fps":
-            least, most = _FPS_FRAMES
-            even = round(min(max(num_frames / self.fps * self.number, least), most) / 2) * 2
+            # An even number of frames, as the model sees them in pairs.
+            even = round(min(max(num_frames / self.fps * self.number, 4), 768) / 2) * 2
             count = min(even, max(num_frames // 2 * 2, 1))
         return torch.linspace(0, num_frames - 1, min(count, num_frames)).round().int().tolist()
 

@@ -9,15 +9,16 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import LocationParseError
+from urllib3.util import Url, parse_url
 
 from ..errors import one_line
-from .closing import Closing
 from .reward import RewardPlaceError
 
 
@@ -54,20 +55,16 @@ class _Adapter(HTTPAdapter):
         return pool
 
 
-class HttpClient(Closing):
+class HttpClient:
     """
     Requests to one server. Frames, prompts and the key go to this address and nowhere else, so no redirect is
     followed; an answer is bounded in length and in time, from the look-up of the name to the last byte; and of the
     environment nothing is used but, for https, HTTPS_PROXY with NO_PROXY and REQUESTS_CA_BUNDLE.
 
     Args:
-        url: `http://host:port/path` or https; a user and a password in it are sent and never shown.
-        key: sent as `Authorization: Bearer KEY`.
-        key_name: where the key is from, for the error.
+        url: `http://host:port/path` or https, or a `ValueError`; a user and a password in it are sent and never shown.
+        key, key_name: sent as `Authorization: Bearer KEY`, and where it is from, for the error if it cannot be.
         max_answer_bytes: longer answers are an error.
-
-    Raises:
-        ValueError: that is no such address, or the key cannot be sent.
     """
 
     def __init__(self, url: str, key: str | None = None, key_name: str = "the key", max_answer_bytes: int = 2**26):
@@ -93,23 +90,19 @@ class HttpClient(Closing):
 
     def ask(self, method: str, path: str = "", *, timeout: float, **arguments: Any) -> tuple[int, bytes, str | None]:
         """
-        The status, the body and the header Retry-After of an answer.
-
-        Args:
-            path: what comes after the address.
-            timeout: seconds for all of it.
-            arguments: as `requests.request` has them.
+        The status, the body and the header Retry-After of an answer, all within `timeout` seconds. `path` comes after
+        the address; other arguments are those of `requests.request`.
 
         Raises:
             UnreachableError: there is no connection.
             RewardPlaceError: it was too slow, or its answer too long.
         """
-        deadline, answer, used = time.monotonic() + timeout, Future(), []
+        answer, used = Future(), []
 
         def exchange():
             _thread.connections = used
             try:
-                answer.set_result(self._exchange(method, path, deadline, arguments))
+                answer.set_result(self._exchange(method, path, timeout, arguments))
             except Exception as error:
                 answer.set_exception(error)
 
@@ -126,15 +119,10 @@ class HttpClient(Closing):
             # Its text may hold the address with all that is in it.
             raise UnreachableError(f"{self.name} cannot be reached ({type(error).__name__}).") from None
 
-    def _exchange(self, method: str, path: str, deadline: float, arguments: dict[str, Any]):
-        with self._session.request(
-            method,
-            self.name + path,
-            timeout=(_CONNECT_SECONDS, max(deadline - time.monotonic(), 0.1)),
-            stream=True,
-            allow_redirects=False,
-            **arguments,
-        ) as response:
+    def _exchange(self, method: str, path: str, timeout: float, arguments: dict[str, Any]):
+        deadline = time.monotonic() + timeout
+        arguments |= {"timeout": (_CONNECT_SECONDS, timeout), "stream": True, "allow_redirects": False}
+        with self._session.request(method, self.name + path, **arguments) as response:
             body = bytearray()
             for piece in response.iter_content(2**16):
                 body += piece
@@ -150,7 +138,7 @@ class HttpClient(Closing):
         for secret in self._secrets:
             line = line.replace(secret, "...")
         line = "".join(c if c.isprintable() else "?" for c in line)
-        return line if len(line) <= _MAX_QUOTE else line[:_MAX_QUOTE] + "..."
+        return line[:_MAX_QUOTE] + "..." * (len(line) > _MAX_QUOTE)
 
     def close(self):
         self._session.close()
@@ -159,16 +147,14 @@ class HttpClient(Closing):
 def split_url(url: str) -> tuple[str, tuple[str, str] | None]:
     """An address without user and password, and these; `ValueError` if it is none."""
     try:
-        parts = urlsplit(url.strip())
-        port = parts.port
-    except ValueError:
-        parts, port = None, None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        parts = parse_url(url.strip())
+    except LocationParseError:
+        parts = Url()
+    if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.fragment:
         raise ValueError("an address of a server must be http://host:port or https://host:port, with a path if any.")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    shown = f"{parts.scheme}://{host}{f':{port}' if port is not None else ''}{parts.path.rstrip('/')}"
-    user = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
-    return shown, user
+    name, _, password = (parts.auth or "").partition(":")
+    user = None if parts.auth is None else (unquote(name), unquote(password))
+    return f"{parts.scheme}://{parts.netloc}{(parts.path or '').rstrip('/')}", user
 
 
 def check_key(key: str, name: str):

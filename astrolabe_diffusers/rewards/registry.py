@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import re
 import types
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from ..errors import is_missing
 from ..spelling import close_matches
@@ -42,15 +41,13 @@ def register_reward(name: str, **options: Any) -> Callable[[type[Reward]], type[
 
 def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any) -> Reward:
     """
-    Makes the reward that `name` means, with these options.
+    Makes the reward that `name` means, with these options; a `ValueError`, which lists those that there are, if
+    nothing has that name, or it has no such option.
 
     Args:
         name: a registered name, or the dotted path "package.module:Name" or "package.module.Name" of a `Reward`
             subclass or of a function, see `FunctionReward`.
         defaults: further options, for a reward that has them: `{"fps": 16.0}`, frames a second of the videos.
-
-    Raises:
-        ValueError: nothing has that name, or it has no such option; the message lists those that there are.
     """
     return make_reward(name, name, options, defaults)
 
@@ -58,13 +55,8 @@ def get_reward(name: str, defaults: dict[str, Any] | None = None, **options: Any
 def make_reward(
     name: str, source: str | Reward | Callable, options: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> Reward:
-    """
-    The reward that is called `name` from now on.
-
-    Args:
-        source: what `get_reward` knows by a name; or a function or a `Reward` subclass, to be made with these options;
-            or a `Reward`, which has its own.
-        options, defaults: as in `get_reward`.
+    """The reward that is called `name` from now on; arguments as those of [`get_reward`]. `source` is what that knows
+    by a name, or a function or a `Reward` subclass, to be made with these options, or a `Reward`, which has its own.
     """
     if isinstance(source, str):
         source = _find(source)
@@ -72,13 +64,19 @@ def make_reward(
         if options:
             raise ValueError(f"reward {name!r} is made already and takes no option {next(iter(options))!r}.")
         return source
-    cls = _class_of(source)
-    if cls is not None:
-        parameters = list(inspect.signature(source).parameters.values())
-        return source(**_all_options(name, parameters, _hints(cls.__init__), options, defaults))
-    # The first three arguments are videos, prompts and metadata.
-    signature = inspect.signature(source)
-    options = _all_options(name, list(signature.parameters.values())[3:], _hints(source), options, defaults)
+    signature, is_class = _signature(source), _class_of(source) is not None
+    # The first three arguments of a function are videos, prompts and metadata.
+    parameters = list(signature.parameters.values())[0 if is_class else 3 :]
+    known = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    unknown = [option for option in options if option not in known]
+    if unknown and len(known) == len(parameters):
+        raise ValueError(f"reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+    for parameter in parameters:
+        if parameter.name in options:
+            _check_option(name, parameter, options[parameter.name])
+    options = {option: value for option, value in (defaults or {}).items() if option in known} | options
+    if is_class:
+        return source(**options)
     try:
         signature.bind(None, None, None, **options)
     except TypeError as error:
@@ -87,32 +85,25 @@ def make_reward(
 
 
 def named_reward_funcs(reward_funcs: Iterable[str | Reward | Callable]) -> dict[str, str | Reward | Callable]:
-    """
-    Rewards by names of their own, for `RewardSet`: a text is its own, a function has its `__name__`, and a `Reward` or
-    its class the registered name or else that of the class in snake case.
-
-    Raises:
-        ValueError: something is no reward, or two have one name.
-    """
+    """Rewards by names of their own, for `RewardSet`: a text is its own, a function has its `__name__`, and a `Reward`
+    or its class the registered name or else that of the class in snake case. A `ValueError` if something is no reward,
+    or two have one name."""
     named = {}
     for source in reward_funcs:
-        name = _name_of(source)
+        name = source if isinstance(source, str) else _name_of(source)
         if name in named:
             raise ValueError(f"reward_funcs: two rewards are called {name!r}; give one of them another __name__.")
         named[name] = source
     return named
 
 
-def _name_of(source: str | Reward | Callable) -> str:
-    if isinstance(source, str):
-        return source
-    if isinstance(source, FunctionReward):
-        source = source.function
+def _name_of(source: Reward | Callable) -> str:
+    source = source.function if isinstance(source, FunctionReward) else source
     cls = type(source) if isinstance(source, Reward) else _class_of(source)
     if cls is not None:
         registered = [name for name, known in _registered().items() if _class_of(known) is cls]
         return registered[0] if len(registered) == 1 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-    if not callable(source) or isinstance(source, type):
+    if not _is_function(source):
         raise ValueError(f"reward_funcs: {source!r} is neither a name, nor a function, nor a Reward.")
     while isinstance(source, partial):
         source = source.func
@@ -125,27 +116,28 @@ def _class_of(source: Any) -> type[Reward] | None:
     return source if isinstance(source, type) and issubclass(source, Reward) else None
 
 
+def _is_function(source: Any) -> bool:
+    return callable(source) and not isinstance(source, type)
+
+
 def _find(name: str) -> type[Reward] | partial | Callable:
     known = _registered()
     if name in known:
         return known[name]
+    names = ", ".join(sorted(known))
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name or not attribute:
-        raise ValueError(
-            f"unknown reward {name!r}{close_matches(name, known)}; known: {', '.join(sorted(known))}, or a "
-            "dotted path 'package.module:Name'."
-        )
+        near = close_matches(name, known)
+        raise ValueError(f"unknown reward {name!r}{near}; known: {names}, or a dotted path 'package.module:Name'.")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not is_missing(module_name, error):
             raise
-        raise ValueError(
-            f"unknown reward {name!r}: no module named {error.name!r} (is its folder on PYTHONPATH?); "
-            f"known: {', '.join(sorted(known))}."
-        ) from None
+        problem = f"no module named {error.name!r} (is its folder on PYTHONPATH?)"
+        raise ValueError(f"unknown reward {name!r}: {problem}; known: {names}.") from None
     target = getattr(module, attribute, None)
-    if _class_of(target) or (callable(target) and not isinstance(target, type)):
+    if _class_of(target) or _is_function(target):
         return target
     problem = f"holds a {type(target).__name__} there"
     if target is None:
@@ -153,29 +145,11 @@ def _find(name: str) -> type[Reward] | partial | Callable:
     raise ValueError(f"reward {name!r} is neither a Reward subclass nor a function: {module_name} {problem}.")
 
 
-def _hints(function: Callable) -> dict[str, Any]:
+def _signature(function: Callable) -> inspect.Signature:
     try:
-        return get_type_hints(function)
-    except (NameError, TypeError):
-        # Names that are only imported for type checkers, and callables that are no functions.
-        return {}
-
-
-def _all_options(
-    name: str,
-    parameters: list[inspect.Parameter],
-    hints: dict[str, Any],
-    options: dict[str, Any],
-    defaults: dict[str, Any] | None,
-) -> dict[str, Any]:
-    known = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    unknown = [option for option in options if option not in known]
-    if unknown and len(known) == len(parameters):
-        raise ValueError(f"reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
-    for parameter in parameters:
-        if parameter.name in options:
-            _check_option(name, parameter, hints.get(parameter.name), options[parameter.name])
-    return {option: value for option, value in (defaults or {}).items() if option in known} | options
+        return inspect.signature(function, eval_str=True)
+    except (NameError, TypeError):  # of what is only imported for type checkers
+        return inspect.signature(function)
 
 
 _KINDS = {
@@ -188,24 +162,22 @@ _KINDS = {
 }
 
 
-def _check_option(name: str, parameter: inspect.Parameter, hint: Any, value: Any):
+def _check_option(name: str, parameter: inspect.Parameter, value: Any):
     """`ValueError` unless a value is of the type that is declared, or, where none is, of the kind of the default."""
-    if hint is None:
+    hint = parameter.annotation
+    if hint is parameter.empty or isinstance(hint, str):
         kind = type(parameter.default)
         # Who writes 1 as a default need not mean whole numbers.
         hint = float if kind in (int, float) else kind if kind in (str, bool) else Any
-    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if not any(_is_a(value, choice) for choice in choices):
-        kinds = [get_origin(choice) or choice for choice in choices]
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in kinds]
+    if not any(_is_a(value, kind) for kind in kinds):
         wanted = " or ".join(_KINDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
         raise ValueError(f"the option {parameter.name!r} of reward {name!r} must be {wanted}, not {value!r}.")
 
 
-def _is_a(value: Any, hint: Any) -> bool:
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    kind = get_origin(hint) or hint
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and value == value  # no NaN
     # What is no class, such as `Any`, is not for us to check.
     return not isinstance(kind, type) or kind is Any or isinstance(value, kind)

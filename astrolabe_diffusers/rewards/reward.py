@@ -23,11 +23,8 @@ class RewardPlaceError(ConnectionError):
 
 @dataclass
 class RewardOutput:
-    """
-    Attributes:
-        scores: float32 tensor [B] on the CPU, one score a video; higher is better.
-        info: parts or measurements behind the scores, each a float32 tensor [B]; they are logged, never summed.
-    """
+    """`scores`, float32 [B] on the CPU, one a video, higher is better; and `info`, parts or measurements behind them,
+    each float32 [B], which are logged, never summed."""
 
     scores: torch.Tensor
     info: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,12 +55,9 @@ class Reward(ABC):
     """
     Base class of all rewards. The arguments of a subclass are keywords with defaults, which a run sets as its
     `reward_options`. It loads what it needs when it is made, and may be scored from another thread than that one.
-
-    Attributes:
-        uses_prompt: `False` says that scores depend on the video alone.
     """
 
-    uses_prompt = True
+    uses_prompt = True  # or else scores depend on the video alone
 
     @abstractmethod
     def score(
@@ -98,12 +92,9 @@ class Reward(ABC):
 
 
 class FunctionReward(Reward):
-    """A plain function as a reward: `function(videos, prompts, metadata)`, with arguments as in `Reward.score` and
-    `options` as further keywords.
-
-    It returns the scores, or a pair of them and an `info`, which may be `None`; scores and each value of `info` are B
-    numbers in a tensor, an array or a list.
-    """
+    """A plain function as a reward: `function(videos, prompts, metadata, **options)`, with arguments as in
+    `Reward.score`. It returns the scores, or a pair of them and an `info`, which may be `None`; scores and each value
+    of `info` are B numbers in a tensor, an array or a list."""
 
     def __init__(self, function: Callable, **options: Any):
         self.function, self.options = function, options

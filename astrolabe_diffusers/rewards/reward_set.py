@@ -23,12 +23,8 @@ from .reward import Reward, RewardError, check_device
 
 @dataclass
 class RewardSetOutput:
-    """
-    Attributes:
-        total: float32 tensor [B] on the CPU, the weighted sum of the raw scores.
-        scores: the raw scores [B] of each reward.
-        info: the parts [B] of each reward as "reward/part".
-    """
+    """The weighted sum of the raw scores, float32 [B] on the CPU, these by reward, and the parts of each by
+    "reward/part"."""
 
     total: torch.Tensor
     scores: dict[str, torch.Tensor]
@@ -86,20 +82,22 @@ class RewardSet(Closing):
                 close = close_matches(name, weights)
                 raise ValueError(f"{name!r}{close} is none of the rewards {', '.join(weights)}.")
         self.weights = dict(weights)
-        groups: dict[Placement, dict[str, str | Reward | Callable]] = {}
+        groups: dict[str, dict[str, str | Reward | Callable]] = {}
         for name in weights:
             source = rewards.get(name, name)
-            choices = [Placement.parse(text, name, source) for text in placement.get(name, "trainer").split("|")]
-            groups.setdefault(choices[process_index % len(choices)], {})[name] = source
-        self.takes_turns = any(group.kind == "offload" for group in groups)
+            places = placement.get(name, "trainer").split("|")
+            for place in places:
+                check_place(place, name, source)
+            groups.setdefault(places[process_index % len(places)], {})[name] = source
+        self.takes_turns = "offload" in groups
         defaults = {"fps": fps} if fps else {}
         self._here: list[LocalRewards] = []
         self._away: list[ProcessRewards | RemoteRewards] = []
         with ExitStack() as resources:
-            for group, sources in groups.items():
+            for place, sources in groups.items():
                 chosen = {name: options[name] for name in sources if name in options}
-                placed = resources.enter_context(group.make(sources, chosen, timeout, defaults))
-                (self._here if group.is_here else self._away).append(placed)
+                placed = resources.enter_context(_placed(place, sources, chosen, timeout, defaults))
+                (self._here if isinstance(placed, LocalRewards) else self._away).append(placed)
             if self._away:
                 self._executor = ThreadPoolExecutor(len(self._away), thread_name_prefix="reward-placements")
                 resources.callback(self._executor.shutdown, wait=False, cancel_futures=True)
@@ -114,10 +112,7 @@ class RewardSet(Closing):
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None
     ) -> RewardSetOutput:
         """
-        Args:
-            videos: float tensor [B, F, C, H, W] in [0, 1].
-            prompts: B prompts.
-            metadata: B dicts or `None`.
+        Scores B videos, floats [B, F, C, H, W] in [0, 1].
 
         Raises:
             RewardError: a reward returned anything but one finite score a video, or frames are no finite numbers.
@@ -132,25 +127,21 @@ class RewardSet(Closing):
         if metadata is not None and len(metadata) != len(videos):
             raise ValueError(f"metadata must be None or one dict a video; got {len(metadata)} for {len(videos)}.")
         # Rounded to 256 steps, a NaN would be any number.
-        broken = (~videos.sum((1, 2, 3, 4), dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
-        if broken:
+        if bad := _not_finite(videos.sum((1, 2, 3, 4), dtype=torch.float32)):
             raise RewardError(
-                f"frames of sample {broken[0]}, prompt {prompts[broken[0]]!r}, are no finite numbers "
-                f"({len(broken)} of {len(prompts)} videos)."
+                f"frames of sample {bad[0]}, prompt {prompts[bad[0]]!r}, are no finite numbers "
+                f"({len(bad)} of {len(prompts)} videos)."
             )
         outputs = self._score(videos, prompts, metadata)
-        scores, info = {}, {}
-        for name in self.weights:
-            scores[name] = outputs[name].scores
-            bad = (~scores[name].isfinite()).nonzero().flatten().tolist()
-            if bad:
+        scores = {name: outputs[name].scores for name in self.weights}
+        for name, values in scores.items():
+            if bad := _not_finite(values):
                 raise RewardError(
-                    f"reward {name!r} gave {scores[name][bad[0]].item()} for sample {bad[0]}, prompt "
-                    f"{prompts[bad[0]]!r} ({len(bad)} of {len(prompts)} scores are not finite)."
+                    f"reward {name!r} gave {values[bad[0]].item()} for sample {bad[0]}, prompt {prompts[bad[0]]!r} "
+                    f"({len(bad)} of {len(prompts)} scores are not finite)."
                 )
-            info |= {f"{name}/{part}": values for part, values in outputs[name].info.items()}
-        total = sum(weight * scores[name] for name, weight in self.weights.items())
-        return RewardSetOutput(total=total, scores=scores, info=info)
+        info = {f"{name}/{part}": values for name in scores for part, values in outputs[name].info.items()}
+        return RewardSetOutput(sum(weight * scores[name] for name, weight in self.weights.items()), scores, info)
 
     def _score(self, videos, prompts, metadata):
         answers = [self._executor.submit(placed.score, videos, prompts, metadata) for placed in self._away]
@@ -169,49 +160,39 @@ class RewardSet(Closing):
         self._resources.close()
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where rewards are scored: `kind` is "trainer", "offload", "device", "process" or "server", with the `device` of
-    a device or a process and the `address` of a server."""
+def _not_finite(values: torch.Tensor) -> list[int]:
+    return (~values.isfinite()).nonzero().flatten().tolist()
 
-    kind: str
-    device: str | None = None
-    address: str | None = None
 
-    @classmethod
-    def parse(cls, text: str, name: str, source: str | Reward | Callable) -> Placement:
-        """`ValueError` unless the reward `name`, which `source` says, can be scored there."""
-        kind, _, device = text.partition(":")
-        if kind in ("http", "https"):
-            placement = cls("server", address=text)
-        elif text in ("trainer", "offload", "process"):
-            placement = cls(text)
-        else:
-            placement = cls("process", device) if kind == "process" else cls("device", text)
-            try:
-                torch.device(placement.device)
-            except RuntimeError:
-                raise ValueError(f"there is no place {text!r} for rewards; it can be {PLACEMENTS}.") from None
-            check_device(placement.device)
-        if not placement.is_here and not isinstance(source, str):
-            raise ValueError(
-                f"reward {name!r} is an object of this process: it cannot be scored by another, {text!r}, only at "
-                "'trainer', 'offload' or a device such as 'cuda:1'."
-            )
-        return placement
+_SERVER = ("http", "https")
 
-    @property
-    def is_here(self) -> bool:
-        """In this process."""
-        return self.kind in ("trainer", "offload", "device")
 
-    def make(self, sources, options, timeout, defaults) -> LocalRewards | ProcessRewards | RemoteRewards:
-        """Rewards at this placement; arguments as those of [`RewardSet`]."""
-        if self.kind == "server":
-            if options:
-                shown, _ = split_url(self.address)
-                raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {shown}.")
-            return RemoteRewards(self.address, sources, timeout)
-        if self.kind == "process":
-            return ProcessRewards(sources, timeout, options=options, device=self.device, defaults=defaults)
-        return LocalRewards(sources, options, self.device, self.kind == "offload", defaults)
+def check_place(place: str, name: str, source: str | Reward | Callable):
+    """`ValueError` unless the reward `name`, which `source` says, can be scored there."""
+    kind = place.partition(":")[0]
+    if kind not in _SERVER and place not in ("trainer", "offload", "process"):
+        device = place.removeprefix("process:")
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"there is no place {place!r} for rewards; it can be {PLACEMENTS}.") from None
+        check_device(device)
+    if kind in (*_SERVER, "process") and not isinstance(source, str):
+        raise ValueError(
+            f"reward {name!r} is an object of this process: it cannot be scored by another, {place!r}, only at "
+            "'trainer', 'offload' or a device such as 'cuda:1'."
+        )
+
+
+def _placed(place: str, sources, options, timeout, defaults) -> LocalRewards | ProcessRewards | RemoteRewards:
+    """Rewards at a place that was checked; arguments as those of [`RewardSet`]."""
+    kind, _, device = place.partition(":")
+    if kind in _SERVER:
+        if options:
+            shown, _ = split_url(place)
+            raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {shown}.")
+        return RemoteRewards(place, sources, timeout)
+    if kind == "process":
+        return ProcessRewards(sources, timeout, options=options, device=device or None, defaults=defaults)
+    device = None if kind in ("trainer", "offload") else place
+    return LocalRewards(sources, options, device, kind == "offload", defaults)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.special import gammaln
 
 from ...errors import one_line
 from ..frames import FrameRequest, FrameSelection
@@ -25,12 +26,10 @@ class Brisque(Reward):
 
     BRISQUE describes a frame by 36 statistics of its luminance, normalised by local mean and deviation, at two scales,
     and a support vector regression that was trained on people's judgements of blur, noise, compression and packet loss
-    (the LIVE database) makes a number of them. It knows photographs: drawings are foreign to it, and
-    it sees neither motion nor prompt. The score of a video is the mean over its frames. The statistics are computed in
-    torch, on the device of the videos; a frame of 480x832 takes about 0.3 s on one CPU core.
-
-    The weights are those of the package `brisque` (Apache-2.0), of which nothing but these two files is used:
-    `pip install --no-deps brisque` is enough.
+    (the LIVE database) makes a number of them. It knows photographs: drawings are foreign to it, and it sees neither
+    motion nor prompt. The score of a video is the mean over its frames. It works on the device of the videos; a frame
+    of 480x832 takes about 0.3 s on one CPU core. Of the package `brisque` (Apache-2.0) two files with the weights are
+    used and nothing else: `pip install --no-deps brisque` is enough.
 
     Args:
         frames, fps: which frames, see [`FrameSelection`], and the frames a second of the videos.
@@ -44,7 +43,7 @@ class Brisque(Reward):
         if spec is None:
             raise ImportError("the reward 'brisque' takes its weights from a package: pip install --no-deps brisque")
         folder = Path(spec.submodule_search_locations[0]) / "models"
-        self.model = SupportVectorRegression.from_libsvm(folder / "svm.txt", folder / "normalize.pickle")
+        self.model = SupportVectorRegression(folder / "svm.txt", folder / "normalize.pickle")
 
     def request(self, num_frames, height, width):
         return FrameRequest(tuple(self.select(num_frames)))
@@ -71,49 +70,30 @@ class _PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"it names {module}.{name}, which would be run")
 
 
-def _read_ranges(path: Path) -> tuple[list[float], list[float]]:
-    """`min_` and `max_` of the pickle with the ranges of the features."""
-    try:
-        ranges = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        low, high = ([float(x) for x in ranges[name]] for name in ("min_", "max_"))
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is no pickle of min_ and max_, two lists of numbers: {one_line(error)}") from None
-    return low, high
-
-
 class SupportVectorRegression:
     """
     An RBF regression: f(x) = sum_i a_i exp(-g |x' - s_i|^2) - rho, with the features x scaled to x' in [-1, 1].
 
-    Args:
-        vectors: s [V, N].
-        coefficients: a [V].
-        gamma, rho: g and rho.
-        low, high: [N], the features that become -1 and 1.
+    `model` is a text file of libsvm with all s_i, a_i, g and rho; `ranges` is a pickle of the features that become
+    -1 and 1, {"min_": [...], "max_": [...]}, of which no code is run.
     """
 
-    def __init__(self, vectors, coefficients, gamma: float, rho: float, low, high):
-        self.tensors = [torch.tensor(x, dtype=torch.float64) for x in (vectors, coefficients, low, high)]
-        self.gamma, self.rho = gamma, rho
-
-    @classmethod
-    def from_libsvm(cls, model: Path, ranges: Path) -> SupportVectorRegression:
-        """From the text file of libsvm, and a pickle of {"min_": [...], "max_": [...]}; no code in it is run."""
+    def __init__(self, model: Path, ranges: Path):
+        try:
+            limits = _PlainUnpickler(io.BytesIO(ranges.read_bytes())).load()
+            low, high = ([float(x) for x in limits[name]] for name in ("min_", "max_"))
+        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+            problem = f"{ranges} is no pickle of min_ and max_, two lists of numbers"
+            raise ValueError(f"{problem}: {one_line(error)}") from None
         head, _, body = model.read_text().partition("SV\n")
         settings = dict(line.split(maxsplit=1) for line in head.splitlines())
+        self.gamma, self.rho = float(settings["gamma"]), float(settings["rho"])
         rows = [line.split() for line in body.splitlines()]
         # Indices count from 1; those that are not there are 0.
         entries = [{int(k): float(v) for k, v in (item.split(":") for item in row[1:])} for row in rows]
-        low, high = _read_ranges(ranges)
         vectors = [[entry.get(i + 1, 0.0) for i in range(len(low))] for entry in entries]
-        return cls(
-            vectors,
-            [float(row[0]) for row in rows],
-            float(settings["gamma"]),
-            float(settings["rho"]),
-            low,
-            high,
-        )
+        coefficients = [float(row[0]) for row in rows]
+        self.tensors = [torch.tensor(x, dtype=torch.float64) for x in (vectors, coefficients, low, high)]
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """[B] of features [B, N]."""
@@ -123,25 +103,17 @@ class SupportVectorRegression:
 
 
 def brisque_features(gray: torch.Tensor) -> torch.Tensor:
-    """[B, 36] of frames [B, H, W] in [0, 1], float64: 18 statistics at full and 18 at half size."""
-    half = F.interpolate(gray[:, None], scale_factor=0.5, mode="bicubic")[:, 0]
-    return torch.cat([_scale_features(gray), _scale_features(half)], dim=1)
-
-
-def _scale_features(gray: torch.Tensor) -> torch.Tensor:
-    """[B, 18]: shape and variance of the normalised luminance, and shape, mean and both variances of the products of
-    neighbours in four directions."""
-    x = _normalized(gray)
-    products = (
-        x[:, :, :-1] * x[:, :, 1:],
-        x[:, :-1] * x[:, 1:],
-        x[:, :-1, :-1] * x[:, 1:, 1:],
-        x[:, 1:, :-1] * x[:, :-1, 1:],
-    )
-    shape, _, left, right = _fit(x)
-    features = [shape, (left + right) / 2]
-    for product in products:
-        features += _fit(product)
+    """[B, 36] of frames [B, H, W] in [0, 1], float64: at full and at half size shape and variance of the normalised
+    luminance, and shape, mean and both variances of the products of neighbours in four directions."""
+    features = []
+    for size in (gray, F.interpolate(gray[:, None], scale_factor=0.5, mode="bicubic")[:, 0]):
+        x = _normalized(size)
+        shape, _, left, right = _fit(x)
+        features += [shape, (left + right) / 2]
+        features += _fit(x[:, :, :-1] * x[:, :, 1:])
+        features += _fit(x[:, :-1] * x[:, 1:])
+        features += _fit(x[:, :-1, :-1] * x[:, 1:, 1:])
+        features += _fit(x[:, 1:, :-1] * x[:, :-1, 1:])
     return torch.stack(features, dim=1)
 
 
@@ -164,8 +136,7 @@ def _fit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
     """Shape, mean, left and right variance, [B] each, of asymmetric generalised Gaussians that have the moments of
     x [B, ...]."""
     x = x.flatten(1)
-    left = _mean_square(x, x < 0)
-    right = _mean_square(x, x >= 0)
+    left, right = ((x.square() * side).sum(1) / side.sum(1).clamp(min=1) for side in (x < 0, x >= 0))
     ratio = x.abs().mean(1).square() / x.square().mean(1).clamp(min=1e-12)
     gamma = (left / right.clamp(min=1e-12)).sqrt()
     ratio = ratio * (gamma**3 + 1) * (gamma + 1) / (gamma**2 + 1).square()
@@ -174,15 +145,8 @@ def _fit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
     for _ in range(50):
         middle = (low + high) / 2
         inverse = torch.exp(-middle)
-        value = torch.exp(2 * _ln(2 * inverse) - _ln(inverse) - _ln(3 * inverse))
+        value = torch.exp(2 * gammaln(2 * inverse) - gammaln(inverse) - gammaln(3 * inverse))
         low, high = torch.where(value < ratio, middle, low), torch.where(value < ratio, high, middle)
     inverse = torch.exp(-(low + high) / 2)
-    spread = torch.exp((_ln(inverse) - _ln(3 * inverse)) / 2 + _ln(2 * inverse) - _ln(inverse))
+    spread = torch.exp((gammaln(inverse) - gammaln(3 * inverse)) / 2 + gammaln(2 * inverse) - gammaln(inverse))
     return 1 / inverse, (right.sqrt() - left.sqrt()) * spread, left, right
-
-
-_ln = torch.special.gammaln
-
-
-def _mean_square(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    return (x.square() * where).sum(1) / where.sum(1).clamp(min=1)

@@ -11,32 +11,27 @@ from .video_quality import luminance
 
 
 # The short side of the frames that are compared, their windows and the step from one window to the next, in pixels.
-_SIDE = 128
-_WINDOW = 32
-_STEP = 16
+_SIDE, _WINDOW, _STEP = 128, 32, 16
 
 
 @register_reward("dynamic_degree")
 class DynamicDegree(Reward):
     """
-    How fast the fastest parts of the picture move, by phase correlation.
+    How fast the fastest parts of the picture move, by phase correlation: without weights what VBench, which takes the
+    optical flow of RAFT, calls so.
 
-    What it stands for is VBench's measure of this name, which takes the optical flow of RAFT. This one needs no
-    weights. Frames are brought to 128 pixels along the short side; every window of 32 pixels of the luminance, half
+    Frames are brought to 128 pixels along the short side; every window of 32 pixels of the luminance, half
     overlapping, is compared with the same window of the next frame, and the peak of their phase correlation is how far
     it moved. A peak below 5 deviations is no motion, one above 8 counts in full: plain areas and a change of light do
     not count, and noise hardly. As in VBench, the mean over the fastest 5 % of the windows is the motion of a pair of
     frames.
 
-    The score is the mean over all pairs in short sides a second: 0 for a still video, and 1/8 of the short side a
-    frame at most (2 at 16 frames a second); what is faster than that is not seen, and what moves over a detailed
-    background is seen in part. `above_threshold` in the info is the share of pairs that move faster than 0.1875 short
-    sides a second, VBench's limit of what is dynamic (6 of 256 pixels in an eighth of a second). It rewards any
-    motion, that of the camera and of artefacts too. 81 frames of 480x832 take about 10 s on one CPU core, most of it
-    for making them small.
-
-    Args:
-        fps: frames a second of the videos.
+    The score is the mean over all pairs in short sides a second of the video, which has `fps` frames: 0 if it is
+    still, and 1/8 of the short side a frame at most (2 at 16 frames a second); what is faster than that is not seen,
+    and what moves over a detailed background is seen in part. `above_threshold` in the info is the share of pairs that
+    move faster than 0.1875 short sides a second, VBench's limit of what is dynamic (6 of 256 pixels in an eighth of a
+    second). It rewards any motion, that of the camera and of artefacts too. 81 frames of 480x832 take about 10 s on
+    one CPU core, most of it for making them small.
     """
 
     uses_prompt = False

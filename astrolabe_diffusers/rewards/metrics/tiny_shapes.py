@@ -1,6 +1,4 @@
-"""The world of the embedded model, one coloured shape that moves, and a reward that measures how well a clip fits its
-caption "a {color} {shape} moves {direction} on a {background} background".
-"""
+"""The world of the embedded model, one coloured shape that moves, and a reward for how well a clip fits a caption."""
 
 from __future__ import annotations
 
@@ -23,12 +21,8 @@ COLORS = {
     "orange": (1.00, 0.50, 0.00),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-BACKGROUNDS = {
-    "black": (0.0, 0.0, 0.0),
-    "white": (1.0, 1.0, 1.0),
-    "gray": (0.5, 0.5, 0.5),
-    "blue": COLORS["blue"],
-}
+BACKGROUNDS = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5), "blue": COLORS["blue"]}
+_ALL_COLORS = {**COLORS, **BACKGROUNDS}
 # Unit vectors (x, y) of the image plane: x to the right, y down.
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
@@ -51,12 +45,7 @@ _CAPTION = re.compile(
 
 
 def parse_caption(prompt: str) -> dict[str, str]:
-    """
-    The attributes that a caption names, as {"color": ..., "shape": ..., "background": ..., "direction": ...}.
-
-    Raises:
-        ValueError: the prompt is no caption of tiny_shapes.
-    """
+    """The value that a caption names of each of `ATTRIBUTES`; `ValueError` if it is none of tiny_shapes."""
     match = _CAPTION.fullmatch(prompt.strip().rstrip("."))
     if match is None:
         choices = "; ".join(f"{name} {' '.join(values)}" for name, values in ATTRIBUTES.items())
@@ -65,37 +54,36 @@ def parse_caption(prompt: str) -> dict[str, str]:
     return {name: match[name].lower() for name in ATTRIBUTES}
 
 
+def _offsets(size: int, position: torch.Tensor) -> torch.Tensor:
+    """[..., size]: how far the pixels of an axis whose ends meet are from each `position` [...]."""
+    pixels = torch.arange(size, dtype=position.dtype, device=position.device) + 0.5
+    return _shortest(pixels - position[..., None], size)
+
+
+def _shortest(way: torch.Tensor, size: int | torch.Tensor) -> torch.Tensor:
+    return (way + size / 2).remainder(size) - size / 2
+
+
 def shape_mask(
     shape: torch.Tensor, center: torch.Tensor, radius: torch.Tensor, height: int = 64, width: int = 64
 ) -> torch.Tensor:
     """
-    Draws shapes on a plane whose opposite borders meet.
+    Draws shapes on a plane whose opposite borders meet: [N, height, width] in [0, 1], antialiased.
 
     Args:
         shape: long tensor [N], indices into `SHAPES`.
         center: float tensor [N, 2], the centroid (x, y) in pixels; pixel i covers [i, i + 1).
         radius: float tensor [N] in pixels: of the circle; the other shapes have about the same area.
-
-    Returns:
-        float tensor [N, height, width] in [0, 1]: the antialiased coverage of each pixel.
     """
-
-    def offset(size, position):
-        pixels = torch.arange(size, dtype=center.dtype, device=center.device) + 0.5
-        return (pixels - position[:, None] + size / 2).remainder(size) - size / 2
-
-    x, y, r = offset(width, center[:, 0])[:, None, :], offset(height, center[:, 1])[:, :, None], radius[:, None, None]
-    ax, ay = x.abs(), y.abs()
+    x, y = _offsets(width, center[:, 0])[:, None, :], _offsets(height, center[:, 1])[:, :, None]
+    ax, ay, r = x.abs(), y.abs(), radius[:, None, None]
     # Signed distance to the outline, negative inside.
     distances = (
         (x.square() + y.square()).sqrt() - r,
         torch.maximum(ax, ay) - 0.89 * r,
         # Equilateral, tip up; the circumradius is twice the distance of a side from the centroid.
         torch.maximum(y, 0.75**0.5 * ax - 0.5 * y) - 0.7 * r,
-        torch.minimum(
-            torch.maximum(ax - 1.15 * r, ay - 0.38 * r),
-            torch.maximum(ax - 0.38 * r, ay - 1.15 * r),
-        ),
+        torch.minimum(torch.maximum(ax - 1.15 * r, ay - 0.38 * r), torch.maximum(ax - 0.38 * r, ay - 1.15 * r)),
     )
     shape = shape[:, None, None]
     distance = distances[0]
@@ -111,8 +99,7 @@ def _ramp(x: torch.Tensor, start: float, end: float) -> torch.Tensor:
 
 # Side of the patch to which an object is brought before it is compared with the templates, and the side of a square
 # of the object's area inside it. The patch is large enough for the widest shape.
-_PATCH = 28
-_SIDE = 14
+_PATCH, _SIDE = 28, 14
 
 
 @cache
@@ -131,9 +118,7 @@ def _templates(device: torch.device) -> torch.Tensor:
 def _resample(size: int, center: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """[N, _PATCH, size]: linear interpolation along one axis that wraps around, `scale` pixels a step."""
     steps = torch.arange(_PATCH, dtype=center.dtype, device=center.device) + 0.5 - _PATCH / 2
-    pixels = torch.arange(size, dtype=center.dtype, device=center.device) + 0.5
-    offset = pixels - (center[:, None] + steps * scale[:, None])[:, :, None]
-    offset = (offset + size / 2).remainder(size) - size / 2
+    offset = _offsets(size, center[:, None] + steps * scale[:, None])
     reach = scale.clamp(min=1.0)[:, None, None]
     weight = (1 - offset.abs() / reach).clamp_(min=0)
     return weight / weight.sum(-1, keepdim=True)
@@ -146,8 +131,7 @@ def _circular_centroid(profile: torch.Tensor) -> torch.Tensor:
     angle = pixels * (2 * torch.pi / size)
     center = torch.atan2(profile @ angle.sin(), profile @ angle.cos()) * (size / (2 * torch.pi))
     # The circular mean of a lopsided profile is not its mean: one step to the mean around it.
-    offset = (pixels - center[:, None] + size / 2).remainder(size) - size / 2
-    return center + (profile * offset).sum(1) / profile.sum(1).clamp(min=1e-6)
+    return center + (profile * _offsets(size, center)).sum(1) / profile.sum(1).clamp(min=1e-6)
 
 
 @register_reward("tiny_shapes_prompt_match")
@@ -163,9 +147,8 @@ class TinyShapesPromptMatch(Reward):
 
     Each is measured frame by frame (the direction over a few frames) and averaged, so a clip that is right half of the
     time gets half. Colour, shape and direction count only as far as there is one object: something that stands out
-    from the background, covers 2.5 to 20 % of the frame and is compact.
-
-    Prompts that are no tiny_shapes captions raise `ValueError` (see `parse_caption`).
+    from the background, covers 2.5 to 20 % of the frame and is compact. A prompt that is no caption raises
+    `ValueError`.
     """
 
     def score(self, videos, prompts, metadata=None):
@@ -179,16 +162,8 @@ class TinyShapesPromptMatch(Reward):
 
 
 def measure(videos: torch.Tensor, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    The four parts of the reward.
-
-    Args:
-        videos: float tensor [B, F, 3, H, W] in [0, 1].
-        wanted: for each attribute a long tensor [B] of indices into `ATTRIBUTES[name]`.
-
-    Returns:
-        for each attribute a tensor [B] in [0, 1].
-    """
+    """The four parts of the reward, [B] each, of float videos [B, F, 3, H, W] in [0, 1]; `wanted` has for each
+    attribute a long tensor [B] of indices into `ATTRIBUTES[name]`."""
     batch, frames, _, height, width = videos.shape
     wanted = {name: index[:, None].expand(batch, frames).flatten() for name, index in wanted.items()}
     # Contiguous for speed, and because `median` misreads a tensor that was expanded.
@@ -236,17 +211,12 @@ def measure(videos: torch.Tensor, wanted: dict[str, torch.Tensor]) -> dict[str, 
     return parts
 
 
-_ALL_COLORS = {**COLORS, **BACKGROUNDS}
-
-
 def _color_distances(
     pixels: torch.Tensor, squared: torch.Tensor, background: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """[N, W, 9]: mean squared distance of the pixels [N, 3, P] from all colours under each of the weights [N, W, P].
-
-    `squared` [N, P] is the squared distance from `background` [N, 3]. It is the pixels' distance that is averaged, not
-    the pixels, so half red and half yellow is not orange.
-    """
+    """[N, W, 9]: mean squared distance of the pixels [N, 3, P] from all colours under each of the weights [N, W, P];
+    `squared` [N, P] is that from `background` [N, 3]. The distance is averaged, not the pixels: half red and half
+    yellow is not orange."""
     colors = torch.tensor(list(_ALL_COLORS.values()), device=pixels.device)
     total = weights.sum(-1, keepdim=True).clamp(min=1e-6)
     shift = background[:, None] - colors
@@ -284,7 +254,7 @@ def _direction_match(
         return torch.zeros_like(present[:, 0])
     unit = min(height, width) / 64
     size = torch.tensor([width, height], device=center.device)
-    step = (center[:, 1:] - center[:, :-1] + size / 2).remainder(size) - size / 2
+    step = _shortest(center[:, 1:] - center[:, :-1], size)
     length = step.norm(dim=-1)
     # A jump is no motion, and neither is what an object does that is not there.
     weight = torch.minimum(present[:, 1:], present[:, :-1]) * _ramp(length, 10 * unit, 6 * unit)

@@ -1,8 +1,5 @@
-"""Rewards that need no weights and no prompt: they serve any video model, frame count and resolution.
-
-All three work on luminance (Rec. 601: 0.299 R + 0.587 G + 0.114 B). Each is easily satisfied by a video of its own
-kind (a still, noise, a still again), so they are guards beside a reward for content, not goals of their own.
-"""
+"""Rewards that need no weights and no prompt. Each is easily satisfied by a video of its own kind (a still, noise, a
+still again): they are guards beside a reward for content, not goals of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from ..reward import Reward, RewardOutput
 
 
 def luminance(videos: torch.Tensor) -> torch.Tensor:
-    """[B, F, H, W] of videos [B, F, 3, H, W]."""
+    """[B, F, H, W] of videos [B, F, 3, H, W], by Rec. 601."""
     red, green, blue = videos.float().unbind(2)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 

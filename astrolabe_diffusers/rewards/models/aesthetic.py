@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 
-import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ...layouts.tensor_files import find_weights, misfits
+from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
-from .model_reward import FrameReward, normalize
-from .published_files import fetch, read_weights
+from .model_reward import FrameReward, fetch, fill, normalize, read_weights
 
 
 _WEIGHTS = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
@@ -34,9 +34,6 @@ class Aesthetic(FrameReward):
         checkpoint: Hub id, folder or file of the predictor.
         base: Hub id or folder of CLIP.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`]; the predictor has float32.
-
-    Raises:
-        ValueError: the weights are missing or do not fit.
     """
 
     uses_prompt = False
@@ -50,54 +47,29 @@ class Aesthetic(FrameReward):
         super().__post_init__()
         from transformers import CLIPModel
 
-        path = fetch(self.checkpoint, list(_WEIGHTS))
-        weights = read_weights(find_weights(path, _WEIGHTS))
+        weights = read_weights(find_weights(fetch(self.checkpoint, list(_WEIGHTS)), _WEIGHTS))
         folder = fetch(self.base, ["config.json", "model.safetensors"])
         clip, report = CLIPModel.from_pretrained(folder, dtype=self.dtype, output_loading_info=True)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{self.base} is no CLIP: it lacks {', '.join(missing[:3])}, {len(missing)} in all.")
+        sizes = (clip.config.projection_dim, 1024, 128, 64, 16, 1)
         with init_empty_weights():
-            predictor = Predictor(clip.config.projection_dim)
-        if found := misfits(weights, {name: tensor.shape for name, tensor in predictor.state_dict().items()}):
-            raise ValueError(f"this aesthetic predictor does not fit {self.base}: {found}.")
-        predictor.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+            # Nothing stands between them, and stood there in training, but dropout: hence the numbers.
+            layers = {str(place): nn.Linear(*pair) for place, pair in zip((0, 2, 4, 6, 7), pairwise(sizes))}
+            predictor = nn.Sequential(OrderedDict(layers=nn.Sequential(OrderedDict(layers))))
+        fill(predictor, weights, f"this aesthetic predictor does not fit {self.base}")
         self.side = clip.config.vision_config.image_size
-        # Without the text half.
-        self.model = nn.ModuleDict(
-            {"vision": clip.vision_model, "projection": clip.visual_projection, "predictor": predictor}
-        )
+        del clip.text_model, clip.text_projection
+        self.model = nn.ModuleDict({"clip": clip, "predictor": predictor.float()})
         self.model.to(self.device).eval().requires_grad_(False)
 
     def frame_size(self, height, width):
         short = min(height, width)
         return int(self.side * height / short), int(self.side * width / short)
 
-    def encode_prompts(self, prompts):
-        return [None] * len(prompts)
-
     def score_frames(self, frames, texts):
         top, left = ((side - self.side) // 2 for side in frames.shape[-2:])
         middle = frames[..., top : top + self.side, left : left + self.side]
-        pictures = normalize(middle).to(self.model["projection"].weight.dtype)
-        features = self.model["projection"](self.model["vision"](pixel_values=pictures).pooler_output).float()
-        return self.model["predictor"](features / features.norm(dim=1, keepdim=True))[:, 0]
-
-
-class Predictor(nn.Module):
-    """From CLIP's normalised picture embedding to the score: linear layers with nothing between them."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
-
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        return self.layers(embedding)
+        clip, predictor = self.model.values()
+        features = clip.visual_projection(clip.vision_model(normalize(middle).to(clip.dtype)).pooler_output).float()
+        return predictor(features / features.norm(dim=1, keepdim=True))[:, 0]

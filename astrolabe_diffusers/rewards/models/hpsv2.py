@@ -7,10 +7,9 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 import torch.nn.functional as F
 
-from ...layouts.tensor_files import find_weights, misfits
+from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
-from .model_reward import FrameReward, standardize
-from .published_files import fetch, read_weights
+from .model_reward import FrameReward, fetch, fill, read_weights, standardize
 
 
 _WEIGHTS = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
@@ -27,18 +26,13 @@ class HPSv2(FrameReward):
       longer side and padded with black to a square. That is done in floats and where the model is, so frames travel
       there in their own size.
     - Cost: ViT-H/14 (2 GB in bfloat16), 256 patches a frame, and 77 tokens a prompt.
-    - Weights: `xswu/HPSv2` on the Hub (Apache-2.0); nothing else is needed. Paper: arXiv 2306.09341.
-
-    Needs open_clip (`pip install astrolabe_diffusers[rewards]`).
+    - Weights: `xswu/HPSv2` on the Hub (Apache-2.0). Paper: arXiv 2306.09341. Without open_clip (`pip install
+      astrolabe_diffusers[rewards]`) there is an `ImportError`.
 
     Args:
         checkpoint: Hub id, folder or file of the weights.
         architecture: open_clip's name of the model.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
-
-    Raises:
-        ImportError: open_clip is missing.
-        ValueError: the weights are missing or do not fit.
     """
 
     checkpoint: str = "xswu/HPSv2"
@@ -49,16 +43,18 @@ class HPSv2(FrameReward):
 
     def __post_init__(self):
         super().__post_init__()
-        open_clip = _open_clip()
-        path = fetch(self.checkpoint, list(_WEIGHTS[:1]))
-        weights = read_weights(find_weights(path, _WEIGHTS))
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError(
+                f"video_hpsv2_local needs open_clip: pip install 'astrolabe_diffusers[rewards]' ({error})"
+            ) from None
+        weights = read_weights(find_weights(fetch(self.checkpoint, list(_WEIGHTS[:1])), _WEIGHTS))
         if self.architecture not in open_clip.list_models():
             raise ValueError(f"open_clip has no architecture {self.architecture!r}.")
         self.tokenize = open_clip.get_tokenizer(self.architecture)
         self.model = open_clip.create_model(self.architecture, pretrained=None, output_dict=True)
-        if found := misfits(weights, {name: tensor.shape for name, tensor in self.model.state_dict().items()}):
-            raise ValueError(f"this checkpoint does not fit {self.architecture}: {found}.")
-        self.model.load_state_dict(weights, strict=True)
+        fill(self.model, weights, f"this checkpoint does not fit {self.architecture}")
         self.model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.side = self.model.visual.image_size[0]
 
@@ -71,11 +67,8 @@ class HPSv2(FrameReward):
 
 
 def letterbox(frames: torch.Tensor, side: int) -> torch.Tensor:
-    """
-    float32 [N, 3, side, side], about [0, 1], of uint8 frames [N, 3, H, W]: the longer side becomes `side`, bicubic
-    with antialiasing; the rest is black. What bicubic throws beyond 0 and 1 stays, as in the published code, which
-    resizes tensors.
-    """
+    """float32 [N, 3, side, side], about [0, 1], of uint8 frames [N, 3, H, W]: the longer side becomes `side`; the rest
+    is black. What bicubic throws beyond 0 and 1 stays, as in the published code, which resizes tensors."""
     height, width = frames.shape[-2:]
     scale = side / max(height, width)
     size = round(height * scale), round(width * scale)
@@ -84,13 +77,3 @@ def letterbox(frames: torch.Tensor, side: int) -> torch.Tensor:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
     rows, columns = side - size[0], side - size[1]
     return F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-
-
-def _open_clip():
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(
-            f"video_hpsv2_local needs open_clip: pip install 'astrolabe_diffusers[rewards]' ({error})"
-        ) from None
-    return open_clip

@@ -6,15 +6,12 @@ import importlib.util
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from ...layouts.tensor_files import find_weights
 from ..registry import register_reward
-from .model_reward import FrameReward
-from .published_files import fetch, read_constants, read_weights
-from .qwen2_vl_inputs import RewardPrompt, resized_size
+from .model_reward import FrameReward, fetch, read_template
+from .qwen2_vl_model import BASE_FILES, RewardPrompt, load_reward_model, read_reward_weights, resized_size
 
 
 _TOKEN = "<|Reward|>"
@@ -36,17 +33,12 @@ class HPSv3(FrameReward):
     - Weights: `MizzenAI/HPSv3` on the Hub (MIT), on Qwen2-VL-7B-Instruct (Apache-2.0), whose configuration and
       tokenizer are used. Paper: arXiv 2508.03789.
 
-    The text that the model was trained to read is published as code, in the package `hpsv3` (`pip install --no-deps
-    hpsv3`; it is never imported), or `template=` is the path of its file `data_collator_qwen.py`.
-
     Args:
         checkpoint: Hub id, folder (sharded too) or file of the weights.
         base: Hub id or folder of the base model.
-        template: the file with the text; by default in the folder of the weights or in the package `hpsv3`.
+        template: the text that the model was trained to read, published as code: a `data_collator_qwen.py`, by default
+            in the folder of the weights or of the package (`pip install --no-deps hpsv3`); it is read and never run.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
-
-    Raises:
-        ValueError: files are missing or do not fit; names them.
     """
 
     checkpoint: str = "MizzenAI/HPSv3"
@@ -57,19 +49,19 @@ class HPSv3(FrameReward):
 
     def __post_init__(self):
         super().__post_init__()
-        from transformers import AutoTokenizer, Qwen2VLConfig
-
-        from .qwen2_vl_model import load_reward_model, module_names
+        from transformers import AutoTokenizer
 
         path = fetch(self.checkpoint, ["*.safetensors", "*.json", "*.py"])
-        text = "".join(read_constants(_template_file(self.template, path), _TEMPLATE_NAMES))
-        folder = fetch(self.base, ["config.json", "*token*", "vocab.json", "merges.txt"])
-        self.prompt = RewardPrompt(AutoTokenizer.from_pretrained(folder), text, (_TOKEN,), "<|image_pad|>")
-        weights = module_names(read_weights(find_weights(path, _WEIGHTS)))
-        config = Qwen2VLConfig.from_pretrained(folder)
-        with init_empty_weights():
-            head = _head(config.text_config.hidden_size)
-        self.model = load_reward_model(weights, self.base, config, head, self.prompt, self.device, self.dtype)
+        folders = [path if path.is_dir() else path.parent]
+        if package := importlib.util.find_spec("hpsv3"):
+            folders += [Path(folder) / "dataset" for folder in package.submodule_search_locations]
+        files = [Path(self.template)] if self.template else [folder / _TEMPLATE_FILE for folder in folders]
+        remedy = f"pip install --no-deps hpsv3, or set template to the {_TEMPLATE_FILE} of HPSv3's repository."
+        text = read_template("HPSv3", files, _TEMPLATE_NAMES, remedy)
+        base = fetch(self.base, BASE_FILES)
+        self.prompt = RewardPrompt(AutoTokenizer.from_pretrained(base), text, (_TOKEN,), "<|image_pad|>")
+        weights = read_reward_weights(find_weights(path, _WEIGHTS))
+        self.model = load_reward_model(weights, self.base, base, _head, self.prompt, self.device, self.dtype)
 
     def frame_size(self, height, width):
         return resized_size(height, width, _PIXELS, _PIXELS)
@@ -77,7 +69,7 @@ class HPSv3(FrameReward):
     def encode_prompts(self, prompts):
         return [self.prompt.ids(prompt, _TOKEN) for prompt in prompts]
 
-    def score_frames(self, frames: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+    def score_frames(self, frames, texts):
         return self.model(frames[:, None], texts, self.prompt.token_ids)[:, 0, 0]
 
 
@@ -85,18 +77,4 @@ def _head(width: int) -> nn.Module:
     """From the state of the reward token to mean and deviation."""
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
-    )
-
-
-def _template_file(template: str | None, checkpoint: Path) -> Path:
-    folders = [checkpoint if checkpoint.is_dir() else checkpoint.parent]
-    if package := importlib.util.find_spec("hpsv3"):
-        folders += [Path(folder) / "dataset" for folder in package.submodule_search_locations]
-    files = [Path(template)] if template else [folder / _TEMPLATE_FILE for folder in folders]
-    for file in files:
-        if file.is_file():
-            return file
-    raise ValueError(
-        f"HPSv3 needs the text it was trained with, and {' or '.join(map(str, files))} does not exist: "
-        f"pip install --no-deps hpsv3, or set template to the {_TEMPLATE_FILE} of HPSv3's repository."
     )

@@ -48,10 +48,10 @@ class UnifiedReward(Reward):
     [0.2, 1], higher is better.
 
     Any server with `POST /chat/completions` of OpenAI's interface and images as data URLs will do: vLLM, SGLang or a
-    hosted one. It sees some frames and the prompt, in words of ours, one request a video. The answer must end with the
-    line "Final Score: N"; one that does not, and a request that fails for a reason that may pass, is repeated; a judge
-    that says how long to wait (Retry-After) is given that, a minute at most. Redirects are not followed, and only an
-    https address is asked through the proxy of HTTPS_PROXY. Licence and cost are those of the model that is served.
+    hosted one. It sees some frames and the prompt, in words of ours, one request a video ([`HttpClient`]). The answer
+    must end with the line "Final Score: N"; one that does not, and a request that fails for a reason that may pass, is
+    repeated; a judge that says how long to wait (Retry-After) is given that, a minute at most. Licence and cost are
+    those of the model that is served.
 
     Args:
         base_url: of the endpoint, up to `/v1`; a user and a password in it are sent, and never shown.
@@ -59,8 +59,7 @@ class UnifiedReward(Reward):
         api_key_variable: environment variable with the key, if the endpoint wants one.
         num_frames: frames that are shown, spread evenly.
         max_side: longer sides are brought to this, in pixels.
-        max_tokens: length of an answer.
-        timeout: seconds for an answer, all of it.
+        max_tokens, timeout: tokens of an answer, and seconds for all of it.
         retries: how often a request is repeated.
         concurrency: requests at a time.
     """
@@ -80,8 +79,8 @@ class UnifiedReward(Reward):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of unifiedreward must be at least 1, not {getattr(self, name)}.")
         if self.retries < 0 or self.timeout <= 0:
-            given = f"{self.retries} and {self.timeout}"
-            raise ValueError(f"retries of unifiedreward must be 0 or more and timeout above 0, not {given}.")
+            wanted = "retries of unifiedreward must be 0 or more and timeout above 0"
+            raise ValueError(f"{wanted}, not {self.retries} and {self.timeout}.")
         self.select = FrameSelection(f"count:{self.num_frames}")
         key = os.environ.get(self.api_key_variable)
         self._client = HttpClient(self.base_url, key, self.api_key_variable, _MAX_ANSWER_BYTES)
@@ -99,13 +98,11 @@ class UnifiedReward(Reward):
 
     def _judge(self, frames: torch.Tensor, prompt: str) -> float:
         images = [{"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in frames]
-        text = INSTRUCTION.format(count=len(frames), caption=plain_text(prompt))
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": [*images, {"type": "text", "text": text}]}],
-            "max_tokens": self.max_tokens,
-            "temperature": 0,
-        }
+        # No chat template finds a token of its own in the prompt, such as `<|im_end|>` or `<image>`.
+        caption = prompt.replace("<", "‹").replace(">", "›")
+        text = {"type": "text", "text": INSTRUCTION.format(count=len(frames), caption=caption)}
+        messages = [{"role": "user", "content": [*images, text]}]
+        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens, "temperature": 0}
         for attempt in range(self.retries + 1):
             pause = _PAUSE_SECONDS * (attempt + 1)
             try:
@@ -139,11 +136,11 @@ class UnifiedReward(Reward):
         """The code or the type of the error that a judge answers, if it has one."""
         try:
             error = parse_json(answer, "the answer")["error"]
-            names = [error.get("code"), error.get("type")]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            names = [name for name in (error.get("code"), error.get("type")) if isinstance(name, str)]
+            reason = next(filter(_REASON.fullmatch, names))
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
             return ""
-        reasons = [name for name in names if isinstance(name, str) and _REASON.fullmatch(name)]
-        return f" ({self._client.quote(reasons[0])})" if reasons else ""
+        return f" ({self._client.quote(reason)})"
 
 
 def _seconds(text: str | None) -> float:
@@ -152,20 +149,13 @@ def _seconds(text: str | None) -> float:
 
 
 def parse_score(answer: str) -> float:
-    """The number in the last line of an answer, "Final Score: N", from 1 to 5; `ValueError` if there is none.
-
-    Only the last line counts: before it, an answer may repeat a caption that names a score.
-    """
-    lines = [line for line in answer.splitlines() if line.strip()]
-    match = _SCORE.fullmatch(lines[-1]) if lines else None
+    """The number in the last line of an answer, "Final Score: N", from 1 to 5; `ValueError` if there is none. Before
+    that line, an answer may repeat a caption that names a score."""
+    lines = answer.rstrip().splitlines() or [""]
+    match = _SCORE.fullmatch(lines[-1])
     if match is None or float(match[1]) > 5:
         raise ValueError("no line 'Final Score: N' at the end")
     return float(match[1])
-
-
-def plain_text(prompt: str) -> str:
-    """A prompt in which no chat template finds a token of its own, such as `<|im_end|>` or `<image>`."""
-    return prompt.replace("<", "‹").replace(">", "›")
 
 
 def _data_url(frame: torch.Tensor) -> str:

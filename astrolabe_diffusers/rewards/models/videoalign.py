@@ -10,16 +10,14 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from ...layouts.tensor_files import find_weights
 from ..frames import FrameRequest
 from ..registry import register_reward
 from ..reward import RewardOutput
-from .model_reward import ModelReward
-from .published_files import fetch, read_constants, read_weights
-from .qwen2_vl_inputs import RewardPrompt, resized_size
+from .model_reward import ModelReward, fetch, read_template
+from .qwen2_vl_model import BASE_FILES, EMBEDDING, RewardPrompt, load_reward_model, read_reward_weights, resized_size
 
 
 DIMENSIONS = ("VQ", "MQ", "TA")
@@ -37,80 +35,58 @@ class VideoReward:
     """
 
     def __init__(self, checkpoint, base, template, batch_size, device, dtype):
-        from transformers import AutoTokenizer, Qwen2VLConfig
-
-        from .qwen2_vl_model import EMBEDDING, load_reward_model, merge_lora, module_names
+        from transformers import AutoTokenizer
 
         self.batch_size = batch_size
         root, folder, file = _locate(fetch(checkpoint, ["*.json", "*.py", "checkpoint-*/*"]))
         settings = json.loads((root / "model_config.json").read_text(encoding="utf-8"))
         norms = settings["inference_config"]
-        self.mean, self.std = (
-            torch.tensor([float(norms[f"{name}_{what}"]) for name in DIMENSIONS]) for what in ("mean", "std")
-        )
+        self.mean = torch.tensor([float(norms[f"{name}_mean"]) for name in DIMENSIONS])
+        self.std = torch.tensor([float(norms[f"{name}_std"]) for name in DIMENSIONS])
+        remedy = f"put the {_TEMPLATE_FILE} of VideoAlign's repository there, or set template to it."
         text_file = Path(template) if template else root / _TEMPLATE_FILE
-        if not text_file.is_file():
-            raise ValueError(
-                f"VideoReward needs the text it was trained with, and {text_file} does not exist: put the "
-                f"{_TEMPLATE_FILE} of VideoAlign's repository there, or set template to it."
-            )
-        (text,) = read_constants(text_file, _TEMPLATE_NAMES)
+        text = read_template("VideoReward", [text_file], _TEMPLATE_NAMES, remedy)
 
         adapter = file is None and (folder / _ADAPTER).is_file()
-        patterns = ["config.json", "*token*", "vocab.json", "merges.txt"]
-        base_folder = fetch(base, patterns + ["*.safetensors", "*.index.json"] if adapter else patterns)
+        base_folder = fetch(base, BASE_FILES + ["*.safetensors", "*.index.json"] * adapter)
         own = folder / "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(own if own.is_dir() else base_folder)
         self.prompt = RewardPrompt(tokenizer, text, _TOKENS, "<|video_pad|>")
 
         if adapter:
-            weights = module_names(read_weights(find_weights(base_folder, ("model.safetensors",))))
-            for part in (_REST, _ADAPTER):
-                weights |= module_names(read_weights([folder / part]))
-            weights[EMBEDDING] = weights[EMBEDDING][: len(tokenizer)]
+            files = [*find_weights(base_folder, ("model.safetensors",)), folder / _REST, folder / _ADAPTER]
         else:
-            weights = module_names(read_weights(find_weights(file or folder, _WEIGHTS)))
-        weights = merge_lora(weights, settings["peft_lora_config"]["lora_alpha"])
+            files = find_weights(file or folder, _WEIGHTS)
+        weights = read_reward_weights(files, settings["peft_lora_config"]["lora_alpha"])
+        if adapter:
+            # The base has unused rows.
+            weights[EMBEDDING] = weights[EMBEDDING][: len(tokenizer)]
         # The released head has one output for all three tokens; one trained with three has its own for each.
-        outputs = weights["head.weight"].shape[0] if "head.weight" in weights else 1
-        config = Qwen2VLConfig.from_pretrained(base_folder)
-        with init_empty_weights():
-            head = nn.Linear(config.text_config.hidden_size, outputs, bias=False)
-        self.model = load_reward_model(weights, base, config, head, self.prompt, device, dtype)
+        outputs = len(weights["head.weight"]) if "head.weight" in weights else 1
+        self.model = load_reward_model(
+            weights, base, base_folder, lambda width: nn.Linear(width, outputs, bias=False), self.prompt, device, dtype
+        )
         self._passes: dict[bool, tuple] = {}
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """
-        float32 [B, 3], or [B, 2] in gray: VQ, MQ and, in colour only, TA, each less its mean and over its deviation.
-
-        Args:
-            frames: uint8 [B, F, 3, h, w], those that the model looks at, in its size; or [B, F, 1, h, w] without
-                colour. The text is then read up to MQ and holds no prompt.
-        """
+        """float32 [B, 3] of VQ, MQ and TA, each less its mean and over its deviation, of uint8 frames [B, F, 3, h, w]
+        as `VideoAlign` requests them; or [B, 2], without TA, of gray ones [B, F, 1, h, w], for which the text is read
+        up to MQ and holds no prompt."""
         gray = frames.shape[2] == 1
         # What the last batch was is compared, not its identity: nobody can change it unseen.
-        known_frames, known_prompts, known = self._passes.get(gray, (None, None, None))
-        if (
-            known_frames is not None
-            and (known_frames.shape, known_frames.device) == (frames.shape, frames.device)
-            and torch.equal(known_frames, frames)
-            and (gray or known_prompts == prompts)
-        ):
+        last_frames, last_prompts, known = self._passes.get(gray, (frames.new_empty(0), [], None))
+        same = last_frames.device == frames.device and torch.equal(last_frames, frames)
+        if same and (gray or last_prompts == prompts):
             return known.clone()
         tokens = _TOKENS[:2] if gray else _TOKENS
-        ids = self.prompt.token_ids[: len(tokens)]
+        ids, size = self.prompt.token_ids[: len(tokens)], self.batch_size
         with torch.inference_mode():
             pixels = frames.expand(-1, -1, 3, -1, -1)
             texts = [self.prompt.ids(prompt, tokens[-1]) for prompt in prompts]
-            logits = torch.cat(
-                [
-                    self.model(pixels[i : i + self.batch_size], texts[i : i + self.batch_size], ids)
-                    for i in range(0, len(texts), self.batch_size)
-                ]
-            )
+            parts = range(0, len(texts), size)
+            logits = torch.cat([self.model(pixels[i : i + size], texts[i : i + size], ids) for i in parts])
             raw = logits[..., 0] if logits.shape[2] == 1 else logits.diagonal(dim1=1, dim2=2)
-            raw = raw.cpu()
-        scores = (raw.clone() - self.mean[: len(tokens)]) / self.std[: len(tokens)]
+        scores = (raw.cpu() - self.mean[: len(tokens)]) / self.std[: len(tokens)]
         self._passes[gray] = (frames.clone(), list(prompts), scores)
         return scores.clone()
 
@@ -141,20 +117,15 @@ class VideoAlign(ModelReward):
       one of some 1,900 for the one in gray. All rewards with the same options share one model.
     - Weights: `KlingTeam/VideoReward` on the Hub, on Qwen2-VL-2B-Instruct (both Apache-2.0). Paper: arXiv 2501.13918.
 
-    The text that the model was trained to read is the file `prompt_template.py` of the repository KlingAIResearch/
-    VideoAlign: put it beside `model_config.json`, or `template=` is its path. It is read and never run.
-
     Args:
         checkpoint: Hub id, folder with `model_config.json` and `checkpoint-N`, of which the highest N is taken, one of
             these, or the weight file in it.
         base: Hub id or folder of the base model.
-        template: the file with the text.
+        template: the text that the model was trained to read, the file `prompt_template.py` of the repository
+            KlingAIResearch/VideoAlign, by default beside `model_config.json`; it is read and never run.
         dimensions: those of "VQ", "MQ" and "TA" whose mean is the score. Without "TA" the prompt does not count.
         gray: without the colours, which go before the frames are resized, as published; not with "TA".
         frames, fps, batch_size, device, dtype: see [`ModelReward`]; a batch is of videos.
-
-    Raises:
-        ValueError: files are missing or do not fit, or there is no such dimension; names them.
     """
 
     checkpoint: str = "KlingTeam/VideoReward"

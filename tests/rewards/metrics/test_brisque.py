@@ -76,7 +76,7 @@ def test_regression_reads_the_files_of_libsvm(tmp_path):
         "3 1:0.5 2:-1\n-2 2:1 \n"
     )
     (tmp_path / "ranges.pickle").write_bytes(pickle.dumps({"min_": [0.0, 10.0], "max_": [2.0, 20.0]}))
-    model = SupportVectorRegression.from_libsvm(tmp_path / "svm.txt", tmp_path / "ranges.pickle")
+    model = SupportVectorRegression(tmp_path / "svm.txt", tmp_path / "ranges.pickle")
     # [2, 15] is [1, 0] in the range: squared distances 0.25 + 1 and 1 + 1.
     expected = 3 * math.exp(-0.5 * 1.25) - 2 * math.exp(-0.5 * 2) + 10
     assert model(torch.tensor([[2.0, 15.0]])).item() == pytest.approx(expected)
@@ -105,7 +105,7 @@ def test_no_code_of_the_package_s_data_is_run(tmp_path, monkeypatch, content):
     (tmp_path / "svm.txt").write_text("gamma 0.5\nrho -10\nSV\n3 1:0.5\n")
     (tmp_path / "ranges.pickle").write_bytes(content)
     with pytest.raises(ValueError, match="ranges.pickle is no pickle of min_ and max_") as error:
-        SupportVectorRegression.from_libsvm(tmp_path / "svm.txt", tmp_path / "ranges.pickle")
+        SupportVectorRegression(tmp_path / "svm.txt", tmp_path / "ranges.pickle")
     assert "\n" not in str(error.value) and not (tmp_path / "mark").exists()
 
 

@@ -62,7 +62,7 @@ def test_a_batch_scores_as_its_members(reward):
 
 
 def test_only_the_picture_half_is_kept(files, reward):
-    kept = sum(p.numel() for p in reward.model["vision"].parameters())
+    kept = sum(p.numel() for p in reward.model["clip"].vision_model.parameters())
     assert kept == sum(p.numel() for p in files[1].vision_model.parameters())
     assert not any("text" in name for name, _ in reward.model.named_parameters())
 

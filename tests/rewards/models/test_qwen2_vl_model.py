@@ -10,7 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from astrolabe_diffusers.rewards.frames import FrameRequest, prepare_frames
 from astrolabe_diffusers.rewards.models.model_reward import as_pillow
-from astrolabe_diffusers.rewards.models.qwen2_vl_inputs import RewardPrompt, patchify, resized_size
+from astrolabe_diffusers.rewards.models.qwen2_vl_model import RewardPrompt, patchify, resized_size
 from tests.rewards.published_checkpoints import tokenizer
 
 
@@ -92,7 +92,7 @@ def test_the_text_is_cut_at_the_reward_token():
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|><|image_pad|><|vision_end|>Rate a red fox: <|Reward|>"
     )
-    assert (ids == prompt.pad_id).sum() == 1 and ids[-1] == prompt.token_ids[0]
+    assert (ids == tokens.convert_tokens_to_ids(prompt.pad)).sum() == 1 and ids[-1] == prompt.token_ids[0]
 
 
 @pytest.mark.parametrize(
