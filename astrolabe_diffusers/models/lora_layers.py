@@ -7,7 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,19 +84,15 @@ def apply_lora_scale(forward: Callable) -> Callable:
         scale = (attention_kwargs or {}).get("scale", 1.0)
         if not getattr(self, "peft_config", None):
             return forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():  # which knows no locks; the whole call is one graph
-            return scaled(self, scale, *args, **kwargs)
-        with lora_lock(self):
-            return scaled(self, scale, *args, **kwargs)
-
-    def scaled(self, scale: float, *args, **kwargs):
-        if scale == 1:
-            return forward(self, *args, **kwargs)
-        check_lora_weights(self, [scale])
-        with lora_weights(self, lora_weights_of(self)):
-            for layer in tuner_layers(self):
-                layer.scale_layer(scale)
-            return forward(self, *args, **kwargs)
+        # torch.compile knows no locks; the whole call is one graph.
+        with nullcontext() if torch.compiler.is_compiling() else lora_lock(self):
+            if scale == 1:
+                return forward(self, *args, **kwargs)
+            check_lora_weights(self, [scale])
+            with lora_weights(self, lora_weights_of(self)):
+                for layer in tuner_layers(self):
+                    layer.scale_layer(scale)
+                return forward(self, *args, **kwargs)
 
     return wrapper
 

@@ -31,8 +31,6 @@ from .lora_layers import (
 from .rotary import CausalWanRotaryPosEmbed, Rotary
 
 
-KV_CACHE_MODES = ("read", "write")
-ROPE_MODES = ("absolute", "relative")
 HUB_ARGUMENTS = ("force_download", "cache_dir", "proxies", "local_files_only", "token")
 
 
@@ -166,8 +164,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             value = self.config[name]
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
-        if rope_mode not in ROPE_MODES:
-            raise ValueError(f"`rope_mode` must be one of {ROPE_MODES} but is {rope_mode!r}.")
+        if rope_mode not in ("absolute", "relative"):
+            raise ValueError(f"`rope_mode` must be one of ('absolute', 'relative') but is {rope_mode!r}.")
         if local_attn_size != -1 and local_attn_size < sink_size + num_frames_per_block:
             raise ValueError(
                 f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = "
@@ -364,10 +362,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         size = hidden_states.shape[2:]
         if kv_cache is not None and clean_hidden_states is not None:
             raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
-        layout = self._begin_pass(
-            hidden_states, kv_cache, kv_cache_mode, frame_offset, clean_hidden_states is not None
-        )
-
+        layout = self._begin_pass(hidden_states, kv_cache, kv_cache_mode, frame_offset)
         timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep  # (B, 1) or (B, F)
         rotary_emb = self.rope(hidden_states, frame_offset)
         hidden_states = self._embed(hidden_states)
@@ -381,9 +376,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states):
             encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
 
-        hidden_states = self._run_blocks(
-            hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, layout, kv_cache, kv_cache_mode
-        )
+        inputs = (encoder_hidden_states, timestep_proj, rotary_emb, layout)
+        hidden_states = self._run_blocks(hidden_states, inputs, kv_cache, kv_cache_mode)
         if kv_cache_mode == "write":
             kv_cache.advance(size[0])
         if clean_hidden_states is not None:
@@ -392,12 +386,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _begin_pass(
-        self,
-        latents: torch.Tensor,
-        kv_cache: CausalWanKVCache | None,
-        kv_cache_mode: str | None,
-        frame_offset: int,
-        teacher_forcing: bool,
+        self, latents: torch.Tensor, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None, frame_offset: int
     ) -> BlockLayout | None:
         """Check a pass and prepare its cache. Returns what each block sees if there is none."""
         batch_size, _, num_frames, height, width = latents.shape
@@ -412,9 +401,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache is None:
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
-            return self._block_layout(num_frames, frame_tokens, teacher_forcing, relative, latents.device)
-        if kv_cache_mode not in KV_CACHE_MODES:
-            raise ValueError(f"`kv_cache_mode` must be one of {KV_CACHE_MODES} but is {kv_cache_mode!r}.")
+            return self._block_layout(num_frames, frame_tokens, latents.device)
+        if kv_cache_mode not in ("read", "write"):
+            raise ValueError(f"`kv_cache_mode` must be one of ('read', 'write') but is {kv_cache_mode!r}.")
         kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
         if relative:
             kv_cache.place_sink(frame_offset + num_frames, self.rope, latents.device)
@@ -432,14 +421,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(2, (6, -1))
 
     def _run_blocks(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        rotary_emb: Rotary,
-        layout: BlockLayout | None,
-        kv_cache: CausalWanKVCache | None,
-        kv_cache_mode: str | None,
+        self, hidden_states: torch.Tensor, inputs: tuple, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None
     ) -> torch.Tensor:
         mask = None
         if kv_cache_mode == "read":
@@ -448,7 +430,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache_mode != "write"
         for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache.get(i)
-            args = (encoder_hidden_states, temb, rotary_emb, layout, layer_cache, kv_cache_mode, mask)
+            args = (*inputs, layer_cache, kv_cache_mode, mask)
             if checkpointing:
                 hidden_states = self._gradient_checkpointing_func(RecomputedBlock(block), hidden_states, *args)
             else:
@@ -468,22 +450,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         hidden_states = hidden_states.unflatten(2, (*patch, -1)).unflatten(1, grid)
         return hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _block_layout(
-        self, num_frames: int, frame_tokens: int, teacher_forcing: bool, relative: bool, device: torch.device
-    ) -> BlockLayout:
+    def _block_layout(self, num_frames: int, frame_tokens: int, device: torch.device) -> BlockLayout:
         n, attn_window = self.config.num_frames_per_block, self.config.local_attn_size
+        sink_size = self.config.sink_size if attn_window != -1 else 0
         if num_frames % n != 0:
             raise ValueError(f"{num_frames} latent frames are no whole number of blocks of {n} frames.")
         shifts = {}
-        if relative and attn_window != -1 and self.config.sink_size:
+        if self.config.rope_mode == "relative" and sink_size:
             ends = range(n, num_frames + 1, n)
             shifts = {end: self.rope.shift(end - attn_window, device) for end in ends if end > attn_window}
-        return BlockLayout(
-            num_frames=num_frames,
-            frame_tokens=frame_tokens,
-            block_frames=n,
-            attn_window=attn_window,
-            sink_size=self.config.sink_size if attn_window != -1 else 0,
-            teacher_forcing=teacher_forcing,
-            sink_shifts=shifts,
-        )
+        return BlockLayout(num_frames, frame_tokens, n, attn_window, sink_size, shifts)
