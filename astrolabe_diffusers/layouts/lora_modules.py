@@ -98,13 +98,11 @@ class OriginalLora:
         modules: A, B and alpha of each module that has them.
         diffs: by the name of a parameter, what is added to it as it is.
         config: peft's, as far as it came with the file.
-        has_alpha: whether anything said what alpha is; otherwise it is the rank, which is a scale of 1.
     """
 
     modules: dict[str, LoraModule]
     diffs: dict[str, torch.Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    has_alpha: bool = True
 
     def changes(self, name: str) -> bool:
         return name in self.diffs or name.removesuffix(".weight") in self.modules
@@ -117,18 +115,17 @@ class OriginalLora:
 
     def check_fits(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Raise a one-line `ValueError` if it is made for another model than these tensors in Diffusers layout."""
-        shapes = {f"{name}.weight": (m.b.shape[0], *m.a.shape[1:]) for name, m in self.modules.items()}
+        shapes = [(f"{name}.weight", (m.b.shape[0], *m.a.shape[1:])) for name, m in self.modules.items()]
         model = describe(weights).replace("no Wan transformer", "the transformer")
-        for name, shape in [*shapes.items(), *((name, tensor.shape) for name, tensor in self.diffs.items())]:
+        for name, shape in [*shapes, *((name, tensor.shape) for name, tensor in self.diffs.items())]:
             module = name.removesuffix(".weight")
-            weight = weights.get(name)
-            if weight is None:
+            if name not in weights:
                 of = ": it is of an image-to-video model" if "_img" in name or "img_emb" in name else ""
                 raise ValueError(f"this LoRA changes {module}, which {model} does not have{of}.")
-            if weight.shape != tuple(shape):
+            if weights[name].shape != tuple(shape):
+                here, there = (" x ".join(map(str, sizes)) for sizes in (shape, weights[name].shape))
                 raise ValueError(
-                    f"this LoRA is another model's: at {module} it is {' x '.join(map(str, shape))}, in {model} that "
-                    f"is {' x '.join(map(str, weight.shape))}."
+                    f"this LoRA is another model's: at {module} it is {here}, in {model} that is {there}."
                 )
 
     def peft_config(self) -> LoraConfig | None:
@@ -162,17 +159,7 @@ class OriginalLora:
 
 
 def load_original_lora(path: str | Path, alpha: float | None = None) -> OriginalLora:
-    """
-    A LoRA of a file, or of a folder with one.
-
-    Args:
-        path: a file of any layout, or a folder with one LoRA and, where peft wrote it, `adapter_config.json`.
-        alpha: of a LoRA that does not say it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no LoRA, or one that cannot be applied whole; one line.
-    """
+    """The LoRA of a file, folder or Hub repository; see [`find_lora_file`] and [`parse_lora`]."""
     return parse_lora(*read_lora_file(find_lora_file(path)), alpha)
 
 
@@ -205,8 +192,7 @@ def parse_lora(
     parts: dict[str, dict[str, torch.Tensor]] = {}
     names = {}  # of the modules, in the file
     for key, tensor in tensors.items():
-        module, kind, name = parse_key(key)
-        names[module] = name
+        module, kind, names[module] = parse_key(key)
         if kind in parts.setdefault(module, {}):
             raise ValueError(f"this LoRA has two tensors for {kind} of {module}; the second is {key}.")
         parts[module][kind] = _usable(tensor, key)
@@ -224,14 +210,14 @@ def parse_lora(
             diffs[name if name.endswith("scale_shift_table") else f"{name}.weight"] = part["diff"]
         if "diff_b" in part and part["diff_b"].any():
             diffs[f"{name}.bias"] = part["diff_b"]
-    dora = [module.magnitude is not None for module in modules.values()]
-    if any(dora) and not (all(dora) and not diffs):
+    dora = [name for name, module in modules.items() if module.magnitude is not None]
+    if dora and (len(dora) < len(modules) or diffs):
         raise ValueError("this LoRA mixes DoRA with other changes, which cannot be applied together.")
-    if config.get("use_dora") and not any(dora):
+    if config.get("use_dora") and not dora:
         raise ValueError("this LoRA is incomplete: its config says DoRA, and it has no lora_magnitude_vector.")
     if alpha is not None and (has_alpha or not math.isfinite(alpha)):
         raise ValueError(f"this LoRA says its alpha itself, or {alpha} is none: leave it out.")
-    return OriginalLora(modules, diffs, config, has_alpha)
+    return OriginalLora(modules, diffs, config)
 
 
 def _usable(tensor: Any, key: str) -> torch.Tensor:
@@ -262,7 +248,7 @@ def _make_module(
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in part:
             raise ValueError(f"this LoRA is incomplete: {name} has {have} but no {lack}.")
-    a, b = part["A"], part["B"]
+    a, b, magnitude = part["A"], part["B"], part.get("magnitude")
     if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1 or not a.numel():
         raise ValueError(f"this LoRA is damaged: at {name}, A is {tuple(a.shape)} and B {tuple(b.shape)}.")
     rank = a.shape[0]
@@ -276,14 +262,12 @@ def _make_module(
         alpha = said[1]
     elif alpha is None:
         alpha = rank
-    magnitude = part.get("magnitude")
-    if magnitude is not None:
-        if magnitude.shape not in ((b.shape[0],), (b.shape[0], 1)):
-            raise ValueError(
-                f"this LoRA is a DoRA whose dora_scale at {name} is {tuple(magnitude.shape)}; only one of "
-                f"{b.shape[0]} numbers, one an output, can be applied."
-            )
-        magnitude = magnitude.flatten()
+    if magnitude is not None and magnitude.shape not in ((b.shape[0],), (b.shape[0], 1)):
+        raise ValueError(
+            f"this LoRA is a DoRA whose dora_scale at {name} is {tuple(magnitude.shape)}; only one of "
+            f"{b.shape[0]} numbers, one an output, can be applied."
+        )
+    magnitude = None if magnitude is None else magnitude.flatten()
     return LoraModule(a, b, int(alpha) if alpha == int(alpha) else alpha, magnitude)
 
 
@@ -292,8 +276,7 @@ def _check_config(config: dict[str, Any]) -> None:
         return
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"this is a {config['peft_type']} adapter of peft, not a LoRA.")
-    missing = [name for name in ("r", "lora_alpha") if name not in config]
-    if missing:
+    if missing := [name for name in ("r", "lora_alpha") if name not in config]:
         raise ValueError(f"this LoRA has a config without {missing[0]}, without which its scale is not known.")
     named = {name: config[name] for name in ("r", "lora_alpha")}
     for field_name in ("alpha_pattern", "rank_pattern"):
@@ -310,6 +293,5 @@ def _check_config(config: dict[str, Any]) -> None:
             f"this LoRA was trained from {start!r}, which changes the base weights too: have peft convert it to a "
             "plain LoRA (`path_initial_model_for_weight_conversion` of its save_pretrained)."
         )
-    variants = [name for name in _VARIANTS if config.get(name)]
-    if variants:
+    if variants := [name for name in _VARIANTS if config.get(name)]:
         raise ValueError(f"this LoRA is a variant of LoRA that is not read: {', '.join(variants)} in its config.")

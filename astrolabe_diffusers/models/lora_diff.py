@@ -8,6 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from .lora_layers import tuner_layers
+
 
 class Diff(nn.Module):
     """What one adapter adds to one parameter, times its weight. A module, and with a result of its own, for the hooks
@@ -80,7 +82,7 @@ class LoraDiff(nn.Module, BaseTunerLayer):
                 getattr(self.owner[0], parameter).add_(store[adapter](sign * self.scaling[adapter]))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """`safe_merge` is peft's; diffs are finite since they were read."""
+        # `safe_merge` is peft's; diffs are finite since they were read.
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.scaling:
                 self._add_to_base(adapter, 1)
@@ -95,50 +97,31 @@ class LoraDiff(nn.Module, BaseTunerLayer):
             self.scaling[adapter] = scale
 
     def scale_layer(self, scale: float) -> None:
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                self.scaling[adapter] *= scale
+        for adapter in self.scaling.keys() & set(self.active_adapters):
+            self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                self.scaling[adapter] = 1.0 if scale is None else self.scaling[adapter] / scale
+        for adapter in self.scaling.keys() & set(self.active_adapters):
+            self.scaling[adapter] = 1.0 if scale is None else self.scaling[adapter] / scale
 
 
 def find_diff_layers(transformer: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """
-    By the name of a parameter, that of the module through which an adapter can add to it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    places = {}
+    """By the name of a parameter, that of the module through which adapters add to it; a `ValueError` if none does."""
+    modules, places = dict(transformer.named_modules()), {}
     for name in names:
         owner, _, parameter = name.rpartition(".")
         is_table = parameter == "scale_shift_table"
-        place = f"{owner}.modulation".removeprefix(".") if is_table else owner
-        try:
-            module = transformer.get_submodule(place)
-        except AttributeError:
-            module = None
-        if not isinstance(module, (LoraDiff, nn.Identity if is_table else (nn.RMSNorm, nn.LayerNorm))):
+        places[name] = f"{owner}.modulation".removeprefix(".") if is_table else owner
+        kinds = (LoraDiff, nn.Identity) if is_table else (LoraDiff, nn.RMSNorm, nn.LayerNorm)
+        if not isinstance(modules.get(places[name]), kinds):
             raise ValueError(f"this LoRA adds to {name}, which this transformer takes no additions to.")
-        places[name] = place
     return places
 
 
 def add_lora_diffs(transformer: nn.Module, adapter: str, diffs: dict[str, torch.Tensor]):
-    """
-    Give an adapter that the transformer has what its file adds to norms and modulation tables.
-
-    Args:
-        diffs: by the name of the parameter.
-    """
-    peft_layer = next(
-        module
-        for module in transformer.modules()
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraDiff)
-    )
+    """Give an adapter that the transformer has what its file adds to norms and modulation tables, by the name of the
+    parameter."""
+    peft_layer = next(layer for layer in tuner_layers(transformer) if not isinstance(layer, LoraDiff))
     for name, place in find_diff_layers(transformer, diffs).items():
         owner, _, parameter = name.rpartition(".")
         layer = transformer.get_submodule(place)

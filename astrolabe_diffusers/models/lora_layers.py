@@ -38,21 +38,15 @@ def plain_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_lora_weights(model: nn.Module, weights: Iterable[float], adapters: Iterable[str] | None = None):
-    """
-    Raise a one-line `ValueError` if LoRAs cannot be applied with these weights.
-
-    Args:
-        adapters: whose they are; those that are active if not given.
-    """
+    """Raise a one-line `ValueError` if these LoRAs, by default the active ones, cannot have these weights."""
     weights = list(weights)
     for weight in weights:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"the weight of a LoRA has to be a finite number but is {weight!r}.")
     if any(weight != 1 for weight in weights):
         for layer in tuner_layers(model):
-            dora = [name for name, is_dora in getattr(layer, "use_dora", {}).items() if is_dora]
             for name in layer.active_adapters if adapters is None else adapters:
-                if name in dora:
+                if getattr(layer, "use_dora", {}).get(name):
                     # peft would scale B A before the rows get their lengths: at 0 that is not the base model.
                     raise ValueError(f"{name} is a DoRA, which can only be applied with weight 1, or disabled.")
 
@@ -115,14 +109,13 @@ def lora_weights(model: nn.Module, weights: list[dict[str, float]]) -> Iterator[
             layer.scaling.update(outside)
 
 
-class RecomputedBlock:
+def recomputed(block: nn.Module) -> Callable:
     """A block for gradient checkpointing. It is computed again in the backward pass, when the call that gave its LoRAs
     their weights is over: with those weights."""
+    weights = lora_weights_of(block)
 
-    def __init__(self, block: nn.Module):
-        self.block = block
-        self.weights = lora_weights_of(block)
+    def forward(*args):
+        with lora_weights(block, weights):
+            return block(*args)
 
-    def __call__(self, *args):
-        with lora_weights(self.block, self.weights):
-            return self.block(*args)
+    return forward

@@ -20,12 +20,12 @@ from ..spelling import close_matches
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .lora_layers import (
-    RecomputedBlock,
     apply_lora_scale,
     check_lora_weights,
     check_no_loose_lora,
     lora_lock,
     plain_state_dict,
+    recomputed,
     tuner_layers,
 )
 from .rotary import CausalWanRotaryPosEmbed, Rotary
@@ -268,10 +268,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             model = cls.from_config(sizes, **((published.transformer if published else {}) | kwargs))
         check_fits(original.tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
         tensors = {}
-        for name, tensor in original.items():
+        for name in original.tensors:
             keep = dtype is not None and not set(name.split(".")).isdisjoint(cls._keep_in_fp32_modules)
             # A copy: the file may be replaced while its memory map is in use.
-            tensors[name] = tensor.to(device=device, dtype=torch.float32 if keep else dtype, copy=True)
+            tensors[name] = original.value(name).to(device, torch.float32 if keep else dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval() if device is not None else model.eval()
 
@@ -432,7 +432,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             layer_cache = None if kv_cache is None else kv_cache.get(i)
             args = (*inputs, layer_cache, kv_cache_mode, mask)
             if checkpointing:
-                hidden_states = self._gradient_checkpointing_func(RecomputedBlock(block), hidden_states, *args)
+                hidden_states = self._gradient_checkpointing_func(recomputed(block), hidden_states, *args)
             else:
                 hidden_states = block(hidden_states, *args)
             if kv_cache_mode == "write":
