@@ -46,8 +46,7 @@ def convert(config: ConversionConfig) -> tuple[str, ...]:
         What it wrote into `config.output_dir`: `PIPELINE_FILES` or `LORA_FILES`.
 
     Raises:
-        ValueError: the checkpoint or the LoRA is not one of this model; the message names tensors. Or the folder
-            holds what would be overwritten.
+        ValueError: the checkpoint or the LoRA is not one of this model, or the folder holds what would be overwritten.
         OSError: a file cannot be read or written.
     """
     names = LORA_FILES if config.checkpoint is None else PIPELINE_FILES
@@ -104,13 +103,9 @@ def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, fold
 def _replacing(
     output_dir: Path, names: tuple[str, ...], overwrite: bool, sources: tuple[str | Path, ...]
 ) -> Iterator[Path]:
-    """Yields a new folder inside `output_dir`; when the block ends, `names` in it move up, in their order. After an
-    error nothing is left of it, and what was there is as it was.
-
-    Args:
-        overwrite: `names` may be there already, and are replaced.
-        sources: files and folders that are read in the block, which must not be among them.
-    """
+    """Yields a new folder inside `output_dir`; when the block ends, `names` in it move up, in their order, and replace
+    what has them if `overwrite`, which must be none of the `sources`. After an error nothing is left of it, and what
+    was there is as it was."""
     there = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
     if there and not overwrite:
         raise ValueError(f"{there[0]} is there already: name another output_dir, or `overwrite` it.")

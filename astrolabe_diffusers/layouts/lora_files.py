@@ -34,8 +34,7 @@ def find_lora_file(name: str | Path, weight_name: str | None = None, **hub) -> P
         hub: any of `HUB`, as diffusers has them.
 
     Raises:
-        FileNotFoundError: there is no such file here.
-        OSError: nor on the Hub.
+        OSError: the Hub does not give it.
         ValueError: there are several, or none.
     """
     if unknown := [argument for argument in hub if argument not in HUB]:
@@ -85,14 +84,8 @@ def _choose(names: list[str], where: str | Path) -> str:
 
 
 def read_lora_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """
-    What a file holds, memory-mapped, and peft's config: of its header, as diffusers writes it, or of the
-    `adapter_config.json` beside it. Empty if there is none.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not readable.
-    """
+    """What a file holds, as [`load_tensors`] reads it, and peft's config: of its header, as diffusers writes it, or of
+    the `adapter_config.json` beside it; empty if there is none, a `ValueError` if it is not readable."""
     tensors = load_tensors(path)
     text, source = None, path
     with suppress(SafetensorError):  # another kind of file has no header

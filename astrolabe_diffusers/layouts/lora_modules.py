@@ -164,21 +164,17 @@ def load_original_lora(path: str | Path, alpha: float | None = None) -> Original
 
 
 def parse_lora(
-    tensors: Mapping[str, Any],
-    config: dict[str, Any] | None = None,
-    alpha: float | None = None,
+    tensors: Mapping[str, Any], config: dict[str, Any] | None = None, alpha: float | None = None
 ) -> OriginalLora:
     """
-    A LoRA from the tensors of a file, every one of which is used.
+    A LoRA from the tensors of a file, every one of which is used, and peft's config, where one came with them.
 
     Args:
         tensors: by the names of any trainer, or LongLive's dict with an entry `generator_lora`.
-        config: peft's config, where one came with them: alphas, ranks, rsLoRA.
         alpha: of a LoRA that does not say it.
 
     Raises:
-        ValueError: a tensor that is not understood, half a module, numbers that are not finite, an adapter that is no
-            LoRA.
+        ValueError: a tensor that is not understood, half a module, numbers that are not finite, another adapter.
     """
     config = dict(config or {})
     _check_config(config)

@@ -34,14 +34,13 @@ class RingSlots:
     sink_size: int
 
     def slot(self, frame: int) -> int | None:
-        """As [`BoundedSlots.slot`]."""
         if frame < self.capacity:
             return frame
         ring = self.capacity - self.sink_size
         return self.sink_size + (frame - self.sink_size) % ring if ring else None
 
     def still_seen(self, num_frames: int, num_newer: int) -> list[int]:
-        """As [`BoundedSlots.still_seen`]: the newer ones have pushed the oldest out of the window."""
+        # The newer ones have pushed the oldest out of the window.
         num_left = min(num_frames, self.capacity - num_newer) - self.sink_size
         newest = range(num_frames - num_left, num_frames)
         return sorted([*range(self.sink_size), *(self.slot(frame) for frame in newest)])
@@ -196,13 +195,11 @@ class CausalWanKVCache:
     of time; attention does not depend on it, because positions are rotated into the keys.
 
     Args:
-        num_layers (`int`): number of transformer layers.
-        max_frames (`int`, *optional*):
-            The longest video in latent frames. Required if the model's window is unlimited (`local_attn_size=-1`),
-            and then an upper bound; ignored otherwise.
-        past_weight (`float`, defaults to 1.0):
-            Factor in (0, 1] of the attention that a noisy block pays to the frames before it, the video's first one
-            excepted. Less than 1 keeps errors from piling up (Krea).
+        num_layers: of the transformer.
+        max_frames: the longest video in latent frames. Required if the model's window is unlimited
+            (`local_attn_size=-1`), and then an upper bound; ignored otherwise.
+        past_weight: factor in (0, 1] of the attention that a noisy block pays to the frames before it, the video's
+            first one excepted. Less than 1 keeps errors from piling up (Krea).
     """
 
     def __init__(self, num_layers: int, max_frames: int | None = None, past_weight: float = 1.0):

@@ -48,12 +48,11 @@ class SharedPastKVCache(CausalWanKVCache):
         self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in past.layer_caches]
 
     def begin_block(self, *args, **kwargs):
-        """As the parent's."""
         super().begin_block(*args, **kwargs)
         self._see_past()
 
     def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
-        """As the parent's: the sink is the past's."""
+        # The sink is the past's.
         self.past.place_sink(stop, rope, device)
         self._see_past()
 

@@ -31,14 +31,8 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         return angles.cos().float(), angles.sin().float()
 
     def forward(self, hidden_states: torch.Tensor, frame_offset: int = 0) -> Rotary:
-        """
-        Args:
-            hidden_states: latents `(B, C, F, H, W)`; only the shape is read.
-            frame_offset: latent frame index of the first frame.
-
-        Returns:
-            cos and sin, each `(1, F * H/2 * W/2, 1, head_dim / 2)`.
-        """
+        """cos and sin, each `(1, F * H/2 * W/2, 1, head_dim / 2)`, of latents `(B, C, F, H, W)` whose first frame has
+        this index."""
         _, p_h, p_w = self.patch_size
         f, h, w = hidden_states.shape[2], hidden_states.shape[3] // p_h, hidden_states.shape[4] // p_w
         t, hw = self.t_dim, self.t_dim + self.h_dim

@@ -35,11 +35,8 @@ HUB_ARGUMENTS = ("force_download", "cache_dir", "proxies", "local_files_only", "
 
 
 class CausalWanTimesteps(nn.Module):
-    """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`, with float64 angles.
-
-    The published models are trained with float64 angles. In float32 the phase of t = 1000 is off by 1e-4, which is
-    visible in the output.
-    """
+    """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`, with float64 angles, as the published models are trained.
+    In float32 the phase of t = 1000 is off by 1e-4, which is visible in the output."""
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -82,15 +79,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
 
         norm_hidden_states = self.norm1(hidden_states.float()).unflatten(1, frames) * (1 + scale_msa) + shift_msa
         norm_hidden_states = norm_hidden_states.flatten(1, 2).type_as(hidden_states)
-        attn_output = self.attn1(
-            norm_hidden_states,
-            None,
-            attention_mask,
-            rotary_emb,
-            layout=layout,
-            kv_cache=kv_cache,
-            kv_cache_mode=kv_cache_mode,
-        )
+        past = {"layout": layout, "kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
+        attn_output = self.attn1(norm_hidden_states, None, attention_mask, rotary_emb, **past)
         gated = (attn_output.unflatten(1, frames) * gate_msa).flatten(1, 2)
         hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
 
@@ -188,17 +178,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike, output_loading_info: bool = False, **kwargs
     ) -> "CausalWanTransformer3DModel":
-        """As the parent's, which would leave tensors that the files lack without values, with a warning.
-
-        Raises:
-            ValueError: tensors are missing.
-        """
+        """As the parent's, which would leave tensors that the files lack without values: a `ValueError` here."""
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
-            more = ", ..." if len(missing) > 3 else ""
+            names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
-                f"the transformer of {pretrained_model_name_or_path} lacks {len(missing)} tensors: "
-                f"{', '.join(missing[:3])}{more}."
+                f"the transformer of {pretrained_model_name_or_path} lacks {len(missing)} tensors: {names}."
             )
         return (model, info) if output_loading_info else model
 
@@ -227,30 +212,22 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             pretrained_model_link_or_path_or_dict:
                 Path or Hub link of a safetensors or torch file, path of a folder of shards or of their index, or what
                 such a file holds. 8-bit weights are multiplied by their scales; their files become float32.
-            recipe (`str`, *optional*):
-                Name of the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is
-                taken, and the config gets its block, window and sink. Sigmas are the pipeline's.
-            weights (`str` or `tuple[str]`, *optional*):
-                The entry of a training checkpoint that holds the model, or several of which the first found is taken.
-                A file with several that may be meant needs this or `recipe`.
-            config (`str`, *optional*):
-                Pipeline folder or Hub id whose transformer's config is taken; sizes are read off the tensors by
-                default.
-            subfolder (`str`): of `config`.
-            dtype (`torch.dtype`, *optional*): of the parameters, those that diffusers keeps in float32 excepted.
-            torch_dtype (`torch.dtype`, *optional*): older name of `dtype`.
-            device (`str` or `torch.device`, *optional*): where the model is put.
+            recipe: the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is taken,
+                and the config gets its block, window and sink. Sigmas are the pipeline's.
+            weights: the entry of a training checkpoint that holds the model, or several of which the first found is
+                taken. A file with several that may be meant needs this or `recipe`.
+            config: pipeline folder or Hub id whose transformer's config (in `subfolder`) is taken; sizes are read off
+                the tensors by default.
+            dtype: of the parameters, those that diffusers keeps in float32 excepted. `torch_dtype` is its older name.
             low_cpu_mem_usage: has no effect: weights are never initialised.
-            disable_mmap (`bool`): read files whole instead of through a memory map.
-            revision, config_revision (`str`, *optional*): of the file and of `config` on the Hub.
-            kwargs:
-                `force_download`, `cache_dir`, `proxies`, `local_files_only` and `token` of downloads from the Hub; and
-                config values, such as `num_frames_per_block=1`, which go before those of `config` and `recipe`.
+            disable_mmap: read files whole instead of through a memory map.
+            revision, config_revision: of the file and of `config` on the Hub.
+            kwargs: of `HUB_ARGUMENTS`, for downloads; and config values, such as `num_frames_per_block=1`, which go
+                before those of `config` and `recipe`.
 
         Raises:
-            ValueError:
-                An argument is not known; the file is no checkpoint or holds several models; tensors are missing,
-                unexpected or of another shape. The message names them.
+            ValueError: an argument is not known; the file is no checkpoint or holds several models; tensors are
+                missing, unexpected or of another shape. The message names them.
         """
         dtype = torch_dtype if dtype is None else dtype
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
@@ -288,7 +265,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"`dtype` must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}.")
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
-        """An empty cache for one generation; the arguments are those of [`CausalWanKVCache`]."""
         return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
 
     def set_adapters(self, adapter_names: list[str] | str, weights=None):
@@ -302,7 +278,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             super().set_adapters(adapter_names, weights)
 
     def compile_repeated_blocks(self, *args, **kwargs):
-        """As the parent's."""
         # Reading or writing, with a cache or none, text kept or new, one video or a batch: more than torch's 8 graphs.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         super().compile_repeated_blocks(*args, **kwargs)
@@ -388,7 +363,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def _begin_pass(
         self, latents: torch.Tensor, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None, frame_offset: int
     ) -> BlockLayout | None:
-        """Check a pass and prepare its cache. Returns what each block sees if there is none."""
+        """Check a pass and prepare its cache; what each block sees if there is none."""
         batch_size, _, num_frames, height, width = latents.shape
         _, p_h, p_w = self.config.patch_size
         frame_tokens = (height // p_h) * (width // p_w)

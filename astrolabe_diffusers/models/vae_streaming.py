@@ -90,14 +90,8 @@ class StreamingVAEDecoder:
         return other
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, f, h, w)`): the next normalised latent frames, one or more.
-
-        Returns:
-            `torch.Tensor` of shape `(B, 3, F, H, W)`, in [-1, 1]: one frame for the first latent frame of the video,
-            `scale_factor_temporal` frames for every other.
-        """
+        """The video `(B, 3, F, H, W)`, in [-1, 1], of the next normalised latent frames `(B, C, f, h, w)`: one frame for
+        the first latent frame of the video, `scale_factor_temporal` frames for every other."""
         vae = self.vae
         latents = _denormalised(vae, latents)
         scale = vae.spatial_compression_ratio
