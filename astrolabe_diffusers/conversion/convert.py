@@ -1,7 +1,5 @@
 """A published checkpoint becomes a Diffusers folder, and a published LoRA a Diffusers one."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Which file of a folder or of a Hub repository is the LoRA, and the config that comes with it."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Any

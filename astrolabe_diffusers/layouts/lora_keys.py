@@ -1,7 +1,5 @@
 """What a key of a LoRA file means, whatever trained it."""
 
-from __future__ import annotations
-
 import re
 
 from .wan_checkpoints import IN_BLOCK, OUTSIDE, WRAPPERS, diffusers_name

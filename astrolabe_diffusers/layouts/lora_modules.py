@@ -1,11 +1,9 @@
 """LoRAs of Wan2.1 in any layout that they are published in; docs/lora_files.md lists them."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +27,12 @@ _VARIANTS = (
 
 @dataclass
 class LoraModule:
-    """
-    A module's weight becomes W + alpha / rank * B A, and with DoRA its rows then get the lengths `magnitude`.
+    """A module's weight becomes W + alpha / rank * B A, and with DoRA its rows then get the lengths `magnitude`."""
 
-    Args:
-        a: `(rank, in_features)`, or `(rank, in_channels, *kernel)` of a convolution.
-        b: `(out_features, rank)`, or `(out_channels, rank, 1, 1, 1)`.
-        alpha: with the rank, the scale.
-        magnitude: `(out_features,)`.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor  # (rank, in_features), or (rank, in_channels, *kernel) of a convolution
+    b: torch.Tensor  # (out_features, rank), or (out_channels, rank, 1, 1, 1)
     alpha: float
-    magnitude: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None  # (out_features,)
 
     @property
     def rank(self) -> int:
@@ -53,7 +43,7 @@ class LoraModule:
         return self.alpha / self.rank
 
     @classmethod
-    def of_full_rank(cls, diff: torch.Tensor) -> LoraModule:
+    def of_full_rank(cls, diff: torch.Tensor) -> "LoraModule":
         """A LoRA that adds just this to a weight."""
         matrix = diff.flatten(1)
         out_size, in_size = matrix.shape
@@ -64,16 +54,16 @@ class LoraModule:
         return cls(a.view(-1, *diff.shape[1:]), b.view(*b.shape, *[1] * (diff.ndim - 2)), alpha=len(a))
 
     @classmethod
-    def of_zeros(cls, weight: torch.Tensor) -> LoraModule:
+    def of_zeros(cls, weight: torch.Tensor) -> "LoraModule":
         """A LoRA of rank 1 that changes nothing."""
         shape = (weight.shape[0], 1, *[1] * (weight.ndim - 2))
         return cls(torch.zeros(1, *weight.shape[1:]), torch.zeros(shape), alpha=1)
 
-    def with_scale_one(self) -> LoraModule:
+    def with_scale_one(self) -> "LoraModule":
         """The same LoRA with the scale in B."""
         return self if self.scale == 1 else replace(self, b=self.scale * self.b.float(), alpha=self.rank)
 
-    def add(self, diff: torch.Tensor) -> LoraModule:
+    def add(self, diff: torch.Tensor) -> "LoraModule":
         """The LoRA that adds this to the weight too."""
         one, two = self.with_scale_one(), LoraModule.of_full_rank(diff)
         a = torch.cat([one.a.float(), two.a.float()])
@@ -91,18 +81,11 @@ class LoraModule:
 
 @dataclass
 class OriginalLora:
-    """
-    A LoRA under diffusers' names.
-
-    Args:
-        modules: A, B and alpha of each module that has them.
-        diffs: by the name of a parameter, what is added to it as it is.
-        config: peft's, as far as it came with the file.
-    """
+    """A LoRA under diffusers' names."""
 
     modules: dict[str, LoraModule]
-    diffs: dict[str, torch.Tensor] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    diffs: dict[str, torch.Tensor]  # by the name of a parameter, what is added to it as it is
+    config: dict[str, Any]  # peft's, as far as it came with the file
 
     def changes(self, name: str) -> bool:
         return name in self.diffs or name.removesuffix(".weight") in self.modules
@@ -240,7 +223,7 @@ def _said_by(config: dict[str, Any], module: str) -> tuple[int, float] | None:
 
 def _make_module(
     name: str, part: dict[str, torch.Tensor], said: tuple[int, float] | None, alpha: float | None
-) -> LoraModule:
+) -> "LoraModule":
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in part:
             raise ValueError(f"this LoRA is incomplete: {name} has {have} but no {lack}.")

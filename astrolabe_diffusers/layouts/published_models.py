@@ -1,7 +1,5 @@
 """How the published models were trained, hence how they generate: what conversion writes into their configs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,20 +8,13 @@ from ..spelling import close_matches
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """
-    Args:
-        source: where the weights are published.
-        weights: entries of a training checkpoint that hold the generator, the one its authors load first.
-        transformer: config of [`CausalWanTransformer3DModel`], beside the base model's sizes.
-        pipeline: config of [`CausalWanPipeline`].
-        size: of the Wan2.1 model it was trained from, "1.3B" or "14B".
-    """
-
-    source: str
-    weights: tuple[str, ...]
-    transformer: dict[str, Any] = field(default_factory=dict)
-    pipeline: dict[str, Any] = field(default_factory=dict)
-    size: str = "1.3B"
+    source: str  # where the weights are published
+    weights: tuple[
+        str, ...
+    ]  # entries of a training checkpoint that hold the generator, the one its authors load first
+    transformer: dict[str, Any] = field(default_factory=dict)  # its config, beside the base model's sizes
+    pipeline: dict[str, Any] = field(default_factory=dict)  # its config
+    size: str = "1.3B"  # of the Wan2.1 model it was trained from, or "14B"
 
 
 _FOUR_STEPS = [1.0, 0.75, 0.5, 0.25]

@@ -1,7 +1,5 @@
 """Tensors by name out of the kinds of files that people publish."""
 
-from __future__ import annotations
-
 import mmap
 import pickle
 import re

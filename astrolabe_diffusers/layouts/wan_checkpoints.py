@@ -1,7 +1,5 @@
 """Published checkpoints of causal Wan2.1 models, in their original layout."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -59,16 +57,10 @@ def diffusers_name(name: str) -> str:
 
 @dataclass
 class OriginalWeights:
-    """
-    The generator of a checkpoint, under the names of [`CausalWanTransformer3DModel`].
+    """The generator of a checkpoint, under the names of [`CausalWanTransformer3DModel`]."""
 
-    Args:
-        tensors: as they are stored.
-        scales: by name, what an 8-bit tensor is to be multiplied by: one number, or one for each row.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    scales: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # as they are stored
+    scales: dict[str, torch.Tensor]  # what an 8-bit tensor is to be multiplied by: one number, or one for each row
 
     @cached_property
     def _is_8_bit(self) -> bool:
@@ -90,14 +82,13 @@ def load_original_weights(
     map_files: bool = True,
 ) -> OriginalWeights:
     """
+    The generator of a file or folder, as [`load_tensors`] takes it, or of what it holds.
+
     Args:
-        checkpoint: a file or folder, as [`load_tensors`] takes it, or what it holds.
         weights: the entry to take, or several of which the first that is there is taken.
         recipe: the published model that it is, whose entries are preferred where any is there.
-        map_files: see [`load_tensors`].
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint; `weights` are not there, or neither they nor a recipe say which of several
             generators is meant; it has tensors that are no weights.
     """
@@ -152,7 +143,7 @@ def _split_scales(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Ten
 
 
 def to_diffusers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names of [`CausalWanTransformer3DModel`]; the tensors themselves stay as they are."""
+    """The tensors, as they are, under the names of [`CausalWanTransformer3DModel`]."""
     converted = {}
     for name, tensor in weights.items():
         new = diffusers_name(name)

@@ -9,15 +9,13 @@ from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kv_cache import CausalWanKVLayerCache
+from .kv_cache import CausalWanKVLayerCache, KeyValue
 from .rotary import Rotary, apply_rotary
 
 
 # Kernels of torch's attention, the fastest first; one that cannot take an input is passed over. Torch itself would try
 # flash first, which takes 1.75 times as long as cuDNN on an H100 at these shapes.
-_KERNELS = [
-    getattr(SDPBackend, name) for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-]
+_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(
@@ -50,10 +48,7 @@ def _attend_with_logsumexp(
 
 
 def attend_with_shared_past(
-    query: torch.Tensor,
-    past: tuple[torch.Tensor, torch.Tensor],
-    own: tuple[torch.Tensor, torch.Tensor],
-    backend: str | None = None,
+    query: torch.Tensor, past: KeyValue, own: KeyValue, backend: str | None = None
 ) -> torch.Tensor:
     """Attention of `B` videos to keys and values `(1, S, heads, head_dim)` of a past that they share, and to their own
     `(B, L, heads, head_dim)`.

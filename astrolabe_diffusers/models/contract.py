@@ -1,7 +1,5 @@
 """What pipelines and training need of a transformer, whatever its family."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol, runtime_checkable
 
 import torch

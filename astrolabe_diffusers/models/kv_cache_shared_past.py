@@ -1,7 +1,5 @@
 """A K/V cache of several videos that go on from one."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

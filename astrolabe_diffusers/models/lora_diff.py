@@ -1,7 +1,5 @@
 """What LoRA files add to parameters that have no A and B: norms and modulation tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

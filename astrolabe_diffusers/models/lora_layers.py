@@ -1,7 +1,5 @@
 """LoRA layers in a transformer: their weights in one call, and the transformer without them."""
 
-from __future__ import annotations
-
 import functools
 import math
 import threading

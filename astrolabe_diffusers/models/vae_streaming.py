@@ -90,7 +90,7 @@ class StreamingVAEDecoder:
         return other
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The video `(B, 3, F, H, W)`, in [-1, 1], of the next normalised latent frames `(B, C, f, h, w)`: one frame for
+        """The video `(B, 3, F, H, W)` in [-1, 1] of the next normalised latent frames `(B, C, f, h, w)`: one frame for
         the first latent frame of the video, `scale_factor_temporal` frames for every other."""
         vae = self.vae
         latents = _denormalised(vae, latents)
@@ -110,11 +110,10 @@ class StreamingVAEDecoder:
         frames = []
         for i in range(hidden_states.shape[2]):
             first = corner not in self._features
-            if first:
-                self._features[corner] = [None] * vae._cached_conv_counts["decoder"]
+            features = self._features.setdefault(corner, [None] * vae._cached_conv_counts["decoder"])
             # One latent frame at a time, as AutoencoderKLWan does: its temporal upsampling depends on it.
             frame = hidden_states[:, :, i : i + 1]
-            frames.append(vae.decoder(frame, feat_cache=self._features[corner], feat_idx=[0], first_chunk=first))
+            frames.append(vae.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=first))
         return torch.cat(frames, dim=2)
 
     def _decode_tiles(self, latents: torch.Tensor, tile_height: int, tile_width: int) -> torch.Tensor:
