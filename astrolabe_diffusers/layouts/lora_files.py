@@ -22,7 +22,7 @@ HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "proxies
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def find_lora_file(name: str | Path, weight_name: str | None = None, **hub) -> Path:
+def find_lora_file(name: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub) -> Path:
     """
     The file of a LoRA, downloaded if it is on the Hub, with peft's config beside it.
 
@@ -37,7 +37,6 @@ def find_lora_file(name: str | Path, weight_name: str | None = None, **hub) -> P
     """
     if unknown := [argument for argument in hub if argument not in HUB]:
         raise TypeError(f"there is no argument {unknown[0]!r}{close_matches(unknown[0], HUB)}.")
-    subfolder = hub.pop("subfolder", None)
     name = fetch_link(name, **hub)
     path = Path(name, subfolder or "")
     if path.is_dir():

@@ -1,10 +1,10 @@
 """LoRAs of Wan2.1 in any layout that they are published in; docs/lora_files.md lists them."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class OriginalLora:
             return None
         ranks = {name: module.rank for name, module in self.modules.items()}
         alphas = {name: module.alpha for name, module in self.modules.items()}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        rank, alpha = mode(ranks.values()), mode(alphas.values())
         return LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -159,8 +159,9 @@ def parse_lora(
     Raises:
         ValueError: a tensor that is not understood, half a module, numbers that are not finite, another adapter.
     """
-    config = dict(config or {})
-    _check_config(config)
+    config = config or {}
+    if config:
+        _check_config(config)
     if not isinstance(tensors, Mapping):
         raise ValueError(f"this is no LoRA: it holds a {type(tensors).__name__}, not tensors by name.")
     for name in ("generator_lora", "state_dict"):
@@ -179,7 +180,7 @@ def parse_lora(
     for name, part in parts.items():
         if {"A", "B"} & part.keys():
             has_alpha |= "alpha" in part
-            modules[name] = module = _make_module(name, part, _said_by(config, names[name]), alpha)
+            modules[name] = module = _make_module(name, part, config and _said_by(config, names[name]), alpha)
             if "B.bias" in part:
                 part["diff_b"] = part.get("diff_b", 0) + module.scale * part["B.bias"].float()
         elif lone := {"alpha", "magnitude", "B.bias"} & part.keys():
@@ -211,10 +212,8 @@ def _usable(tensor: Any, key: str) -> torch.Tensor:
     return tensor
 
 
-def _said_by(config: dict[str, Any], module: str) -> tuple[int, float] | None:
+def _said_by(config: dict[str, Any], module: str) -> tuple[int, float]:
     """Rank, and alpha for a scale of alpha / rank, of a module in the names of the file's trainer."""
-    if not config:
-        return None
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(ranks, module), config.get("r"))
     alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
@@ -223,7 +222,7 @@ def _said_by(config: dict[str, Any], module: str) -> tuple[int, float] | None:
 
 def _make_module(
     name: str, part: dict[str, torch.Tensor], said: tuple[int, float] | None, alpha: float | None
-) -> "LoraModule":
+) -> LoraModule:
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in part:
             raise ValueError(f"this LoRA is incomplete: {name} has {have} but no {lack}.")
@@ -251,8 +250,6 @@ def _make_module(
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    if not config:
-        return
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"this is a {config['peft_type']} adapter of peft, not a LoRA.")
     if missing := [name for name in ("r", "lora_alpha") if name not in config]:

@@ -57,9 +57,8 @@ def attend_with_shared_past(
     another; weighted by the denominators the two are the attention to all keys. Where a kernel does not give these,
     with a backend of the user's and with gradients, the past is repeated for every video instead.
     """
-    batch_size = query.shape[0]
     if backend is not None or torch.is_grad_enabled():
-        key, value = (torch.cat([p.expand(batch_size, -1, -1, -1), o], dim=1) for p, o in zip(past, own))
+        key, value = (torch.cat([p.expand(len(query), -1, -1, -1), o], dim=1) for p, o in zip(past, own))
         return attend(query, key, value, backend=backend)
     to_past, past_logsumexp = _attend_with_logsumexp(query.flatten(0, 1).unsqueeze(0), *past)
     to_own, own_logsumexp = _attend_with_logsumexp(query, *own)

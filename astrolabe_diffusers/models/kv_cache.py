@@ -205,7 +205,7 @@ class CausalWanKVCache:
         """Latent frames stored so far, those that left the window included."""
         return self.state.num_frames
 
-    def get(self, layer_idx: int) -> "CausalWanKVLayerCache":
+    def get(self, layer_idx: int) -> CausalWanKVLayerCache:
         return self.layer_caches[layer_idx]
 
     def clear(self):

@@ -416,8 +416,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """Tokens to latents `(B, C, *size)`."""
-        table = self.modulation(self.scale_shift_table)
-        shift, scale = (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
+        shift, scale = (self.modulation(self.scale_shift_table).unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(hidden_states.float()).unflatten(1, (temb.shape[1], -1)) * (1 + scale) + shift
         hidden_states = self.proj_out(normed.flatten(1, 2).type_as(hidden_states))
         patch = self.config.patch_size
