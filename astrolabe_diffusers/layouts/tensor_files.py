@@ -44,7 +44,6 @@ def load_tensors(path: str | Path, map_files: bool = True) -> dict[str, Any]:
             1.6) are always read whole.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, or one whose loading would run code.
     """
     tensors: dict[str, Any] = {}

@@ -30,19 +30,13 @@ class SharedPastKVCache(CausalWanKVCache):
             )
         super().__init__(0, max_frames)
         self.past = past
+        shape = (num_videos, *state.shape[1:])
+        self.state = replace(state, num_cached=0, first_frame=state.num_frames, shape=shape, rewound=False)
         if isinstance(state.slots, RingSlots):
-            slots, max_frames = RingSlots(state.slots.capacity - state.slots.sink_size, 0), float("inf")
+            self.state.slots = RingSlots(state.slots.capacity - state.slots.sink_size, 0)
         else:
-            slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
-        self.state = replace(
-            state,
-            num_cached=0,
-            first_frame=state.num_frames,
-            max_frames=max_frames,
-            slots=slots,
-            shape=(num_videos, *state.shape[1:]),
-            rewound=False,
-        )
+            self.state.slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
+            self.state.max_frames = max_frames
         self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in past.layer_caches]
 
     def begin_block(self, *args, **kwargs):

@@ -70,8 +70,7 @@ def apply_lora_scale(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def wrapper(self, *args, attention_kwargs: dict[str, Any] | None = None, **kwargs):
-        unknown = set(attention_kwargs or ()) - {"scale"}
-        if unknown:
+        if unknown := set(attention_kwargs or ()) - {"scale"}:
             raise ValueError(f"`attention_kwargs` may have scale, and has {', '.join(map(repr, sorted(unknown)))}.")
         scale = (attention_kwargs or {}).get("scale", 1.0)
         if not getattr(self, "peft_config", None):
