@@ -1,7 +1,5 @@
 """What is converted, and to what."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..config import Config, option

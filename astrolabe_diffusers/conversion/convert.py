@@ -1,11 +1,9 @@
 """A published checkpoint becomes a Diffusers folder, and a published LoRA a Diffusers one."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ from accelerate import init_empty_weights
 from diffusers import FlowMatchLCMScheduler
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
+from ..files.writing import PARTIAL
 from ..layouts.lora_modules import OriginalLora, load_original_lora
 from ..layouts.published_models import PUBLISHED_MODELS
-from ..layouts.wan_checkpoints import OriginalWeights, check_fits, load_original_weights
+from ..layouts.wan_checkpoints import check_fits, load_original_weights
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .config import ConversionConfig
@@ -45,8 +44,7 @@ def convert(config: ConversionConfig) -> tuple[str, ...]:
         What it wrote into `config.output_dir`: `PIPELINE_FILES` or `LORA_FILES`.
 
     Raises:
-        ValueError: the checkpoint or the LoRA is not one of this model; the message names tensors. Or the folder
-            holds what would be overwritten.
+        ValueError: the checkpoint or the LoRA is not one of this model, or the folder holds what would be overwritten.
         OSError: a file cannot be read or written.
     """
     names = LORA_FILES if config.checkpoint is None else PIPELINE_FILES
@@ -54,19 +52,14 @@ def convert(config: ConversionConfig) -> tuple[str, ...]:
     with _replacing(Path(config.output_dir), names, config.overwrite, sources) as folder:
         adapter = None if config.lora is None else load_original_lora(config.lora, config.lora_alpha)
         if config.checkpoint is None:
-            _write_lora(adapter, folder)
+            peft_config = adapter.peft_config()
+            metadata = peft_config and peft_config.to_dict()
+            CausalWanPipeline.save_lora_weights(
+                folder, adapter.state_dict(), transformer_lora_adapter_metadata=metadata
+            )
         else:
             _write_pipeline(config, adapter, folder)
     return names
-
-
-def _write_lora(adapter: OriginalLora, folder: Path):
-    config = adapter.peft_config()
-    CausalWanPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=adapter.state_dict(),
-        transformer_lora_adapter_metadata=config and config.to_dict(),
-    )
 
 
 def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, folder: Path):
@@ -84,8 +77,17 @@ def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, fold
         _copy(base / name, folder / name)
     FlowMatchLCMScheduler(shift=5.0).save_pretrained(folder / "scheduler")
     transformer.save_config(folder / "transformer")
-    dtype = config.dtype and getattr(torch, config.dtype)
-    save_shards(_tensors(original, adapter, dtype), folder / "transformer")
+    wanted = config.dtype and getattr(torch, config.dtype)
+    dtypes = {name: wanted or original.dtype(name) for name in original.tensors}
+
+    def converted(name: str) -> torch.Tensor:
+        tensor = original.value(name)
+        if adapter is not None and adapter.changes(name):
+            tensor = adapter.merge(name, tensor)
+        return tensor.to(dtypes[name]).contiguous()
+
+    num_bytes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in original.tensors.items()}
+    save_shards(num_bytes, converted, folder / "transformer")
     written = {name: index[name] for name in _SHARED} | {
         "_class_name": "CausalWanPipeline",
         "scheduler": ("diffusers", "FlowMatchLCMScheduler"),
@@ -99,46 +101,38 @@ def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, fold
 def _replacing(
     output_dir: Path, names: tuple[str, ...], overwrite: bool, sources: tuple[str | Path, ...]
 ) -> Iterator[Path]:
-    """Yields a new folder inside `output_dir`; when the block ends, `names` in it move up, in their order. After an
-    error nothing is left of it, and what was there is as it was.
-
-    Args:
-        overwrite: `names` may be there already, and are replaced.
-        sources: files and folders that are read in the block, which must not be among them.
-    """
+    """Yields a new folder inside `output_dir`; when the block ends, `names` in it move up, in their order, and replace
+    what has them if `overwrite`, which must be none of the `sources`. After an error nothing is left of it, and what
+    was there is as it was."""
     there = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
     if there and not overwrite:
         raise ValueError(f"{there[0]} is there already: name another output_dir, or `overwrite` it.")
-    for source in map(os.path.realpath, sources if there else ()):
-        if source == os.path.realpath(output_dir) or any(
-            Path(source).is_relative_to(os.path.realpath(old)) for old in there
-        ):
+    for source in (Path(source).resolve() for source in sources if there):
+        if source == output_dir.resolve() or any(source.is_relative_to(old.resolve()) for old in there):
             raise ValueError(f"{source} would be overwritten by what is made of it: name another output_dir.")
     new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     output_dir.mkdir(parents=True, exist_ok=True)
-    partial = output_dir / ".partial"
+    partial = output_dir / PARTIAL
     try:
-        try:
-            partial.mkdir()
-        except FileExistsError:
-            raise ValueError(
-                f"{partial} is there: another conversion is writing it, or was killed; then remove it."
-            ) from None
-        try:
-            # safetensors makes files that only their owner can read. The umask itself can only be read by setting it.
-            (partial / "mode").touch()
-            mode = (partial / "mode").stat().st_mode
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    file.chmod(mode)
-            for old in reversed(there):
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-            for name in names:
-                (partial / name).rename(output_dir / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except FileExistsError:
+        raise ValueError(
+            f"{partial} is there: another conversion is writing it, or was killed; then remove it."
+        ) from None
+    try:
+        # safetensors makes files that only their owner can read. The umask itself can only be read by setting it.
+        (partial / "mode").touch()
+        mode = (partial / "mode").stat().st_mode
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+        for old in reversed(there):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        for name in names:
+            (partial / name).rename(output_dir / name)
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
         for folder in new_folders:
             with suppress(OSError):  # not empty: it worked
                 folder.rmdir()
@@ -172,48 +166,19 @@ def _base_folder(base: str | Path) -> tuple[Path, dict[str, Any]]:
     return folder, index
 
 
-def _tensors(
-    weights: OriginalWeights, adapter: OriginalLora | None, dtype: torch.dtype | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights.items():
-        target = dtype or tensor.dtype
-        if adapter is not None and adapter.changes(name):
-            tensor = adapter.merge(name, tensor)
-        yield name, tensor.to(target).contiguous()
-
-
 def save_shards(
-    tensors: Iterator[tuple[str, torch.Tensor]], folder: str | Path, shard_bytes: int = _SHARD_BYTES
+    num_bytes: dict[str, int], tensor: Callable[[str], torch.Tensor], folder: Path, shard_bytes: int = _SHARD_BYTES
 ) -> None:
-    """Write tensors as they come into safetensors files of at most `shard_bytes`, with diffusers' index if several.
-
-    No more than a shard is in memory. How many there will be is known at the end only: then they get their names.
-    """
-    folder = Path(folder)
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush():
-        safetensors.torch.save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / SAFETENSORS_WEIGHTS_NAME)
-        return
-    stem, weight_map = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), {}
-    for i, names in enumerate(shards):
-        file = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    """Write tensors of these sizes into safetensors files of at most `shard_bytes`, with diffusers' index if several.
+    No more than those of one file are in memory."""
+    split = split_state_dict_into_shards_factory(
+        num_bytes,
+        get_storage_size=int,
+        filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}."),
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        safetensors.torch.save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

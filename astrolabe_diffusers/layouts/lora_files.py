@@ -1,7 +1,5 @@
 """Which file of a folder or of a Hub repository is the LoRA, and the config that comes with it."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "proxies
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def find_lora_file(name: str | Path, weight_name: str | None = None, **hub) -> Path:
+def find_lora_file(name: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub) -> Path:
     """
     The file of a LoRA, downloaded if it is on the Hub, with peft's config beside it.
 
@@ -34,13 +32,11 @@ def find_lora_file(name: str | Path, weight_name: str | None = None, **hub) -> P
         hub: any of `HUB`, as diffusers has them.
 
     Raises:
-        FileNotFoundError: there is no such file here.
-        OSError: nor on the Hub.
+        OSError: the Hub does not give it.
         ValueError: there are several, or none.
     """
     if unknown := [argument for argument in hub if argument not in HUB]:
         raise TypeError(f"there is no argument {unknown[0]!r}{close_matches(unknown[0], HUB)}.")
-    subfolder = hub.pop("subfolder", None)
     name = fetch_link(name, **hub)
     path = Path(name, subfolder or "")
     if path.is_dir():
@@ -85,14 +81,8 @@ def _choose(names: list[str], where: str | Path) -> str:
 
 
 def read_lora_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """
-    What a file holds, memory-mapped, and peft's config: of its header, as diffusers writes it, or of the
-    `adapter_config.json` beside it. Empty if there is none.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not readable.
-    """
+    """What a file holds, as [`load_tensors`] reads it, and peft's config: of its header, as diffusers writes it, or of
+    the `adapter_config.json` beside it; empty if there is none, a `ValueError` if it is not readable."""
     tensors = load_tensors(path)
     text, source = None, path
     with suppress(SafetensorError):  # another kind of file has no header

@@ -1,7 +1,5 @@
 """What a key of a LoRA file means, whatever trained it."""
 
-from __future__ import annotations
-
 import re
 
 from .wan_checkpoints import IN_BLOCK, OUTSIDE, WRAPPERS, diffusers_name
@@ -12,19 +10,16 @@ _PREFIXES = re.compile(r"^(?:(?:base_model|model|module|diffusion_model|transfor
 # kohya and LyCORIS write the name with underscores.
 _FLAT_PREFIX = re.compile(r"^(?:lora_unet|lora_transformer|lycoris(?:_unet|_transformer)?)_")
 
-_ENDS = [
-    (re.compile(rf"^(.+)\.(?:{pattern})$"), kind)
-    for pattern, kind in (
-        (r"lora_A(?:\.[^.]+)?\.weight|lora_down\.weight|lora\.down\.weight", "A"),
-        (r"lora_B(?:\.[^.]+)?\.weight|lora_up\.weight|lora\.up\.weight", "B"),
-        (r"lora_B(?:\.[^.]+)?\.bias", "B.bias"),
-        (r"alpha", "alpha"),
-        (r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|dora_scale", "magnitude"),
-        (r"(?:lora_)?diff(?:\.weight)?", "diff"),  # with .weight as peft saves our layers
-        (r"(?:lora_)?diff_b(?:\.weight)?", "diff_b"),
-        (r"diff_m", "diff_m"),
-    )
-]
+_ENDS = {
+    "A": r"lora_A(?:\.[^.]+)?\.weight|lora_down\.weight|lora\.down\.weight",
+    "B": r"lora_B(?:\.[^.]+)?\.weight|lora_up\.weight|lora\.up\.weight",
+    "B.bias": r"lora_B(?:\.[^.]+)?\.bias",
+    "alpha": r"alpha",
+    "magnitude": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|dora_scale",
+    "diff": r"(?:lora_)?diff(?:\.weight)?",  # with .weight as peft saves our layers
+    "diff_b": r"(?:lora_)?diff_b(?:\.weight)?",
+    "diff_m": r"diff_m",
+}
 
 # Adapters that are no LoRA, by a part of their keys.
 _OTHERS = {
@@ -57,10 +52,9 @@ def parse_key(key: str) -> tuple[str, str, str]:
     for part, kind in _OTHERS.items():
         if part in key:
             raise ValueError(f"this is a {kind}, not a LoRA: it holds {key}.")
-    for pattern, kind in _ENDS:
-        match = pattern.match(key)
-        module = match and _module(match[1], kind)
-        if module:
+    for kind, end in _ENDS.items():
+        match = re.fullmatch(rf"(.+)\.(?:{end})", key)
+        if match and (module := _module(match[1], kind)):
             return module, "diff" if kind == "diff_m" else kind, WRAPPERS.sub("", match[1])
     raise ValueError(f"this is no LoRA of Wan, or not only: it holds {key}.")
 

@@ -1,12 +1,10 @@
 """LoRAs of Wan2.1 in any layout that they are published in; docs/lora_files.md lists them."""
 
-from __future__ import annotations
-
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -29,20 +27,12 @@ _VARIANTS = (
 
 @dataclass
 class LoraModule:
-    """
-    A module's weight becomes W + alpha / rank * B A, and with DoRA its rows then get the lengths `magnitude`.
+    """A module's weight becomes W + alpha / rank * B A, and with DoRA its rows then get the lengths `magnitude`."""
 
-    Args:
-        a: `(rank, in_features)`, or `(rank, in_channels, *kernel)` of a convolution.
-        b: `(out_features, rank)`, or `(out_channels, rank, 1, 1, 1)`.
-        alpha: with the rank, the scale.
-        magnitude: `(out_features,)`.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor  # (rank, in_features), or (rank, in_channels, *kernel) of a convolution
+    b: torch.Tensor  # (out_features, rank), or (out_channels, rank, 1, 1, 1)
     alpha: float
-    magnitude: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None  # (out_features,)
 
     @property
     def rank(self) -> int:
@@ -53,7 +43,7 @@ class LoraModule:
         return self.alpha / self.rank
 
     @classmethod
-    def of_full_rank(cls, diff: torch.Tensor) -> LoraModule:
+    def of_full_rank(cls, diff: torch.Tensor) -> "LoraModule":
         """A LoRA that adds just this to a weight."""
         matrix = diff.flatten(1)
         out_size, in_size = matrix.shape
@@ -64,16 +54,16 @@ class LoraModule:
         return cls(a.view(-1, *diff.shape[1:]), b.view(*b.shape, *[1] * (diff.ndim - 2)), alpha=len(a))
 
     @classmethod
-    def of_zeros(cls, weight: torch.Tensor) -> LoraModule:
+    def of_zeros(cls, weight: torch.Tensor) -> "LoraModule":
         """A LoRA of rank 1 that changes nothing."""
         shape = (weight.shape[0], 1, *[1] * (weight.ndim - 2))
         return cls(torch.zeros(1, *weight.shape[1:]), torch.zeros(shape), alpha=1)
 
-    def with_scale_one(self) -> LoraModule:
+    def with_scale_one(self) -> "LoraModule":
         """The same LoRA with the scale in B."""
         return self if self.scale == 1 else replace(self, b=self.scale * self.b.float(), alpha=self.rank)
 
-    def add(self, diff: torch.Tensor) -> LoraModule:
+    def add(self, diff: torch.Tensor) -> "LoraModule":
         """The LoRA that adds this to the weight too."""
         one, two = self.with_scale_one(), LoraModule.of_full_rank(diff)
         a = torch.cat([one.a.float(), two.a.float()])
@@ -91,20 +81,11 @@ class LoraModule:
 
 @dataclass
 class OriginalLora:
-    """
-    A LoRA under diffusers' names.
-
-    Args:
-        modules: A, B and alpha of each module that has them.
-        diffs: by the name of a parameter, what is added to it as it is.
-        config: peft's, as far as it came with the file.
-        has_alpha: whether anything said what alpha is; otherwise it is the rank, which is a scale of 1.
-    """
+    """A LoRA under diffusers' names."""
 
     modules: dict[str, LoraModule]
-    diffs: dict[str, torch.Tensor] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    has_alpha: bool = True
+    diffs: dict[str, torch.Tensor]  # by the name of a parameter, what is added to it as it is
+    config: dict[str, Any]  # peft's, as far as it came with the file
 
     def changes(self, name: str) -> bool:
         return name in self.diffs or name.removesuffix(".weight") in self.modules
@@ -117,18 +98,17 @@ class OriginalLora:
 
     def check_fits(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Raise a one-line `ValueError` if it is made for another model than these tensors in Diffusers layout."""
-        shapes = {f"{name}.weight": (m.b.shape[0], *m.a.shape[1:]) for name, m in self.modules.items()}
+        shapes = [(f"{name}.weight", (m.b.shape[0], *m.a.shape[1:])) for name, m in self.modules.items()]
         model = describe(weights).replace("no Wan transformer", "the transformer")
-        for name, shape in [*shapes.items(), *((name, tensor.shape) for name, tensor in self.diffs.items())]:
+        for name, shape in [*shapes, *((name, tensor.shape) for name, tensor in self.diffs.items())]:
             module = name.removesuffix(".weight")
-            weight = weights.get(name)
-            if weight is None:
+            if name not in weights:
                 of = ": it is of an image-to-video model" if "_img" in name or "img_emb" in name else ""
                 raise ValueError(f"this LoRA changes {module}, which {model} does not have{of}.")
-            if weight.shape != tuple(shape):
+            if weights[name].shape != tuple(shape):
+                here, there = (" x ".join(map(str, sizes)) for sizes in (shape, weights[name].shape))
                 raise ValueError(
-                    f"this LoRA is another model's: at {module} it is {' x '.join(map(str, shape))}, in {model} that "
-                    f"is {' x '.join(map(str, weight.shape))}."
+                    f"this LoRA is another model's: at {module} it is {here}, in {model} that is {there}."
                 )
 
     def peft_config(self) -> LoraConfig | None:
@@ -137,7 +117,7 @@ class OriginalLora:
             return None
         ranks = {name: module.rank for name, module in self.modules.items()}
         alphas = {name: module.alpha for name, module in self.modules.items()}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        rank, alpha = mode(ranks.values()), mode(alphas.values())
         return LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -162,39 +142,26 @@ class OriginalLora:
 
 
 def load_original_lora(path: str | Path, alpha: float | None = None) -> OriginalLora:
-    """
-    A LoRA of a file, or of a folder with one.
-
-    Args:
-        path: a file of any layout, or a folder with one LoRA and, where peft wrote it, `adapter_config.json`.
-        alpha: of a LoRA that does not say it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no LoRA, or one that cannot be applied whole; one line.
-    """
+    """The LoRA of a file, folder or Hub repository; see [`find_lora_file`] and [`parse_lora`]."""
     return parse_lora(*read_lora_file(find_lora_file(path)), alpha)
 
 
 def parse_lora(
-    tensors: Mapping[str, Any],
-    config: dict[str, Any] | None = None,
-    alpha: float | None = None,
+    tensors: Mapping[str, Any], config: dict[str, Any] | None = None, alpha: float | None = None
 ) -> OriginalLora:
     """
-    A LoRA from the tensors of a file, every one of which is used.
+    A LoRA from the tensors of a file, every one of which is used, and peft's config, where one came with them.
 
     Args:
         tensors: by the names of any trainer, or LongLive's dict with an entry `generator_lora`.
-        config: peft's config, where one came with them: alphas, ranks, rsLoRA.
         alpha: of a LoRA that does not say it.
 
     Raises:
-        ValueError: a tensor that is not understood, half a module, numbers that are not finite, an adapter that is no
-            LoRA.
+        ValueError: a tensor that is not understood, half a module, numbers that are not finite, another adapter.
     """
-    config = dict(config or {})
-    _check_config(config)
+    config = config or {}
+    if config:
+        _check_config(config)
     if not isinstance(tensors, Mapping):
         raise ValueError(f"this is no LoRA: it holds a {type(tensors).__name__}, not tensors by name.")
     for name in ("generator_lora", "state_dict"):
@@ -205,8 +172,7 @@ def parse_lora(
     parts: dict[str, dict[str, torch.Tensor]] = {}
     names = {}  # of the modules, in the file
     for key, tensor in tensors.items():
-        module, kind, name = parse_key(key)
-        names[module] = name
+        module, kind, names[module] = parse_key(key)
         if kind in parts.setdefault(module, {}):
             raise ValueError(f"this LoRA has two tensors for {kind} of {module}; the second is {key}.")
         parts[module][kind] = _usable(tensor, key)
@@ -214,7 +180,7 @@ def parse_lora(
     for name, part in parts.items():
         if {"A", "B"} & part.keys():
             has_alpha |= "alpha" in part
-            modules[name] = module = _make_module(name, part, _said_by(config, names[name]), alpha)
+            modules[name] = module = _make_module(name, part, config and _said_by(config, names[name]), alpha)
             if "B.bias" in part:
                 part["diff_b"] = part.get("diff_b", 0) + module.scale * part["B.bias"].float()
         elif lone := {"alpha", "magnitude", "B.bias"} & part.keys():
@@ -224,14 +190,14 @@ def parse_lora(
             diffs[name if name.endswith("scale_shift_table") else f"{name}.weight"] = part["diff"]
         if "diff_b" in part and part["diff_b"].any():
             diffs[f"{name}.bias"] = part["diff_b"]
-    dora = [module.magnitude is not None for module in modules.values()]
-    if any(dora) and not (all(dora) and not diffs):
+    dora = [name for name, module in modules.items() if module.magnitude is not None]
+    if dora and (len(dora) < len(modules) or diffs):
         raise ValueError("this LoRA mixes DoRA with other changes, which cannot be applied together.")
-    if config.get("use_dora") and not any(dora):
+    if config.get("use_dora") and not dora:
         raise ValueError("this LoRA is incomplete: its config says DoRA, and it has no lora_magnitude_vector.")
     if alpha is not None and (has_alpha or not math.isfinite(alpha)):
         raise ValueError(f"this LoRA says its alpha itself, or {alpha} is none: leave it out.")
-    return OriginalLora(modules, diffs, config, has_alpha)
+    return OriginalLora(modules, diffs, config)
 
 
 def _usable(tensor: Any, key: str) -> torch.Tensor:
@@ -246,10 +212,8 @@ def _usable(tensor: Any, key: str) -> torch.Tensor:
     return tensor
 
 
-def _said_by(config: dict[str, Any], module: str) -> tuple[int, float] | None:
+def _said_by(config: dict[str, Any], module: str) -> tuple[int, float]:
     """Rank, and alpha for a scale of alpha / rank, of a module in the names of the file's trainer."""
-    if not config:
-        return None
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(ranks, module), config.get("r"))
     alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
@@ -262,7 +226,7 @@ def _make_module(
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in part:
             raise ValueError(f"this LoRA is incomplete: {name} has {have} but no {lack}.")
-    a, b = part["A"], part["B"]
+    a, b, magnitude = part["A"], part["B"], part.get("magnitude")
     if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1 or not a.numel():
         raise ValueError(f"this LoRA is damaged: at {name}, A is {tuple(a.shape)} and B {tuple(b.shape)}.")
     rank = a.shape[0]
@@ -276,24 +240,19 @@ def _make_module(
         alpha = said[1]
     elif alpha is None:
         alpha = rank
-    magnitude = part.get("magnitude")
-    if magnitude is not None:
-        if magnitude.shape not in ((b.shape[0],), (b.shape[0], 1)):
-            raise ValueError(
-                f"this LoRA is a DoRA whose dora_scale at {name} is {tuple(magnitude.shape)}; only one of "
-                f"{b.shape[0]} numbers, one an output, can be applied."
-            )
-        magnitude = magnitude.flatten()
+    if magnitude is not None and magnitude.shape not in ((b.shape[0],), (b.shape[0], 1)):
+        raise ValueError(
+            f"this LoRA is a DoRA whose dora_scale at {name} is {tuple(magnitude.shape)}; only one of "
+            f"{b.shape[0]} numbers, one an output, can be applied."
+        )
+    magnitude = None if magnitude is None else magnitude.flatten()
     return LoraModule(a, b, int(alpha) if alpha == int(alpha) else alpha, magnitude)
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    if not config:
-        return
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"this is a {config['peft_type']} adapter of peft, not a LoRA.")
-    missing = [name for name in ("r", "lora_alpha") if name not in config]
-    if missing:
+    if missing := [name for name in ("r", "lora_alpha") if name not in config]:
         raise ValueError(f"this LoRA has a config without {missing[0]}, without which its scale is not known.")
     named = {name: config[name] for name in ("r", "lora_alpha")}
     for field_name in ("alpha_pattern", "rank_pattern"):
@@ -310,6 +269,5 @@ def _check_config(config: dict[str, Any]) -> None:
             f"this LoRA was trained from {start!r}, which changes the base weights too: have peft convert it to a "
             "plain LoRA (`path_initial_model_for_weight_conversion` of its save_pretrained)."
         )
-    variants = [name for name in _VARIANTS if config.get(name)]
-    if variants:
+    if variants := [name for name in _VARIANTS if config.get(name)]:
         raise ValueError(f"this LoRA is a variant of LoRA that is not read: {', '.join(variants)} in its config.")

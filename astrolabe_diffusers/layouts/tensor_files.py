@@ -1,8 +1,5 @@
 """Tensors by name out of the kinds of files that people publish."""
 
-from __future__ import annotations
-
-import math
 import mmap
 import pickle
 import re
@@ -15,6 +12,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.hub_utils import _get_model_file
 from safetensors import safe_open
+from safetensors.torch import _TYPES, _view2torch
 
 from ..files.text import parse_json, read_json
 
@@ -34,14 +32,6 @@ _NO_TENSORS = {
     b"{": "a JSON text, not a checkpoint: the download may have gone wrong",
 }
 
-_SAFETENSORS_DTYPES = {
-    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
-    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz},
-    **{"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
-}
-
 
 def load_tensors(path: str | Path, map_files: bool = True) -> dict[str, Any]:
     """
@@ -54,18 +44,10 @@ def load_tensors(path: str | Path, map_files: bool = True) -> dict[str, Any]:
             1.6) are always read whole.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, or one whose loading would run code.
     """
-    path = Path(path)
-    if path.name.endswith(_INDEX):
-        files = _index_files(path)
-    elif path.is_dir():
-        files = find_weights(path, _FOLDER_FILES)
-    else:
-        files = [path]
     tensors: dict[str, Any] = {}
-    for file in files:
+    for file in find_weights(Path(path), _FOLDER_FILES):
         held = _load_file(file, map_files)
         if twice := tensors.keys() & held.keys():
             raise ValueError(f"two files of {path} hold {min(twice)}.")
@@ -74,39 +56,28 @@ def load_tensors(path: str | Path, map_files: bool = True) -> dict[str, Any]:
 
 
 def select_weights(checkpoint: dict[str, Any], keys: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """
-    The tensors out of a training checkpoint. What lies beside them and is none is left out.
-
-    Args:
-        checkpoint: a flat dict of tensors, or dicts by name (`generator`, `generator_ema`, `critic`, ...).
-        keys: names in the order of preference; the first that is there is taken.
-    """
-    found = [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)]
-    tensors = {
-        name: value for name, value in (found[0] if found else checkpoint).items() if isinstance(value, torch.Tensor)
-    }
-    if checkpoint and not found and not tensors:
+    """The tensors of a training checkpoint: of the first of these entries that it has, or its own. What lies beside
+    them and is none is left out."""
+    entry = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    tensors = {name: value for name, value in entry.items() if isinstance(value, torch.Tensor)}
+    if checkpoint and entry is checkpoint and not tensors:
         raise ValueError(f"this checkpoint holds {', '.join(checkpoint)}, and none of {', '.join(keys)}.")
     return tensors
 
 
 def misfits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> str:
     """In words, which of `weights` are missing, unexpected or of another shape than `shapes`; empty if all fit."""
+    other = [name for name, shape in shapes.items() if name in weights and weights[name].shape != shape]
     problems = {
         "missing": [name for name in shapes if name not in weights],
         "unexpected": [name for name in weights if name not in shapes],
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)} for {tuple(shape)}"
-            for name, shape in shapes.items()
-            if name in weights and weights[name].shape != shape
-        ],
+        "of another shape": [f"{name} {tuple(weights[name].shape)} for {tuple(shapes[name])}" for name in other],
     }
-    found = [
+    return "; ".join(
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in problems.items()
         if names
-    ]
-    return "; ".join(found)
+    )
 
 
 def fetch_link(source: str | Path, revision: str | None = None, **hub) -> str | Path:
@@ -115,7 +86,6 @@ def fetch_link(source: str | Path, revision: str | None = None, **hub) -> str | 
     Args:
         source: a path, or a link such as a browser shows (`.../blob/main/...`) or downloads (`.../resolve/main/...`).
         revision: goes before the link's.
-        hub: arguments of `hf_hub_download`.
 
     Raises:
         ValueError: a link to something else.
@@ -132,10 +102,11 @@ def fetch_link(source: str | Path, revision: str | None = None, **hub) -> str | 
 
 def find_weights(path: Path, names: tuple[str, ...]) -> list[Path]:
     """The weight files: `path` if it is one, or in that folder the shards of an index, or the first of `names`."""
-    if path.is_file():
+    if path.name.endswith(_INDEX):
+        return _index_files(path)
+    if not path.is_dir():
         return [path]
-    indices = sorted(path.glob(f"*{_INDEX}"), key=lambda index: (".safetensors" not in index.name, index.name))
-    if indices:
+    if indices := sorted(path.glob(f"*{_INDEX}"), key=lambda index: (".safetensors" not in index.name, index.name)):
         return _index_files(indices[0])
     for name in names:
         if (path / name).is_file():
@@ -153,8 +124,7 @@ def _index_files(index: Path) -> list[Path]:
         raise ValueError(f"{index} is no index of weight files: it has no weight_map by name.") from None
     if elsewhere:
         raise ValueError(f"{index} names {elsewhere[0]}, which is no file beside it.")
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise ValueError(f"{index.parent} lacks {', '.join(missing)}, which its {index.name} names.")
     return [index.parent / shard for shard in shards]
 
@@ -185,8 +155,7 @@ def _load_file(path: Path, map_file: bool) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
     if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
-        what = "a dict" if isinstance(held, dict) else f"a {type(held).__name__}"
-        raise ValueError(f"{path} holds {what}, not tensors by name.")
+        raise ValueError(f"{path} holds a {type(held).__name__}, not tensors by name.")
     return held
 
 
@@ -200,17 +169,11 @@ def _map_safetensors(path: Path, map_file: bool) -> dict[str, torch.Tensor]:
         header = parse_json(file.read(header_size), "its header")
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if map_file else path.read_bytes()
     header.pop("__metadata__", None)
-    tensors = {}
+    for name, info in header.items():
+        if info["dtype"] not in _TYPES:
+            raise ValueError(f"{name} is of dtype {info['dtype']}, which is not supported.")
+        info["data"] = memoryview(buffer)[8 + header_size :][slice(*info["data_offsets"])]
     with warnings.catch_warnings():
         # Nobody writes to them.
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        for name, info in header.items():
-            if info["dtype"] not in _SAFETENSORS_DTYPES:
-                raise ValueError(f"{name} is of dtype {info['dtype']}, which is not supported.")
-            dtype, count = _SAFETENSORS_DTYPES[info["dtype"]], math.prod(info["shape"])
-            begin = 8 + header_size + info["data_offsets"][0]
-            if count:
-                tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(info["shape"])
-            else:  # which torch makes of no buffer
-                tensors[name] = torch.empty(info["shape"], dtype=dtype)
-    return tensors
+        return _view2torch(header.items())

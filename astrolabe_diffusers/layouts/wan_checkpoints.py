@@ -1,11 +1,9 @@
 """Published checkpoints of causal Wan2.1 models, in their original layout."""
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +31,12 @@ _SCALED_FILE = "scaled_fp8"
 
 # Names of Wan2.1's modules and tables in the original files and in diffusers, of a block and of the rest. No tensor
 # changes. Wan's norm3 is diffusers' norm2; Wan's norm1 and norm2 have no parameters.
-IN_BLOCK = {
-    f"{kind}_attn.{old}": f"attn{number}.{new}"
-    for kind, number in (("self", 1), ("cross", 2))
-    for old, new in (
-        ("q", "to_q"),
-        ("k", "to_k"),
-        ("v", "to_v"),
-        ("o", "to_out.0"),
-        *[(f"norm_{x}",) * 2 for x in "qk"],
-    )
-}
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+IN_BLOCK = {f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION.items()}
+IN_BLOCK |= {f"cross_attn.{old}": f"attn2.{new}" for old, new in _ATTENTION.items()}
 IN_BLOCK |= {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table"}
-OUTSIDE = {
-    f"{what}_embedding.{2 * i}": f"condition_embedder.{what}_embedder.linear_{i + 1}"
-    for what in ("text", "time")
-    for i in (0, 1)
-}
+OUTSIDE = {f"{what}_embedding.0": f"condition_embedder.{what}_embedder.linear_1" for what in ("text", "time")}
+OUTSIDE |= {f"{what}_embedding.2": f"condition_embedder.{what}_embedder.linear_2" for what in ("text", "time")}
 OUTSIDE |= {"time_projection.1": "condition_embedder.time_proj"}
 OUTSIDE |= {"head.head": "proj_out", "head.modulation": "scale_shift_table"}
 
@@ -70,26 +57,22 @@ def diffusers_name(name: str) -> str:
 
 @dataclass
 class OriginalWeights:
-    """
-    The generator of a checkpoint, under the names of [`CausalWanTransformer3DModel`].
+    """The generator of a checkpoint, under the names of [`CausalWanTransformer3DModel`]."""
 
-    Args:
-        tensors: as they are stored.
-        scales: by name, what an 8-bit tensor is to be multiplied by: one number, or one for each row.
-    """
+    tensors: dict[str, torch.Tensor]  # as they are stored
+    scales: dict[str, torch.Tensor]  # what an 8-bit tensor is to be multiplied by: one number, or one for each row
 
-    tensors: dict[str, torch.Tensor]
-    scales: dict[str, torch.Tensor]
+    @cached_property
+    def _is_8_bit(self) -> bool:
+        return any(tensor.dtype.itemsize == 1 for tensor in self.tensors.values())
 
-    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and values, one after the other. Of a file with 8-bit weights all are float32, and exact."""
-        is_8_bit = any(tensor.dtype.itemsize == 1 for tensor in self.tensors.values())
-        for name, tensor in self.tensors.items():
-            if is_8_bit or name in self.scales:
-                tensor = tensor.float()
-            if name in self.scales:
-                tensor = tensor * self.scales[name].float()
-            yield name, tensor
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a value. In a file with 8-bit weights all are float32, and exact."""
+        return torch.float32 if self._is_8_bit or name in self.scales else self.tensors[name].dtype
+
+    def value(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name].to(self.dtype(name))
+        return tensor * self.scales[name].float() if name in self.scales else tensor
 
 
 def load_original_weights(
@@ -99,38 +82,27 @@ def load_original_weights(
     map_files: bool = True,
 ) -> OriginalWeights:
     """
+    The generator of a file or folder, as [`load_tensors`] takes it, or of what it holds.
+
     Args:
-        checkpoint: a file or folder, as [`load_tensors`] takes it, or what it holds.
-        weights: see [`select_generator`].
-        recipe: the published model that it is.
-        map_files: see [`load_tensors`].
+        weights: the entry to take, or several of which the first that is there is taken.
+        recipe: the published model that it is, whose entries are preferred where any is there.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, has several generators, or tensors that are no weights.
+        ValueError: it is no checkpoint; `weights` are not there, or neither they nor a recipe say which of several
+            generators is meant; it has tensors that are no weights.
     """
     if not isinstance(checkpoint, dict):
         checkpoint = load_tensors(checkpoint, map_files)
-    tensors = to_diffusers(select_generator(checkpoint, weights, recipe.weights if recipe else ()))
+    tensors = to_diffusers(_select_generator(checkpoint, weights, recipe.weights if recipe else ()))
     if not tensors:
         raise ValueError("this checkpoint holds no tensors.")
     return OriginalWeights(*_split_scales(tensors))
 
 
-def select_generator(
-    checkpoint: dict[str, Any], weights: str | tuple[str, ...] = (), preferred: tuple[str, ...] = ()
+def _select_generator(
+    checkpoint: dict[str, Any], weights: str | tuple[str, ...], preferred: tuple[str, ...]
 ) -> dict[str, torch.Tensor]:
-    """
-    The generator's tensors out of a training checkpoint.
-
-    Args:
-        checkpoint: a flat dict of tensors, or dicts by name.
-        weights: the entry to take, or several of which the first that is there is taken.
-        preferred: entries of a published model; where none of them is there, as if not given.
-
-    Raises:
-        ValueError: `weights` are not there, or neither is given and several entries may be meant.
-    """
     weights = (weights,) if isinstance(weights, str) else tuple(weights)
     entries = [name for name, value in checkpoint.items() if isinstance(value, dict)]
     if weights and not set(weights) & set(entries):
@@ -171,7 +143,7 @@ def _split_scales(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Ten
 
 
 def to_diffusers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names of [`CausalWanTransformer3DModel`]; the tensors themselves stay as they are."""
+    """The tensors, as they are, under the names of [`CausalWanTransformer3DModel`]."""
     converted = {}
     for name, tensor in weights.items():
         new = diffusers_name(name)
@@ -183,9 +155,10 @@ def to_diffusers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def describe(weights: dict[str, torch.Tensor]) -> str:
     """Which model tensors in Diffusers layout look like, in words."""
-    width, layers = _width(weights), _num_layers(weights)
-    if not width or not layers:
+    layers = _num_layers(weights)
+    if not layers or "patch_embedding.weight" not in weights:
         return "no Wan transformer"
+    width = len(weights["patch_embedding.weight"])
     words = f"width {width}, {layers} layers"
     return f"{_KNOWN[width, layers]} ({words})" if (width, layers) in _KNOWN else f"a Wan transformer of {words}"
 
@@ -218,19 +191,10 @@ def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128
 
 
 def check_fits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
-    """Raise a one-line `ValueError` that names what is missing, unexpected or of another shape, and the likely model.
-
-    Args:
-        weights: tensors in Diffusers layout.
-        shapes: what the transformer has.
-    """
+    """Raise a one-line `ValueError` that names which tensors in Diffusers layout are missing, unexpected or not of the
+    transformer's `shapes`, and the likely model."""
     if found := misfits(weights, shapes):
         raise ValueError(f"this checkpoint does not fit: {found}. It looks like {describe(weights)}.")
-
-
-def _width(weights: dict[str, torch.Tensor]) -> int:
-    weight = weights.get("patch_embedding.weight")
-    return 0 if weight is None else weight.shape[0]
 
 
 def _num_layers(weights: dict[str, torch.Tensor]) -> int:

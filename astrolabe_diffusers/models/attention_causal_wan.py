@@ -5,22 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kv_cache import CausalWanKVLayerCache
+from .kv_cache import CausalWanKVLayerCache, KeyValue
 from .rotary import Rotary, apply_rotary
 
 
 # Kernels of torch's attention, the fastest first; one that cannot take an input is passed over. Torch itself would try
 # flash first, which takes 1.75 times as long as cuDNN on an H100 at these shapes.
-_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(
@@ -53,10 +48,7 @@ def _attend_with_logsumexp(
 
 
 def attend_with_shared_past(
-    query: torch.Tensor,
-    past: tuple[torch.Tensor, torch.Tensor],
-    own: tuple[torch.Tensor, torch.Tensor],
-    backend: str | None = None,
+    query: torch.Tensor, past: KeyValue, own: KeyValue, backend: str | None = None
 ) -> torch.Tensor:
     """Attention of `B` videos to keys and values `(1, S, heads, head_dim)` of a past that they share, and to their own
     `(B, L, heads, head_dim)`.
@@ -65,9 +57,8 @@ def attend_with_shared_past(
     another; weighted by the denominators the two are the attention to all keys. Where a kernel does not give these,
     with a backend of the user's and with gradients, the past is repeated for every video instead.
     """
-    batch_size = query.shape[0]
     if backend is not None or torch.is_grad_enabled():
-        key, value = (torch.cat([p.expand(batch_size, -1, -1, -1), o], dim=1) for p, o in zip(past, own))
+        key, value = (torch.cat([p.expand(len(query), -1, -1, -1), o], dim=1) for p, o in zip(past, own))
         return attend(query, key, value, backend=backend)
     to_past, past_logsumexp = _attend_with_logsumexp(query.flatten(0, 1).unsqueeze(0), *past)
     to_own, own_logsumexp = _attend_with_logsumexp(query, *own)
@@ -88,7 +79,6 @@ class BlockLayout:
     block_frames: int
     attn_window: int
     sink_size: int
-    teacher_forcing: bool  # the sequence is [clean frames, noisy frames]
     sink_shifts: dict[int, Rotary]  # relative positions: rotation of the sink keys, by the block's `end`
 
     def context(self, start: int, end: int) -> list[tuple[int, int]]:
@@ -101,16 +91,23 @@ class BlockLayout:
     @property
     def unit(self) -> int:
         """Frames in the largest pieces of which every block and every context is a whole number."""
-        return math.gcd(
-            self.block_frames, self.sink_size, 0 if self.attn_window == -1 else self.attn_window - self.sink_size
-        )
+        ring = 0 if self.attn_window == -1 else self.attn_window - self.sink_size
+        return math.gcd(self.block_frames, self.sink_size, ring)
 
 
-def is_fused(attn: nn.Module) -> bool:
-    """Whether one projection has taken the place of several. LoRAs on those would do nothing: a `ValueError`."""
+def _project(
+    attn: WanAttention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Queries, keys and values, `(B, L, heads, head_dim)` each."""
     if attn.fused_projections and any(isinstance(x, BaseTunerLayer) for x in (attn.to_q, attn.to_k, attn.to_v)):
+        # They would do nothing.
         raise ValueError("a LoRA needs Q, K and V apart, and they are fused: call unfuse_qkv_projections() first.")
-    return attn.fused_projections
+    query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+    return [x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value)]
+
+
+def _project_out(attn: WanAttention, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3).to(dtype)))
 
 
 class CausalWanSelfAttnProcessor:
@@ -131,14 +128,8 @@ class CausalWanSelfAttnProcessor:
         kv_cache: CausalWanKVLayerCache | None = None,
         kv_cache_mode: str | None = None,
     ) -> torch.Tensor:
-        if is_fused(attn):
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query = apply_rotary(attn.norm_q(query).unflatten(2, (attn.heads, -1)), rotary_emb)
-        key = apply_rotary(attn.norm_k(key).unflatten(2, (attn.heads, -1)), rotary_emb)
-        value = value.unflatten(2, (attn.heads, -1))
-
+        query, key, value = _project(attn, hidden_states)
+        query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
         if kv_cache is not None:
             own = kv_cache.extend(key, value)
             if kv_cache.past is None:
@@ -149,9 +140,7 @@ class CausalWanSelfAttnProcessor:
                 kv_cache.store(key, value)
         else:
             hidden_states = self._block_causal(query, key, value, layout)
-
-        hidden_states = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
-        return attn.to_out[1](hidden_states)
+        return _project_out(attn, hidden_states, query.dtype)
 
     def _block_causal(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout
@@ -159,11 +148,9 @@ class CausalWanSelfAttnProcessor:
         n, unit = layout.block_frames, layout.unit
         # Split once, then join what a block sees: the gradient of a split is one concatenation, while every slice of
         # the whole sequence would cost a gradient of its full size.
-        queries = query.split(n * layout.frame_tokens, dim=1)
-        keys = key.split(unit * layout.frame_tokens, dim=1)
-        values = value.split(unit * layout.frame_tokens, dim=1)
+        keys, values = (x.split(unit * layout.frame_tokens, dim=1) for x in (key, value))
         outputs = []
-        for index, own_query in enumerate(queries):
+        for index, own_query in enumerate(query.split(n * layout.frame_tokens, dim=1)):
             # With teacher forcing the second half are the noisy frames; the context of both is the clean half.
             start = index * n % layout.num_frames
             own = range(index * n // unit, (index + 1) * n // unit)
@@ -172,9 +159,8 @@ class CausalWanSelfAttnProcessor:
             if start + n in layout.sink_shifts:
                 sink = layout.sink_size // unit
                 block_keys[:sink] = [apply_rotary(k, layout.sink_shifts[start + n]) for k in block_keys[:sink]]
-            block_values = [values[i] for i in visible]
-            block_keys, block_values = torch.cat(block_keys, dim=1), torch.cat(block_values, dim=1)
-            outputs.append(attend(own_query, block_keys, block_values, backend=self._attention_backend))
+            key, value = torch.cat(block_keys, dim=1), torch.cat([values[i] for i in visible], dim=1)
+            outputs.append(attend(own_query, key, value, backend=self._attention_backend))
         return torch.cat(outputs, dim=1)
 
 
@@ -193,20 +179,14 @@ class CausalWanCrossAttnProcessor:
         rotary_emb: None = None,
         kv_cache: CausalWanKVLayerCache | None = None,
     ) -> torch.Tensor:
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         # What is cached carries no graph: with grad the text is projected anew, or its weights would never learn.
         keep = kv_cache is not None and kv_cache.state.keeps_text and not torch.is_grad_enabled()
         if keep and kv_cache.text is not None:
+            query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
             key, value = kv_cache.text
         else:
-            if is_fused(attn):
-                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-            else:
-                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-            key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-            value = value.unflatten(2, (attn.heads, -1))
+            query, key, value = _project(attn, hidden_states, encoder_hidden_states)
             if keep:
                 kv_cache.text = key, value
         hidden_states = attend(query, key, value, backend=self._attention_backend)
-        hidden_states = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
-        return attn.to_out[1](hidden_states)
+        return _project_out(attn, hidden_states, query.dtype)

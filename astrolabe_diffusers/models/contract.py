@@ -1,7 +1,5 @@
 """What pipelines and training need of a transformer, whatever its family."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -40,7 +38,7 @@ class CausalTransformer(Protocol):
     _repeated_blocks: list[str]
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
-        """An empty cache for one generation; the arguments are those of [`CausalWanKVCache`]."""
+        """An empty cache for one generation."""
 
     def __call__(
         self,

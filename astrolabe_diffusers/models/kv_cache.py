@@ -1,13 +1,14 @@
 """K/V cache of a block-wise causal video transformer."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from .rotary import CausalWanRotaryPosEmbed, Rotary, apply_rotary
+
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,13 @@ class RingSlots:
     sink_size: int
 
     def slot(self, frame: int) -> int | None:
-        """As [`BoundedSlots.slot`]."""
         if frame < self.capacity:
             return frame
         ring = self.capacity - self.sink_size
         return self.sink_size + (frame - self.sink_size) % ring if ring else None
 
     def still_seen(self, num_frames: int, num_newer: int) -> list[int]:
-        """As [`BoundedSlots.still_seen`]: the newer ones have pushed the oldest out of the window."""
+        # The newer ones have pushed the oldest out of the window.
         num_left = min(num_frames, self.capacity - num_newer) - self.sink_size
         newest = range(num_frames - num_left, num_frames)
         return sorted([*range(self.sink_size), *(self.slot(frame) for frame in newest)])
@@ -49,28 +49,18 @@ class RingSlots:
 
 @dataclass
 class KVCacheState:
-    """Where a cache keeps what, and how far it is. The cache and its layers hold the same one.
+    """Where a cache keeps what, and how far it is. The cache and its layers hold the same one."""
 
-    Attributes:
-        num_frames: latent frames stored so far, those that left the window included.
-        num_cached: slots in use.
-        first_frame: the frame in slot 0.
-        max_frames: the longest video.
-        shape: batch, and height and width of the latents.
-        rewound: the next block is what is written anew, all at once.
-        keeps_text: this pass takes the text's keys and values from the layers and leaves them there.
-    """
-
-    num_frames: int = 0
-    num_cached: int = 0
-    first_frame: int = 0
-    max_frames: float = math.inf
+    num_frames: int = 0  # stored so far, those that left the window included
+    num_cached: int = 0  # slots in use
+    first_frame: int = 0  # the frame in slot 0
+    max_frames: float = math.inf  # the longest video
     slots: BoundedSlots | RingSlots = BoundedSlots(0)
     block_frames: int = 0
     frame_tokens: int = 0
-    shape: tuple[int, int, int] | None = None
-    rewound: bool = False
-    keeps_text: bool = False
+    shape: tuple[int, int, int] | None = None  # batch, and height and width of the latents
+    rewound: bool = False  # the next block is what is written anew, all at once
+    keeps_text: bool = False  # this pass takes the text's keys and values from the layers and leaves them there
 
     def tokens(self, slot: int) -> slice:
         """The tokens of a slot in the layers' buffers. Slot 0 is the rightmost one."""
@@ -97,20 +87,20 @@ class CausalWanKVLayerCache:
     """
 
     # Keys and values `(1, tokens, heads, head_dim)` that all videos see beside those of `extend`.
-    past: tuple[torch.Tensor, torch.Tensor] | None = None
+    past: KeyValue | None = None
 
     def __init__(self, state: KVCacheState):
         self.state = state
-        self.text: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.text: KeyValue | None = None
         self.clear()
 
     def clear(self):
         self.key: torch.Tensor | None = None
         self.value: torch.Tensor | None = None
         # What the current block sees of them, its workspace included if it has one.
-        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._seen: KeyValue | None = None
         self._has_workspace = False
-        self._stored: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._stored: KeyValue | None = None
         self.forget_sink()
 
     def forget_sink(self):
@@ -118,7 +108,7 @@ class CausalWanKVLayerCache:
         self._sink_key: torch.Tensor | None = None
         self._sink_shift = 0
 
-    def select(self, videos: list[int], state: KVCacheState) -> CausalWanKVLayerCache:
+    def select(self, videos: list[int], state: KVCacheState) -> "CausalWanKVLayerCache":
         """A layer of its own for some videos of the batch, without text."""
         other = CausalWanKVLayerCache(state)
         for name in ("key", "value", "_sink_key"):
@@ -137,7 +127,7 @@ class CausalWanKVLayerCache:
         stop = end + num_tokens if self._has_workspace else end
         self._seen = growing(self.key[:, start:stop]), growing(self.value[:, start:stop])
 
-    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Cached keys and values followed by those of the current block.
 
         Without grad the block goes to the workspace and views are returned: use them before the next call. With grad
@@ -196,13 +186,11 @@ class CausalWanKVCache:
     of time; attention does not depend on it, because positions are rotated into the keys.
 
     Args:
-        num_layers (`int`): number of transformer layers.
-        max_frames (`int`, *optional*):
-            The longest video in latent frames. Required if the model's window is unlimited (`local_attn_size=-1`),
-            and then an upper bound; ignored otherwise.
-        past_weight (`float`, defaults to 1.0):
-            Factor in (0, 1] of the attention that a noisy block pays to the frames before it, the video's first one
-            excepted. Less than 1 keeps errors from piling up (Krea).
+        num_layers: of the transformer.
+        max_frames: the longest video in latent frames. Required if the model's window is unlimited
+            (`local_attn_size=-1`), and then an upper bound; ignored otherwise.
+        past_weight: factor in (0, 1] of the attention that a noisy block pays to the frames before it, the video's
+            first one excepted. Less than 1 keeps errors from piling up (Krea).
     """
 
     def __init__(self, num_layers: int, max_frames: int | None = None, past_weight: float = 1.0):
@@ -211,9 +199,6 @@ class CausalWanKVCache:
         self.state = KVCacheState()
         self._text: torch.Tensor | None = None
         self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in range(num_layers)]
-
-    def __len__(self) -> int:
-        return len(self.layer_caches)
 
     @property
     def num_frames(self) -> int:
@@ -267,7 +252,7 @@ class CausalWanKVCache:
         state.num_cached = min(state.num_cached + num_frames, state.slots.capacity)
         state.rewound = False
 
-    def select(self, videos: list[int]) -> CausalWanKVCache:
+    def select(self, videos: list[int]) -> "CausalWanKVCache":
         """A cache of its own for some videos of the batch."""
         other = CausalWanKVCache(0, self.max_frames, self.past_weight)
         other.state = replace(self.state, shape=self.state.shape and (len(videos), *self.state.shape[1:]))

@@ -1,28 +1,11 @@
 """A K/V cache of several videos that go on from one."""
 
-from __future__ import annotations
+from dataclasses import replace
 
 import torch
 
-from .kv_cache import BoundedSlots, CausalWanKVCache, CausalWanKVLayerCache, KVCacheState, RingSlots, growing
+from .kv_cache import BoundedSlots, CausalWanKVCache, CausalWanKVLayerCache, RingSlots, growing
 from .rotary import CausalWanRotaryPosEmbed
-
-
-class SharedPastKVLayerCache(CausalWanKVLayerCache):
-    """Keys and values of the videos' own frames; those before are the past's."""
-
-    def __init__(self, state: KVCacheState, past: CausalWanKVLayerCache):
-        super().__init__(state)
-        self._past = past
-
-    def see_past(self, ranges: list[slice]):
-        """What the next block sees: a view of one range of tokens of the past's buffers, or a copy of several."""
-
-        def tokens(buffer: torch.Tensor) -> torch.Tensor:
-            parts = [buffer[:, tokens] for tokens in ranges]
-            return growing(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-
-        self.past = (tokens(self._past.key), tokens(self._past.value)) if ranges else None
 
 
 class SharedPastKVCache(CausalWanKVCache):
@@ -47,28 +30,21 @@ class SharedPastKVCache(CausalWanKVCache):
             )
         super().__init__(0, max_frames)
         self.past = past
+        shape = (num_videos, *state.shape[1:])
+        self.state = replace(state, num_cached=0, first_frame=state.num_frames, shape=shape, rewound=False)
         if isinstance(state.slots, RingSlots):
-            slots, max_frames = RingSlots(state.slots.capacity - state.slots.sink_size, 0), float("inf")
+            self.state.slots = RingSlots(state.slots.capacity - state.slots.sink_size, 0)
         else:
-            slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
-        self.state = KVCacheState(
-            num_frames=state.num_frames,
-            first_frame=state.num_frames,
-            max_frames=max_frames,
-            slots=slots,
-            block_frames=state.block_frames,
-            frame_tokens=state.frame_tokens,
-            shape=(num_videos, *state.shape[1:]),
-        )
-        self.layer_caches = [SharedPastKVLayerCache(self.state, layer) for layer in past.layer_caches]
+            self.state.slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
+            self.state.max_frames = max_frames
+        self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in past.layer_caches]
 
     def begin_block(self, *args, **kwargs):
-        """As the parent's."""
         super().begin_block(*args, **kwargs)
         self._see_past()
 
     def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
-        """As the parent's: the sink is the past's."""
+        # The sink is the past's.
         self.past.place_sink(stop, rope, device)
         self._see_past()
 
@@ -81,5 +57,11 @@ class SharedPastKVCache(CausalWanKVCache):
             if ranges and ranges[-1].stop == tokens.start:
                 tokens = slice(ranges.pop().start, tokens.stop)
             ranges.append(tokens)
-        for layer_cache in self.layer_caches:
-            layer_cache.see_past(ranges)
+        for layer_cache, past_layer in zip(self.layer_caches, self.past.layer_caches):
+            layer_cache.past = (_joined(past_layer.key, ranges), _joined(past_layer.value, ranges)) if ranges else None
+
+
+def _joined(buffer: torch.Tensor, ranges: list[slice]) -> torch.Tensor:
+    """A view of one range of tokens, or a copy of several."""
+    parts = [buffer[:, tokens] for tokens in ranges]
+    return growing(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))

@@ -1,17 +1,15 @@
-"""LoRA layers in a transformer: their weights in one call, and the transformer without them."""
-
-from __future__ import annotations
+"""LoRA layers in a transformer: their weights in one call, the transformer without them, and layers for norms."""
 
 import functools
 import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 
@@ -38,21 +36,15 @@ def plain_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_lora_weights(model: nn.Module, weights: Iterable[float], adapters: Iterable[str] | None = None):
-    """
-    Raise a one-line `ValueError` if LoRAs cannot be applied with these weights.
-
-    Args:
-        adapters: whose they are; those that are active if not given.
-    """
+    """Raise a one-line `ValueError` if these LoRAs, by default the active ones, cannot have these weights."""
     weights = list(weights)
     for weight in weights:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"the weight of a LoRA has to be a finite number but is {weight!r}.")
     if any(weight != 1 for weight in weights):
         for layer in tuner_layers(model):
-            dora = [name for name, is_dora in getattr(layer, "use_dora", {}).items() if is_dora]
             for name in layer.active_adapters if adapters is None else adapters:
-                if name in dora:
+                if getattr(layer, "use_dora", {}).get(name):
                     # peft would scale B A before the rows get their lengths: at 0 that is not the base model.
                     raise ValueError(f"{name} is a DoRA, which can only be applied with weight 1, or disabled.")
 
@@ -78,25 +70,20 @@ def apply_lora_scale(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def wrapper(self, *args, attention_kwargs: dict[str, Any] | None = None, **kwargs):
-        unknown = set(attention_kwargs or ()) - {"scale"}
-        if unknown:
+        if unknown := set(attention_kwargs or ()) - {"scale"}:
             raise ValueError(f"`attention_kwargs` may have scale, and has {', '.join(map(repr, sorted(unknown)))}.")
         scale = (attention_kwargs or {}).get("scale", 1.0)
         if not getattr(self, "peft_config", None):
             return forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():  # which knows no locks; the whole call is one graph
-            return scaled(self, scale, *args, **kwargs)
-        with lora_lock(self):
-            return scaled(self, scale, *args, **kwargs)
-
-    def scaled(self, scale: float, *args, **kwargs):
-        if scale == 1:
-            return forward(self, *args, **kwargs)
-        check_lora_weights(self, [scale])
-        with lora_weights(self, lora_weights_of(self)):
-            for layer in tuner_layers(self):
-                layer.scale_layer(scale)
-            return forward(self, *args, **kwargs)
+        # torch.compile knows no locks; the whole call is one graph.
+        with nullcontext() if torch.compiler.is_compiling() else lora_lock(self):
+            if scale == 1:
+                return forward(self, *args, **kwargs)
+            check_lora_weights(self, [scale])
+            with lora_weights(self, lora_weights_of(self)):
+                for layer in tuner_layers(self):
+                    layer.scale_layer(scale)
+                return forward(self, *args, **kwargs)
 
     return wrapper
 
@@ -119,14 +106,136 @@ def lora_weights(model: nn.Module, weights: list[dict[str, float]]) -> Iterator[
             layer.scaling.update(outside)
 
 
-class RecomputedBlock:
+def recomputed(block: nn.Module) -> Callable:
     """A block for gradient checkpointing. It is computed again in the backward pass, when the call that gave its LoRAs
     their weights is over: with those weights."""
+    weights = lora_weights_of(block)
 
-    def __init__(self, block: nn.Module):
-        self.block = block
-        self.weights = lora_weights_of(block)
+    def forward(*args):
+        with lora_weights(block, weights):
+            return block(*args)
 
-    def __call__(self, *args):
-        with lora_weights(self.block, self.weights):
-            return self.block(*args)
+    return forward
+
+
+class Diff(nn.Module):
+    """What one adapter adds to one parameter, times its weight. A module, and with a result of its own, for the hooks
+    of offloading bring parameters to the device while a module is called, and take them back after it."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, scale: float) -> torch.Tensor:
+        return scale * self.weight
+
+
+class LoraDiff(nn.Module, BaseTunerLayer):
+    """
+    A norm, or the place where a modulation table is used, and what files add to its parameters, which have no A and B.
+
+    To peft and diffusers it is an adapter's layer like those with A and B: weights, several adapters, fusing,
+    disabling and unloading hold for it too. The parameter becomes W + weight * diff, as ComfyUI applies such files.
+
+    Args:
+        base_layer: an `nn.RMSNorm`, an `nn.LayerNorm`, or the `nn.Identity` that a modulation table goes through.
+        owner: the module that has the parameters.
+        parameters: their names: the weight or table, and the bias, which a table has not.
+    """
+
+    adapter_layer_names = ("lora_diff", "lora_diff_b")
+    other_param_names = ("scaling", "r")
+
+    def __init__(self, base_layer: nn.Module, owner: nn.Module, parameters: tuple[str, str | None]):
+        super().__init__()
+        self.base_layer = base_layer
+        # In a tuple, or the owner of a table would be a submodule of its own.
+        self.owner = (owner,)
+        self.owner_parameters = parameters
+        self.lora_diff, self.lora_diff_b = nn.ModuleDict(), nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.r: dict[str, int] = {}  # diffusers counts a layer's adapters here
+        self.merged_adapters = []
+
+    def add(self, adapter: str, parameter: str, diff: torch.Tensor):
+        own = getattr(self.owner[0], parameter)
+        store = (self.lora_diff, self.lora_diff_b)[self.owner_parameters.index(parameter)]
+        store[adapter] = Diff(diff.to(own.device, own.dtype, copy=True))
+        self.scaling[adapter], self.r[adapter] = 1.0, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged and self.disable_adapters:
+            self.unmerge()
+        result = self.base_layer(x)
+        if self.merged or self.disable_adapters:
+            return result
+        weight, bias = (
+            sum(store[name](self.scaling[name]) for name in self.active_adapters if name in store)
+            for store in (self.lora_diff, self.lora_diff_b)
+        )
+        norm = self.base_layer
+        # 0 if no active adapter adds to it.
+        if isinstance(weight, torch.Tensor) and isinstance(norm, nn.RMSNorm):
+            weight = weight * nn.functional.rms_norm(x, norm.normalized_shape, None, norm.eps)
+        elif isinstance(weight, torch.Tensor) and isinstance(norm, nn.LayerNorm):
+            weight = weight * nn.functional.layer_norm(x.float(), norm.normalized_shape, None, None, norm.eps)
+        change = weight + bias
+        return result + change.to(result.dtype) if isinstance(change, torch.Tensor) else result
+
+    @torch.no_grad()
+    def _add_to_base(self, adapter: str, sign: int):
+        for store, parameter in zip((self.lora_diff, self.lora_diff_b), self.owner_parameters):
+            if adapter in store:
+                getattr(self.owner[0], parameter).add_(store[adapter](sign * self.scaling[adapter]))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        # `safe_merge` is peft's; diffs are finite since they were read.
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter in self.scaling:
+                self._add_to_base(adapter, 1)
+                self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        while self.merged_adapters:
+            self._add_to_base(self.merged_adapters.pop(), -1)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        for adapter in self.scaling.keys() & set(self.active_adapters):
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for adapter in self.scaling.keys() & set(self.active_adapters):
+            self.scaling[adapter] = 1.0 if scale is None else self.scaling[adapter] / scale
+
+
+def find_diff_layers(transformer: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """By the name of a parameter, that of the module through which adapters add to it; a `ValueError` if none does."""
+    modules, places = dict(transformer.named_modules()), {}
+    for name in names:
+        owner, _, parameter = name.rpartition(".")
+        is_table = parameter == "scale_shift_table"
+        places[name] = f"{owner}.modulation".removeprefix(".") if is_table else owner
+        kinds = (LoraDiff, nn.Identity) if is_table else (LoraDiff, nn.RMSNorm, nn.LayerNorm)
+        if not isinstance(modules.get(places[name]), kinds):
+            raise ValueError(f"this LoRA adds to {name}, which this transformer takes no additions to.")
+    return places
+
+
+def add_lora_diffs(transformer: nn.Module, adapter: str, diffs: dict[str, torch.Tensor]):
+    """Give an adapter that the transformer has what its file adds to norms and modulation tables, by the name of the
+    parameter."""
+    peft_layer = next(layer for layer in tuner_layers(transformer) if not isinstance(layer, LoraDiff))
+    for name, place in find_diff_layers(transformer, diffs).items():
+        owner, _, parameter = name.rpartition(".")
+        layer = transformer.get_submodule(place)
+        if not isinstance(layer, LoraDiff):
+            parameters = ("weight", "bias") if place == owner else (parameter, None)
+            layer = LoraDiff(layer, transformer.get_submodule(owner), parameters)
+            transformer.set_submodule(place, layer)
+        layer.add(adapter, parameter, diffs[name])
+        layer.set_adapter(peft_layer.active_adapters)
+        layer.enable_adapters(not peft_layer.disable_adapters)

@@ -1,6 +1,7 @@
 """Rotary positions of latent frames, rows and columns."""
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 
@@ -30,33 +31,21 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         return angles.cos().float(), angles.sin().float()
 
     def forward(self, hidden_states: torch.Tensor, frame_offset: int = 0) -> Rotary:
-        """
-        Args:
-            hidden_states: latents `(B, C, F, H, W)`; only the shape is read.
-            frame_offset: latent frame index of the first frame.
-
-        Returns:
-            cos and sin, each `(1, F * H/2 * W/2, 1, head_dim / 2)`.
-        """
+        """cos and sin, each `(1, F * H/2 * W/2, 1, head_dim / 2)`, of latents `(B, C, F, H, W)` whose first frame has
+        this index."""
         _, p_h, p_w = self.patch_size
         f, h, w = hidden_states.shape[2], hidden_states.shape[3] // p_h, hidden_states.shape[4] // p_w
         t, hw = self.t_dim, self.t_dim + self.h_dim
         tables = []
-        for temporal, table in zip(
-            self._temporal(frame_offset, f, hidden_states.device), (self.freqs_cos, self.freqs_sin)
-        ):
-            rows, cols = table[:h, t:hw:2], table[:w, hw::2]
-            parts = [
-                temporal.view(f, 1, 1, -1).expand(f, h, w, -1),
-                rows.view(1, h, 1, -1).expand(f, h, w, -1),
-                cols.view(1, 1, w, -1).expand(f, h, w, -1),
-            ]
+        frames = self._temporal(frame_offset, f, hidden_states.device)
+        for of_frames, table in zip(frames, (self.freqs_cos, self.freqs_sin)):
+            rows, columns = table[:h, t:hw:2].view(1, h, 1, -1), table[:w, hw::2].view(1, 1, w, -1)
+            parts = [part.expand(f, h, w, -1) for part in (of_frames.view(f, 1, 1, -1), rows, columns)]
             tables.append(torch.cat(parts, dim=-1).reshape(1, f * h * w, 1, -1))
         return tables[0], tables[1]
 
     def shift(self, num_frames: int, device: torch.device) -> Rotary:
         """The rotation, `(1, 1, 1, head_dim / 2)`, that moves keys `num_frames` later in time."""
         cos, sin = self._temporal(num_frames, 1, device)
-        still = (self.h_dim + self.w_dim) // 2
-        cos, sin = torch.cat([cos, cos.new_ones(1, still)], dim=1), torch.cat([sin, sin.new_zeros(1, still)], dim=1)
-        return cos.view(1, 1, 1, -1), sin.view(1, 1, 1, -1)
+        still = (0, (self.h_dim + self.w_dim) // 2)
+        return F.pad(cos, still, value=1.0).view(1, 1, 1, -1), F.pad(sin, still).view(1, 1, 1, -1)

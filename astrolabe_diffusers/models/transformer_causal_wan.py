@@ -20,28 +20,23 @@ from ..spelling import close_matches
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .lora_layers import (
-    RecomputedBlock,
     apply_lora_scale,
     check_lora_weights,
     check_no_loose_lora,
     lora_lock,
     plain_state_dict,
+    recomputed,
     tuner_layers,
 )
 from .rotary import CausalWanRotaryPosEmbed, Rotary
 
 
-KV_CACHE_MODES = ("read", "write")
-ROPE_MODES = ("absolute", "relative")
 HUB_ARGUMENTS = ("force_download", "cache_dir", "proxies", "local_files_only", "token")
 
 
 class CausalWanTimesteps(nn.Module):
-    """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`, with float64 angles.
-
-    The published models are trained with float64 angles. In float32 the phase of t = 1000 is off by 1e-4, which is
-    visible in the output.
-    """
+    """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`, with float64 angles, as the published models are trained.
+    In float32 the phase of t = 1000 is off by 1e-4, which is visible in the output."""
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -84,15 +79,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
 
         norm_hidden_states = self.norm1(hidden_states.float()).unflatten(1, frames) * (1 + scale_msa) + shift_msa
         norm_hidden_states = norm_hidden_states.flatten(1, 2).type_as(hidden_states)
-        attn_output = self.attn1(
-            norm_hidden_states,
-            None,
-            attention_mask,
-            rotary_emb,
-            layout=layout,
-            kv_cache=kv_cache,
-            kv_cache_mode=kv_cache_mode,
-        )
+        past = {"layout": layout, "kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
+        attn_output = self.attn1(norm_hidden_states, None, attention_mask, rotary_emb, **past)
         gated = (attn_output.unflatten(1, frames) * gate_msa).flatten(1, 2)
         hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
 
@@ -166,8 +154,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             value = self.config[name]
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
-        if rope_mode not in ROPE_MODES:
-            raise ValueError(f"`rope_mode` must be one of {ROPE_MODES} but is {rope_mode!r}.")
+        if rope_mode not in ("absolute", "relative"):
+            raise ValueError(f"`rope_mode` must be one of ('absolute', 'relative') but is {rope_mode!r}.")
         if local_attn_size != -1 and local_attn_size < sink_size + num_frames_per_block:
             raise ValueError(
                 f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = "
@@ -190,17 +178,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike, output_loading_info: bool = False, **kwargs
     ) -> "CausalWanTransformer3DModel":
-        """As the parent's, which would leave tensors that the files lack without values, with a warning.
-
-        Raises:
-            ValueError: tensors are missing.
-        """
+        """As the parent's, which would leave tensors that the files lack without values: a `ValueError` here."""
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
-            more = ", ..." if len(missing) > 3 else ""
+            names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
-                f"the transformer of {pretrained_model_name_or_path} lacks {len(missing)} tensors: "
-                f"{', '.join(missing[:3])}{more}."
+                f"the transformer of {pretrained_model_name_or_path} lacks {len(missing)} tensors: {names}."
             )
         return (model, info) if output_loading_info else model
 
@@ -229,30 +212,22 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             pretrained_model_link_or_path_or_dict:
                 Path or Hub link of a safetensors or torch file, path of a folder of shards or of their index, or what
                 such a file holds. 8-bit weights are multiplied by their scales; their files become float32.
-            recipe (`str`, *optional*):
-                Name of the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is
-                taken, and the config gets its block, window and sink. Sigmas are the pipeline's.
-            weights (`str` or `tuple[str]`, *optional*):
-                The entry of a training checkpoint that holds the model, or several of which the first found is taken.
-                A file with several that may be meant needs this or `recipe`.
-            config (`str`, *optional*):
-                Pipeline folder or Hub id whose transformer's config is taken; sizes are read off the tensors by
-                default.
-            subfolder (`str`): of `config`.
-            dtype (`torch.dtype`, *optional*): of the parameters, those that diffusers keeps in float32 excepted.
-            torch_dtype (`torch.dtype`, *optional*): older name of `dtype`.
-            device (`str` or `torch.device`, *optional*): where the model is put.
+            recipe: the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is taken,
+                and the config gets its block, window and sink. Sigmas are the pipeline's.
+            weights: the entry of a training checkpoint that holds the model, or several of which the first found is
+                taken. A file with several that may be meant needs this or `recipe`.
+            config: pipeline folder or Hub id whose transformer's config (in `subfolder`) is taken; sizes are read off
+                the tensors by default.
+            dtype: of the parameters, those that diffusers keeps in float32 excepted. `torch_dtype` is its older name.
             low_cpu_mem_usage: has no effect: weights are never initialised.
-            disable_mmap (`bool`): read files whole instead of through a memory map.
-            revision, config_revision (`str`, *optional*): of the file and of `config` on the Hub.
-            kwargs:
-                `force_download`, `cache_dir`, `proxies`, `local_files_only` and `token` of downloads from the Hub; and
-                config values, such as `num_frames_per_block=1`, which go before those of `config` and `recipe`.
+            disable_mmap: read files whole instead of through a memory map.
+            revision, config_revision: of the file and of `config` on the Hub.
+            kwargs: of `HUB_ARGUMENTS`, for downloads; and config values, such as `num_frames_per_block=1`, which go
+                before those of `config` and `recipe`.
 
         Raises:
-            ValueError:
-                An argument is not known; the file is no checkpoint or holds several models; tensors are missing,
-                unexpected or of another shape. The message names them.
+            ValueError: an argument is not known; the file is no checkpoint or holds several models; tensors are
+                missing, unexpected or of another shape. The message names them.
         """
         dtype = torch_dtype if dtype is None else dtype
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
@@ -270,10 +245,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             model = cls.from_config(sizes, **((published.transformer if published else {}) | kwargs))
         check_fits(original.tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
         tensors = {}
-        for name, tensor in original.items():
+        for name in original.tensors:
             keep = dtype is not None and not set(name.split(".")).isdisjoint(cls._keep_in_fp32_modules)
             # A copy: the file may be replaced while its memory map is in use.
-            tensors[name] = tensor.to(device=device, dtype=torch.float32 if keep else dtype, copy=True)
+            tensors[name] = original.value(name).to(device, torch.float32 if keep else dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval() if device is not None else model.eval()
 
@@ -290,7 +265,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"`dtype` must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}.")
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
-        """An empty cache for one generation; the arguments are those of [`CausalWanKVCache`]."""
         return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
 
     def set_adapters(self, adapter_names: list[str] | str, weights=None):
@@ -304,7 +278,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             super().set_adapters(adapter_names, weights)
 
     def compile_repeated_blocks(self, *args, **kwargs):
-        """As the parent's."""
         # Reading or writing, with a cache or none, text kept or new, one video or a batch: more than torch's 8 graphs.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         super().compile_repeated_blocks(*args, **kwargs)
@@ -364,10 +337,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         size = hidden_states.shape[2:]
         if kv_cache is not None and clean_hidden_states is not None:
             raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
-        layout = self._begin_pass(
-            hidden_states, kv_cache, kv_cache_mode, frame_offset, clean_hidden_states is not None
-        )
-
+        layout = self._begin_pass(hidden_states, kv_cache, kv_cache_mode, frame_offset)
         timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep  # (B, 1) or (B, F)
         rotary_emb = self.rope(hidden_states, frame_offset)
         hidden_states = self._embed(hidden_states)
@@ -381,9 +351,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states):
             encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
 
-        hidden_states = self._run_blocks(
-            hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, layout, kv_cache, kv_cache_mode
-        )
+        inputs = (encoder_hidden_states, timestep_proj, rotary_emb, layout)
+        hidden_states = self._run_blocks(hidden_states, inputs, kv_cache, kv_cache_mode)
         if kv_cache_mode == "write":
             kv_cache.advance(size[0])
         if clean_hidden_states is not None:
@@ -392,14 +361,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _begin_pass(
-        self,
-        latents: torch.Tensor,
-        kv_cache: CausalWanKVCache | None,
-        kv_cache_mode: str | None,
-        frame_offset: int,
-        teacher_forcing: bool,
+        self, latents: torch.Tensor, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None, frame_offset: int
     ) -> BlockLayout | None:
-        """Check a pass and prepare its cache. Returns what each block sees if there is none."""
+        """Check a pass and prepare its cache; what each block sees if there is none."""
         batch_size, _, num_frames, height, width = latents.shape
         _, p_h, p_w = self.config.patch_size
         frame_tokens = (height // p_h) * (width // p_w)
@@ -412,9 +376,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache is None:
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
-            return self._block_layout(num_frames, frame_tokens, teacher_forcing, relative, latents.device)
-        if kv_cache_mode not in KV_CACHE_MODES:
-            raise ValueError(f"`kv_cache_mode` must be one of {KV_CACHE_MODES} but is {kv_cache_mode!r}.")
+            return self._block_layout(num_frames, frame_tokens, latents.device)
+        if kv_cache_mode not in ("read", "write"):
+            raise ValueError(f"`kv_cache_mode` must be one of ('read', 'write') but is {kv_cache_mode!r}.")
         kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
         if relative:
             kv_cache.place_sink(frame_offset + num_frames, self.rope, latents.device)
@@ -432,14 +396,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(2, (6, -1))
 
     def _run_blocks(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        rotary_emb: Rotary,
-        layout: BlockLayout | None,
-        kv_cache: CausalWanKVCache | None,
-        kv_cache_mode: str | None,
+        self, hidden_states: torch.Tensor, inputs: tuple, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None
     ) -> torch.Tensor:
         mask = None
         if kv_cache_mode == "read":
@@ -448,9 +405,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache_mode != "write"
         for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache.get(i)
-            args = (encoder_hidden_states, temb, rotary_emb, layout, layer_cache, kv_cache_mode, mask)
+            args = (*inputs, layer_cache, kv_cache_mode, mask)
             if checkpointing:
-                hidden_states = self._gradient_checkpointing_func(RecomputedBlock(block), hidden_states, *args)
+                hidden_states = self._gradient_checkpointing_func(recomputed(block), hidden_states, *args)
             else:
                 hidden_states = block(hidden_states, *args)
             if kv_cache_mode == "write":
@@ -459,8 +416,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """Tokens to latents `(B, C, *size)`."""
-        table = self.modulation(self.scale_shift_table)
-        shift, scale = (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
+        shift, scale = (self.modulation(self.scale_shift_table).unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(hidden_states.float()).unflatten(1, (temb.shape[1], -1)) * (1 + scale) + shift
         hidden_states = self.proj_out(normed.flatten(1, 2).type_as(hidden_states))
         patch = self.config.patch_size
@@ -468,22 +424,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         hidden_states = hidden_states.unflatten(2, (*patch, -1)).unflatten(1, grid)
         return hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _block_layout(
-        self, num_frames: int, frame_tokens: int, teacher_forcing: bool, relative: bool, device: torch.device
-    ) -> BlockLayout:
+    def _block_layout(self, num_frames: int, frame_tokens: int, device: torch.device) -> BlockLayout:
         n, attn_window = self.config.num_frames_per_block, self.config.local_attn_size
+        sink_size = self.config.sink_size if attn_window != -1 else 0
         if num_frames % n != 0:
             raise ValueError(f"{num_frames} latent frames are no whole number of blocks of {n} frames.")
         shifts = {}
-        if relative and attn_window != -1 and self.config.sink_size:
+        if self.config.rope_mode == "relative" and sink_size:
             ends = range(n, num_frames + 1, n)
             shifts = {end: self.rope.shift(end - attn_window, device) for end in ends if end > attn_window}
-        return BlockLayout(
-            num_frames=num_frames,
-            frame_tokens=frame_tokens,
-            block_frames=n,
-            attn_window=attn_window,
-            sink_size=self.config.sink_size if attn_window != -1 else 0,
-            teacher_forcing=teacher_forcing,
-            sink_shifts=shifts,
-        )
+        return BlockLayout(num_frames, frame_tokens, n, attn_window, sink_size, shifts)

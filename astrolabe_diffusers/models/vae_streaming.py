@@ -16,10 +16,14 @@ _ENCODING = threading.Lock()
 
 
 def _latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, dtype=like.dtype, device=like.device).view(shape)
-    std = torch.tensor(vae.config.latents_std, dtype=like.dtype, device=like.device).view(shape)
+    stats = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=like.dtype, device=like.device)
+    mean, std = stats.view(2, 1, -1, 1, 1, 1)
     return mean, std
+
+
+def _denormalised(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    mean, std = _latent_stats(vae, latents)
+    return (latents * std + mean).to(vae.dtype)
 
 
 def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
@@ -35,8 +39,7 @@ def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """The video `(B, 3, F, H, W)` in [-1, 1] of normalised latents `(B, C, f, h, w)`, decoded whole."""
-    mean, std = _latent_stats(vae, latents)
-    return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+    return vae.decode(_denormalised(vae, latents), return_dict=False)[0]
 
 
 class FusedWanRMSNorm(WanRMS_norm):
@@ -87,17 +90,10 @@ class StreamingVAEDecoder:
         return other
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, f, h, w)`): the next normalised latent frames, one or more.
-
-        Returns:
-            `torch.Tensor` of shape `(B, 3, F, H, W)`, in [-1, 1]: one frame for the first latent frame of the video,
-            `scale_factor_temporal` frames for every other.
-        """
+        """The video `(B, 3, F, H, W)` in [-1, 1] of the next normalised latent frames `(B, C, f, h, w)`: one frame for
+        the first latent frame of the video, `scale_factor_temporal` frames for every other."""
         vae = self.vae
-        mean, std = _latent_stats(vae, latents)
-        latents = (latents * std + mean).to(vae.dtype)
+        latents = _denormalised(vae, latents)
         scale = vae.spatial_compression_ratio
         tile = (vae.tile_sample_min_height // scale, vae.tile_sample_min_width // scale)
         if vae.use_tiling and (latents.shape[-2] > tile[0] or latents.shape[-1] > tile[1]):
@@ -114,17 +110,10 @@ class StreamingVAEDecoder:
         frames = []
         for i in range(hidden_states.shape[2]):
             first = corner not in self._features
-            if first:
-                self._features[corner] = [None] * vae._cached_conv_counts["decoder"]
+            features = self._features.setdefault(corner, [None] * vae._cached_conv_counts["decoder"])
             # One latent frame at a time, as AutoencoderKLWan does: its temporal upsampling depends on it.
-            frames.append(
-                vae.decoder(
-                    hidden_states[:, :, i : i + 1],
-                    feat_cache=self._features[corner],
-                    feat_idx=[0],
-                    first_chunk=first,
-                )
-            )
+            frame = hidden_states[:, :, i : i + 1]
+            frames.append(vae.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=first))
         return torch.cat(frames, dim=2)
 
     def _decode_tiles(self, latents: torch.Tensor, tile_height: int, tile_width: int) -> torch.Tensor:
@@ -132,10 +121,8 @@ class StreamingVAEDecoder:
         vae = self.vae
         scale, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
         strides = (vae.tile_sample_stride_height, vae.tile_sample_stride_width)
-        overlaps = [
-            (size - stride) // patch
-            for size, stride in zip((vae.tile_sample_min_height, vae.tile_sample_min_width), strides)
-        ]
+        overlap_y = (vae.tile_sample_min_height - strides[0]) // patch
+        overlap_x = (vae.tile_sample_min_width - strides[1]) // patch
         above, rows = None, []
         for top in range(0, latents.shape[-2], strides[0] // scale):
             row = []
@@ -143,9 +130,9 @@ class StreamingVAEDecoder:
                 tile = latents[..., top : top + tile_height, left : left + tile_width]
                 tile = self._decode_tile(tile, (top, left))
                 if above is not None:
-                    tile = vae.blend_v(above[len(row)], tile, overlaps[0])
+                    tile = vae.blend_v(above[len(row)], tile, overlap_y)
                 if row:
-                    tile = vae.blend_h(row[-1], tile, overlaps[1])
+                    tile = vae.blend_h(row[-1], tile, overlap_x)
                 row.append(tile)
             rows.append(torch.cat([tile[..., : strides[0] // patch, : strides[1] // patch] for tile in row], dim=-1))
             above = row

@@ -21,8 +21,7 @@ from torch import nn
 
 from ..layouts.lora_files import find_lora_file, read_lora_file
 from ..layouts.lora_modules import LoraModule, OriginalLora, parse_lora
-from ..models.lora_diff import LoraDiff, add_lora_diffs, find_diff_layers
-from ..models.lora_layers import plain_state_dict, tuner_layers
+from ..models.lora_layers import LoraDiff, add_lora_diffs, find_diff_layers, plain_state_dict, tuner_layers
 
 
 _PREFIX = "transformer."

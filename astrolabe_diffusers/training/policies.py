@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..models.lora_diff import LoraDiff
+from ..models.lora_layers import LoraDiff
 
 
 # The current policy has peft's and diffusers' default name, so that their savers and loaders take it.

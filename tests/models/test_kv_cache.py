@@ -179,7 +179,7 @@ def test_memory_is_freed_at_once():
 def test_interface():
     model, *_ = build(2)
     cache = new_cache(model)
-    assert len(cache) == model.config.num_layers
+    assert len(cache.layer_caches) == model.config.num_layers
     assert cache.get(1) is cache.layer_caches[1]
     assert cache.num_frames == 0
 
