@@ -1,5 +1,6 @@
 """Tensors by name out of the kinds of files that people publish."""
 
+import math
 import mmap
 import pickle
 import re
@@ -12,7 +13,6 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.hub_utils import _get_model_file
 from safetensors import safe_open
-from safetensors.torch import _TYPES, _view2torch
 
 from ..files.text import parse_json, read_json
 
@@ -30,6 +30,15 @@ _NO_TENSORS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for: run `git lfs pull`",
     b"<": "a web page, not a checkpoint: the download has gone wrong, or needs a login",
     b"{": "a JSON text, not a checkpoint: the download may have gone wrong",
+}
+
+
+_SAFETENSORS_DTYPES = {
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz},
+    **{"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
 }
 
 
@@ -169,11 +178,17 @@ def _map_safetensors(path: Path, map_file: bool) -> dict[str, torch.Tensor]:
         header = parse_json(file.read(header_size), "its header")
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if map_file else path.read_bytes()
     header.pop("__metadata__", None)
-    for name, info in header.items():
-        if info["dtype"] not in _TYPES:
-            raise ValueError(f"{name} is of dtype {info['dtype']}, which is not supported.")
-        info["data"] = memoryview(buffer)[8 + header_size :][slice(*info["data_offsets"])]
+    tensors = {}
     with warnings.catch_warnings():
         # Nobody writes to them.
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return _view2torch(header.items())
+        for name, info in header.items():
+            if info["dtype"] not in _SAFETENSORS_DTYPES:
+                raise ValueError(f"{name} is of dtype {info['dtype']}, which is not supported.")
+            dtype, count = _SAFETENSORS_DTYPES[info["dtype"]], math.prod(info["shape"])
+            begin = 8 + header_size + info["data_offsets"][0]
+            if count:
+                tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(info["shape"])
+            else:  # which torch makes of no buffer
+                tensors[name] = torch.empty(info["shape"], dtype=dtype)
+    return tensors
