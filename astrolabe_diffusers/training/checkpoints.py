@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,22 @@ from ..files.seal import find_damage, seal, to_disk
 from ..files.writing import PARTIAL
 from .adapter_files import load_adapter, save_adapter
 from .config import OnlineConfig
+from .policies import CURRENT
 from .states import (
+    FORMAT,
     STATE_NAME,
     check_form,
     check_optimizer_tensors,
     load_optimizer,
     optimizer_tensors,
     read_state,
-    trained_parameters,
-    write_state,
 )
 
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 
 
+@dataclass
 class Checkpoints:
     """Checkpoints of a run, each a folder `<output_dir>/checkpoints/checkpoint-N`.
 
@@ -48,18 +51,16 @@ class Checkpoints:
         identity: from `policy_identity`, before the model was prepared.
     """
 
-    def __init__(
-        self,
-        transformer: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: OnlineConfig,
-        identity: dict[str, Any],
-    ):
-        self.transformer = transformer
-        self.optimizer = optimizer
-        self.config = config
-        self.identity = identity
-        self.folder = Path(config.output_dir) / "checkpoints"
+    transformer: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    config: OnlineConfig
+    identity: dict[str, Any]
+
+    def __post_init__(self):
+        self.folder = Path(self.config.output_dir) / "checkpoints"
+        # By name, in the order of `policy_parameters`, which is the optimizer's.
+        named = self.transformer.named_parameters()
+        self.parameters = {name: parameter for name, parameter in named if f".{CURRENT}." in name}
 
     def list(self) -> list[Path]:
         """Checkpoints, oldest first."""
@@ -69,8 +70,8 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step}"
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes checkpoint `step`, which there is not yet; every process calls it. `state` is what the trainer wants
-        back, JSON values.
+        """Writes checkpoint `step`, which there is not yet, with the trainer's `state`, JSON values; every process
+        calls it.
 
         Raises:
             UserError: in every process, if it cannot be written; those before stay.
@@ -83,24 +84,21 @@ class Checkpoints:
         with together(), as_user_error(f"cannot write {partial}"):
             for adapter in self.transformer.peft_config:
                 save_adapter(self.transformer, partial, adapter)
-            moments = optimizer_tensors(trained_parameters(self.transformer), self.optimizer)
+            moments = optimizer_tensors(self.parameters, self.optimizer)
             if is_first:
                 save_file(moments, partial / OPTIMIZER_NAME)
         with raise_together(), as_user_error(f"cannot write {final}"):
             if is_first:
                 self.config.save(partial / "config.yaml")
-                write_state(partial, state, self.identity)
+                (partial / STATE_NAME).write_text(json.dumps({"format": FORMAT, "identity": self.identity, **state}))
                 seal(partial)
                 partial.rename(final)
                 to_disk(self.folder)
-                self._remove_oldest()
+                if limit := self.config.checkpoints_total_limit:
+                    for path in self.list()[:-limit]:
+                        # First the name: a kill in the middle must not leave half a checkpoint.
+                        shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
         return final
-
-    def _remove_oldest(self):
-        if limit := self.config.checkpoints_total_limit:
-            for path in self.list()[:-limit]:
-                # First the name: a kill in the middle must not leave half a checkpoint.
-                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
 
     def find(self, name: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
@@ -160,16 +158,15 @@ class Checkpoints:
         Raises:
             UserError: in every process, if something is not what [`~Checkpoints.save`] wrote.
         """
-        parameters = trained_parameters(self.transformer)
         with raise_together(), as_user_error(f"cannot resume from {path}"):
             state = read_state(path, self.identity)
             with as_user_error(f"{path / STATE_NAME} is no state of this run"):
                 check_form(state, like)
             with as_user_error(f"{path / OPTIMIZER_NAME} does not fit this run"):
                 moments = load_file(path / OPTIMIZER_NAME)
-                check_optimizer_tensors(moments, parameters)
+                check_optimizer_tensors(moments, self.parameters)
         with together(), as_user_error(f"cannot use {path}"):
             for adapter in self.transformer.peft_config:
                 load_adapter(self.transformer, path, adapter)
-            load_optimizer(moments, parameters, self.optimizer)
+            load_optimizer(moments, self.parameters, self.optimizer)
         return state

@@ -56,23 +56,23 @@ def set_schedule(optimizer, lr_scheduler, steps: int):
     schedule.load_state_dict(schedule.state_dict() | place)
 
 
+ADVICE = "Lower learning_rate or add lr_warmup_steps, and resume from a checkpoint before the collapse."
+
+
+@dataclass
 class CollapseGuard:
-    """Stops a run whose policy falls apart, before the step that would make it worse.
+    """Stops a run whose policy falls apart, before the step that would make it worse: the norm of the predicted clean
+    videos is compared with that of the first step."""
 
-    The norm of the predicted clean videos is compared with that of the first step.
-    """
-
-    def __init__(self, factor: float, start_norm: float | None = None):
-        self.factor = factor
-        self.start_norm = start_norm
+    factor: float
+    start_norm: float | None = None
 
     def check(self, statistics: dict[str, float], step: int):
         """Raises a [`UserError`] if values of a step are not finite, or `x0_norm`, if there is one, is far off."""
         loss, grad_norm, norm = statistics["loss"], statistics["grad_norm"], statistics.get("x0_norm")
         if not all(map(math.isfinite, (loss, grad_norm, norm or 0.0))):
             raise UserError(
-                f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}; the policy has collapsed. "
-                f"{self._advice}"
+                f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}; the policy has collapsed. {ADVICE}"
             )
         if norm is None:
             return
@@ -81,7 +81,7 @@ class CollapseGuard:
         if self.factor and not 1 / self.factor <= ratio <= self.factor:
             raise UserError(
                 f"step {step}: predicted videos have {ratio:.2f} times the norm they started with "
-                f"(collapse_factor={self.factor:g}); the policy has collapsed. {self._advice}"
+                f"(collapse_factor={self.factor:g}); the policy has collapsed. {ADVICE}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,8 +89,6 @@ class CollapseGuard:
 
     def load_state_dict(self, state: dict[str, Any]):
         self.start_norm = state["start_norm"]
-
-    _advice = "Lower learning_rate or add lr_warmup_steps, and resume from a checkpoint before the collapse."
 
 
 @dataclass
@@ -100,7 +98,6 @@ class Optimization:
     Attributes:
         model: the prepared transformer (wrapped by DDP if there are several processes).
         optimizer, lr_scheduler: from [`make_optimizer`], prepared or not.
-        max_grad_norm: to which gradients are clipped.
         skip_bad: a step whose loss or gradient is no finite number is not taken, instead of ending the run.
     """
 
@@ -120,14 +117,10 @@ class Optimization:
         before_batch: Callable[[], object] = lambda: None,
     ) -> dict[str, float]:
         """Step `number`, counted from 1, on batches and what belongs to each; returns means over all samples of all
-        processes, of which each has as many.
-
-        `ROOTS` are root mean squares. `skipped_steps` is 1 if the step was not taken, in no process.
+        processes, of which each has as many. `skipped_steps` is 1 if the step was not taken, in no process.
 
         Args:
-            accumulate_gradients:
-                adds a part's gradients to the parameters, given the samples of the step on this process and whether
-                it is the last part, and returns sums over samples by name.
+            accumulate_gradients: as that of the trainer.
             before_batch: called before each batch; what it raises leaves the policy as it was.
         """
         transformer = self.accelerator.unwrap_model(self.model)

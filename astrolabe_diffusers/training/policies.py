@@ -35,13 +35,13 @@ def add_policies(
     rank: int,
     lora_alpha: int,
     lora_dropout: float = 0.0,
-    target_modules: list[str] = (),
+    target_modules: Sequence[str] = (),
     others: Sequence[str] = (OLD,),
 ):
     """Freeze the transformer and add the adapter `default` (the current policy, trainable) and those of others.
 
-    LoRA weights are float32 whatever the base is. They start as peft has it: A uniform in `+-1 / sqrt(in_features)`, B
-    zero, so that all policies coincide.
+    LoRA weights are float32 whatever the base is. They start as peft has it, with B zero, so that all policies
+    coincide.
 
     Args:
         others: further adapters: `"old"`, `"ema"` (equal at first), `"reference"` (the transformer alone at first).
@@ -117,17 +117,15 @@ def use_policy(transformer: nn.Module, policy: str) -> Iterator[nn.Module]:
     training = transformer.training
     transformer.eval()
     try:
-        if not has_adapter:
-            transformer.disable_adapters()
-        elif adapter != CURRENT:
+        if has_adapter:
             transformer.set_adapter(adapter)
+        else:
+            transformer.disable_adapters()
         with torch.no_grad():
             yield transformer
     finally:
-        if not has_adapter:
-            transformer.enable_adapters()
-        elif adapter != CURRENT:
-            activate_current(transformer)
+        transformer.enable_adapters()
+        activate_current(transformer)
         transformer.train(training)
 
 

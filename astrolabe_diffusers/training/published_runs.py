@@ -26,7 +26,6 @@ DEFAULT_PROCESSES = 8
 # Files beside those of the bases.
 SHARED = ("common", "recommended")
 SIZES = ("train_batch_size", "samples_per_prompt", "batches_per_epoch")
-_NAME = re.compile(r"(?P<base>\w+?)_video_(?P<variant>\w+?)(?:_(?P<processes>\d+)gpu)?")
 # Spellings that the published files and their README do not agree on.
 _SPELLINGS = (("casual_forcing", "causal_forcing"), ("multireward", "multi_reward"))
 
@@ -92,16 +91,17 @@ def _read(name: str) -> dict[str, Any]:
     return yaml.safe_load((PUBLISHED / f"{name}.yaml").read_text())
 
 
-def published_names() -> list[str]:
-    """Every name, in the files' spelling."""
-    names = []
+@cache
+def published_names() -> dict[str, tuple[str, str, int]]:
+    """Base, variant and number of processes of every name, in the files' spelling."""
+    names = {}
     for path in sorted(PUBLISHED.glob("*.yaml")):
         if path.stem not in SHARED:
             data = _read(path.stem)
             for variant, settings in data["variants"].items():
                 for number in settings.get("published_on", data["processes"]):
                     suffix = "" if number == DEFAULT_PROCESSES else f"_{number}gpu"
-                    names.append(f"{path.stem}_video_{variant}{suffix}")
+                    names[f"{path.stem}_video_{variant}{suffix}"] = path.stem, variant, number
     return names
 
 
@@ -115,19 +115,17 @@ def find_published_run(name: str) -> PublishedRun | None:
     spelled = name
     for other, ours in _SPELLINGS:
         spelled = spelled.replace(other, ours)
-    match = _NAME.fullmatch(spelled)
-    if match is None:
+    if not re.fullmatch(r"\w+_video_\w+", spelled):
         return None
-    known = published_names()
-    processes = int(match["processes"] or DEFAULT_PROCESSES)
     # The number of the default may be spelled out.
-    if spelled.removesuffix(f"_{DEFAULT_PROCESSES}gpu") not in known:
+    known, key = published_names(), spelled.removesuffix(f"_{DEFAULT_PROCESSES}gpu")
+    if key not in known:
         near = close_matches(spelled, known) or "; --config list prints the names"
         raise UserError(f"--config {name}: no published run has this name{near}.")
-    data = _read(match["base"])
-    run = spelled.removeprefix(f"{match['base']}_video_").removesuffix(f"_{DEFAULT_PROCESSES}gpu")
-    settings = _read("common") | data["settings"] | data["processes"][processes] | data["variants"][match["variant"]]
-    settings |= data.get("runs", {}).get(run, {})
+    base, variant, processes = known[key]
+    data = _read(base)
+    settings = _read("common") | data["settings"] | data["processes"][processes] | data["variants"][variant]
+    settings |= data.get("runs", {}).get(key.removeprefix(f"{base}_video_"), {})
     settings.pop("published_on", None)
     return PublishedRun(name, settings, _read("recommended"), processes, data["processes"])
 
@@ -140,7 +138,6 @@ def list_published_runs() -> str:
         settings = run.settings
         rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())
         size = f"{run.processes} x {settings['train_batch_size']} x {settings['batches_per_epoch']}"
-        model = settings["model"]
-        rows.append((name, model, rewards, size, str(settings["samples_per_prompt"])))
+        rows.append((name, settings["model"], rewards, size, str(settings["samples_per_prompt"])))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,8 @@ def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def write_state(folder: Path, state: dict[str, Any], identity: dict[str, Any]):
-    """Writes what the trainer wants back, JSON values, and what it belongs to."""
-    (folder / STATE_NAME).write_text(json.dumps({"format": FORMAT, "identity": identity, **state}))
-
-
 def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What [`write_state`] was given.
+    """The trainer's state in a checkpoint of the run with this [`policy_identity`].
 
     Raises:
         OSError, ValueError: it cannot be read.
@@ -71,15 +65,12 @@ def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     for name, here in identity.items():
         there = saved.get(name)
         if there != here:
+            there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (there, here))
             raise UserError(
-                f"{folder} is of another run: {name} is {_listing(there)} there and {_listing(here)} here. "
+                f"{folder} is of another run: {name} is {there} there and {here} here. "
                 "A new run from its LoRA is --init_lora."
             )
     return state
-
-
-def _listing(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_form(value: Any, like: Any, name: str = "it"):
@@ -106,22 +97,17 @@ def _is_number(value: Any) -> bool:
     return type(value) is int or type(value) is float and math.isfinite(value)
 
 
-def trained_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The current policy's parameters by name, in the order of `policy_parameters`, which is the optimizer's."""
-    return {name: value for name, value in transformer.named_parameters() if f".{CURRENT}." in name}
-
-
 def optimizer_tensors(
     parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """The moments of AdamW for the first process, as [`full_tensors`], `<parameter>.<moment>`; none before its first
-    step."""
-    moments = {
-        f"{name}.{moment}": value
-        for name, parameter in parameters.items()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-    return full_tensors(moments)
+    """The moments of AdamW for the first process, `<parameter>.<moment>`; none before its first step."""
+    return full_tensors(
+        {
+            f"{name}.{moment}": value
+            for name, parameter in parameters.items()
+            for moment, value in optimizer.state.get(parameter, {}).items()
+        }
+    )
 
 
 def check_optimizer_tensors(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]):
@@ -141,9 +127,7 @@ def check_optimizer_tensors(tensors: dict[str, torch.Tensor], parameters: dict[s
 
 
 def load_optimizer(
-    tensors: dict[str, torch.Tensor],
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ):
     """Gives an optimizer the moments from [`optimizer_tensors`]. Its settings stay: a learning rate that a run is
     started with goes before that of the checkpoint. Of sharded parameters every process calls it."""
@@ -152,6 +136,5 @@ def load_optimizer(
         if f"{name}.step" in tensors:
             # Cloned: a tensor that was read from a file lies in it, and the file may be removed.
             step, *moments = (tensors[f"{name}.{moment}"].clone() for moment in MOMENTS)
-            moments = [shard_like(moment, parameter) for moment in moments]
-            state[index] = dict(zip(MOMENTS, (step, *moments)))
+            state[index] = dict(zip(MOMENTS, (step, *(shard_like(moment, parameter) for moment in moments))))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

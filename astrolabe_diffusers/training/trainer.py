@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,23 +86,21 @@ class OnlineTrainer:
         eval_prompts: Iterable | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
-        config = self.config_class() if config is None else config
+        config = config or self.config_class()
         if isinstance(model, (str, Path)):
-            config = replace(config, model=str(model))
+            config, model = replace(config, model=str(model)), None
         self.config, self.named_rewards = name_rewards(config, reward_funcs)
         self.config.trainer = type(self)
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(self.config)
-        self.resources = Resources()
-        with ExitStack() as stack:
-            stack.push(self.resources)
+        with Resources() as self.resources:
             with raise_together():
                 if self.accelerator.is_main_process:
                     self.folder = self.resources.enter_context(open_training_folder(self.config))
             with raise_together():
-                self.load(None if isinstance(model, (str, Path)) else model, train_prompts, eval_prompts)
+                self.load(model, train_prompts, eval_prompts)
             self.prepare()
-            stack.pop_all()
+            self.resources = self.resources.pop_all()
 
     # What an algorithm is
 
@@ -171,15 +168,9 @@ class OnlineTrainer:
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         set_recipe(self.pipeline, config)
-        self.rewards = self.resources.enter_context(
-            ScoringThread(
-                self.pipeline.vae,
-                rewards,
-                watched,
-                skip_bad=config.nan_reward == "skip",
-                timeout=config.reward_timeout,
-            )
-        )
+        skip_bad = config.nan_reward == "skip"
+        scoring = ScoringThread(self.pipeline.vae, rewards, watched, skip_bad, config.reward_timeout)
+        self.rewards = self.resources.enter_context(scoring)
         self.rollouts = Rollout(self.pipeline, self.rewards)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.held_out = HeldOut(
@@ -200,14 +191,8 @@ class OnlineTrainer:
             if config.init_lora:
                 load_policies(self.pipeline, config.init_lora, config.other_adapters)
             else:
-                add_policies(
-                    self.transformer,
-                    config.rank,
-                    config.lora_alpha,
-                    config.lora_dropout,
-                    config.lora_target_modules,
-                    config.other_adapters,
-                )
+                size = config.rank, config.lora_alpha, config.lora_dropout
+                add_policies(self.transformer, *size, config.lora_target_modules, config.other_adapters)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.identity = policy_identity(self.transformer)
@@ -217,12 +202,11 @@ class OnlineTrainer:
         config = self.config
         # DDP synchronises the parameters that are trainable when it wraps the model, and no others.
         activate_current(self.transformer)
-        if is_sharded():
-            self.model = shard(self.transformer, self.accelerator)
-            self.optimizer, self.lr_scheduler = make_optimizer(config, policy_parameters(self.transformer))
-        else:
+        self.model = shard(self.transformer, self.accelerator) if is_sharded() else self.transformer
+        self.optimizer, self.lr_scheduler = make_optimizer(config, policy_parameters(self.transformer))
+        if not is_sharded():
             self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
-                self.transformer, *make_optimizer(config, policy_parameters(self.transformer))
+                self.model, self.optimizer, self.lr_scheduler
             )
         self.checkpoints = Checkpoints(self.transformer, self.optimizer, config, self.identity)
         self.best = BestAdapter(self.transformer, config, self.accelerator.is_main_process)
@@ -307,9 +291,7 @@ class OnlineTrainer:
         scale = self.pipeline.vae.config.scale_factor_temporal
         size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
         with raise_together(), use_policy(self.transformer, self.sampling_policy):
-            for batch in self.rollouts.generate(
-                self.split(samples), size, past, keep_trajectory=self.keep_trajectory
-            ):
+            for batch in self.rollouts.generate(self.split(samples), size, past, keep_trajectory=self.keep_trajectory):
                 batches.append(batch)
                 self.report.activity(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
                 self.interruption.check()
@@ -320,36 +302,26 @@ class OnlineTrainer:
         return self.config.primary_reward or next(iter(self.config.rewards))
 
     def update(self, batches: list[VideoBatch], values: dict[str, torch.Tensor]) -> list[dict[str, float]]:
-        """The optimizer steps of an epoch; returns their statistics.
-
-        Args:
-            values: from [`~OnlineTrainer.sample_values`].
-        """
-        accumulation = self.config.gradient_accumulation_steps
-        mine = [dict(zip(values, parts)) for parts in zip(*map(self.split, values.values()))]
-        optimization = Optimization(
-            self.accelerator,
-            self.model,
-            self.optimizer,
-            self.lr_scheduler,
-            self.config.max_grad_norm,
-            skip_bad=self.config.nan_loss == "skip",
-        )
-        statistics = []
-        for first in range(0, len(batches), accumulation):
+        """The optimizer steps of an epoch, with [`~OnlineTrainer.sample_values`]; returns their statistics."""
+        config, statistics = self.config, []
+        prepared = self.accelerator, self.model, self.optimizer, self.lr_scheduler
+        optimization = Optimization(*prepared, config.max_grad_norm, skip_bad=config.nan_loss == "skip")
+        mine = zip(*map(self.split, values.values()))
+        parts = [
+            (batch, {name: part.to(batch.latents.device) for name, part in zip(values, columns)})
+            for batch, columns in zip(batches, mine)
+        ]
+        for first in range(0, len(parts), config.gradient_accumulation_steps):
             self.report.activity("training")
             # Until its first step an epoch may be given up; then it is brought to its end.
             before_batch = self.interruption.check_together if first == 0 else lambda: None
-            parts = [
-                (batch, {name: part.to(batch.latents.device) for name, part in values.items()})
-                for batch, values in zip(batches[first : first + accumulation], mine[first : first + accumulation])
-            ]
+            step_parts = parts[first : first + config.gradient_accumulation_steps]
             statistics.append(
-                optimization.step(parts, self.accumulate_gradients, self.guard, self.step + 1, before_batch)
+                optimization.step(step_parts, self.accumulate_gradients, self.guard, self.step + 1, before_batch)
             )
             self.step += 1
-            if self.config.ema_decay is not None:
-                follow_current(self.transformer, EMA, ema_decay(self.step - 1, self.config.ema_decay))
+            if config.ema_decay is not None:
+                follow_current(self.transformer, EMA, ema_decay(self.step - 1, config.ema_decay))
             if statistics[-1]["skipped_steps"]:
                 self.report.print(f"step {self.step} is skipped: loss or gradient is no finite number (nan_loss=skip)")
             self.report.progress.update()

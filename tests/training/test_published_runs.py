@@ -215,7 +215,7 @@ def test_list(capsys):
     assert exit.value.code == 0
     rows = capsys.readouterr().out.splitlines()
     names = [row.split()[0] for row in rows[1:]]
-    assert names == published_names() and len(set(names)) == len(names)
+    assert names == list(published_names()) and len(set(names)) == len(names)
     spelled = {name.replace("casual", "causal").replace("multireward", "multi_reward") for name in RUNS}
     assert spelled == set(names)
     row = next(row for row in rows if row.startswith("causal_forcing_video_hpsv3_ta_48gpu"))

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from .predictors import BlockwisePredictor, WholeClipPredictor
+from .predictors import BlockwisePredictor
 
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 def backward_by_block(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    predictor: BlockwisePredictor | WholeClipPredictor,
+    predictor: BlockwisePredictor,
     targets: Callable[[slice], T],
     losses: Callable[[torch.Tensor, T, slice], dict[str, torch.Tensor]],
     samples_per_step: int,

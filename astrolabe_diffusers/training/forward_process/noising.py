@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...rollout.past import Past
-from ...rollout.samples import Sample, VideoBatch
+from ...rollout.samples import VideoBatch
 from ...rollout.seeds import seeded_generator
 
 
@@ -48,24 +48,14 @@ def noise_batch(batch: VideoBatch, sigmas: torch.Tensor) -> NoisedBatch:
     """Noises the window of every sample to one of `sigmas`, from [`training_sigmas`], drawn with the noise from the
     sample's own generator."""
     window = batch.latents[:, :, batch.past.num_frames :]
-    draws = [_draw(sample, sigmas, window.shape[1:]) for sample in batch.samples]
-    device = batch.latents.device
-    sigma = torch.stack([sigma for sigma, _ in draws]).to(device)
-    noise = torch.stack([noise for _, noise in draws]).to(device)
-    return NoisedBatch(
-        clean=batch.latents,
-        noisy=add_noise(window, noise, sigma),
-        sigma=sigma,
-        timestep=1000 * sigma,
-        prompt_embeds=batch.prompt_embeds,
-        past=batch.past,
-    )
-
-
-def _draw(sample: Sample, sigmas: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = seeded_generator("train", *sample.key)
-    sigma = sigmas[torch.randint(len(sigmas), (), generator=generator)]
-    return sigma, torch.randn(shape, generator=generator)
+    draws = []
+    for sample in batch.samples:
+        generator = seeded_generator("train", *sample.key)
+        sigma = sigmas[torch.randint(len(sigmas), (), generator=generator)]
+        draws.append((sigma, torch.randn(window.shape[1:], generator=generator)))
+    sigma, noise = (torch.stack(drawn).to(window.device) for drawn in zip(*draws))
+    noisy = add_noise(window, noise, sigma)
+    return NoisedBatch(batch.latents, noisy, sigma, 1000 * sigma, batch.prompt_embeds, batch.past)
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

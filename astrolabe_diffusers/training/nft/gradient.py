@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, squared_distance
@@ -31,21 +30,10 @@ class NFTBatch(NoisedBatch):
 
 
 def accumulate_gradients(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    batch: NFTBatch,
-    config: NFTConfig,
-    samples_per_step: int,
-    synchronize: bool,
+    accelerator, model: torch.nn.Module, batch: NFTBatch, config: NFTConfig, samples_per_step: int, synchronize: bool
 ) -> dict[str, torch.Tensor]:
-    """Add a batch's part of the gradient of the mean loss to the current policy's parameters.
-
-    Args: as in [`backward_by_block`].
-
-    Returns:
-        Sums over samples of the loss, its two parts, and the squares of `deviation`, the distance of the predictions
-        of current and old policy, and of `x0_norm`, the current one's predictions.
-    """
+    """[`backward_by_block`] with the loss, its two parts, and the squares of `deviation`, the distance of the
+    predictions of current and old policy, and of `x0_norm`, the current one's predictions."""
     transformer = accelerator.unwrap_model(model)
     predictor_class = PREDICTORS[config.context]
     frozen = ["old"] + ["reference"] * bool(batch.use_reference and config.kl_weight)

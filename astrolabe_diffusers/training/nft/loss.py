@@ -33,7 +33,6 @@ def nft_loss(
         current, old: `(B, ...)` clean latents that the two policies predict from the same noisy ones.
         clean: `(B, ...)` the sample itself.
         optimality: `(B,)` r in [0, 1].
-        beta: distance of the implicit policies from the old one.
         adaptive:
             A_max of `optimality`, for DiffusionNFT's loss: each square is divided by the mean distance `|x+ - x_0|`
             (or `|x- - x_0|`), and the sum multiplied by `A_max / beta`.

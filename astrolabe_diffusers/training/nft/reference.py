@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def kl_weights(mask: torch.Tensor, num_parts: int) -> torch.Tensor:
     return (parts / parts.mean(1, keepdim=True).clamp(min=1 / parts.shape[1])).flatten()
 
 
+@dataclass
 class RiskController:
     """Chooses the samples that are held to the reference.
 
@@ -50,14 +51,14 @@ class RiskController:
             percentile, not at it.
     """
 
-    def __init__(
-        self, ratio: float, rate: float, minimum: float, maximum: float, buffer_size: int, released: bool = False
-    ):
-        self.ratio = ratio
-        self.rate = rate
-        self.minimum = minimum
-        self.maximum = maximum
-        self.released = released
+    ratio: float
+    rate: float
+    minimum: float
+    maximum: float
+    buffer_size: InitVar[int]
+    released: bool = False
+
+    def __post_init__(self, buffer_size: int):
         self.buffer: deque[float] = deque(maxlen=buffer_size)
 
     def __call__(self, disagreement: torch.Tensor) -> torch.Tensor:
@@ -81,32 +82,26 @@ class RiskController:
         self.buffer = deque(state["buffer"], maxlen=self.buffer.maxlen)
 
 
+@dataclass
 class ReferenceSchedule:
     """Says when the current policy becomes the reference: the KL passes `max_kl`, or the reference is older than
     `max_epochs`.
 
-    Either may be `None`, which is never. `max_kl` itself may move at a reset, by `step`: down, to `minimum` at most,
-    where the reference became older than `max_epochs`; and up, to `maximum` at most, where it was less than
+    Either may be `None`, which is never. `max_kl` itself may move at a reset, by `kl_step`: down, to `minimum` at
+    most, where the reference became older than `max_epochs`; and up, to `maximum` at most, where it was less than
     `early_epochs` old. In the code released with Astrolabe that maximum, 0.05, lies below the start, 0.15: there an
     early reset *lowers* the threshold, at once to 0.05.
     """
 
-    def __init__(
-        self,
-        max_kl: float | None,
-        max_epochs: int | None,
-        step: float = 0.0,
-        minimum: float = 0.0,
-        maximum: float | None = None,
-        early_epochs: int = 5,
-    ):
-        self.start_kl = max_kl
-        self.max_kl = max_kl
-        self.max_epochs = max_epochs
-        self.kl_step = step
-        self.minimum = minimum
-        self.maximum = math.inf if maximum is None else maximum
-        self.early_epochs = early_epochs
+    max_kl: float | None
+    max_epochs: int | None
+    kl_step: float = 0.0
+    minimum: float = 0.0
+    maximum: float | None = None
+    early_epochs: int = 5
+
+    def __post_init__(self):
+        self.start_kl = self.max_kl
         self.age = 0  # epochs since the last reset
 
     def step(self, kl: float) -> bool:
@@ -118,7 +113,9 @@ class ReferenceSchedule:
             if self.max_kl is not None and old:
                 self.max_kl = max(self.max_kl - self.kl_step, self.minimum)
             if self.max_kl is not None and self.age < self.early_epochs:
-                self.max_kl = min(self.max_kl + self.kl_step, self.maximum)
+                self.max_kl += self.kl_step
+                if self.maximum is not None:
+                    self.max_kl = min(self.max_kl, self.maximum)
             self.age = 0
         return due
 

@@ -80,9 +80,7 @@ class NFTTrainer(OnlineTrainer):
     ) -> dict[str, torch.Tensor]:
         values = values | {"use_reference": bool(values["use_reference"].any())}
         batch = NFTBatch(**vars(noise_batch(batch, self.sigmas)), **values)
-        return accumulate_gradients(
-            self.accelerator, self.model, batch, self.config, samples_per_step, synchronize
-        )
+        return accumulate_gradients(self.accelerator, self.model, batch, self.config, samples_per_step, synchronize)
 
     def after_epoch(self, statistics: list[dict[str, float]]):
         follow_current(self.transformer, OLD, self.old_policy_decay)

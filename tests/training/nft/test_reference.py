@@ -106,7 +106,7 @@ def test_reference_schedule():
 
 
 def released_schedule():
-    return ReferenceSchedule(0.15, 15, step=0.01, minimum=0.1, maximum=0.05, early_epochs=5)
+    return ReferenceSchedule(0.15, 15, kl_step=0.01, minimum=0.1, maximum=0.05, early_epochs=5)
 
 
 def test_the_released_threshold_moves():
@@ -131,11 +131,11 @@ def test_the_threshold_survives_a_resume():
     again = released_schedule()
     again.load_state_dict(schedule.state_dict())
     assert (again.max_kl, again.age) == (0.05, 1)
-    changed = ReferenceSchedule(0.3, 15, step=0.01, minimum=0.1, maximum=0.05)
+    changed = ReferenceSchedule(0.3, 15, kl_step=0.01, minimum=0.1, maximum=0.05)
     changed.load_state_dict(schedule.state_dict())
     assert (changed.max_kl, changed.age) == (0.3, 1)
 
 
 def test_a_threshold_of_one_s_own_rises_after_an_early_reset():
-    schedule = ReferenceSchedule(0.15, None, step=0.01)
+    schedule = ReferenceSchedule(0.15, None, kl_step=0.01)
     assert schedule.step(0.2) and schedule.max_kl == pytest.approx(0.16)
