@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ..errors import UserError, one_line
+from ..errors import UserError, exit_code, one_line
 from ..spelling import close_matches
+
+
+def command(run: Callable[[list[str] | None], object]) -> Callable[..., int]:
+    """Makes a command's main of what it does with its arguments, those of the process if `None`: it returns the
+    [`exit_code`]."""
+    return lambda argv=None: exit_code(lambda: run(argv))
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -8,13 +8,14 @@ import shlex
 from pathlib import Path
 
 from ..conversion.config import ConversionConfig
-from ..errors import UserError, as_user_error, exit_code, one_line
+from ..errors import UserError, as_user_error, one_line
 from ..layouts.published_models import PUBLISHED_MODELS
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, command
 from .options import parse_fields
 
 
-def run(argv: list[str] | None):
+@command
+def main(argv: list[str] | None):
     sources = "\n".join(f"  {name:32} {model.source}" for name, model in PUBLISHED_MODELS.items())
     parser = ArgumentParser(
         prog="astrolabe convert",
@@ -54,7 +55,3 @@ def push(hub, repo_id: str, folder: Path, names: tuple[str, ...]):
         include = [word for pattern in patterns for word in ("--include", pattern)]
         command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *include])
         raise UserError(f"not pushed to {repo_id}: {one_line(error)}. Later: {command}") from error
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..errors import exit_code
 from ..evaluation.config import LoraEvaluationConfig
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, command
 from .options import parse_fields
 
 
-def run(argv: list[str] | None):
+@command
+def main(argv: list[str] | None):
     parser = ArgumentParser(
         prog="astrolabe evaluate",
         description="Scores the videos of a causal video model with and without LoRAs, from the same seeds.",
@@ -17,7 +17,3 @@ def run(argv: list[str] | None):
     from ..evaluation.loras import evaluate_loras
 
     evaluate_loras(config)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))

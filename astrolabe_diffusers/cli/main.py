@@ -24,9 +24,9 @@ COMMANDS = {
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     several = "On several processes: accelerate launch -m astrolabe_diffusers.cli.main COMMAND ..."
-    return "\n".join(["usage: astrolabe COMMAND [--help] ...", "", *lines, "", several])
+    return f"usage: astrolabe COMMAND [--help] ...\n\n{lines}\n\n{several}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

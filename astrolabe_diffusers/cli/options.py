@@ -16,7 +16,7 @@ def parse_fields(parser: ArgumentParser, config_class: type[Config], argv: list[
 
     The parts of a list are separated by commas or blanks, or its flag is given several times.
     """
-    hints = get_type_hints(config_class)
+    hints, silent = get_type_hints(config_class), {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for f in fields(config_class):
         # As declared: what a made object has may follow from other fields.
         default = f.default if f.default_factory is MISSING else f.default_factory()
@@ -28,10 +28,8 @@ def parse_fields(parser: ArgumentParser, config_class: type[Config], argv: list[
             kind = {"action": "extend", "nargs": "+"}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
         for alias in (old for old, new in config_class.aliases.items() if new == f.name):
-            silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             parser.add_argument(f"--{alias}", dest=f.name, **silent, **kind)
     for name, advice in config_class.removed.items():
-        silent = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(f"--{name}", action=_Removed, nargs="?", const=advice, **silent)
     arguments = parser.parse_args(argv)
     return {name: ",".join(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..errors import exit_code
 from ..evaluation.config import ScoreConfig
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, command
 from .options import parse_fields
 
 
-def run(argv: list[str] | None):
+@command
+def main(argv: list[str] | None):
     parser = ArgumentParser(prog="astrolabe score", description="Scores videos by any rewards.")
     parser.add_argument("videos", metavar="VIDEO_OR_FOLDER", help="a file, or a folder with .mp4 files")
     arguments = parse_fields(parser, ScoreConfig, argv)
@@ -16,7 +16,3 @@ def run(argv: list[str] | None):
     from ..evaluation.score_files import score_videos
 
     score_videos(videos, config)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, option
-from ..errors import Interrupted, UserError, as_user_error, exit_code
-from .arguments import ArgumentParser
+from ..errors import Interrupted, UserError, as_user_error
+from .arguments import ArgumentParser, command
 from .options import parse_fields
 
 
@@ -42,7 +42,8 @@ class ServerConfig(Config):
             )
 
 
-def run(argv: list[str] | None):
+@command
+def main(argv: list[str] | None):
     parser = ArgumentParser(
         prog="astrolabe serve",
         description="Serves rewards over HTTP. Without --host nothing but this machine reaches it; otherwise set "
@@ -79,7 +80,3 @@ def serve(config: ServerConfig):
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # by then it has answered whom it could
         raise Interrupted(signal.SIGINT) from None
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, coerce, read_yaml
-from ..errors import UserError, as_user_error, exit_code
+from ..errors import UserError, as_user_error
 from ..files.text import read_text
 from ..spelling import close_matches
 from ..training.algorithms import get_algorithm, get_config_class
 from ..training.published_runs import RECIPES, SIZES, PublishedRun, find_published_run, list_published_runs
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, command
 from .options import parse_fields
 
 
 DEFAULT_ALGORITHM = "nft"
 
 
-def run(argv: list[str] | None):
+@command
+def main(argv: list[str] | None):
     parser = ArgumentParser(
         prog="astrolabe train",
         description="Trains a LoRA of a causal video model by online reinforcement learning.",
@@ -31,24 +32,13 @@ def run(argv: list[str] | None):
     get_algorithm(algorithm)(config=config).train()
 
 
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))
-
-
-def parse_args(argv: list[str] | None = None, recipes: Path = RECIPES) -> Config:
-    """The settings, of the algorithm's class, that `--config NAME_OR_YAML` and `--any_field value` say.
-
-    Args:
-        argv: the arguments; those of the process if `None`.
-        recipes: folder in which `--config NAME` finds `NAME.yaml`.
-    """
-    algorithm, settings, arguments = parse_settings(ArgumentParser(), argv, recipes)
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The settings, of the algorithm's class, that `--config NAME_OR_YAML` and `--any_field value` say."""
+    algorithm, settings, arguments = parse_settings(ArgumentParser(), argv)
     return get_config_class(algorithm)(**settings | arguments)
 
 
-def parse_settings(
-    parser: ArgumentParser, argv: list[str] | None, recipes: Path = RECIPES
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The algorithm's name; the settings that `--config` stands for, with sizes for this number of processes; and what
     the command line says, which goes before them, for the algorithm's settings and the parser's own arguments."""
     # Whose fields become flags is said by two of the flags.
@@ -61,12 +51,11 @@ def parse_settings(
             print(list_published_runs())
         raise SystemExit(0)
     run = given.config and find_published_run(given.config)
-    settings = run.settings if run else _read_recipe(given.config, recipes)
+    settings = run.settings if run else _read_recipe(given.config)
     algorithm = given.algorithm or settings.get("algorithm", DEFAULT_ALGORITHM)
     config_class = get_config_class(algorithm)
 
-    names = ", ".join(_recipe_names(recipes))
-    help = f"a YAML file, {names}, the name of a published run, or `list`, which prints these names"
+    help = f"a YAML file, {_recipe_names()}, the name of a published run, or `list`, which prints these names"
     parser.add_argument("--config", metavar="", help=help)
     help = f"nft, awm, or package.module:Class of your own; its settings are the fields below [{DEFAULT_ALGORITHM}]"
     parser.add_argument("--algorithm", metavar="", help=help)
@@ -101,19 +90,18 @@ def _for_processes(
     return values | changed
 
 
-def _recipe_names(recipes: Path) -> list[str]:
-    return sorted(path.stem for path in recipes.glob("*.yaml"))
+def _recipe_names() -> str:
+    return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 
-def _read_recipe(config: str | None, recipes: Path) -> dict[str, Any]:
+def _read_recipe(config: str | None) -> dict[str, Any]:
     if config is None:
         return {}
     path = Path(config)
     if path.suffix not in (".yaml", ".yml"):
-        path = recipes / f"{config}.yaml"
+        path = RECIPES / f"{config}.yaml"
     if not path.is_file():
-        known = ", ".join(_recipe_names(recipes))
-        raise UserError(f"--config {config}: no such file and no such name; the names are: {known}.")
+        raise UserError(f"--config {config}: no such file and no such name; the names are: {_recipe_names()}.")
     with as_user_error("--config"):
         text = read_text(path)
     values = read_yaml(f"{path} is no valid YAML", text) or {}

@@ -22,7 +22,7 @@ from ..reporting.comparison import Evaluation, comparison_rows
 from ..reporting.machine import versions
 from ..reporting.tables import change_text, markdown_table
 from ..reporting.videos import write_columns
-from ..rollout.prompts import PromptSource, prompt_path, spread
+from ..rollout.prompts import PromptSource, spread
 from ..rollout.samples import eval_samples
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread
@@ -104,8 +104,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
 
 def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resources: Resources) -> HeldOut:
     """The held-out videos of an evaluation, whose LoRAs all fit; `resources` lets go of what they need."""
-    source = PromptSource(prompt_path(config.model, config.prompts), config.prompts_data_dir, config.prompt_column)
-    prompts = spread(source.read(config.eval_split), config.num_prompts)
+    prompts = spread(PromptSource.of(config).read(config.eval_split), config.num_prompts)
     weights = dict.fromkeys(config.rewards, 1.0)
     rewards = resources.enter_context(
         config.make_rewards(weights, frame_rate(config.model, config.revision), accelerator.process_index)

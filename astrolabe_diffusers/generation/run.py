@@ -52,7 +52,7 @@ def generate_videos(config: GenerationConfig):
                 resources.enter_context(RunFolder(config.output_dir, "generation"))
         prompts = [Prompt(config.prompt)]
         if config.prompts:
-            prompts = PromptSource(config.prompts, config.prompts_data_dir, config.prompt_column).read(config.split)
+            prompts = PromptSource.of(config).read(config.split)
         rewards = None
         if config.rewards:
             fps = config.fps or frame_rate(config.model, config.revision)

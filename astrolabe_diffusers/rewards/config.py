@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,20 @@ class RewardConfig(Config):
         600, "seconds after which a batch's rewards count as hung, wherever they are, and the run ends", minimum=1e-3
     )
 
-    def make_rewards(self, weights: dict[str, float], fps: float, process_index: int = 0) -> RewardSet:
-        """Rewards with these weights, for videos of `fps` frames a second."""
+    def make_rewards(
+        self,
+        weights: dict[str, float],
+        fps: float,
+        process_index: int = 0,
+        named: dict[str, Any] | None = None,
+        others: Collection[str] = (),
+        field: str = "rewards",
+    ) -> RewardSet:
+        """Rewards with these weights, for videos of `fps` frames a second; `named` says what some of the names mean.
+        The settings may speak of `others`, those of another set; `field` is the one that has the names."""
         from .reward_set import RewardSet
 
-        with as_user_error("rewards"):
-            return RewardSet(
-                weights, self.reward_options, self.reward_placement, self.reward_timeout, fps, process_index
-            )
+        settings = (self.reward_options, self.reward_placement)
+        options, placement = ({name: s[name] for name in s if name not in others} for s in settings)
+        with as_user_error(field):
+            return RewardSet(weights, options, placement, self.reward_timeout, fps, process_index, named)

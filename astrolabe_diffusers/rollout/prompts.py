@@ -6,12 +6,15 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError, as_user_error
 from ..files.text import parse_json, read_lines
 from ..pipelines.scene_prompt import check_text
 
+
+if TYPE_CHECKING:
+    from .config import VideoConfig
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +37,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a `.txt` file, one a line, or a `.jsonl` file, objects with a `prompt`. Empty lines do not count."""
     path = Path(path)
     with as_user_error("prompts"):
-        lines = [(number, line.strip()) for number, line in enumerate(read_lines(path), 1)]
-    lines = [(number, line) for number, line in lines if line]
-    if path.suffix != ".jsonl":
-        prompts = [Prompt(line) for _, line in lines]
-    else:
-        prompts = []
-        for number, line in lines:
+        lines = read_lines(path)
+    prompts = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and path.suffix != ".jsonl":
+            prompts.append(Prompt(line))
+        elif line:
             try:
                 metadata = parse_json(line, path)
                 prompts.append(Prompt(metadata.pop("prompt"), metadata))
@@ -58,14 +60,21 @@ class PromptSource:
     Attributes:
         name: a file, a folder with a file a split, or a dataset of the library `datasets`, id or folder.
         data_dir: folder inside the dataset's repository.
-        column:
-            of the dataset, `prompt` or `text` if not given; its other columns are the metadata. Empty rows do not
-            count, as empty lines of a file do not.
+        column: of the dataset; its other columns are the metadata. Empty rows do not count, as empty lines of a file.
     """
 
     name: str
     data_dir: str | None = None
     column: str | None = None
+
+    @classmethod
+    def of(cls, config: VideoConfig) -> PromptSource:
+        """The prompts that settings name, or those that lie beside the model."""
+        path = Path(config.model) / "prompts"
+        if config.prompts is None and not path.is_dir():
+            raise UserError(f"there is no folder {path}: check the model's name, or give prompts, a file or a folder.")
+        name = str(path) if config.prompts is None else config.prompts
+        return cls(name, config.prompts_data_dir, config.prompt_column)
 
     def read(self, split: str) -> list[Prompt]:
         """The prompts of a split; those of a file, which is all of them.
@@ -82,10 +91,7 @@ class PromptSource:
             prompts = read_prompts(file)
         else:
             raise UserError(f"the prompt file {file} must be a .txt or a .jsonl file.")
-        for index, prompt in enumerate(prompts):
-            with as_user_error(f"prompt {index} of {self.name}"):
-                check_text(prompt.text)
-        return prompts
+        return _checked(prompts, f" of {self.name}")
 
     def _read_dataset(self, split: str) -> list[Prompt]:
         # Imported here: it costs a second, and most runs have a file.
@@ -99,6 +105,13 @@ class PromptSource:
             names = " or ".join(map(repr, columns))
             raise UserError(f"{self.name} has no column {names}; its columns: {', '.join(dataset.column_names)}.")
         return [Prompt(row.pop(column), row) for row in dataset if str(row[column]).strip()]
+
+
+def _checked(prompts: list[Prompt], of: str = "") -> list[Prompt]:
+    for index, prompt in enumerate(prompts):
+        with as_user_error(f"prompt {index}{of}"):
+            check_text(prompt.text)
+    return prompts
 
 
 def as_prompts(items: Iterable[str | dict[str, Any] | Prompt]) -> list[Prompt]:
@@ -116,12 +129,10 @@ def as_prompts(items: Iterable[str | dict[str, Any] | Prompt]) -> list[Prompt]:
         prompt = Prompt(item) if isinstance(item, str) else item
         if not isinstance(prompt, Prompt):
             raise UserError(f"prompt {index} must be a text or a dict with a `prompt`, not {item!r:.80}.")
-        with as_user_error(f"prompt {index}"):
-            check_text(prompt.text)
         prompts.append(prompt)
     if not prompts:
         raise UserError("there are no prompts.")
-    return prompts
+    return _checked(prompts)
 
 
 def train_and_eval_prompts(
@@ -175,13 +186,3 @@ def spread(items: Sequence[T], number: int) -> list[T]:
     """`number` items, or all if there are fewer, evenly spaced: a sorted file is covered from end to end."""
     number = min(number, len(items))
     return [items[i * len(items) // number] for i in range(number)]
-
-
-def prompt_path(model: str, prompts: str | None) -> str:
-    """The given prompts, or those that lie beside the model."""
-    if prompts is not None:
-        return prompts
-    path = Path(model) / "prompts"
-    if not path.is_dir():
-        raise UserError(f"there is no folder {path}: check the model's name, or give prompts, a file or a folder.")
-    return str(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -22,23 +23,12 @@ class PromptEncoder:
     """
 
     def __init__(self, pipeline, max_prompts: int = 512):
-        self.pipeline = pipeline
-        self.max_prompts = max_prompts
-        self._embeds: dict[str, torch.Tensor] = {}
+        self._encode = lru_cache(max_prompts)(lambda prompt: pipeline.encode_prompt([prompt]))
 
     @torch.no_grad()
     def __call__(self, prompts: Iterable[str]) -> torch.Tensor:
         """`(B, L, D)`, on the pipeline's device."""
         return torch.cat([self._encode(prompt) for prompt in prompts])
-
-    def _encode(self, prompt: str) -> torch.Tensor:
-        if prompt not in self._embeds:
-            if len(self._embeds) >= self.max_prompts:
-                del self._embeds[next(iter(self._embeds))]
-            self._embeds[prompt] = self.pipeline.encode_prompt([prompt])
-        else:
-            self._embeds[prompt] = self._embeds.pop(prompt)
-        return self._embeds[prompt]
 
 
 @dataclass
@@ -58,16 +48,12 @@ class Sampler:
     def __call__(
         self, prompt_embeds: torch.Tensor, samples: Sequence[Sample]
     ) -> tuple[torch.Tensor, Trajectory | None]:
-        """Latents `(B, C, f, h, w)`, each from its sample's own generator, and how they came about.
-
-        Args:
-            prompt_embeds: `(B, L, D)`.
-        """
+        """Latents `(B, C, f, h, w)`, each from its sample's own generator, and how they came about."""
         generators = [seeded_generator("sample", *sample.key) for sample in samples]
         arguments, trajectory = {}, None
         if self.keep_trajectory:
             # What the pipeline would draw first.
-            noise = self._noise(len(samples), generators)
+            noise = self._noise(generators)
             trajectory = Trajectory.begin(noise, self._block_frames)
             arguments = {"latents": noise, "callback_on_step_end": trajectory.on_step_end}
         latents = self.pipeline(
@@ -79,13 +65,10 @@ class Sampler:
     def _block_frames(self) -> int:
         return self.pipeline.transformer.config.num_frames_per_block
 
-    def _noise(self, batch_size: int, generators: list[torch.Generator], num_given: int = 0) -> torch.Tensor:
+    def _noise(self, generators: list[torch.Generator], num_given: int = 0) -> torch.Tensor:
+        device = self.pipeline._execution_device
         return self.pipeline.prepare_latents(
-            batch_size,
-            **self.size,
-            device=self.pipeline._execution_device,
-            generator=generators,
-            num_given=num_given,
+            len(generators), **self.size, device=device, generator=generators, num_given=num_given
         )
 
 
@@ -114,16 +97,20 @@ class SharedPastSampler(Sampler):
             self._group = group
             self._past, self._past_latents = self._sample_past(prompt_embeds[:1], group)
         generators = [seeded_generator("sample", *sample.key) for sample in samples]
-        noise = self._noise(len(samples), generators, self.num_past_frames)
+        noise = self._noise(generators, self.num_past_frames)
         videos, trajectory = self._past.share_past(len(samples), prompt_embeds), None
         if self.keep_trajectory:
             trajectory = Trajectory.begin(noise, self._block_frames)
             videos.sampling = replace(videos.sampling, callback_on_step_end=trajectory.on_step_end)
-        blocks = [self._past_latents.expand(len(samples), -1, -1, -1, -1)]
+        past = self._past_latents.expand(len(samples), -1, -1, -1, -1)
+        return torch.cat([past, self._denoise(videos, noise, generators)], dim=2), trajectory
+
+    def _denoise(self, videos: BlockGenerator, noise: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        blocks = []
         for block_noise in noise.split(self._block_frames, dim=2):
             blocks.append(videos.denoise(block_noise, None, generators))
             videos.finish(blocks[-1])
-        return torch.cat(blocks, dim=2), trajectory
+        return torch.cat(blocks, dim=2)
 
     def _sample_past(self, prompt_embeds: torch.Tensor, group: tuple) -> tuple[BlockGenerator, torch.Tensor]:
         config = self.pipeline.config
@@ -133,14 +120,10 @@ class SharedPastSampler(Sampler):
         )
         past = self.pipeline.block_generator_class(self.pipeline, sampling, [0])
         past.prompt_embeds = prompt_embeds
-        generator = seeded_generator("past", *group)
-        blocks = []
-        noise = self._noise(1, [generator])[:, :, : self.num_past_frames]
-        for block_noise in noise.split(self._block_frames, dim=2):
-            blocks.append(past.denoise(block_noise, None, [generator]))
-            past.finish(blocks[-1])
+        generators = [seeded_generator("past", *group)]
+        latents = self._denoise(past, self._noise(generators)[:, :, : self.num_past_frames], generators)
         past.remember()
-        return past, torch.cat(blocks, dim=2)
+        return past, latents
 
 
 @dataclass

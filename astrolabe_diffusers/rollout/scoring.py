@@ -45,11 +45,11 @@ class ScoringThread(Closing):
     rewards are offloaded meanwhile. Its [`close`] closes the rewards too.
 
     Args:
-        vae ([`AutoencoderKLWan`]): decodes the latents; nothing else should use it meanwhile.
-        rewards ([`RewardSet`]): the rewards that are trained on.
-        watched ([`RewardSet`], *optional*): rewards that are only reported.
-        skip_bad (`bool`): a video without a finite score gets NaN, instead of ending the run.
-        timeout (`float`): seconds that a batch may take.
+        vae: decodes the latents; nothing else should use it meanwhile.
+        rewards: those that are trained on.
+        watched: those that are only reported.
+        skip_bad: a video without a finite score gets NaN, instead of ending the run.
+        timeout: seconds that a batch may take.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from ..distributed.accelerator import accelerate_settings, check_precision
 from ..errors import UserError, as_user_error
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet, named_reward_funcs
-from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, prompt_path, train_and_eval_prompts
+from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, train_and_eval_prompts
 from .config import OnlineConfig
 
 
@@ -43,8 +43,7 @@ def load_prompts(
         return hold_out(as_prompts(train_prompts), held_out, config.num_eval_prompts, "train_prompts")
     if eval_prompts is not None:
         raise UserError("eval_prompts go with train_prompts; the settings' `prompts` have both.")
-    path = prompt_path(config.model, config.prompts)
-    source = PromptSource(path, config.prompts_data_dir, config.prompt_column)
+    source = PromptSource.of(config)
     return train_and_eval_prompts(source, config.num_eval_prompts, config.train_split, config.eval_split)
 
 
@@ -81,28 +80,18 @@ def name_rewards(config: OnlineConfig, reward_funcs: Sequence | None) -> tuple[O
 def make_rewards(
     config: OnlineConfig, fps: float, process_index: int = 0, named: dict[str, Any] | None = None
 ) -> tuple[RewardSet, RewardSet | None]:
-    """The rewards that are trained on, and those that are only watched, for videos of `fps` frames a second.
-
-    Args:
-        named: functions and rewards by the names that the settings have.
-    """
+    """The rewards that are trained on, and those that are only watched; arguments as of `config.make_rewards`."""
     known = [*config.rewards, *config.eval_rewards]
     for field in ("reward_options", "reward_placement"):
         unknown = [name for name in getattr(config, field) if name not in known]
         if unknown:
             raise UserError(f"{field}: {unknown[0]!r} is none of the rewards of this run, {', '.join(known)}.")
 
-    def reward_set(field: str, weights: dict[str, float]) -> RewardSet:
-        options = {name: value for name, value in config.reward_options.items() if name in weights}
-        placement = {name: value for name, value in config.reward_placement.items() if name in weights}
-        with as_user_error(field):
-            given = {name: reward for name, reward in (named or {}).items() if name in weights}
-            return RewardSet(weights, options, placement, config.reward_timeout, fps, process_index, given)
-
-    rewards = reward_set("rewards", config.rewards)
-    with ExitStack() as stack:
-        stack.callback(rewards.close)  # unless the others can be made too
-        watched = dict.fromkeys(config.eval_rewards, 1.0)
-        watched = reward_set("eval_rewards", watched) if watched else None
-        stack.pop_all()
+    rewards, watched = config.make_rewards(config.rewards, fps, process_index, named, config.eval_rewards), None
+    if config.eval_rewards:
+        with ExitStack() as stack:
+            stack.push(rewards)  # unless the others can be made too
+            weights = dict.fromkeys(config.eval_rewards, 1.0)
+            watched = config.make_rewards(weights, fps, process_index, others=config.rewards, field="eval_rewards")
+            stack.pop_all()
     return rewards, watched

@@ -12,7 +12,8 @@ from astrolabe_diffusers.training.published_runs import RECIPES
 
 
 @pytest.fixture
-def configs(tmp_path):
+def configs(tmp_path, monkeypatch):
+    monkeypatch.setattr("astrolabe_diffusers.cli.train.RECIPES", tmp_path)
     (tmp_path / "small.yaml").write_text("rank: 16\nlearning_rate: 3e-4\nrewards: {sharpness: 2, flicker: 0.5}\n")
     return tmp_path
 
@@ -28,7 +29,7 @@ def test_defaults_are_the_published_settings():
 
 
 def test_command_line_goes_before_file_goes_before_default(configs):
-    config = parse_args(["--config", "small", "--rank", "8"], configs)
+    config = parse_args(["--config", "small", "--rank", "8"])
     assert (config.rank, config.learning_rate, config.beta) == (8, 3e-4, 1.0)
     assert config.rewards == {"sharpness": 2.0, "flicker": 0.5}
 
@@ -94,7 +95,7 @@ def test_values_get_the_type_of_their_field(arguments, field, value):
 )
 def test_mistakes_end_in_one_line_that_names_the_choices(arguments, words, configs):
     with pytest.raises(UserError) as error:
-        parse_args(arguments, configs)
+        parse_args(arguments)
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
@@ -140,16 +141,16 @@ def test_a_list_may_be_given_in_pieces(configs):
 def test_a_key_that_stands_twice_in_a_file(configs):
     (configs / "twice.yaml").write_text("rank: 4\nrewards: {sharpness: 1}\nrank: 8\n")
     with pytest.raises(UserError, match="twice.yaml .*rank is given twice.*line 1"):
-        parse_args(["--config", "twice"], configs)
+        parse_args(["--config", "twice"])
     (configs / "twice.yaml").write_text("rewards: {sharpness: 1, flicker: 1, sharpness: 2}\n")
     with pytest.raises(UserError, match="sharpness is given twice"):
-        parse_args(["--config", "twice"], configs)
+        parse_args(["--config", "twice"])
 
 
 def test_file_that_is_no_text(configs):
     (configs / "binary.yaml").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match="binary.yaml is no text") as error:
-        parse_args(["--config", "binary"], configs)
+        parse_args(["--config", "binary"])
     assert "\n" not in str(error.value)
 
 
@@ -170,13 +171,13 @@ def test_an_epoch_has_a_size_that_a_machine_can_hold():
 def test_unknown_key_of_a_file_suggests_the_right_one(configs):
     (configs / "typo.yaml").write_text("learnin_rate: 1\nzzz: 2\n")
     with pytest.raises(UserError, match="learnin_rate.*did you mean learning_rate.*zzz"):
-        parse_args(["--config", "typo"], configs)
+        parse_args(["--config", "typo"])
 
 
 def test_file_that_is_no_yaml(configs):
     (configs / "bad.yaml").write_text("a: [1\nb: 2")
     with pytest.raises(UserError, match="bad.yaml is no valid YAML") as error:
-        parse_args(["--config", "bad"], configs)
+        parse_args(["--config", "bad"])
     assert "\n" not in str(error.value)
 
 
@@ -198,7 +199,7 @@ def test_a_token_is_no_setting(configs):
     (configs / "old.yaml").write_text("hub_token: hf_planted\n")
     for arguments in (["--hub_token", "hf_planted"], ["--hub_token=hf_planted"], ["--config", "old"]):
         with pytest.raises(UserError, match="HF_TOKEN or `hf auth login`") as error:
-            parse_args(arguments, configs)
+            parse_args(arguments)
         assert "hf_planted" not in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(TypeError):
         NFTConfig(hub_token="hf_planted")
