@@ -12,11 +12,7 @@ from .seeds import seeded_generator
 
 @dataclass(frozen=True)
 class Past:
-    """
-    Attributes:
-        num_frames: latent frames before the window.
-        shared: the videos of a batch, which is of one group, have them in common.
-    """
+    """`num_frames` latent frames before the window; if `shared`, the videos of a batch, of one group, have one."""
 
     num_frames: int = 0
     shared: bool = False
@@ -28,13 +24,8 @@ class Past:
 
 @dataclass
 class Windows:
-    """Which window of a long video an epoch trains. All numbers are latent frames.
-
-    Attributes:
-        size: of the window.
-        starts: where it may begin.
-        shared_past: the videos of a group part only there.
-    """
+    """Which window of a long video an epoch trains: its `size`, and where it `starts`, in latent frames. With
+    `shared_past` the videos of a group part only there."""
 
     size: int
     starts: list[int]
@@ -48,11 +39,7 @@ class Windows:
 
 
 def make_windows(config, num_frames: int, block_frames: int, sink_size: int) -> Windows:
-    """
-    Args:
-        config: [`OnlineConfig`], for the settings of windows.
-        num_frames: latent frames of a video, unless the settings have `sample_frames`.
-        block_frames, sink_size: of the model.
+    """The windows of an [`OnlineConfig`], of videos of `num_frames` latent frames unless it has `sample_frames`.
 
     Raises:
         UserError: window, video or starts are no whole blocks or do not fit into each other.

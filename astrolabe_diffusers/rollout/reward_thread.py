@@ -21,11 +21,8 @@ class RewardThread(Closing):
 
     Python waits for the threads of a `ThreadPoolExecutor` before it exits, so that a reward that hangs would keep a
     failed run from ending. This one is given `PATIENCE` seconds to come to the end of its call: to end a thread in the
-    midst of torch's code may crash the process.
-
-    Args:
-        timeout: seconds after which a call counts as hung; its future then holds a [`UserError`].
-        initializer: called first, in the thread.
+    midst of torch's code may crash the process. A call counts as hung after `timeout` seconds; its future then holds a
+    [`UserError`]. The `initializer` is called first, in the thread.
     """
 
     def __init__(self, timeout: float, initializer: Callable[[], object] | None = None):

@@ -33,13 +33,8 @@ class PromptEncoder:
 
 @dataclass
 class Sampler:
-    """Samples latents with the active policy.
-
-    Args:
-        pipeline: a [`CausalWanPipeline`].
-        size: `height`, `width` and `num_frames` of the videos, past included.
-        keep_trajectory: keep each block's noisy latents, from the first block on that is not shared.
-    """
+    """Samples latents of videos of this `size` (`height`, `width` and `num_frames`, past included) with the active
+    policy. With `keep_trajectory` it keeps each block's noisy latents, from the first block on that is not shared."""
 
     pipeline: object
     size: dict[str, int]
@@ -76,10 +71,8 @@ class Sampler:
 class SharedPastSampler(Sampler):
     """Samples the past of a group once, and its videos as continuations of it that share its K/V.
 
-    The past depends on the group alone, so every process that has samples of it makes the same one.
-
-    Args:
-        num_past_frames: latent frames of the past, at least one block and the model's sink.
+    The past depends on the group alone, so every process that has samples of it makes the same one. It has at least
+    one block and the model's sink.
     """
 
     num_past_frames: int = field(kw_only=True)
@@ -128,12 +121,7 @@ class SharedPastSampler(Sampler):
 
 @dataclass
 class Rollout:
-    """From prompts to videos that are being scored.
-
-    Args:
-        pipeline: a [`CausalWanPipeline`].
-        scoring: decodes and scores the videos.
-    """
+    """From prompts to videos that are being scored."""
 
     pipeline: object
     scoring: ScoringThread

@@ -77,13 +77,8 @@ class ScoringThread(Closing):
         keep: Collection[tuple] = (),
         past: Past = Past(),
     ) -> Future:
-        """Scores of `latents` `(B, C, f, h, w)` as a future; a reward's error becomes a [`UserError`].
-
-        Args:
-            watched: ask the watched rewards too.
-            keep: keys of the samples whose videos are wanted back.
-            past: what of the latents is not scored.
-        """
+        """[`Scores`] of `latents` `(B, C, f, h, w)` after their `past` as a future; a reward's error becomes a
+        [`UserError`]. The `watched` rewards may be asked too; videos of samples with keys in `keep` are kept."""
         future = self._thread.submit(self._run, latents, samples, watched, keep, past)
         if any(reward_set.takes_turns for reward_set in self._reward_sets):
             wait([future])
@@ -127,7 +122,7 @@ class ScoringThread(Closing):
         return {"reward": output.total, **output.scores, **output.info}
 
     def close(self):
-        """Ends the rewards, which a call may be waiting for, and then the thread."""
+        # The rewards first, for which a call may be waiting.
         for reward_set in self._reward_sets:
             reward_set.close()
         self._thread.close()
@@ -160,15 +155,10 @@ def stack_scores(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Te
 
 
 def gather_scores(batches: Sequence[VideoBatch], samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], float]:
-    """Wait for the scores of this process and exchange them with the others.
+    """Waits for the scores of this process's `batches`, exchanges them with the others, and returns by name those
+    `(N,)` of all `samples`, and the seconds that the slowest process spent on scoring.
 
-    Args:
-        batches: what this process sampled.
-        samples: all samples, in the order in which their scores are wanted.
-
-    Returns:
-        For each name the scores `(N,)` of all samples, and the seconds that the slowest process spent on scoring. If
-        a reward failed anywhere, its error is raised in every process: none is left waiting.
+    If a reward failed anywhere, its error is raised in every process: none is left waiting.
     """
     with raise_together():
         scores = [batch.scores.result() for batch in batches]

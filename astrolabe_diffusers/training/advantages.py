@@ -44,14 +44,9 @@ def reward_to_maximise(
     normalization: str = "none",
 ) -> torch.Tensor:
     """
-    The reward `(N,)` that advantages are made of, of `scores` `(N,)` by name; NaN where one of them is.
-
-    Args:
-        weights: of the rewards.
-        primary: this reward alone, whatever the weights.
-        normalization:
-            `"none"`: the weighted sum of the scores as they are. `"group"`: each is first centred and divided by its
-            standard deviation in its group, so that a reward with a wide range does not drown the others.
+    The reward `(N,)` that advantages are made of: the `primary` one of `scores` `(N,)` alone, or the weighted sum; NaN
+    where one of them is. With the normalization `"group"` each is first centred and divided by its standard deviation
+    in its group, so that a reward with a wide range does not drown the others.
     """
     if primary is not None:
         return scores[primary]

@@ -47,7 +47,6 @@ class Checkpoints:
     Args:
         transformer: the unwrapped transformer.
         optimizer: AdamW over the current policy's parameters, prepared or not.
-        config: `output_dir`, `checkpoints_total_limit` (the oldest go), and all that is saved as `config.yaml`.
         identity: from `policy_identity`, before the model was prepared.
     """
 
@@ -103,13 +102,9 @@ class Checkpoints:
     def find(self, name: str | None) -> tuple[Path | None, list[str]]:
         """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
 
-        Args:
-            name: `"latest"`, a path or `checkpoint-N`; `None` starts anew.
-
-        Returns:
-            `None` for the checkpoint to start anew: also for `"latest"` if there is none. One that is damaged is
-            passed over for the one before. Left-overs of a kill are removed, and checkpoints of later steps, which
-            would be taken for this run's, are set aside under another name.
+        `name` is `"latest"`, of which a damaged one is passed over for the one before, a path or `checkpoint-N`.
+        Without a checkpoint the run starts anew. Left-overs of a kill are removed, and checkpoints of later steps,
+        which would be taken for this run's, are set aside under another name.
 
         Raises:
             UserError: no such checkpoint, or it is damaged, or of another model or LoRA.
@@ -150,10 +145,8 @@ class Checkpoints:
         return path
 
     def load(self, path: Path, like: dict[str, Any]) -> dict[str, Any]:
-        """Restores adapters and optimizer, and returns the trainer's `state`; every process calls it.
-
-        Args:
-            like: a state of the form that it must have.
+        """Restores adapters and optimizer, and returns the trainer's state, of the form of `like`; every process calls
+        it.
 
         Raises:
             UserError: in every process, if something is not what [`~Checkpoints.save`] wrote.

@@ -56,55 +56,36 @@ class OnlineConfig(VideoConfig):
     eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
     output_dir: str = option("lora", "everything the run writes")
     overwrite_output_dir: bool = option(False, "begin anew in an output_dir that has a run, or files of others")
-    seed: int = option(
-        42, "seed of LoRA initialisation, prompts, samples and training noise", minimum=0, maximum=2**32 - 1
-    )
-
+    seed: int = option(42, "seed of LoRA, prompts, samples and training noise", minimum=0, maximum=2**32 - 1)
     eval_num_frames: int | None = option(None, "frames of the held-out videos; num_frames if not given", minimum=1)
 
     # Streaming long tuning: a window of a longer video is trained (Astrolabe 3.3)
-    window_size: int | None = option(
-        None, "latent frames that are rewarded and trained; the whole video if not given", minimum=1
-    )
-    sample_frames: int | None = option(
-        None, "latent frames of the video in which the window lies; those of num_frames if not given", minimum=1
-    )
+    window_size: int | None = option(None, "latent frames that are scored and trained; all if not given", minimum=1)
+    sample_frames: int | None = option(None, "latent frames of the window's video; num_frames if not given", minimum=1)
     window_selection: str = option(
         "random",
         "where the window lies, the same for all samples of an epoch; `choices`: at one of window_choices",
         choices=("random", "first", "last", "choices"),
     )
     window_choices: list[int] = option([], "latent frames at which a window may begin")
-    shared_past: bool = option(
-        False, "the videos of a group part only where the window begins: what is before is sampled and kept once"
-    )
+    shared_past: bool = option(False, "videos of a group part only at the window: what is before is sampled once")
 
     # Rollout
     train_batch_size: int = option(3, "videos in a batch on each device, in sampling and in training", minimum=1)
     batches_per_epoch: int = option(16, "batches an epoch on each device", minimum=1)
-    samples_per_prompt: int = option(
-        24, "videos of a group, all from one prompt; a group of one has nothing to compare", minimum=2
-    )
+    samples_per_prompt: int = option(24, "videos of a group, from one prompt; one has nothing to compare", minimum=2)
 
     # Rewards
-    rewards: dict[str, float] = option(
-        {"tiny_shapes_prompt_match": 1.0}, "rewards and their weights: name, or name=weight,name=weight"
-    )
+    rewards: dict[str, float] = option({"tiny_shapes_prompt_match": 1.0}, "rewards: name, or name=weight,name=weight")
     eval_rewards: list[str] = option([], "rewards that are watched on the held-out prompts and never trained on")
-    nan_reward: str = option(
-        "stop", "a NaN reward stops the run, or its sample is skipped in training", choices=("stop", "skip")
-    )
+    nan_reward: str = option("stop", "a NaN reward stops the run, or skips its sample", choices=("stop", "skip"))
 
     # Advantages
     advantage_reward: str = option(
-        "composite",
-        "what advantages are of: the weighted sum of the rewards, or the primary one",
-        choices=("composite", "primary"),
+        "composite", "advantages are of the weighted sum, or of the primary reward", choices=("composite", "primary")
     )
     reward_normalization: str = option(
-        "none",
-        "before weighting, a reward is taken as it is, or centred and divided by its spread in the group",
-        choices=("none", "group"),
+        "none", "before weighting: none, or centred and divided by the spread in the group", choices=("none", "group")
     )
     primary_reward: str | None = option(None, "the reward that may be hacked; the first one if not given")
     advantage_std: str = option(
@@ -114,9 +95,7 @@ class OnlineConfig(VideoConfig):
     )
 
     # LoRA
-    init_lora: str | None = option(
-        None, "LoRA to start from, folder or Hub id: its rank, alpha and modules go before those below"
-    )
+    init_lora: str | None = option(None, "LoRA to start from, folder or Hub id: its rank, alpha and modules hold")
     rank: int = option(256, "LoRA rank", minimum=1)
     lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank", minimum=1)
     lora_dropout: float = option(0.0, "LoRA dropout", minimum=0, below=1)
@@ -125,9 +104,7 @@ class OnlineConfig(VideoConfig):
     # Optimisation
     num_train_epochs: int = option(100, "length of the run in epochs", minimum=1)
     max_train_steps: int | None = option(None, "length in optimizer steps; goes before num_train_epochs", minimum=1)
-    gradient_accumulation_steps: int | None = option(
-        None, "batches in an optimizer step; batches_per_epoch if not given", minimum=1
-    )
+    gradient_accumulation_steps: int | None = option(None, "batches a step; batches_per_epoch if not given", minimum=1)
     learning_rate: float = option(1e-5, "peak learning rate", above=0)
     lr_scheduler: str = option("constant", "schedule of diffusers.optimization.get_scheduler")
     lr_warmup_steps: int = option(0, "optimizer steps of warm-up, for `constant` too", minimum=0)
@@ -144,13 +121,9 @@ class OnlineConfig(VideoConfig):
         minimum=0,
         below=1,
     )
-    collapse_factor: float = option(
-        2.0, "stop if the norm of predicted clean videos grows or shrinks by this factor; 0: never", minimum=0
-    )
+    collapse_factor: float = option(2.0, "stop if predicted videos' norm changes by this factor; 0: never", minimum=0)
     nan_loss: str = option(
-        "stop",
-        "a loss or gradient that is no finite number stops the run, or its optimizer step is skipped and counted",
-        choices=("stop", "skip"),
+        "stop", "a loss or gradient that is not finite stops the run, or skips its step", choices=("stop", "skip")
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")

@@ -42,12 +42,8 @@ def make_optimizer(config: OnlineConfig, parameters: list[torch.nn.Parameter]):
 
 
 def set_schedule(optimizer, lr_scheduler, steps: int):
-    """Brings the learning rate to where it is after `steps` optimizer steps, by the settings of this run.
-
-    Args:
-        optimizer, lr_scheduler: from [`make_optimizer`], prepared by accelerate or not; the schedule is a `LambdaLR`,
-            as all of `get_scheduler` are.
-    """
+    """Brings the learning rate to where it is after `steps` optimizer steps, by the settings of this run."""
+    # A `LambdaLR`, as all of `get_scheduler` are, prepared by accelerate or not.
     schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
     rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -93,13 +89,8 @@ class CollapseGuard:
 
 @dataclass
 class Optimization:
-    """The current policy's parameters and what moves them.
-
-    Attributes:
-        model: the prepared transformer (wrapped by DDP if there are several processes).
-        optimizer, lr_scheduler: from [`make_optimizer`], prepared or not.
-        skip_bad: a step whose loss or gradient is no finite number is not taken, instead of ending the run.
-    """
+    """The prepared transformer and what moves it. With `skip_bad` a step whose loss or gradient is no finite number is
+    not taken, instead of ending the run."""
 
     accelerator: Accelerator
     model: torch.nn.Module

@@ -41,10 +41,7 @@ def add_policies(
     """Freeze the transformer and add the adapter `default` (the current policy, trainable) and those of others.
 
     LoRA weights are float32 whatever the base is. They start as peft has it, with B zero, so that all policies
-    coincide.
-
-    Args:
-        others: further adapters: `"old"`, `"ema"` (equal at first), `"reference"` (the transformer alone at first).
+    coincide. `"old"` and `"ema"` start as the current policy, `"reference"` as the transformer alone.
     """
     config = LoraConfig(
         r=rank,

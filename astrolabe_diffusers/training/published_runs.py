@@ -44,11 +44,8 @@ class PublishedRun:
         """The settings for a number of processes, and a line that says where batch and group sizes come from.
 
         They are the published ones of the same base if there are some for that number. Otherwise, and beside a size
-        that is `given`, the batches are as many as come nearest to the published samples an epoch and make up whole
-        groups.
-
-        Args:
-            given: those of `SIZES` that the user chose; they stay as they are.
+        of `SIZES` that is `given` by the user and stays, the batches are as many as come nearest to the published
+        samples an epoch and make up whole groups.
         """
         source = num_processes if num_processes in self.sizes else self.processes
         published = {name: self.sizes[source][name] for name in SIZES}
@@ -71,12 +68,8 @@ class PublishedRun:
         )
 
     def choose(self, recommended: bool, given: list[str]) -> tuple[dict[str, Any], str]:
-        """What is to be changed of the settings, and a line that says whose they are.
-
-        Args:
-            recommended: change what we would of the settings that this run states, or nothing.
-            given: fields that the user sets, which go before either.
-        """
+        """What is to be changed of the settings, nothing unless `recommended`, and a line that says whose they are.
+        Fields that are `given` by the user go before either."""
         changed = {k: v for k, v in self.recommended.items() if v != self.settings.get(k, v) and k not in given}
         if recommended:
             line = f"with what we recommend: {', '.join(f'{name}={value}' for name, value in changed.items())}"

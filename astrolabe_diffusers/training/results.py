@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..distributed.agreement import is_first_process
 from ..distributed.sharding import is_sharded, together
 from ..files.text import read_json
 from ..files.writing import replacing
@@ -31,11 +32,10 @@ class BestAdapter:
     `best.json` beside it says its step and its reward.
     """
 
-    def __init__(self, transformer: torch.nn.Module, config: OnlineConfig, is_main_process: bool):
+    def __init__(self, transformer: torch.nn.Module, config: OnlineConfig):
         self.transformer = transformer
         self.policy = POLICIES[config.judged_policy]
         self.folder = Path(config.output_dir) / "best"
-        self.is_main_process = is_main_process
         self.record: dict[str, float] | None = None
 
     def resume(self, step: int):
@@ -55,7 +55,7 @@ class BestAdapter:
         self.record = {"step": evaluation.step, "reward": reward}
         with together():
             save_adapter(self.transformer, self.folder, self.policy, WEIGHT_NAMES[CURRENT])
-            if self.is_main_process:
+            if is_first_process():
                 with replacing(self.folder / "best.json") as partial:
                     partial.write_text(json.dumps(self.record))
 
@@ -69,9 +69,8 @@ def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
     shown = trainer.held_out.shown
     # A sharded model generates on all processes or on none.
     if shown and (is_main or is_sharded()):
-        policies = {"before": "base", "after": judged}
-        policies = {heading: use_policy(trainer.transformer, policy) for heading, policy in policies.items()}
-        columns = trainer.held_out.generate_columns(policies)
+        before, after = (use_policy(trainer.transformer, policy) for policy in ("base", judged))
+        columns = trainer.held_out.generate_columns({"before": before, "after": after})
     if not is_main:
         return {}
     # results.json names no folder of this machine.
@@ -79,8 +78,8 @@ def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
     prompts = [sample.prompt.text for sample in shown]
     if shown:
         comparison = write_columns(columns, prompts, output_dir / "before_after", trainer.pipeline.config.frame_rate)
-        names = (Path(path).name for path in comparison)
-        files |= zip(("before/after video", "before/after sheet", "before/after GIF"), names)
+        kinds = ("before/after video", "before/after sheet", "before/after GIF")
+        files |= {kind: Path(path).name for kind, path in zip(kinds, comparison)}
     files["model card"] = "README.md"
     num_samples = trainer.epoch * trainer.num_groups * config.samples_per_prompt
     results = {

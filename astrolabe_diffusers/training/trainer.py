@@ -61,13 +61,10 @@ class OnlineTrainer:
     Args:
         model: a [`CausalWanPipeline`], or folder or Hub id of one; that of the settings if not given.
         config: the settings.
-        reward_funcs:
-            what is trained on, in place of the settings' `rewards`: functions `fn(videos, prompts, metadata)` that
-            return a score a video, names of rewards, and [`Reward`]s. The weight of each is 1, or what the settings'
-            `rewards` say of its name.
-        train_prompts, eval_prompts:
-            texts, dicts with a `prompt`, or a `datasets.Dataset`, in place of the settings' `prompts`. Without
-            `eval_prompts` some of the training prompts are held out.
+        reward_funcs: in place of the settings' `rewards`, functions `fn(videos, prompts, metadata)` that return a
+            score a video, names of rewards, and [`Reward`]s. The weight of each is 1, or what `rewards` say of it.
+        train_prompts, eval_prompts: texts, dicts with a `prompt`, or a `datasets.Dataset`, in place of the settings'
+            `prompts`. Without `eval_prompts` some of the training prompts are held out.
         callbacks: called at the stages of the run.
     """
 
@@ -105,12 +102,8 @@ class OnlineTrainer:
     # What an algorithm is
 
     def advantages(self, scores: dict[str, torch.Tensor], samples: list[Sample]) -> Advantages:
-        """Advantages of the samples of all processes, of which a group may lie on several; group-relative ones.
-
-        Args:
-            scores: by name `(N,)`: `"reward"`, the weighted sum, each reward, and their parts.
-            samples: the N samples.
-        """
+        """Advantages of the N samples of all processes, of which a group may lie on several; group-relative ones.
+        `scores` has by name `(N,)` `"reward"`, the weighted sum, each reward, and their parts."""
         config = self.config
         groups = torch.tensor([sample.group for sample in samples])
         primary = self.primary_reward if config.advantage_reward == "primary" else None
@@ -182,11 +175,10 @@ class OnlineTrainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        model, scale = self.pipeline.transformer.config, self.pipeline.vae.config.scale_factor_temporal
+        self.transformer = self.pipeline.transformer
+        model, scale = self.transformer.config, self.pipeline.vae.config.scale_factor_temporal
         num_frames = (self.size["num_frames"] - 1) // scale + 1
         self.windows = make_windows(config, num_frames, model.num_frames_per_block, model.sink_size)
-
-        self.transformer = self.pipeline.transformer
         with as_user_error(f"init_lora {config.init_lora}" if config.init_lora else "cannot add the LoRA"):
             if config.init_lora:
                 load_policies(self.pipeline, config.init_lora, config.other_adapters)
@@ -209,12 +201,10 @@ class OnlineTrainer:
                 self.model, self.optimizer, self.lr_scheduler
             )
         self.checkpoints = Checkpoints(self.transformer, self.optimizer, config, self.identity)
-        self.best = BestAdapter(self.transformer, config, self.accelerator.is_main_process)
+        self.best = BestAdapter(self.transformer, config)
         self.report = RunReport(config, self.accelerator)
 
-        self.epoch = 0
-        self.step = 0
-        self.train_seconds = 0.0
+        self.epoch, self.step, self.train_seconds = 0, 0, 0.0
         self.guard = CollapseGuard(config.collapse_factor)
         self.stateful = self.make_state()
         self.interruption = Interruption()
@@ -245,9 +235,8 @@ class OnlineTrainer:
             started = time.perf_counter()
             # An epoch that is done anew, after an interruption or a kill, has the same random numbers.
             set_seed(stable_seed("epoch", self.config.seed, self.epoch) % 2**31, device_specific=True)
-            samples = epoch_samples(
-                self.prompts, self.num_groups, self.config.samples_per_prompt, self.epoch, self.config.seed
-            )
+            groups = self.num_groups, self.config.samples_per_prompt
+            samples = epoch_samples(self.prompts, *groups, self.epoch, self.config.seed)
             batches = self.rollout(samples)
             sampled = time.perf_counter()
             scores, scoring_seconds = gather_scores(batches, samples)
@@ -262,18 +251,16 @@ class OnlineTrainer:
             self.epoch += 1
             self.train_seconds += ended - started
             self.completed = self.state()
+            timing = {
+                "seconds": ended - started,
+                "seconds_sampling": sampled - started,
+                "seconds_scoring": scoring_seconds,
+                "seconds_waiting_for_scores": scored - sampled,
+                "seconds_training": ended - scored,
+                "samples_per_second": len(samples) / (ended - started),
+            }
             with raise_together():
-                self.log(
-                    scores,
-                    advantages,
-                    statistics,
-                    seconds=ended - started,
-                    seconds_sampling=sampled - started,
-                    seconds_scoring=scoring_seconds,
-                    seconds_waiting_for_scores=scored - sampled,
-                    seconds_training=ended - scored,
-                    samples_per_second=len(samples) / (ended - started),
-                )
+                self.log(scores, advantages, statistics, timing)
             self.follow_up()
 
     def follow_up(self):
@@ -358,18 +345,18 @@ class OnlineTrainer:
     def start(self):
         """Resume if asked to, open the logs, and say what is about to happen."""
         config = self.config
+        is_main = self.accelerator.is_main_process
         with raise_together():
-            self.repo_id = create_hub_repo(config) if config.push_to_hub and self.accelerator.is_main_process else None
+            self.repo_id = create_hub_repo(config) if config.push_to_hub and is_main else None
         with raise_together():
-            if self.accelerator.is_main_process:
+            if is_main:
                 if config.resume_from_checkpoint is None:
                     self.folder.remove_files()
                 self.folder.begin()
         path, lines = self.checkpoints.find(config.resume_from_checkpoint)
         with raise_together():
-            if self.accelerator.is_main_process and config.resume_from_checkpoint and path is None:
-                if not config.overwrite_output_dir:
-                    self.folder.refuse_finished()
+            if is_main and config.resume_from_checkpoint and path is None and not config.overwrite_output_dir:
+                self.folder.refuse_finished()
         if path is not None:
             self.load_state(self.checkpoints.load(path, like=self.state()))
         self.completed = self.state()
@@ -377,10 +364,10 @@ class OnlineTrainer:
         self.best.resume(self.step)
         self.report.start(None if path is None else self.step)
 
+        if config.resume_from_checkpoint:
+            lines.append(f"resuming from {path}" if path else "no checkpoint to resume from: starting anew")
         for line in lines:
             self.report.print(line)
-        if config.resume_from_checkpoint:
-            self.report.print(f"resuming from {path}" if path else "no checkpoint to resume from: starting anew")
         self.announce()
 
     def announce(self):
@@ -395,10 +382,10 @@ class OnlineTrainer:
                 "--max_train_steps goes on."
             )
         trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
-        processes = self.accelerator.num_processes
+        processes, size = self.accelerator.num_processes, self.size
         self.report.print(
-            f"{config.model}: {self.size['num_frames']} frames of {self.size['height']}x"
-            f"{self.size['width']}; LoRA of rank {self.transformer.peft_config[CURRENT].r}, {trainable:,} parameters\n"
+            f"{config.model}: {size['num_frames']} frames of {size['height']}x{size['width']}; LoRA of rank "
+            f"{self.transformer.peft_config[CURRENT].r}, {trainable:,} parameters\n"
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
             f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
             f"{config.samples_per_prompt} samples an epoch, {config.max_train_steps} steps; "
@@ -407,11 +394,7 @@ class OnlineTrainer:
         )
 
     def log(
-        self,
-        scores: dict[str, torch.Tensor],
-        advantages: Advantages,
-        statistics: list[dict[str, float]],
-        **timing: float,
+        self, scores: dict[str, torch.Tensor], advantages: Advantages, statistics: list[dict], timing: dict[str, float]
     ):
         """Metrics of an epoch: means over all samples and optimizer steps."""
         metrics = {"step": self.step, "epoch": self.epoch}
@@ -437,12 +420,8 @@ class OnlineTrainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, JSON values."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "train_seconds": self.train_seconds,
-            **{name: item.state_dict() for name, item in self.stateful.items()},
-        }
+        counts = {"step": self.step, "epoch": self.epoch, "train_seconds": self.train_seconds}
+        return counts | {name: item.state_dict() for name, item in self.stateful.items()}
 
     def load_state(self, state: dict[str, Any]):
         self.step, self.epoch, self.train_seconds = state["step"], state["epoch"], state["train_seconds"]
@@ -465,7 +444,6 @@ class OnlineTrainer:
         return path
 
     def finish(self) -> dict[str, Any]:
-        """The adapter, the comparison of before and after, and the upload if asked for."""
         with raise_together():
             results = write_results(self)
         for callback in self.callbacks:

@@ -12,7 +12,6 @@ from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance
 from ..forward_process.predictors import PREDICTORS
 from ..trainer import OnlineTrainer
 from .config import AWMConfig
-from .loss import awm_loss
 
 
 @dataclass(kw_only=True)
@@ -23,6 +22,20 @@ class AWMBatch(NoisedBatch):
     """
 
     advantages: torch.Tensor
+
+
+def awm_loss(prediction: torch.Tensor, clean: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """`A |x_pred - x_0|^2` of each sample, `(B,)`, squares averaged over all but the batch (section 4 of the paper).
+
+    Minus its mean is the surrogate of a policy gradient, in which minus the matching loss stands for the log
+    likelihood of the sample: its gradient draws the model to samples of positive advantage and pushes it away from the
+    others. The samples have to be the current policy's, where the ratio of a PPO step is 1.
+
+    Args:
+        prediction, clean: `(B, ...)` the latents predicted from noisy ones, and the sample itself.
+        advantages: `(B,)`.
+    """
+    return advantages * squared_distance(prediction, clean)
 
 
 class AWMTrainer(OnlineTrainer):

@@ -27,14 +27,11 @@ def backward_by_block(
     """Add a batch's part of the gradient of the mean loss to the current policy's parameters.
 
     Args:
-        model: the prepared transformer (wrapped by DDP if there are several processes).
-        predictor: of the batch.
         targets: what other policies make of a block; called before the current policy's forward pass, because peft
             loses gradients if the adapter changes between that and the backward pass.
         losses: the values `(B,)` of the current policy's prediction `(B, C, n, h, w)`, the targets and the block's
             frames: `"loss"`, of which the gradient is taken, and others to be reported.
-        samples_per_step: samples of an optimizer step on this process.
-        synchronize: whether this is the last batch of the step, after which processes average their gradients.
+        model, samples_per_step, synchronize: as a trainer has and gets them.
 
     Returns:
         The sum over samples of each of the values.

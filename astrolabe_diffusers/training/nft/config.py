@@ -29,15 +29,8 @@ class NFTConfig(ForwardProcessConfig):
         "whose K and V a clean context has: the old policy's for all, in one pass, or each policy's own",
         choices=("old", "own"),
     )
-    selective_kl: bool = option(
-        False, "KL only for samples that the primary reward ranks far above the other rewards (Astrolabe 3.4)"
-    )
-    risk_ratio: float = option(
-        0.1,
-        "selective_kl: fraction of the doubtful samples that are held back, at the start",
-        minimum=0,
-        maximum=1,
-    )
+    selective_kl: bool = option(False, "KL only where the primary reward ranks far above the others (Astrolabe 3.4)")
+    risk_ratio: float = option(0.1, "selective_kl: fraction of the doubtful held at first", minimum=0, maximum=1)
     risk_ratio_rate: float = option(0.1, "by how much of itself it grows or shrinks", minimum=0, maximum=1)
     risk_ratio_min: float = option(0.02, "its lower limit", minimum=0, maximum=1)
     risk_ratio_max: float = option(0.2, "its upper limit", minimum=0, maximum=1)
@@ -57,7 +50,7 @@ class NFTConfig(ForwardProcessConfig):
         None, "the reference becomes the current policy when the KL passes this (0.15 in the release)", minimum=0
     )
     reference_reset_epochs: int | None = option(
-        None, "... or when it is older than this many epochs (15 in the release)", minimum=1
+        None, "... or when it is older, in epochs (15 in the release)", minimum=1
     )
     reference_reset_kl_step: float = option(
         0.0,
@@ -70,9 +63,7 @@ class NFTConfig(ForwardProcessConfig):
         None, "it rises to this at most, if given (0.05 in the release, which lowers 0.15 to it)", minimum=0
     )
     reference_reset_early_epochs: int = option(5, "a reference that did not get this old was reset early", minimum=0)
-    old_policy_decay_rate: float = option(
-        0.001, "after step n, old = d old + (1 - d) current, d = min(rate n, max)", minimum=0
-    )
+    old_policy_decay_rate: float = option(0.001, "old = d old + (1 - d) current, d = min(rate step, max)", minimum=0)
     old_policy_decay_max: float = option(0.5, "upper limit of that d", minimum=0, maximum=1)
 
     def __post_init__(self):

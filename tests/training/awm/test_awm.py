@@ -6,8 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from astrolabe_diffusers.training.awm import AWMConfig, AWMTrainer
-from astrolabe_diffusers.training.awm.loss import awm_loss
-from astrolabe_diffusers.training.awm.trainer import AWMBatch, accumulate_gradients
+from astrolabe_diffusers.training.awm.trainer import AWMBatch, accumulate_gradients, awm_loss
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
 from tests.training.helpers import BRIGHTNESS, noised_batch, policy_pipeline, tiny_settings
 
