@@ -58,14 +58,11 @@ def process_batches(items: Sequence[T], batch_size: int, process_index: int, num
 
 @dataclass
 class Trajectory:
-    """How the blocks of a batch of videos came about, for algorithms that train the steps of the sampler.
+    """How the blocks of a batch of videos came about, for algorithms that train the steps of the sampler."""
 
-    Attributes:
-        latents: of each block the `(B, C, n, h, w)` before its first step, after it, ... and the clean ones at last.
-        timesteps: of each block those of its steps, 0 to 1000, numbers on the latents' device.
-    """
-
+    # Of each block the `(B, C, n, h, w)` before its first step, after it, ... and the clean ones at last.
     latents: list[list[torch.Tensor]]
+    # Of each block those of its steps, 0 to 1000, numbers on the latents' device.
     timesteps: list[list[torch.Tensor]]
 
     @classmethod

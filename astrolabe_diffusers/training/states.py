@@ -85,9 +85,7 @@ def check_form(value: Any, like: Any, name: str = "it"):
     else:
         form, fits = "a number", value is None or _is_number(value)
     if not fits:
-        text = repr(value)
-        text = text if len(text) < 80 else f"{text[:77]}..."
-        raise ValueError(f"{name} must {'have' if isinstance(like, dict) else 'be'} {form}, not {text}")
+        raise ValueError(f"{name} must {'have' if isinstance(like, dict) else 'be'} {form}, not {value!r:.80}")
     if isinstance(like, dict):
         for key, item in like.items():
             check_form(value[key], item, key if name == "it" else f"{name}.{key}")

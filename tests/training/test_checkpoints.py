@@ -72,7 +72,7 @@ def test_adapters_come_back_exactly(pipe, tmp_path):
 
 def test_adapter_of_another_rank(pipe, tmp_path):
     save_adapter(policy_pipeline(rank=2).transformer, tmp_path)
-    with pytest.raises(UserError, match="it has rank 2, this run has rank 4") as error:
+    with pytest.raises(UserError, match="of another shape") as error:
         load_adapter(pipe.transformer, tmp_path)
     assert "\n" not in str(error.value)
 
@@ -87,7 +87,7 @@ def test_adapter_of_another_model(pipe, tmp_path):
 
 
 def test_adapter_file_that_is_missing_or_no_such_file(pipe, tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="cannot read the adapter .*No such file"):
         load_adapter(pipe.transformer, tmp_path)
     (tmp_path / WEIGHT_NAMES["default"]).write_text("not safetensors")
     with pytest.raises(UserError, match="cannot read the adapter"):
@@ -347,7 +347,7 @@ def test_checkpoint_with_a_foreign_adapter_is_one_line(checkpoints, pipe):
     path = folder / WEIGHT_NAMES[OLD]
     weights = load_file(path)
     save_file({name: value[:1] for name, value in weights.items()}, path)
-    with pytest.raises(UserError, match="it has rank 1, this run has rank 4") as error:
+    with pytest.raises(UserError, match="of another shape") as error:
         checkpoints.load(folder, {"step": 0})
     assert "\n" not in str(error.value)
 

@@ -16,12 +16,7 @@ from .config import AWMConfig
 
 @dataclass(kw_only=True)
 class AWMBatch(NoisedBatch):
-    """
-    Attributes:
-        advantages: `(B,)`, clipped; 0 of a sample that is skipped.
-    """
-
-    advantages: torch.Tensor
+    advantages: torch.Tensor  # `(B,)`, clipped; 0 of a sample that is skipped
 
 
 def awm_loss(prediction: torch.Tensor, clean: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

@@ -13,22 +13,14 @@ from ...rollout.seeds import seeded_generator
 
 @dataclass
 class NoisedBatch:
-    """Sampled videos, and the window of them that is trained, with noise. Latents are float32.
+    """Sampled videos, and the window of them that is trained, with noise. Latents are float32."""
 
-    Attributes:
-        clean: `(B, C, F, h, w)`; what is before the window is its past.
-        noisy: `(B, C, W, h, w)`, the last `W` frames with noise.
-        sigma, timestep: `(B,)`, the noise level in (0, 1] and 1000 times that.
-        prompt_embeds: `(B, L, D)`.
-        past: what is before the window.
-    """
-
-    clean: torch.Tensor
-    noisy: torch.Tensor
-    sigma: torch.Tensor
-    timestep: torch.Tensor
-    prompt_embeds: torch.Tensor
-    past: Past = Past()
+    clean: torch.Tensor  # `(B, C, F, h, w)`
+    noisy: torch.Tensor  # `(B, C, W, h, w)`, the last `W` frames with noise
+    sigma: torch.Tensor  # `(B,)`, the noise level in (0, 1]
+    timestep: torch.Tensor  # `(B,)`, 1000 times that
+    prompt_embeds: torch.Tensor  # `(B, L, D)`
+    past: Past = Past()  # what is before the window
 
 
 def training_sigmas(pipeline, train_timesteps: str) -> torch.Tensor:

@@ -15,18 +15,10 @@ from .loss import nft_loss
 
 @dataclass(kw_only=True)
 class NFTBatch(NoisedBatch):
-    """
-    Attributes:
-        optimality: `(B,)` in [0, 1].
-        weight: `(B,)`, of the sample's loss; 0 if it is skipped.
-        kl_weight: `(B,)`, of its distance to the reference; 0 if it is not held to it.
-        use_reference: whether a sample of this batch has a `kl_weight`, here or on another process.
-    """
-
-    optimality: torch.Tensor
-    weight: torch.Tensor
-    kl_weight: torch.Tensor
-    use_reference: bool = True
+    optimality: torch.Tensor  # `(B,)` in [0, 1]
+    weight: torch.Tensor  # `(B,)`, of the sample's loss; 0 if it is skipped
+    kl_weight: torch.Tensor  # `(B,)`, of its distance to the reference; 0 if it is not held to it
+    use_reference: bool = True  # whether a sample of this batch has a `kl_weight`, here or on another process
 
 
 def accumulate_gradients(
