@@ -30,7 +30,7 @@ from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
 from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
 from .callbacks import TrainerCallback
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, policy_identity
 from .config import OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
 from .policies import (
@@ -46,7 +46,6 @@ from .policies import (
 )
 from .results import BestAdapter, write_results
 from .run_folder import open_training_folder
-from .states import policy_identity
 
 
 class OnlineTrainer:
@@ -226,7 +225,12 @@ class OnlineTrainer:
                 self.report.print(f"{interruption}: --resume_from_checkpoint latest goes on from {path}")
                 self.end()
                 raise
-            return self.finish()
+            with raise_together():
+                results = write_results(self)
+            for callback in self.callbacks:
+                callback.on_train_end(self, results)
+            self.end()
+            return results
 
     def train_epochs(self):
         """The epochs that are left, and the evaluations and checkpoints that are due in between."""
@@ -442,14 +446,6 @@ class OnlineTrainer:
             for callback in self.callbacks:
                 callback.on_checkpoint(self, path)
         return path
-
-    def finish(self) -> dict[str, Any]:
-        with raise_together():
-            results = write_results(self)
-        for callback in self.callbacks:
-            callback.on_train_end(self, results)
-        self.end()
-        return results
 
     def end(self):
         """Lets go of all that outlives an error, and leaves the process group."""

@@ -13,12 +13,11 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rollout.samples import process_batches
 from astrolabe_diffusers.rollout.sampling import Rollout
 from astrolabe_diffusers.rollout.scoring import gather_scores
-from astrolabe_diffusers.training.checkpoints import Checkpoints
+from astrolabe_diffusers.training.checkpoints import Checkpoints, policy_identity
 from astrolabe_diffusers.training.forward_process.noising import noise_batch
-from astrolabe_diffusers.training.nft.gradient import NFTBatch, accumulate_gradients
 from astrolabe_diffusers.training.nft.loss import optimality
+from astrolabe_diffusers.training.nft.trainer import NFTBatch, accumulate_gradients
 from astrolabe_diffusers.training.policies import activate_current, policy_parameters, use_policy
-from astrolabe_diffusers.training.states import policy_identity
 from tests.training.helpers import BRIGHTNESS, SIZE, config, make_samples, policy_pipeline, reward_worker
 
 

@@ -18,7 +18,7 @@ from astrolabe_diffusers.rollout.prompts import Prompt
 from astrolabe_diffusers.rollout.samples import Sample
 from astrolabe_diffusers.rollout.scoring import ScoringThread
 from astrolabe_diffusers.training.nft import NFTConfig
-from astrolabe_diffusers.training.nft.gradient import NFTBatch
+from astrolabe_diffusers.training.nft.trainer import NFTBatch
 from astrolabe_diffusers.training.policies import OLD, add_policies, policy_parameters
 from tests.tiny_pipeline import tiny_pipeline
 

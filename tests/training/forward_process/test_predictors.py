@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from astrolabe_diffusers.rollout.past import Past
 from astrolabe_diffusers.training.forward_process.noising import squared_distance
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor, WholeClipPredictor
-from astrolabe_diffusers.training.nft.gradient import accumulate_gradients
 from astrolabe_diffusers.training.nft.loss import nft_loss
+from astrolabe_diffusers.training.nft.trainer import accumulate_gradients
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
 from tests.models.test_reference_causal_wan import BASE, stock_masked_forward, stock_wan
 from tests.training.helpers import config, noised_batch, policy_pipeline

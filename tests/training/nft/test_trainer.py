@@ -6,8 +6,8 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rollout.samples import VideoBatch
 from astrolabe_diffusers.training.forward_process.noising import noise_batch, squared_distance, training_sigmas
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor
-from astrolabe_diffusers.training.nft.gradient import accumulate_gradients
 from astrolabe_diffusers.training.nft.loss import nft_loss
+from astrolabe_diffusers.training.nft.trainer import accumulate_gradients
 from astrolabe_diffusers.training.optimization import CollapseGuard, Optimization, make_optimizer
 from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
 from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
