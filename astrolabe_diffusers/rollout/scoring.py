@@ -107,16 +107,14 @@ class ScoringThread(Closing):
         metadata = [sample.prompt.metadata or {} for sample in samples]
         try:
             output = rewards(videos, prompts, metadata)
-        except RewardError as error:
-            if not self.skip_bad:
+        except (RewardError, RewardPlaceError) as error:
+            if not self.skip_bad or isinstance(error, RewardPlaceError):
                 raise UserError(one_line(error)) from error
             if len(samples) > 1:
                 parts = [self._call(rewards, video[None], [sample]) for video, sample in zip(videos, samples)]
                 return stack_scores(parts)
             logger.warning("skipped: %s", one_line(error))
             return {name: torch.tensor([math.nan]) for name in ("reward", *rewards.weights)}
-        except RewardPlaceError as error:
-            raise UserError(one_line(error)) from error
         except Exception as error:
             raise UserError(f"a reward failed on {prompts[0]!r}: {summarize_exception(error)}") from error
         return {"reward": output.total, **output.scores, **output.info}

@@ -25,9 +25,7 @@ class NFTConfig(ForwardProcessConfig):
         choices=("none", "adaptive"),
     )
     context_policy: str = option(
-        "old",
-        "whose K and V a clean context has: the old policy's for all, in one pass, or each policy's own",
-        choices=("old", "own"),
+        "old", "whose K and V a clean context has: the old policy's for all, or each one's own", choices=("old", "own")
     )
     selective_kl: bool = option(False, "KL only where the primary reward ranks far above the others (Astrolabe 3.4)")
     risk_ratio: float = option(0.1, "selective_kl: fraction of the doubtful held at first", minimum=0, maximum=1)
@@ -36,9 +34,7 @@ class NFTConfig(ForwardProcessConfig):
     risk_ratio_max: float = option(0.2, "its upper limit", minimum=0, maximum=1)
     risk_buffer_size: int = option(20, "epochs whose mean disagreement it is compared with", minimum=1)
     risk_rule: str = option(
-        "hacked",
-        "which samples those are: that the primary reward ranks above the others; or, as in the release, below them",
-        choices=("hacked", "released"),
+        "hacked", "above the others by the primary reward; or, as released, below", choices=("hacked", "released")
     )
     kl_average: str = option(
         "selected",
