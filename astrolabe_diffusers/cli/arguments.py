@@ -1,7 +1,5 @@
 """Command lines on which a slip is told in one line, with the right spelling."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from typing import NoReturn

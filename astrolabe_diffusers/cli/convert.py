@@ -1,7 +1,5 @@
 """`astrolabe convert`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -1,7 +1,5 @@
 """`astrolabe evaluate`."""
 
-from __future__ import annotations
-
 from ..evaluation.config import LoraEvaluationConfig
 from .arguments import ArgumentParser, command
 from .options import parse_fields

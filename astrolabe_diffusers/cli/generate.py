@@ -1,7 +1,5 @@
 """`astrolabe generate`."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """`astrolabe COMMAND`: what the package does, by name."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Flags of the fields of a settings class."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import MISSING, fields
 from typing import Any, get_origin, get_type_hints

@@ -1,7 +1,5 @@
 """`astrolabe score`."""
 
-from __future__ import annotations
-
 from ..evaluation.config import ScoreConfig
 from .arguments import ArgumentParser, command
 from .options import parse_fields

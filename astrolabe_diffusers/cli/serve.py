@@ -1,7 +1,5 @@
 """`astrolabe serve`."""
 
-from __future__ import annotations
-
 import os
 import signal
 from dataclasses import dataclass

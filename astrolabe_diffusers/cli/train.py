@@ -1,7 +1,5 @@
 """`astrolabe train`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from dataclasses import fields

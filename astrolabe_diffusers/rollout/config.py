@@ -1,7 +1,5 @@
 """What all commands that make videos from prompts are told."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .. import TINY_SHAPES

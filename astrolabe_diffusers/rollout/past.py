@@ -1,7 +1,5 @@
 """What lies before the window that is scored and trained (streaming long tuning, Astrolabe 3.2 and 3.3)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The thread in which rewards are computed."""
 
-from __future__ import annotations
-
 import atexit
 import queue
 import threading

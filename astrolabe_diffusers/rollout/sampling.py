@@ -1,7 +1,5 @@
 """Sampling videos from prompts, each from its own random numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Decoding and scoring videos while the next ones are sampled."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """Random numbers that belong to a sample, not to the process or the batch that makes it."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """The policies' adapters as LoRA files that every Diffusers pipeline reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

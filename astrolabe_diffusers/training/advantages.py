@@ -1,7 +1,5 @@
 """From rewards to advantages."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

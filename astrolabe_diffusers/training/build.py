@@ -1,7 +1,5 @@
 """What a run is made of, from its settings: processes, prompts, rewards, and the pipeline's recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace

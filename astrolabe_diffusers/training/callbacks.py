@@ -1,7 +1,5 @@
 """Code of users' that a run calls."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Settings of a run of online reinforcement learning."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """The optimizer, its schedule, and what a step of it is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

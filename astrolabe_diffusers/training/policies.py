@@ -1,7 +1,5 @@
 """The policies on one transformer: each is a LoRA adapter, and the reference, unless it moves, none."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterator, Sequence

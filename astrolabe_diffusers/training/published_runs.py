@@ -5,8 +5,6 @@ YAML file a base in `recipes/published/`, `common.yaml` for what all share, and 
 would change. Together they state everything that decides what is trained: defaults of ours do not.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The output folder of a training run: what it writes there, and when it may."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The online trainer: prompts -> videos of a policy -> rewards -> advantages -> update, whatever the algorithm."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

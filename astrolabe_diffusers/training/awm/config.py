@@ -1,7 +1,5 @@
 """Settings of AWM."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...config import option

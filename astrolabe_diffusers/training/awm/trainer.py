@@ -1,7 +1,5 @@
 """AWM: the current policy samples and learns to reproduce what it made, weighted by the advantage."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

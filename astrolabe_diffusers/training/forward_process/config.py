@@ -1,7 +1,5 @@
 """Settings of algorithms that train on the forward process."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...config import option

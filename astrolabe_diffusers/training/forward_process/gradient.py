@@ -1,7 +1,5 @@
 """The gradient of a loss on predicted clean blocks, one block's graph at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar

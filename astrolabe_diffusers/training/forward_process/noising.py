@@ -1,7 +1,5 @@
 """The forward process: sampled videos with noise, and clean ones predicted from them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

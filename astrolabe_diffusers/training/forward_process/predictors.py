@@ -1,7 +1,5 @@
 """What predicts the clean blocks of noised videos, as policies are compared in training."""
 
-from __future__ import annotations
-
 import torch
 
 from ...models.kv_cache_shared_past import SharedPastKVCache

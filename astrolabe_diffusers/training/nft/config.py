@@ -1,7 +1,5 @@
 """Settings of NFT, negative-aware fine-tuning (Astrolabe, arXiv 2603.17051, after DiffusionNFT, arXiv 2509.16117)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...config import option

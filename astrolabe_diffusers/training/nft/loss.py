@@ -1,7 +1,5 @@
 """The NFT loss (DiffusionNFT, arXiv 2509.16117) in the space of clean latents (Astrolabe, arXiv 2603.17051)."""
 
-from __future__ import annotations
-
 import torch
 
 from ..forward_process.noising import squared_distance

@@ -1,7 +1,5 @@
 """Which samples are held to the reference policy, and when the reference moves (Astrolabe 3.4, after GARDO)."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass

@@ -1,7 +1,5 @@
 """NFT: the old policy samples; the current one is drawn to good samples and pushed away from bad ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
