@@ -150,11 +150,8 @@ def hold_out(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts, the latter evenly spaced.
 
-    No text is in both: what is held out is left out of the training prompts, wherever it stands there.
-
-    Args:
-        held_out: prompts to choose from; those of training if `None`.
-        name: of their source, for errors.
+    They are chosen from `held_out`, or from those of training if it is `None`. No text is in both: what is held out is
+    left out of the training prompts, wherever it stands there. `name` is that of their source, for errors.
     """
     own_source = held_out is not None
     if not own_source:

@@ -140,13 +140,8 @@ class Rollout:
         """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
 
         An error of the rewards is raised one batch later, or by [`gather_scores`]; videos that are not finite are a
-        [`UserError`] at once.
-
-        Args:
-            size: `height`, `width` and `num_frames` of the videos, past included.
-            past: what of the videos is not scored.
-            keep_trajectory: as in [`Sampler`].
-            watched, keep: as in [`ScoringThread.submit`].
+        [`UserError`] at once. `size` and `keep_trajectory` are as in [`Sampler`], the others as in
+        [`ScoringThread.submit`].
         """
         if past.shared:
             sampler = SharedPastSampler(self.pipeline, size, keep_trajectory, num_past_frames=past.num_frames)

@@ -39,10 +39,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Checkpoints:
     """Checkpoints of a run, each a folder `<output_dir>/checkpoints/checkpoint-N`.
 
-    It holds every adapter, the optimizer, `config.yaml` and `trainer_state.json`,
-    and can be given to `pipe.load_lora_weights`; no states of random generators, for every epoch seeds them anew. It
-    is written under another name and renamed when it is complete and on the disk; `files.json` tells whether it still
-    is.
+    It holds every adapter, the optimizer, `config.yaml` and `trainer_state.json`, and can be given to
+    `pipe.load_lora_weights`; no states of random generators, for every epoch seeds them anew. It is written under
+    another name and renamed when it is complete and on the disk; `files.json` tells whether it still is.
 
     Args:
         transformer: the unwrapped transformer.

@@ -24,12 +24,8 @@ def rank_disagreement(primary: torch.Tensor, others: Sequence[torch.Tensor]) -> 
 
 
 def kl_weights(mask: torch.Tensor, num_parts: int) -> torch.Tensor:
-    """Weights `(N,)` with which the mean over all `N` samples is a mean over the selected ones of each of `num_parts`
-    parts of equal size, and then over the parts. A part without one counts as zero.
-
-    Args:
-        mask: `(N,)` bool, the selected samples, part after part.
-    """
+    """Weights `(N,)` with which the mean over all `N` samples is a mean over the selected ones, `mask` `(N,)` bool, of
+    each of `num_parts` parts of equal size, and then over the parts. A part without one counts as zero."""
     parts = mask.float().unflatten(0, (num_parts, -1))
     return (parts / parts.mean(1, keepdim=True).clamp(min=1 / parts.shape[1])).flatten()
 
@@ -42,11 +38,8 @@ class RiskController:
     `rho` grows by `rate` of itself when disagreement passes all of the last `buffer_size` epochs, and shrinks when it
     falls below them. What is compared is the mean of the non-negative disagreements: that of all is zero.
 
-    Args:
-        released:
-            As in the code released with Astrolabe, where the best sample has rank 1: all signs are turned round, so
-            that samples are held that the primary reward likes *less* than the others do; and only those above the
-            percentile, not at it.
+    As `released` with Astrolabe, where the best sample has rank 1, all signs are turned round, so that samples are
+    held that the primary reward likes *less* than the others do; and only those above the percentile, not at it.
     """
 
     ratio: float
