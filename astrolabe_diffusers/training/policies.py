@@ -112,15 +112,17 @@ def use_policy(transformer: nn.Module, policy: str) -> Iterator[nn.Module]:
     training = transformer.training
     transformer.eval()
     try:
-        if has_adapter:
-            transformer.set_adapter(adapter)
-        else:
+        if not has_adapter:
             transformer.disable_adapters()
+        elif adapter != CURRENT:
+            transformer.set_adapter(adapter)
         with torch.no_grad():
             yield transformer
     finally:
-        transformer.enable_adapters()
-        activate_current(transformer)
+        if not has_adapter:
+            transformer.enable_adapters()
+        elif adapter != CURRENT:
+            activate_current(transformer)
         transformer.train(training)
 
 
