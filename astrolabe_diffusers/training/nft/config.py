@@ -26,13 +26,15 @@ class NFTConfig(ForwardProcessConfig):
         "old", "whose K and V a clean context has: the old policy's for all, or each one's own", choices=("old", "own")
     )
     selective_kl: bool = option(False, "KL only where the primary reward ranks far above the others (Astrolabe 3.4)")
-    risk_ratio: float = option(0.1, "selective_kl: fraction of the doubtful held at first", minimum=0, maximum=1)
+    risk_ratio: float = option(0.1, "selective_kl: part of the doubtful samples held at first", minimum=0, maximum=1)
     risk_ratio_rate: float = option(0.1, "by how much of itself it grows or shrinks", minimum=0, maximum=1)
     risk_ratio_min: float = option(0.02, "its lower limit", minimum=0, maximum=1)
     risk_ratio_max: float = option(0.2, "its upper limit", minimum=0, maximum=1)
     risk_buffer_size: int = option(20, "epochs whose mean disagreement it is compared with", minimum=1)
     risk_rule: str = option(
-        "hacked", "above the others by the primary reward; or, as released, below", choices=("hacked", "released")
+        "hacked",
+        "doubtful: ranked above the other rewards by the primary one; or, as released, below",
+        choices=("hacked", "released"),
     )
     kl_average: str = option(
         "selected",
