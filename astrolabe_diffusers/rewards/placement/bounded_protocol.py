@@ -3,8 +3,6 @@
 uvicorn bounds the headers in length and has one timer, which runs after a response. These are the other bounds.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 
