@@ -1,13 +1,12 @@
 """Output folders: one run in each at a time, and nothing written over that it has not made."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -40,7 +39,7 @@ class RunFolder:
         # Not a lock of the thread that takes it: a run may end in another one.
         self._lock = FileLock(self.path / LOCK_NAME, timeout=0, thread_local=False)
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> Self:
         with as_user_error(f"output_dir {str(self.path)!r}"), suppress(Timeout):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -89,8 +88,7 @@ class RunFolder:
     def remove_files(self):
         """Removes what an earlier run wrote, but for its checkpoints: these are set aside."""
         with writing(self.path):
-            for name in self.present():
-                path = self.path / name
+            for path in map(self.path.joinpath, self.present()):
                 if path.parent.name == "checkpoints":
                     continue
                 if path.is_dir() and not path.is_symlink():

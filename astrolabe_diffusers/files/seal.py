@@ -1,7 +1,5 @@
 """Folders that are whole, or known not to be."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Files that are whole or not there, and one line where they cannot be written."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
