@@ -8,8 +8,8 @@ from typing import Any
 
 from ..files.writing import replacing
 from ..reporting.charts import draw_means
-from ..reporting.comparison import Evaluation, comparison_rows
-from ..reporting.tables import change_text, markdown_table
+from ..reporting.comparison import Evaluation, change_text, comparison_rows
+from ..reporting.markdown import markdown_table
 from .config import BASE
 
 

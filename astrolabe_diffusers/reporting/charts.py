@@ -1,16 +1,11 @@
 """Charts as PNG files: the curves of a run, and means of scores with their intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 COLORS = ("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:cyan")
@@ -28,7 +23,7 @@ def draw_curves(
     curves = {name: points for name, points in finite.items() if points}
     if not curves:
         return
-    figure = _figure(8, 4.5)
+    figure = Figure((8, 4.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     _style(axes)
     for name, points in curves.items():
@@ -43,22 +38,12 @@ def draw_curves(
     figure.savefig(path, format="png")
 
 
-def draw_means(
-    means: dict[str, Sequence[tuple[float, float]]],
-    names: Sequence[str],
-    path: str | Path,
-    title: str,
-    columns: int = 4,
-):
-    """A small chart for each score, with its own scale: a mark at every mean, a line at that of the first.
-
-    Args:
-        means: by score, for each of `names` the mean and half the width of its interval, NaN where there is none.
-        columns: charts in a row.
-    """
-    columns = min(columns, len(means))
+def draw_means(means: dict[str, Sequence[tuple[float, float]]], names: Sequence[str], path: str | Path, title: str):
+    """A small chart for each score, with its own scale: a mark at every mean, a line at that of the first. `means` are
+    by score, for each of `names` the mean and half the width of its interval, NaN where there is none."""
+    columns = min(4, len(means))
     rows = math.ceil(len(means) / columns)
-    figure = _figure(0.1 + 2.4 * columns, 0.62 + 2.1 * rows)
+    figure = Figure((0.1 + 2.4 * columns, 0.62 + 2.1 * rows), dpi=DPI, layout="constrained")
     charts = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for (score, marks), axes in zip(means.items(), charts):
         _style(axes)
@@ -80,12 +65,6 @@ def draw_means(
     widest = max(artist.get_window_extent().width for artist in (heading, legend))
     figure.set_figwidth(max(figure.get_figwidth(), widest / DPI + 0.2))
     figure.savefig(path, format="png")
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure((width, height), dpi=DPI, layout="constrained")
 
 
 def _style(axes: Axes):

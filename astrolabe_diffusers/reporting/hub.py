@@ -1,7 +1,5 @@
 """The adapter on the Hub. The token is that of HF_TOKEN or `hf auth login`."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The model card of a run: what was trained on what, what came of it, and how to load it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,8 +13,9 @@ from .. import TINY_SHAPES
 from ..config import Config
 from ..files.writing import replacing
 from ..shareable import shareable, shareable_name
-from .markdown import code, code_block, escape, escape_line, plain_line, python_text
-from .tables import change_text, duration, markdown_table
+from .comparison import change_text
+from .markdown import code, code_block, escape, escape_line, markdown_table, plain_line, python_text
+from .report import duration
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")

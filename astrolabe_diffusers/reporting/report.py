@@ -1,7 +1,5 @@
 """What a run tells: log files, tracker, curves, the line of an epoch, and the table at the end."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -18,8 +16,7 @@ from ..config import Config
 from ..files.writing import replacing, writing
 from ..shareable import shareable
 from .charts import draw_curves
-from .comparison import Evaluation, comparison_rows
-from .tables import comparison_table, duration
+from .comparison import Evaluation, comparison_rows, comparison_table
 from .trackers import log_distributions, log_numbers, log_video, start_trackers
 from .videos import side_by_side
 
@@ -157,6 +154,12 @@ class RunReport:
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
             f"\n{files}"
         )
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def tag(name: str) -> str:
