@@ -1,7 +1,5 @@
 """What a user can put right is told in one line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

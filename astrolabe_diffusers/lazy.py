@@ -1,7 +1,5 @@
 """Packages that import a name when it is first asked for (PEP 562), so that settings and help need no torch."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Classes that diffusers is to find by the names in a folder."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from importlib.abc import MetaPathFinder
