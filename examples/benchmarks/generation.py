@@ -4,8 +4,6 @@ python examples/benchmarks/generation.py --recipe self-forcing
 python examples/benchmarks/generation.py --model FOLDER_OR_HUB_ID --num_streams 2
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 Attributes travel as index tensors [..., 4] in the order of `ATTRIBUTES` (color, shape, background, direction).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

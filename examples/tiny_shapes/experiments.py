@@ -6,8 +6,6 @@ Every run is one of examples/train_nft.py with `--config tiny_shapes`; those tha
 several GPUs the runs are dealt out over them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
