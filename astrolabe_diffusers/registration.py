@@ -11,11 +11,8 @@ _ANNOUNCED: dict[str, str] = {}
 
 
 def register_with_diffusers(cls: type):
-    """Makes a class an attribute of diffusers, among which it looks for what model_index.json and config.json name.
-
-    Raises:
-        ImportError: there is a class of another module by that name.
-    """
+    """Makes a class an attribute of diffusers, among which it looks for what model_index.json and config.json name;
+    an `ImportError` if there is a class of another module by that name."""
     import diffusers
 
     _check_is_free(diffusers, cls.__name__, cls.__module__)
@@ -38,21 +35,17 @@ def _check_is_free(diffusers: ModuleType, name: str, module: str):
         raise ImportError(f"{name} is {existing.__module__}'s name already, which {module} cannot have.")
 
 
-class _Extended(ModuleType):
-    """A module that has the announced classes too."""
-
-    def __getattr__(self, name: str):
-        if name in _ANNOUNCED:
-            return getattr(importlib.import_module(_ANNOUNCED[name]), name)
-        return super().__getattr__(name)
-
-
 def _extend(diffusers: ModuleType):
     for name, module in _ANNOUNCED.items():
         _check_is_free(diffusers, name, module)
-    if not isinstance(diffusers, _Extended):
-        # diffusers' own class of module imports its names when they are asked for, as this one does then.
-        diffusers.__class__ = type("Extended", (_Extended, type(diffusers)), {})
+    # Python asks it before the method of diffusers' own class of module, which imports its names in the same way.
+    diffusers.__getattr__ = _get_announced
+
+
+def _get_announced(name: str) -> type:
+    if name not in _ANNOUNCED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_ANNOUNCED[name]), name)
 
 
 class _WhenImported(MetaPathFinder):
