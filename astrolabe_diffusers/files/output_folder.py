@@ -23,15 +23,11 @@ RESULTS_NAME = "results.json"
 
 class RunFolder:
     """An output folder. As a context it keeps other runs out, on this machine and on others that share the folder;
-    that ends with the process too, however it ends.
+    that ends with the process too, however it ends. A [`UserError`] if another run has it, or it cannot be made.
 
     Args:
-        path: the folder, which is made if it is not there.
         kind: what writes to it. From [`~RunFolder.begin`] on a file in it says so.
         files: the paths in it that the run may write to, as patterns.
-
-    Raises:
-        UserError: on entering, if another run has locked it, or it cannot be made.
     """
 
     def __init__(self, path: str | Path, kind: str, files: tuple[str, ...] = ()):

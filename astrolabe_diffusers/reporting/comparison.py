@@ -9,10 +9,8 @@ import torch
 
 @dataclass
 class Evaluation:
-    """Scores of one evaluation: for every name one value a held-out video, always in the same order.
-
-    A NaN, of a video that a reward could not score, is left out of means. `step` is that of the run, if it is one.
-    """
+    """Scores of one evaluation, at a `step` if it is a run's: for every name one value a held-out video, always in
+    the same order. A NaN, of a video that a reward could not score, is left out of means."""
 
     step: int | None
     scores: dict[str, list[float]]

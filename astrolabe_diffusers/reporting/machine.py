@@ -34,8 +34,5 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Of this package and those that figures depend on."""
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    return {
-        "astrolabe_diffusers": __version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
+    own = {"astrolabe_diffusers": __version__, "python": platform.python_version()}
+    return own | {package: version(package) for package in packages}

@@ -21,7 +21,6 @@ from .videos import gif_bytes
 
 logger = logging.getLogger(__name__)
 
-
 WANDB_ID = "wandb_id"
 # What leaves for wandb is what a run logs: not the command line, the paths and the repository it is started from, nor
 # what is printed, which names folders and servers.
@@ -40,13 +39,8 @@ def tracker_names(report_to: str) -> list[str]:
 def start_trackers(
     accelerator: Accelerator, report_to: str, project: str, settings: dict, run_name: str, folder: Path, resume: bool
 ):
-    """Open the trackers of a run, or go on with those of one that is resumed. [`closing_trackers`] closes them.
-
-    Args:
-        project: what runs of one kind have in common; a folder's name too.
-        settings: what is shown as the run's hyperparameters.
-        folder: of all that the trackers write.
-    """
+    """Open the trackers of a run, or go on with those of one that is resumed, in `folder`; `project` is what runs of
+    one kind have in common, a folder's name too. [`closing_trackers`] closes them."""
     init_kwargs = {}
     if "wandb" in TRACKERS[report_to] and accelerator.is_main_process:
         id_file = folder / WANDB_ID
@@ -64,10 +58,8 @@ def start_trackers(
 
 @contextmanager
 def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
-    """Trackers that are opened inside are closed at the end.
-
-    One that cannot be closed, without network for example, is no reason for the run to fail.
-    """
+    """Trackers that are opened inside are closed at the end. One that cannot be closed, without network for example,
+    is no reason for the run to fail."""
     before = threading.excepthook
 
     def hook(arguments):

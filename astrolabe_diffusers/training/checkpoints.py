@@ -14,8 +14,7 @@ from ..distributed.agreement import is_first_process, raise_together
 from ..distributed.sharding import together
 from ..errors import UserError, as_user_error
 from ..files.output_folder import checkpoint_step, list_checkpoints, set_aside
-from ..files.seal import find_damage, seal, to_disk
-from ..files.writing import PARTIAL
+from ..files.writing import PARTIAL, find_damage, seal, to_disk
 from .adapter_files import load_adapter, save_adapter
 from .config import OnlineConfig
 from .states import (

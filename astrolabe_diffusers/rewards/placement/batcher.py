@@ -11,13 +11,9 @@ from .wire import ScoringJob
 
 class Batcher:
     """
-    Scores jobs one after the other in a thread, and together those that wait, ask the same rewards and have videos of
-    one shape. If a batch fails, each of its jobs is scored alone: a client does not suffer from another's videos.
-
-    Args:
-        rewards: the rewards.
-        max_batch: videos that are scored together at most, unless one job alone has more.
-        max_waiting: jobs that may wait.
+    Scores jobs one after the other in a thread, and together those of one kind that wait, `max_batch` videos at most
+    unless one job alone has more. If a batch fails, each of its jobs is scored alone: a client does not suffer from
+    another's videos.
     """
 
     def __init__(self, rewards: LocalRewards, max_batch: int, max_waiting: int):
@@ -28,7 +24,7 @@ class Batcher:
         threading.Thread(target=self._work, name="rewards", daemon=True).start()
 
     def submit(self, job: ScoringJob) -> Future | None:
-        """The outputs by reward as a future; `None` if too many jobs are waiting."""
+        """The outputs by reward as a future; `None` if `max_waiting` jobs wait."""
         with self._changed:
             if len(self.waiting) >= self.max_waiting:
                 return None

@@ -31,10 +31,8 @@ class RemoteRewards(Closing):
     Rewards that a server scores. One that is busy is asked again until `timeout` seconds have passed, and one that
     cannot be reached for 45 of them; one that takes longer to answer, or answers nonsense, is not.
 
-    The environment variable ASTROLABE_REWARD_TOKEN holds the server's token, if it has one.
-
     Args:
-        url: `http://host:port`.
+        url: `http://host:port`. ASTROLABE_REWARD_TOKEN in the environment is its token, if it has one.
         names: the rewards, by the names that they have there.
         timeout: seconds that scoring a batch may take.
 
