@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from .lazy import lazy_names
-from .registration import announce_to_diffusers
+from .registration import announce_to_diffusers, lazy_names
 
 
 __version__ = "0.1.0"

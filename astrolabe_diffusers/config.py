@@ -1,7 +1,5 @@
 """Settings: dataclasses whose values get the declared type and are checked when they are made."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import operator
@@ -38,24 +36,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def import_modules(names: list[str]):
-    """Imports modules of the user's, so that diffusers finds their classes; a [`UserError`] if one is not there."""
-    for name in names:
-        with as_user_error(f"import_modules {name} (is its folder on PYTHONPATH?)"):
-            importlib.import_module(name)
-
-
 _WITHIN = {"at least": operator.ge, "at most": operator.le, "more than": operator.gt, "less than": operator.lt}
-
-
-def refuse_secrets(settings: dict[str, Any]):
-    """A [`UserError`] if a setting holds a secret: settings are written down and shown."""
-    if found := find_secret(settings):
-        name, problem = found
-        raise UserError(
-            f"{name} is {problem}, and settings are stored and shown: a secret comes from an environment variable (of "
-            "a server of rewards ASTROLABE_REWARD_TOKEN; of an option its name, as in api_key_variable=MY_KEY)."
-        )
 
 
 @dataclass
@@ -89,8 +70,16 @@ class Config:
             if not all(_WITHIN[words](value, bound) for words, bound in bounds.items()):
                 listed = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
                 raise UserError(f"{f.name} must be {listed}, not {value}.")
-        refuse_secrets(asdict(self))
-        import_modules(self.import_modules)
+        if found := find_secret(asdict(self)):
+            name, problem = found
+            raise UserError(
+                f"{name} is {problem}, and settings are stored and shown: a secret comes from an environment "
+                "variable (of a server of rewards ASTROLABE_REWARD_TOKEN; of an option its name, as in "
+                "api_key_variable=MY_KEY)."
+            )
+        for name in self.import_modules:
+            with as_user_error(f"import_modules {name} (is its folder on PYTHONPATH?)"):
+                importlib.import_module(name)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -112,7 +101,7 @@ def read_yaml(problem: str, text: str) -> Any:
         raise UserError(f"{problem}: {one_line(error)}") from error
 
 
-_TYPE_NAMES = {
+_FORMS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -120,13 +109,14 @@ _TYPE_NAMES = {
     list[str]: "names, comma-separated",
     list[int]: "whole numbers, comma-separated",
     list[float]: "numbers, comma-separated",
+    dict[str, float]: "name=weight, comma-separated, each weight a finite number",
+    dict[str, str]: "name=place, comma-separated",
+    dict[str, dict[str, Any]]: "name.argument=value, comma-separated",
 }
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
     """A value from YAML or the command line as the type that the field declares."""
-    if hint in _MAPPINGS:
-        return _MAPPINGS[hint](name, value)
     if get_origin(hint) in (Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
@@ -145,16 +135,21 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         if hint is float:
             # YAML reads 1e-4 as a string: it wants 1.0e-4.
             return _finite(value)
+        kind = get_args(hint)[-1]
         if get_origin(hint) is list:
             value = [v for v in value.strip("[] ").split(",") if v.strip()] if isinstance(value, str) else value
             items = [str(v).strip().strip("'\"") for v in value]
-            kind = get_args(hint)[0]
             return [_finite(item) if kind is float else kind(item) for item in items]
-        weights = _parse_weights(name, value) if isinstance(value, str) else value
-        return {str(key): _finite(weight) for key, weight in weights.items()}
+        mapping = _parse_mapping(name, value, kind) if isinstance(value, str) else value
+        if kind is float:
+            return {str(key): _finite(weight) for key, weight in mapping.items()}
+        if not all(isinstance(item, get_origin(kind) or kind) for item in mapping.values()):
+            raise ValueError
+        return {str(key): item for key, item in mapping.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        expected = _TYPE_NAMES.get(hint, "name=weight, comma-separated, each weight a finite number")
-        raise UserError(f"{name} must be {expected}, not {value!r}.") from error
+        of_options = hint == dict[str, dict[str, Any]] and not isinstance(value, str)
+        form = "{name: {argument: value}}" if of_options else _FORMS[hint]
+        raise UserError(f"{name} must be {form}, not {value!r}.") from error
 
 
 def _finite(value: Any) -> float:
@@ -163,52 +158,31 @@ def _finite(value: Any) -> float:
     return number
 
 
-def _to_places(name: str, value: Any) -> dict[str, str]:
-    if isinstance(value, str):
-        value = dict(_pairs(name, value, "name=place"))
-    if not isinstance(value, dict) or not all(isinstance(place, str) for place in value.values()):
-        raise UserError(f"{name} must be name=place, comma-separated, not {value!r}.")
-    return {str(key): place for key, place in value.items()}
-
-
-def _to_options(name: str, value: Any) -> dict[str, dict[str, Any]]:
-    form = "name.argument=value"
-    if isinstance(value, str):
-        options: dict[str, dict[str, Any]] = {}
-        for key, text in _pairs(name, value, form):
-            reward, _, argument = key.rpartition(".")
-            if not reward:
-                raise UserError(f"{name} must be {form}, comma-separated, not {value!r}.")
-            options.setdefault(reward, {})[argument] = read_yaml(f"{name}: the value of {key} is no valid YAML", text)
-        return options
-    if not isinstance(value, dict) or not all(isinstance(arguments, dict) for arguments in value.values()):
-        raise UserError(f"{name} must be {{name: {{argument: value}}}}, not {value!r}.")
-    return {str(key): arguments for key, arguments in value.items()}
-
-
-_MAPPINGS = {dict[str, dict[str, Any]]: _to_options, dict[str, str]: _to_places}
-
-
-def _pairs(name: str, text: str, form: str) -> list[tuple[str, str]]:
-    parts = [part.partition("=") for part in text.split(",") if part.strip()]
-    if not all(equals for _, equals, _ in parts):
-        raise UserError(f"{name} must be {form}, comma-separated, not {text!r}.")
-    return _each_once(name, [(key.strip(), value.strip()) for key, _, value in parts])
-
-
-def _each_once(name: str, pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"{name}: {twice[0]} is given twice.")
-    return pairs
-
-
-def _parse_weights(name: str, text: str) -> dict[str, Any]:
-    if text.strip().startswith("{"):
+def _parse_mapping(name: str, text: str, kind: Any) -> dict[str, Any]:
+    """What `key=value,key=value` says. A weight may be left out; the key of an option is `name.argument`."""
+    weights = kind is float
+    if weights and text.strip().startswith("{"):
         return read_yaml(f"{name} is no valid YAML", text)
-    parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
-    pairs = [(key.strip(), weight) if equals else (weight.strip(), 1.0) for key, equals, weight in parts]
-    return dict(_each_once(name, pairs))
+    values: dict[str, Any] = {}
+    for part in filter(str.strip, text.split(",")):
+        key, equals, value = (part.rpartition if weights else part.partition)("=")
+        if not equals:
+            if not weights:
+                raise ValueError
+            key, value = part, "1"
+        key = key.strip()
+        if key in values:
+            raise UserError(f"{name}: {key} is given twice.")
+        values[key] = value.strip()
+    if kind is str or weights:
+        return values
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        reward, _, argument = key.rpartition(".")
+        if not reward:
+            raise ValueError
+        options.setdefault(reward, {})[argument] = read_yaml(f"{name}: the value of {key} is no valid YAML", value)
+    return options
 
 
 def name_and_weight(text: str) -> tuple[str, float]:

@@ -1,7 +1,5 @@
 """What a user can put right is told in one line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -14,10 +12,8 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """A mistake in the configuration or the data of a run. Its message is one complete line, fit to be printed alone.
-
-    A script prints it and exits with code 2 ([`exit_code`]). A bug is never a `UserError` and keeps its traceback.
-    """
+    """A mistake in the configuration or the data of a run. Its message is one complete line, which a script prints
+    alone, to exit with code 2 ([`exit_code`]). A bug is never a `UserError` and keeps its traceback."""
 
 
 class Interrupted(Exception):
@@ -81,8 +77,7 @@ def as_user_error(what: str, kinds: tuple[type[Exception], ...] = CHECKED) -> It
 
 
 def is_missing(module: str, error: ModuleNotFoundError) -> bool:
-    """Whether it is `module` that was not found. One that exists but lacks one of its own imports must say so
-    itself."""
+    """Whether it is `module` that was not found, and not one of its own imports."""
     return error.name is not None and f"{module}.".startswith(f"{error.name}.")
 
 

@@ -1,23 +1,34 @@
-"""Classes that diffusers is to find by the names in a folder."""
-
-from __future__ import annotations
+"""Names that are imported when first asked for (PEP 562): those of our packages, and of our classes in diffusers."""
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from types import ModuleType
+from typing import Any
 
 
 # Modules of classes that diffusers gets when it is asked for them, by name.
 _ANNOUNCED: dict[str, str] = {}
 
 
-def register_with_diffusers(cls: type):
-    """Makes a class an attribute of diffusers, among which it looks for what model_index.json and config.json name.
+def lazy_names(
+    package: str, modules: dict[str, list[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package, of names by the module, `.module` of it, that has them."""
+    module_of = {name: module for module, names in modules.items() for name in names}
 
-    Raises:
-        ImportError: there is a class of another module by that name.
-    """
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(module_of[name], package), name)
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *module_of}), sorted(module_of)
+
+
+def register_with_diffusers(cls: type):
+    """Makes a class an attribute of diffusers, among which it looks for what model_index.json and config.json name;
+    an `ImportError` if there is a class of another module by that name."""
     import diffusers
 
     _check_is_free(diffusers, cls.__name__, cls.__module__)
@@ -40,21 +51,17 @@ def _check_is_free(diffusers: ModuleType, name: str, module: str):
         raise ImportError(f"{name} is {existing.__module__}'s name already, which {module} cannot have.")
 
 
-class _Extended(ModuleType):
-    """A module that has the announced classes too."""
-
-    def __getattr__(self, name: str):
-        if name in _ANNOUNCED:
-            return getattr(importlib.import_module(_ANNOUNCED[name]), name)
-        return super().__getattr__(name)
-
-
 def _extend(diffusers: ModuleType):
     for name, module in _ANNOUNCED.items():
         _check_is_free(diffusers, name, module)
-    if not isinstance(diffusers, _Extended):
-        # diffusers' own class of module imports its names when they are asked for, as this one does then.
-        diffusers.__class__ = type("Extended", (_Extended, type(diffusers)), {})
+    # Python asks it before the method of diffusers' own class of module, which imports its names in the same way.
+    diffusers.__getattr__ = _get_announced
+
+
+def _get_announced(name: str) -> type:
+    if name not in _ANNOUNCED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_ANNOUNCED[name]), name)
 
 
 class _WhenImported(MetaPathFinder):

@@ -1,7 +1,5 @@
 """What of the settings may be stored, and what of them may leave this machine."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -1,15 +1,9 @@
 """accelerate's settings, checked."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 from ..errors import UserError, as_user_error
 
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 PRECISIONS = ("no", "bf16")
 
@@ -19,8 +13,9 @@ def accelerate_settings() -> AbstractContextManager:
     return as_user_error("accelerate's settings, in its configuration file or the environment")
 
 
-def check_precision(accelerator: Accelerator):
-    """accelerate takes a word that it does not know for "no", and its fp16 would need a gradient scaler."""
+def check_precision(accelerator):
+    """Of an `Accelerator`, which takes a word that it does not know for "no", and whose fp16 would need a gradient
+    scaler."""
     if accelerator.mixed_precision not in PRECISIONS:
         raise UserError(
             f"mixed_precision must be one of {', '.join(PRECISIONS)}, not {accelerator.mixed_precision}, as "

@@ -1,9 +1,10 @@
 """What happens to one process of a run and concerns them all: errors, and a wish to stop."""
 
-from __future__ import annotations
-
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Self
 
 import torch.distributed
 from accelerate.utils import gather_object
@@ -26,9 +27,8 @@ class Resources(ExitStack):
     """
 
     def __exit__(self, kind, error, trace):
-        if error is not None and torch.distributed.is_initialized():
-            return False
-        return super().__exit__(kind, error, trace)
+        if error is None or not torch.distributed.is_initialized():
+            return super().__exit__(kind, error, trace)
 
 
 @contextmanager
@@ -47,17 +47,15 @@ def raise_together() -> Iterator[None]:
     try:
         yield
     except Exception as failure:
+        if not torch.distributed.is_initialized():
+            raise
         error = failure
-        if torch.distributed.is_initialized():
-            _store().set(CALLED_OFF, "")
+        _store().set(CALLED_OFF, "")
     if not torch.distributed.is_initialized():
-        if error:
-            raise error
         return
-    rank = torch.distributed.get_rank()
     told = error
     if error and not isinstance(error, (UserError, Interrupted, _CalledOff)):
-        told = ProcessError(f"process {rank} failed: {summarize_exception(error)}")
+        told = ProcessError(f"process {torch.distributed.get_rank()} failed: {summarize_exception(error)}")
     # The first process's error, of those that are worth the most.
     errors = [failure for failure in gather_object([told]) if failure]
     if errors:
@@ -78,3 +76,39 @@ class _CalledOff(Exception):
 def _store() -> torch.distributed.Store:
     # The key-value store of the process group: unlike a collective operation it can be asked without waiting.
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+class Interruption:
+    """As a context: SIGTERM, which clusters send before they take a machine away, and SIGINT (Ctrl-C) are noted, and
+    the run stops at the next place that asks for it with one of the methods."""
+
+    def __init__(self):
+        self._signal: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame):
+        # torchrun sends a signal on to processes that may have got it already.
+        if self._signal is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            # Not print: it may be what the signal has interrupted.
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: stopping after this batch (Ctrl-\\ does not wait)\n".encode())
+        self._signal = number
+
+    def check(self):
+        """For the batches of a [`raise_together`] block: raises [`Interrupted`] if this process has got a signal, and
+        leaves the block if another process did."""
+        if self._signal is not None:
+            raise Interrupted(self._signal)
+        leave_if_called_off()
+
+    def check_together(self):
+        """Raises [`Interrupted`] in every process if any has got a signal; every process has to call it."""
+        with raise_together():
+            self.check()

@@ -1,7 +1,5 @@
 """The transformer in shards over the processes (torch's FSDP2), for models that one device does not hold."""
 
-from __future__ import annotations
-
 import os
 from contextlib import AbstractContextManager, nullcontext
 

@@ -18,9 +18,9 @@ from ..files.output_folder import RunFolder, is_result
 from ..files.writing import replacing
 from ..pipelines.loading import frame_rate, load_frozen_pipeline, load_loras, video_size
 from ..reporting.charts import draw_means
-from ..reporting.comparison import Evaluation, comparison_rows
+from ..reporting.comparison import Evaluation, change_text, comparison_rows
 from ..reporting.machine import versions
-from ..reporting.tables import change_text, markdown_table
+from ..reporting.markdown import markdown_table
 from ..reporting.videos import write_columns
 from ..rollout.prompts import PromptSource, spread
 from ..rollout.samples import eval_samples

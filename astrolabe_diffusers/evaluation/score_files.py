@@ -18,7 +18,7 @@ from ..errors import UserError, as_user_error, one_line, summarize_exception
 from ..files.output_folder import is_result
 from ..files.writing import replacing
 from ..generation.manifest import Manifest
-from ..reporting.tables import markdown_table
+from ..reporting.markdown import markdown_table
 from ..rewards import RewardError, RewardPlaceError, RewardSet
 from ..rollout.reward_thread import RewardThread
 from ..shareable import shareable, shareable_value

@@ -1,7 +1,5 @@
 """Output folders: one run in each at a time, and nothing written over that it has not made."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -9,6 +7,7 @@ import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -25,15 +24,11 @@ RESULTS_NAME = "results.json"
 
 class RunFolder:
     """An output folder. As a context it keeps other runs out, on this machine and on others that share the folder;
-    that ends with the process too, however it ends.
+    that ends with the process too, however it ends. A [`UserError`] if another run has it, or it cannot be made.
 
     Args:
-        path: the folder, which is made if it is not there.
         kind: what writes to it. From [`~RunFolder.begin`] on a file in it says so.
         files: the paths in it that the run may write to, as patterns.
-
-    Raises:
-        UserError: on entering, if another run has locked it, or it cannot be made.
     """
 
     def __init__(self, path: str | Path, kind: str, files: tuple[str, ...] = ()):
@@ -41,7 +36,7 @@ class RunFolder:
         # Not a lock of the thread that takes it: a run may end in another one.
         self._lock = FileLock(self.path / LOCK_NAME, timeout=0, thread_local=False)
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> Self:
         with as_user_error(f"output_dir {str(self.path)!r}"), suppress(Timeout):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -90,8 +85,7 @@ class RunFolder:
     def remove_files(self):
         """Removes what an earlier run wrote, but for its checkpoints: these are set aside."""
         with writing(self.path):
-            for name in self.present():
-                path = self.path / name
+            for path in map(self.path.joinpath, self.present()):
                 if path.parent.name == "checkpoints":
                     continue
                 if path.is_dir() and not path.is_symlink():

@@ -1,7 +1,5 @@
 """Text files as editors, spreadsheets and language models write them."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import re
@@ -23,13 +21,8 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 def read_text(path: str | Path) -> str:
-    """
-    The text of a file in UTF-8, or in the Unicode encoding that the mark at its beginning names. The mark is left out.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is in another encoding, or no text; the message says where.
-    """
+    """The text of a file in UTF-8, or in the Unicode encoding that the mark at its beginning names, without the mark.
+    A `ValueError` says where it is in another encoding, or no text."""
     data = Path(path).read_bytes()
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -56,15 +49,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str | bytes, what: str | Path) -> Any:
-    """
-    What a JSON text says.
-
-    Raises:
-        ValueError: it is none, or nested so deeply that it cannot be read; the message begins with `what`.
-    """
+    """What a JSON text says; a `ValueError` that begins with `what` if it is none, or nested too deeply."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{what} is no JSON: {error}") from None
-    except RecursionError as error:
-        raise ValueError(f"{what} is no JSON: it is nested too deeply, {error}") from None
+    except (ValueError, RecursionError) as error:
+        deep = "it is nested too deeply, " if isinstance(error, RecursionError) else ""
+        raise ValueError(f"{what} is no JSON: {deep}{error}") from None

@@ -1,9 +1,8 @@
 """MP4 files that are written while their frames are generated."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import imageio_ffmpeg
 import numpy as np
@@ -19,12 +18,10 @@ class VideoWriter:
     Args:
         path: the file; one that exists is replaced.
         height, width: of the frames in pixels, even numbers.
-        fps: frames per second.
     """
 
     def __init__(self, path: Path, height: int, width: int, fps: int):
-        self.path = path
-        self.num_frames = 0
+        self.path, self.num_frames = path, 0
         self._partial = path.with_name(path.name + PARTIAL)
         self._encoder = imageio_ffmpeg.write_frames(
             str(self._partial),
@@ -38,7 +35,7 @@ class VideoWriter:
             ffmpeg_log_level="fatal",
         )
 
-    def __enter__(self) -> VideoWriter:
+    def __enter__(self) -> Self:
         self._encoder.send(None)
         return self
 
@@ -59,9 +56,8 @@ class VideoWriter:
                 with suppress(RuntimeError):
                     written, _ = imageio_ffmpeg.count_frames_and_secs(str(self._partial))
                 if written != self.num_frames:
-                    raise OSError(
-                        f"only {written} of {self.num_frames} frames arrived in {self._partial}: is the disk full?"
-                    )
+                    arrived = f"only {written} of {self.num_frames} frames arrived in {self._partial}"
+                    raise OSError(f"{arrived}: is the disk full?")
                 self._partial.replace(self.path)
         finally:
             self._partial.unlink(missing_ok=True)

@@ -1,97 +1,75 @@
 """Charts as PNG files: the curves of a run, and means of scores with their intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib import cycler, rc_context
+from matplotlib.figure import Figure
 
 
 COLORS = ("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:cyan")
 DPI = 100
+STYLE = {
+    "figure.dpi": DPI,
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": cycler(color=COLORS),
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "axes.ymargin": 0.08,
+    "grid.color": "0.88",
+    # Names and prompts of users are no formulas.
+    "text.parse_math": False,
+}
 
 
+@rc_context(STYLE)
 def draw_curves(
     curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str, x_label: str, y_label: str
 ):
-    """A chart of 800 x 450 pixels: `curves` are `(x, y)` points by name, with a mark at each if there are few.
-
-    Points that are not finite are left out; nothing is drawn if there is no other.
-    """
+    """A chart of 800 x 450 pixels: `curves` are `(x, y)` points by name, with a mark at each if there are few. Points
+    that are not finite are left out; nothing is drawn if there is no other."""
     finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in curves.items()}
     curves = {name: points for name, points in finite.items() if points}
     if not curves:
         return
-    figure = _figure(8, 4.5)
+    figure = Figure((8, 4.5))
     axes = figure.subplots()
-    _style(axes)
     for name, points in curves.items():
         axes.plot(*zip(*points), "o-" if len(points) <= 30 else "-", markersize=4, label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     left, right = axes.get_xlim()
     axes.set_xlim(left, max(right, left + 1))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, parse_math=False)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.legend()
     figure.savefig(path, format="png")
 
 
-def draw_means(
-    means: dict[str, Sequence[tuple[float, float]]],
-    names: Sequence[str],
-    path: str | Path,
-    title: str,
-    columns: int = 4,
-):
-    """A small chart for each score, with its own scale: a mark at every mean, a line at that of the first.
-
-    Args:
-        means: by score, for each of `names` the mean and half the width of its interval, NaN where there is none.
-        columns: charts in a row.
-    """
-    columns = min(columns, len(means))
+@rc_context(STYLE)
+def draw_means(means: dict[str, Sequence[tuple[float, float]]], names: Sequence[str], path: str | Path, title: str):
+    """A small chart for each score, with its own scale: a mark at every mean, a line at that of the first. `means` are
+    by score, for each of `names` the mean and half the width of its interval, NaN where there is none."""
+    columns = min(4, len(means))
     rows = math.ceil(len(means) / columns)
-    figure = _figure(0.1 + 2.4 * columns, 0.62 + 2.1 * rows)
+    figure = Figure((0.1 + 2.4 * columns, 0.62 + 2.1 * rows))
     charts = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for (score, marks), axes in zip(means.items(), charts):
-        _style(axes)
         handles = [axes.errorbar(i, mean, half, fmt="o", capsize=5) for i, (mean, half) in enumerate(marks)]
         axes.axhline(marks[0][0], color=COLORS[0], linewidth=1)
-        axes.set_xlim(-0.5, len(marks) - 0.5)
-        axes.set_xticks([])
+        axes.set(xlim=(-0.5, len(marks) - 0.5), xticks=[])
         # The end of a long name is what tells parts apart.
         short = score if len(score) <= 32 else "... " + score[-28:]
-        axes.set_title(short, fontsize="small", parse_math=False)
+        axes.set_title(short, fontsize="small")
     for axes in charts:
         axes.remove()
-    heading = figure.suptitle(title, parse_math=False)
+    heading = figure.suptitle(title)
     legend = figure.legend(handles, names, loc="outside lower left", ncols=len(names))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
     # The picture is as wide as the charts, or as the title or the names of all columns where these are wider.
     figure.draw_without_rendering()
     widest = max(artist.get_window_extent().width for artist in (heading, legend))
     figure.set_figwidth(max(figure.get_figwidth(), widest / DPI + 0.2))
     figure.savefig(path, format="png")
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure((width, height), dpi=DPI, layout="constrained")
-
-
-def _style(axes: Axes):
-    axes.set_prop_cycle(color=COLORS)
-    axes.grid(axis="y", color="0.88")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.ticklabel_format(useOffset=False)
-    axes.margins(y=0.08)

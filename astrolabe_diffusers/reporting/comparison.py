@@ -1,7 +1,5 @@
 """Scores of the same videos before and after, or with and without."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +9,8 @@ import torch
 
 @dataclass
 class Evaluation:
-    """Scores of one evaluation: for every name one value a held-out video, always in the same order.
-
-    A NaN, of a video that a reward could not score, is left out of means. `step` is that of the run, if it is one.
-    """
+    """Scores of one evaluation, at a `step` if it is a run's: for every name one value a held-out video, always in
+    the same order. A NaN, of a video that a reward could not score, is left out of means."""
 
     step: int | None
     scores: dict[str, list[float]]
@@ -41,3 +37,21 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, fl
         for name in after.scores
         if name in before.scores
     ]
+
+
+def comparison_table(rows: Sequence[tuple[str, float, float, float, float]], rewards: Sequence[str]) -> str:
+    """The rows of [`comparison_rows`] as text. Scores of `rewards` were trained on, the others are only watched."""
+    width = max(len(row[0]) for row in rows) + 2
+    lines = [f"{'':<{width}}{'before':>9}{'after':>9}   change (95 % interval)"]
+    trained = {row[0] for row in rows if row[0] == "reward" or row[0].split("/")[0] in rewards}
+    for title, wanted in (("trained on:", True), ("only watched:", False)):
+        group = [row for row in rows if (row[0] in trained) == wanted]
+        lines += [title] * bool(group)
+        for name, old, new, change, half in group:
+            lines.append(f"  {name:<{width - 2}}{old:>9.4f}{new:>9.4f}   {change_text(change, half)}")
+    return "\n".join(lines)
+
+
+def change_text(change: float, half: float) -> str:
+    """A change and its interval, `half` to either side."""
+    return f"{change:+.4f}  [{change - half:+.4f}, {change + half:+.4f}]"

@@ -1,7 +1,5 @@
 """The adapter on the Hub. The token is that of HF_TOKEN or `hf auth login`."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,8 @@ def create_hub_repo(config: Config) -> str:
 
 
 def push_to_hub(config: Config, repo_id: str, results: dict[str, Any]) -> str:
-    """Uploads what a finished run leaves, its card included, and returns a line about it.
-
-    A Hub that cannot be reached at the end of a long run is no error: the line says how to upload later.
-    """
+    """Uploads what a finished run leaves, its card included, and returns a line about it. A Hub that cannot be reached
+    at the end of a long run is no error: the line says how to upload later."""
     patterns = [*FILES, f"{video_folder(results)}/*"]
     try:
         commit = HfApi().upload_folder(

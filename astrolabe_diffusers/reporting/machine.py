@@ -1,7 +1,5 @@
 """What computed a figure."""
 
-from __future__ import annotations
-
 import platform
 import sys
 from importlib.metadata import version
@@ -20,10 +18,8 @@ except ImportError:  # on Windows
 
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process on a CUDA device, else its peak resident memory; GB."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_host_memory_gb()
-
-
-def peak_host_memory_gb() -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if resource is None:
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss) / 1e9
@@ -38,8 +34,5 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Of this package and those that figures depend on."""
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    return {
-        "astrolabe_diffusers": __version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
+    own = {"astrolabe_diffusers": __version__, "python": platform.python_version()}
+    return own | {package: version(package) for package in packages}

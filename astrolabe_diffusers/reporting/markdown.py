@@ -1,8 +1,7 @@
 """Texts of users, such as prompts and names of files, in Markdown: they show as what they are, whatever is in them."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Sequence
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
@@ -45,6 +44,17 @@ def code_block(text: str, language: str) -> str:
 def python_text(text: str) -> str:
     """A Python literal of one line, in double quotes where these need nothing to be escaped."""
     return repr(text) if not text.isprintable() or set(text) & set('"\\') else f'"{text}"'
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table of any texts in GitHub's Markdown, padded to be read as text too; the first row has the headings."""
+    rows = [[escape(cell) for cell in row] for row in rows]
+    widths = [max(2, *map(len, column)) for column in zip(*rows)]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows
+    ]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _longest_run(text: str) -> int:

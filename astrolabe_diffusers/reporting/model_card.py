@@ -1,7 +1,5 @@
 """The model card of a run: what was trained on what, what came of it, and how to load it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,8 +13,9 @@ from .. import TINY_SHAPES
 from ..config import Config
 from ..files.writing import replacing
 from ..shareable import shareable, shareable_name
-from .markdown import code, code_block, escape, escape_line, plain_line, python_text
-from .tables import change_text, duration, markdown_table
+from .comparison import change_text
+from .markdown import code, code_block, escape, escape_line, markdown_table, plain_line, python_text
+from .report import duration
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -62,9 +61,9 @@ def write_card(config: Config, results: dict[str, Any], prompts: Sequence[str], 
 
 
 def card_data(config: Config, results: dict[str, Any], prompts: Sequence[str], name: str) -> ModelCardData:
-    """What the Hub reads of a card."""
+    """What the Hub, which refuses a folder as the base model, reads of a card."""
     return ModelCardData(
-        base_model=base_on_hub(config),
+        base_model=config.hub_base_model or (None if Path(config.model).exists() else config.model),
         library_name="diffusers",
         license=config.hub_license,
         pipeline_tag="text-to-video",
@@ -98,23 +97,13 @@ def score_table(scores: dict[str, dict[str, float]], rewards: dict[str, float]) 
     return markdown_table(rows)
 
 
-def base_on_hub(config: Config) -> str | None:
-    """The base model's name on the Hub, which refuses cards that name a folder; `None` if it is not known."""
-    name = config.model
-    return config.hub_base_model or (None if Path(name).exists() else name)
-
-
 def video_folder(results: dict[str, Any]) -> str:
     return f"eval_videos/step-{results['steps']}"
 
 
 def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> list[str]:
-    """What the changes of the scores amount to, in sentences: also where nothing rose, or something fell.
-
-    Args:
-        scores: by name `before`, `after`, `change` and `half_width_95`; `reward` is the weighted sum.
-        rewards: the weights of those that were trained on.
-    """
+    """What the changes of the scores, as results.json has them, amount to, in sentences: also where nothing rose, or
+    something fell. `rewards` are the weights of those that were trained on."""
 
     def direction(name: str) -> int:
         """1 if the score went up, beyond its interval and as far as the table shows, -1 if down, else 0."""

@@ -1,11 +1,10 @@
 """What a run tells: log files, tracker, curves, the line of an epoch, and the table at the end."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from ..config import Config
 from ..files.writing import replacing, writing
 from ..shareable import shareable
 from .charts import draw_curves
-from .comparison import Evaluation, comparison_rows
-from .tables import comparison_table, duration
+from .comparison import Evaluation, comparison_rows, comparison_table
 from .trackers import log_distributions, log_numbers, log_video, start_trackers
 from .videos import side_by_side
 
@@ -32,20 +30,11 @@ class RunReport:
     """Everything a run says about itself, whatever its algorithm; only the main process writes.
 
     `metrics.jsonl` has a line an epoch, `eval.jsonl` one an evaluation with the score of every held-out video;
-    `rewards.png` is drawn from both.
-
-    Args:
-        config: the run's settings, of which the report takes `algorithm`, `output_dir`, `logging_dir`, `report_to`,
-            `rewards` (those trained on), `samples_per_prompt` (the size of a group), `max_train_steps` and `save`.
-
-    Attributes:
-        evaluations: all so far, in every process.
+    `rewards.png` is drawn from both. Every process has all `evaluations` so far.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator):
-        self.config = config
-        self.accelerator = accelerator
-        self.output_dir = Path(config.output_dir)
+        self.config, self.accelerator, self.output_dir = config, accelerator, Path(config.output_dir)
         self.evaluations: list[Evaluation] = []
         self.curve: list[tuple[int, float]] = []  # (step, mean training reward)
 
@@ -88,12 +77,8 @@ class RunReport:
         self.progress.set_postfix_str(text)
 
     def add_epoch(self, metrics: dict[str, float], distributions: dict[str, torch.Tensor], seconds_left: float):
-        """Log an epoch.
-
-        Args:
-            metrics: numbers of any algorithm, among them `step`, `reward` and `seconds`; docs/logged_metrics.md.
-            distributions: the scores `(N,)` of all samples by name, group after group.
-        """
+        """Log an epoch: `metrics` of any algorithm (docs/logged_metrics.md), with `step`, `reward` and `seconds`;
+        `distributions` are the scores `(N,)` of all samples by name, group after group."""
         step, group_size = metrics["step"], self.config.samples_per_prompt
         statistics = {name: score_statistics(scores, group_size) for name, scores in distributions.items()}
         # The mean of a score is one of its statistics.
@@ -122,21 +107,12 @@ class RunReport:
             return
         append_jsonl(self.output_dir / "eval.jsonl", evaluation.to_json())
         if len(self.evaluations) > 1:
-            self.draw_curves()
+            curves = {"train": self.curve, "held-out": [(past.step, past.mean()) for past in self.evaluations]}
+            with replacing(self.output_dir / "rewards.png") as partial:
+                draw_curves(curves, partial, " + ".join(self.config.rewards), "optimizer step", "reward")
         if videos:
             images = side_by_side(videos, columns=min(4, len(videos)))
             log_video(self.accelerator, "eval/videos", images, frame_rate, evaluation.step)
-
-    def draw_curves(self):
-        held_out = [(evaluation.step, evaluation.mean()) for evaluation in self.evaluations]
-        with replacing(self.output_dir / "rewards.png") as partial:
-            draw_curves(
-                {"train": self.curve, "held-out": held_out},
-                partial,
-                title=" + ".join(self.config.rewards),
-                x_label="optimizer step",
-                y_label="reward",
-            )
 
     def finish(self, results: dict[str, Any], num_prompts: int):
         """Write results.json, with the changes of all scores, and print the table of before and after."""
@@ -160,6 +136,10 @@ class RunReport:
         )
 
 
+def duration(seconds: float) -> str:
+    return tqdm.format_interval(round(seconds)).removeprefix("0")
+
+
 def tag(name: str) -> str:
     """The name of a metric in the trackers, which sort by what is before the first slash."""
     return f"{'speed' if name.startswith(('seconds', 'samples_per_second')) else 'train'}/{name}"
@@ -171,11 +151,8 @@ def tags(group: str, statistics: dict[str, dict[str, float]]) -> dict[str, float
 
 
 def score_statistics(scores: torch.Tensor, group_size: int | None = None) -> dict[str, float]:
-    """Mean, spread and ends of scores `(N,)`, and the mean of the spreads of groups if their size is given.
-
-    Spreads are standard deviations of the population. A score that is not finite is left out; nothing is returned if
-    none is finite.
-    """
+    """Mean, spread and ends of the finite scores of `(N,)`, and the mean of the spreads of groups if their size is
+    given; nothing if none is finite. Spreads are standard deviations of the population."""
 
     def finite(values: torch.Tensor) -> torch.Tensor:
         return values[values.isfinite()].double()
@@ -200,11 +177,9 @@ def cut_jsonl(path: Path, last_step: int) -> list[dict]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines():
-        try:
+    with suppress(ValueError):  # a run was killed while it wrote the last line
+        for line in path.read_text().splitlines():
             records.append(json.loads(line))
-        except ValueError:  # a run was killed while it wrote the line
-            break
     records = [record for record in records if record["step"] <= last_step]
     with replacing(path) as partial:
         partial.write_text("".join(json.dumps(record) + "\n" for record in records))

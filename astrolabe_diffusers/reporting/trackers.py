@@ -1,12 +1,10 @@
 """TensorBoard and Weights & Biases through accelerate, with what accelerate does not log: histograms and videos."""
 
-from __future__ import annotations
-
 import io
 import logging
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from .videos import gif_bytes
 
 
 logger = logging.getLogger(__name__)
-
 
 WANDB_ID = "wandb_id"
 # What leaves for wandb is what a run logs: not the command line, the paths and the repository it is started from, nor
@@ -42,13 +39,8 @@ def tracker_names(report_to: str) -> list[str]:
 def start_trackers(
     accelerator: Accelerator, report_to: str, project: str, settings: dict, run_name: str, folder: Path, resume: bool
 ):
-    """Open the trackers of a run, or go on with those of one that is resumed. [`closing_trackers`] closes them.
-
-    Args:
-        project: what runs of one kind have in common; a folder's name too.
-        settings: what is shown as the run's hyperparameters.
-        folder: of all that the trackers write.
-    """
+    """Open the trackers of a run, or go on with those of one that is resumed, in `folder`; `project` is what runs of
+    one kind have in common, a folder's name too. [`closing_trackers`] closes them."""
     init_kwargs = {}
     if "wandb" in TRACKERS[report_to] and accelerator.is_main_process:
         id_file = folder / WANDB_ID
@@ -66,10 +58,8 @@ def start_trackers(
 
 @contextmanager
 def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
-    """Trackers that are opened inside are closed at the end.
-
-    One that cannot be closed, without network for example, is no reason for the run to fail.
-    """
+    """Trackers that are opened inside are closed at the end. One that cannot be closed, without network for example,
+    is no reason for the run to fail."""
     before = threading.excepthook
 
     def hook(arguments):
@@ -93,63 +83,51 @@ def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
 
 
 def log_numbers(accelerator: Accelerator, values: dict[str, float], step: int):
-    for tracker in accelerator.trackers:
-        with _failing_in_one_line(accelerator, tracker):
-            tracker.log(values, step=step)
+    _log(accelerator, lambda tracker: tracker.log(values, step=step))
 
 
 def log_distributions(accelerator: Accelerator, values: dict[str, torch.Tensor], step: int):
     """Histograms of the finite values of every tensor `(N,)`, by its tag. For the main process."""
-    finite = {tag: tensor[tensor.isfinite()] for tag, tensor in values.items()}
-    for tracker in accelerator.trackers:
-        with _failing_in_one_line(accelerator, tracker):
-            for tag in (tag for tag, tensor in finite.items() if len(tensor)):
-                HISTOGRAMS[tracker.name](tracker.tracker, tag, finite[tag], step)
+
+    def log(tracker: GeneralTracker):
+        for tag, tensor in values.items():
+            finite = tensor[tensor.isfinite()]
+            if len(finite) and tracker.name == "wandb":
+                import wandb
+
+                tracker.tracker.log({tag: wandb.Histogram(finite.numpy())}, step=step)
+            elif len(finite):
+                tracker.tracker.add_histogram(tag, finite, step)
+
+    _log(accelerator, log)
 
 
 def log_video(accelerator: Accelerator, tag: str, images: Sequence[Image.Image], frame_rate: int, step: int):
     """A video as an animated GIF, which browsers play and which needs no moviepy. For the main process."""
-    gif = gif_bytes(images, frame_rate)
+    gif, (width, height) = gif_bytes(images, frame_rate), images[0].size
+
+    def log(tracker: GeneralTracker):
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.tracker.log({tag: wandb.Video(io.BytesIO(gif), format="gif")}, step=step)
+        else:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)
+            tracker.tracker.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    _log(accelerator, log)
+
+
+def _log(accelerator: Accelerator, log: Callable[[GeneralTracker], None]):
+    """Calls `log` for every tracker. TensorBoard writes in a thread, and only says at a later call that it could not.
+    An error of wandb, which may be an `OSError` too, is mostly one of the network."""
     for tracker in accelerator.trackers:
-        with _failing_in_one_line(accelerator, tracker):
-            GIFS[tracker.name](tracker.tracker, tag, gif, images[0].size, step)
-
-
-@contextmanager
-def _failing_in_one_line(accelerator: Accelerator, tracker: GeneralTracker) -> Iterator[None]:
-    """TensorBoard writes in a thread, and only says at a later call that it could not. An error of wandb, which may be
-    an `OSError` too, is mostly one of the network."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("wandb."):
-            raise
-        problem = {"tensorboard": f"cannot write {accelerator.logging_dir}", "wandb": "report_to=wandb"}
-        raise UserError(f"{problem[tracker.name]}: {one_line(error)}") from error
-
-
-def _tensorboard_histogram(writer, tag: str, values: torch.Tensor, step: int):
-    writer.add_histogram(tag, values, step)
-
-
-def _tensorboard_gif(writer, tag: str, gif: bytes, size: tuple[int, int], step: int):
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=gif)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
-def _wandb_histogram(run, tag: str, values: torch.Tensor, step: int):
-    import wandb
-
-    run.log({tag: wandb.Histogram(values.numpy())}, step=step)
-
-
-def _wandb_gif(run, tag: str, gif: bytes, size: tuple[int, int], step: int):
-    import wandb
-
-    run.log({tag: wandb.Video(io.BytesIO(gif), format="gif")}, step=step)
-
-
-HISTOGRAMS = {"tensorboard": _tensorboard_histogram, "wandb": _wandb_histogram}
-GIFS = {"tensorboard": _tensorboard_gif, "wandb": _wandb_gif}
+        try:
+            log(tracker)
+        except Exception as error:
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("wandb."):
+                raise
+            problem = {"tensorboard": f"cannot write {accelerator.logging_dir}", "wandb": "report_to=wandb"}
+            raise UserError(f"{problem[tracker.name]}: {one_line(error)}") from error

@@ -1,7 +1,5 @@
 """Videos as files, side by side, in contact sheets and as GIFs."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math
@@ -10,18 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..files.video import VideoWriter
 from ..files.writing import replacing, writing
 
 
 WHITE, BLACK = (255, 255, 255), (30, 30, 30)
-FONT_SIZE = 14
-
-
-def _font(size: int = FONT_SIZE):
-    return ImageFont.load_default(size)
 
 
 def video_images(video: torch.Tensor, size: tuple[int, int] | None = None) -> list[Image.Image]:
@@ -59,15 +53,9 @@ def side_by_side(videos: Sequence[torch.Tensor], columns: int | None = None) -> 
     """Frames of one video with several `(F, 3, H, W)` next to each other, in rows of `columns`."""
     columns = columns or len(videos)
     size = _tile_size(videos[0], 128, 416)
-    tiles = [video_images(video, size) for video in videos]
-    rows = math.ceil(len(tiles) / columns)
-    frames = []
-    for t in range(len(tiles[0])):
-        frame = Image.new("RGB", (columns * (size[0] + 4), rows * (size[1] + 4)), WHITE)
-        for i, tile in enumerate(tiles):
-            frame.paste(tile[t], ((i % columns) * (size[0] + 4) + 2, (i // columns) * (size[1] + 4) + 2))
-        frames.append(frame)
-    return frames
+    tiles = [[ImageOps.expand(image, 2, WHITE) for image in video_images(video, size)] for video in videos]
+    tiles += [[Image.new("RGB", tiles[0][0].size, WHITE)] * len(tiles[0])] * (-len(tiles) % columns)
+    return [make_image_grid(list(images), len(tiles) // columns, columns) for images in zip(*tiles)]
 
 
 def comparison_video(columns: dict[str, Sequence[torch.Tensor]], tiles_per_row: int = 4) -> list[Image.Image]:
@@ -83,7 +71,7 @@ def comparison_video(columns: dict[str, Sequence[torch.Tensor]], tiles_per_row: 
         frame = Image.new("RGB", (width, height), WHITE)
         draw = ImageDraw.Draw(frame)
         for i, name in zip(range(per_row), itertools.cycle(columns)):
-            draw.text((i * tile + tile / 2, 12), _shorten(draw, name, tile - 8), BLACK, _font(), anchor="mm")
+            _write(draw, (i * tile + tile / 2, 12), name, tile - 8)
         frame.paste(image, (0, 24))
         frames.append(frame)
     return frames
@@ -100,11 +88,10 @@ def contact_sheet(
     sheet = Image.new("RGB", (len(columns) * (column + gap) + 16 - gap, header + row * len(groups) + 8), WHITE)
     draw = ImageDraw.Draw(sheet)
     for c, name in enumerate(columns):
-        text = _shorten(draw, name, column, _font(16))
-        draw.text((8 + c * (column + gap) + column / 2, header / 2), text, BLACK, _font(16), anchor="mm")
+        _write(draw, (8 + c * (column + gap) + column / 2, header / 2), name, column, size=16)
     for r, (group, caption) in enumerate(zip(groups, captions)):
         top = header + r * row
-        draw.text((8, top + 2), _shorten(draw, caption, sheet.width - 16), BLACK, _font(), anchor="lt")
+        _write(draw, (8, top + 2), caption, sheet.width - 16, anchor="lt")
         for c, video in enumerate(group):
             for i, image in enumerate(video_images(video[indices], (width, height))):
                 sheet.paste(image, (8 + c * (column + gap) + i * (width + 2), top + 22))
@@ -120,13 +107,14 @@ def _tile_size(video: torch.Tensor, low: int, high: int) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | None = None) -> str:
-    font = font or _font()
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + " ...", font) > width:
-        text = text[:-1]
-    return text + " ..."
+def _write(draw: ImageDraw.ImageDraw, place: tuple, text: str, width: int, size: int = 14, anchor: str = "mm"):
+    """Writes as much of a text as the width holds."""
+    font = ImageFont.load_default(size)
+    if draw.textlength(text, font) > width:
+        while text and draw.textlength(text + " ...", font) > width:
+            text = text[:-1]
+        text += " ..."
+    draw.text(place, text, BLACK, font, anchor=anchor)
 
 
 def save_video(video: torch.Tensor, path: Path, frame_rate: int):

@@ -1,6 +1,6 @@
 """Rewards for generated videos."""
 
-from ..lazy import lazy_names
+from ..registration import lazy_names
 
 
 __getattr__, __dir__, __all__ = lazy_names(

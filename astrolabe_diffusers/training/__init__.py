@@ -1,6 +1,6 @@
 """Online reinforcement learning of causal video pipelines."""
 
-from ..lazy import lazy_names
+from ..registration import lazy_names
 
 
 __getattr__, __dir__, __all__ = lazy_names(

@@ -18,9 +18,8 @@ from ..distributed.agreement import is_first_process, raise_together
 from ..distributed.sharding import full_tensors, shard_like, together
 from ..errors import UserError, as_user_error, one_line
 from ..files.output_folder import checkpoint_step, list_checkpoints, set_aside
-from ..files.seal import find_damage, seal, to_disk
 from ..files.text import read_json
-from ..files.writing import PARTIAL
+from ..files.writing import PARTIAL, find_damage, seal, to_disk
 from ..layouts.tensor_files import misfits
 from .adapter_files import load_adapter, save_adapter
 from .config import OnlineConfig

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import set_seed
 
-from ..distributed.agreement import Resources, raise_together
-from ..distributed.interruption import Interruption
+from ..distributed.agreement import Interruption, Resources, raise_together
 from ..distributed.sharding import is_sharded, shard
 from ..errors import Interrupted, UserError, as_user_error
 from ..evaluation.held_out import HeldOut, gather_videos

@@ -4,12 +4,10 @@ python examples/benchmarks/generation.py --recipe self-forcing
 python examples/benchmarks/generation.py --model FOLDER_OR_HUB_ID --num_streams 2
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
@@ -26,13 +24,8 @@ from astrolabe_diffusers.pipelines.loading import load_from, place_pipeline
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
 
-class Figures:
-    def __str__(self) -> str:
-        return "  ".join(f"{field.name} {getattr(self, field.name):.3f}" for field in fields(self))
-
-
 @dataclass
-class Measurement(Figures):
+class Measurement:
     """Seconds, medians over repetitions; a block is one after the context is full. Memory is the peak in GB (1e9)."""
 
     first_frames: float  # from the call to the first frames, text included
@@ -46,7 +39,7 @@ class Measurement(Figures):
 
 
 @dataclass
-class StreamMeasurement(Figures):
+class StreamMeasurement:
     """Streams that take turns. Seconds are medians, GB are 1e9 bytes; the end is the last quarter of the blocks."""
 
     first_frames: float  # from the call of the first stream to its first frames, text included
@@ -68,11 +61,7 @@ def timed(steps: Iterable) -> list[float]:
 
 
 def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurement:
-    """
-    Args:
-        pipe: on its device, offloading and compilation as wanted.
-        kwargs: of `CausalWanPipeline.stream`.
-    """
+    """A pipeline on its device, offloading and compilation as wanted; `kwargs` are those of its method `stream`."""
     kwargs.setdefault("num_frames", pipe.default_num_frames(kwargs["prompt"]))
 
     def decode() -> list[float]:
@@ -135,7 +124,7 @@ def measure_streams(pipe: CausalWanPipeline, num_streams: int = 1, **kwargs) -> 
     )
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", choices=PUBLISHED_MODELS, help="a published model, random weights at full size")
@@ -152,11 +141,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="a boat on a lake", help="may have scenes")
     parser.add_argument("--num_streams", type=int, help="measure streams that take turns, not the parts")
     parser.add_argument("--repetitions", type=int, default=3)
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype)
     recipe = recipe_of(args.recipe, args.model)
     pipe = random_pipeline(recipe, args.device, dtype) if recipe else load_from(args.model, dtype=dtype)
@@ -169,7 +154,7 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
             result = measure_streams(pipe, args.num_streams, **arguments)
         else:
             result = measure(pipe, args.repetitions, **arguments)
-    print(result)
+    print("  ".join(f"{name} {value:.3f}" for name, value in asdict(result).items()))
     return result
 
 

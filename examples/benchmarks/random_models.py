@@ -1,7 +1,5 @@
 """Models at full size with random weights, which have the speed and the memory of the real ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

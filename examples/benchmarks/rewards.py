@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from measuring import clock, forget_peak, gpu_peak
 from PIL import Image
@@ -47,8 +48,6 @@ SIZES = {
 SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
            "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")  # fmt: skip
 PROMPT = "a boat on a lake"
-
-
 # In the place of the published texts, with as many tokens, one a letter here.
 HPSV3_TEXT = f"INSTRUCTION = '{'x' * 560}{{text_prompt}}'\nprompt_with_special_token = '<|Reward|> END'\n"
 VIDEOALIGN_TEXT = (
@@ -69,12 +68,11 @@ def write_base(folder: Path, size: str, num_reward_tokens: int) -> Qwen2VLConfig
     tokenizer.save_pretrained(folder)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     text = dict(rope_parameters=rope, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None)
-    ids = {"image_token": "image_pad", "video_token": "video_pad", "vision_start_token": "vision_start"}
+    ids = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     config = Qwen2VLConfig(
         text_config={**language, **text, "vocab_size": len(tokenizer) + num_reward_tokens},
         vision_config=vision,
-        vision_end_token_id=words + SPECIAL.index("vision_end"),
-        **{f"{field}_id": words + SPECIAL.index(name) for field, name in ids.items()},
+        **{f"{field}_token_id": words + SPECIAL.index(name) for field, name in ids.items()},
     )
     config.save_pretrained(folder)
     return config
@@ -86,10 +84,10 @@ def random_tensors(config: Qwen2VLConfig, head: torch.nn.Module, device: str) ->
         model = Qwen2VLForConditionalGeneration(config)
     model.rm_head = head
     tensors = random_weights(model, device, torch.bfloat16).state_dict()
-    renamed = {"model.language_model.": "model.", "model.visual.": "visual."}
-    for new, old in renamed.items():
-        tensors = {name.replace(new, old): tensor.cpu() for name, tensor in tensors.items()}
-    return tensors
+    return {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor.cpu()
+        for name, tensor in tensors.items()
+    }
 
 
 def write_hpsv3(folder: Path, size: str, device: str):
@@ -175,13 +173,9 @@ def published_videoalign(rewards: list, models: list, videos: torch.Tensor, prom
             patches = [numpy_patches(video) for video in frames]
             grid = torch.tensor([[frames.shape[1] // 2, frames.shape[3] // 14, frames.shape[4] // 14]] * len(frames))
             text = prompt.template.replace("{text_prompt}", prompts[0])
-            values = head_everywhere(
-                model,
-                prompt.token_ids,
-                **masked_batch(prompt, text, int(grid[0].prod()) // 4, len(frames), device),
-                pixel_values_videos=torch.tensor(np.concatenate(patches)).to(device),
-                video_grid_thw=grid.to(device),
-            )
+            inputs = masked_batch(prompt, text, int(grid[0].prod()) // 4, len(frames), device)
+            inputs["pixel_values_videos"] = torch.tensor(np.concatenate(patches)).to(device)
+            values = head_everywhere(model, prompt.token_ids, **inputs, video_grid_thw=grid.to(device))
             columns.append(values[:, ("VQ", "MQ", "TA").index(reward.dimensions[0])].float().cpu())
     return torch.stack(columns, 1)
 
@@ -259,15 +253,11 @@ def benchmark_videoalign(rewards: list, args: argparse.Namespace, videos: torch.
     return [measure(f"{what}, published way", published, videos[: args.published_clips], args.repetitions), row]
 
 
+VIDEOALIGN = [f"videoalign_{part}_score" for part in ("vq", "mq", "ta")]
 # Of each, what writes its files at which size, its rewards, and what measures them.
 BENCHMARKS = {
     "hpsv3": (write_hpsv3, "7B", ["video_hpsv3_local"], benchmark_hpsv3),
-    "videoalign": (
-        write_videoalign,
-        "2B",
-        [f"videoalign_{part}_score" for part in ("vq", "mq", "ta")],
-        benchmark_videoalign,
-    ),
+    "videoalign": (write_videoalign, "2B", VIDEOALIGN, benchmark_videoalign),
 }
 
 
@@ -287,7 +277,7 @@ def run(name: str, folder: Path, args: argparse.Namespace, videos: torch.Tensor)
     return table(benchmark(rewards, args, videos))
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> list[str]:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -300,17 +290,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="models of a few layers' width, to try the script")
     parser.add_argument("--scratch", help="folder that keeps the random weights, 17 and 5 GB, for the next time")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> list[str]:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
-    small = torch.rand(args.clips * args.num_frames, 3, 6, 10, device=args.device)
-    videos = torch.cat([
-        torch.nn.functional.interpolate(part, (args.height, args.width), mode="bicubic").clamp(0, 1)
-        for part in small.split(args.num_frames)
-    ]).view(args.clips, args.num_frames, 3, args.height, args.width)  # fmt: skip
+    size, small = (args.height, args.width), torch.rand(args.clips, args.num_frames, 3, 6, 10, device=args.device)
+    videos = torch.stack([F.interpolate(clip, size, mode="bicubic").clamp(0, 1) for clip in small])
     lines = []
     for name in args.rewards:
         with nullcontext(args.scratch) if args.scratch else tempfile.TemporaryDirectory() as scratch:

@@ -10,8 +10,6 @@ The fields are those of train_nft.py, and so are `--algorithm` and `--config`, f
 The last lines say what each process used and whether all have the same LoRA.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Attributes travel as index tensors [..., 4] in the order of `ATTRIBUTES` (color, shape, background, direction).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -24,58 +22,36 @@ RADIUS = (11.0, 16.0)
 SPEED = (1.2, 2.4)
 
 _COUNTS = tuple(len(values) for values in ATTRIBUTES.values())
-_SPLITS = ("train", "test")
 
 
 def combinations() -> torch.Tensor:
-    """Long tensor [368, 4]: every combination whose object and background differ in colour. A row number is a caption
-    id."""
+    """Long tensor [368, 4]: every combination whose object and background differ in colour."""
     table = torch.cartesian_prod(*(torch.arange(count) for count in _COUNTS))
     colors, backgrounds = ATTRIBUTES["color"], ATTRIBUTES["background"]
-    valid = [colors[row[0]] != backgrounds[row[2]] for row in table.tolist()]
-    return table[torch.tensor(valid)]
+    return table[torch.tensor([colors[row[0]] != backgrounds[row[2]] for row in table.tolist()])]
 
 
-def split_ids(split: str) -> torch.Tensor:
+def split(name: str) -> torch.Tensor:
     """
-    Caption ids of "train" (306) or of "test" (62), which is held out.
+    The combinations of "train", [306, 4], or of "test", [62, 4], which are held out.
 
     A combination is held out if its indices add up to a multiple of 6, the number of colours: then exactly one colour
     is held out for every (shape, background, direction), and every pair of values is left in training.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(_SPLITS)}.")
-    held_out = combinations().sum(1) % len(COLORS) == 0
-    return (held_out if split == "test" else ~held_out).nonzero().flatten()
+    every = combinations()
+    held_out = every.sum(1) % len(COLORS) == 0
+    return every[held_out if name == "test" else ~held_out]
 
 
-def captions(ids: torch.Tensor | None = None) -> list[str]:
-    """The captions of caption ids, or all of them in the order of their ids."""
-    table = combinations() if ids is None else combinations()[ids.cpu()]
-    return [caption(*(values[i] for values, i in zip(ATTRIBUTES.values(), row))) for row in table.tolist()]
+def captions(attributes: torch.Tensor) -> list[str]:
+    """The captions of attributes [N, 4]."""
+    return [caption(*(values[i] for values, i in zip(ATTRIBUTES.values(), row))) for row in attributes.tolist()]
 
 
-def _id_table() -> torch.Tensor:
-    """Long tensor [6, 4, 4, 4]: the caption id of four indices, -1 where object and background are of one colour."""
-    table = torch.full(_COUNTS, -1)
-    rows = combinations()
-    table[tuple(rows.T)] = torch.arange(len(rows))
-    return table
-
-
-def caption_ids(attributes: torch.Tensor) -> torch.Tensor:
-    """Caption ids [...] of attributes [..., 4]; -1 where object and background are of one colour."""
-    return _id_table().to(attributes.device)[attributes.unbind(-1)]
-
-
-def switch_frames(num_frames: int, frames_per_block: int = 3, temporal_scale: int = 4) -> list[int]:
-    """
-    Pixel frames at which a block begins, the first one left out.
-
-    Latent frame 0 is pixel frame 0, latent frame f >= 1 begins at pixel frame 1 + 4 (f - 1).
-    """
-    num_latent_frames = (num_frames - 1) // temporal_scale + 1
-    return [1 + temporal_scale * (f - 1) for f in range(frames_per_block, num_latent_frames, frames_per_block)]
+def switch_frames(num_frames: int) -> list[int]:
+    """Pixel frames at which a block of 3 latent frames begins, the first one left out: latent frame 0 is pixel frame
+    0, latent frame f >= 1 begins at pixel frame 1 + 4 (f - 1)."""
+    return [1 + 4 * (f - 1) for f in range(3, (num_frames - 1) // 4 + 1, 3)]
 
 
 def render(
@@ -120,19 +96,19 @@ def render(
     return videos.view(batch, num_frames, 3, SIZE, SIZE)
 
 
-def _mishear(attributes: torch.Tensor, caption_noise: float, generator: torch.Generator | None) -> torch.Tensor:
+def _mishear(attributes: torch.Tensor, caption_noise: float, generator: torch.Generator) -> torch.Tensor:
     """Replaces each attribute with probability `caption_noise` by another one, so that a training caption results."""
     known = torch.zeros(_COUNTS, dtype=torch.bool)
-    known[combinations()[split_ids("train")].unbind(1)] = True
+    known[split("train").unbind(1)] = True
     known = known.to(attributes.device)
-    device = generator.device if generator is not None else "cpu"
+    draw_on = generator.device
     heard = attributes.clone()
     for axis, count in enumerate(_COUNTS):
         index = list(heard.unbind(1))
         rows = known.movedim(axis, -1)[tuple(index[:axis] + index[axis + 1 :])]
         others = rows & (torch.arange(count, device=attributes.device) != index[axis][:, None])
         # The largest of independent uniform draws is a uniform choice among the allowed.
-        draws = torch.rand(len(attributes), count + 1, generator=generator, device=device).to(attributes.device)
+        draws = torch.rand(len(attributes), count + 1, generator=generator, device=draw_on).to(attributes.device)
         choice = draws[:, :count].masked_fill(~others, -1).argmax(1)
         heard[:, axis] = torch.where(draws[:, count] < caption_noise, choice, index[axis])
     return heard
@@ -140,16 +116,15 @@ def _mishear(attributes: torch.Tensor, caption_noise: float, generator: torch.Ge
 
 def sample_batch(
     batch_size: int,
-    num_frames: int = 21,
-    generator: torch.Generator | None = None,
+    num_frames: int,
+    generator: torch.Generator,
     device: torch.device | str = "cpu",
     caption_noise: float = 0.0,
     switch_prob: float = 0.0,
-    split: str = "train",
 ) -> dict[str, torch.Tensor]:
     """
-    Draws a batch of clips and what their captions say. The draws come from the generator's device, so a CPU generator
-    gives the same batch everywhere.
+    Draws a batch of training clips and what their captions say. The draws come from the generator's device, so a CPU
+    generator gives the same batch everywhere.
 
     Args:
         caption_noise: probability, for each attribute on its own, that the caption names another value instead. What
@@ -159,19 +134,18 @@ def sample_batch(
 
     Returns:
         `videos` float [B, F, 3, 64, 64] in [0, 1]; `attributes` long [B, 4], what is seen from `switch_frame` on;
-        `caption_attributes` long [B, 4] and `caption_ids` long [B], what the caption says of it; `switch_frame` long
-        [B], 0 where there is no switch; `before` long [B, 4], what is seen before the switch.
+        `caption_attributes` long [B, 4], what the caption says of it; `switch_frame` long [B], 0 where there is no
+        switch; `before` long [B, 4], what is seen before the switch.
     """
-    draw_on = generator.device if generator is not None else "cpu"
 
     def uniform(*shape):
-        return torch.rand(*shape, generator=generator, device=draw_on).to(device)
+        return torch.rand(*shape, generator=generator, device=generator.device).to(device)
 
     def choice(values):
-        index = torch.randint(len(values), (batch_size,), generator=generator, device=draw_on)
+        index = torch.randint(len(values), (batch_size,), generator=generator, device=generator.device)
         return values[index.cpu()].to(device)
 
-    allowed = combinations()[split_ids(split)]
+    allowed = split("train")
     attributes, before = choice(allowed), choice(allowed)
     start = uniform(batch_size, 2) * SIZE
     radius = RADIUS[0] + uniform(batch_size) * (RADIUS[1] - RADIUS[0])
@@ -182,12 +156,10 @@ def sample_batch(
         if not frames:
             raise ValueError(f"{num_frames} frames are a single block; a scene switch needs at least 21.")
         switch_frame = torch.where(uniform(batch_size) < switch_prob, choice(torch.tensor(frames)), 0)
-    said = _mishear(attributes, caption_noise, generator)
     return {
         "videos": render(attributes, start, radius, speed, num_frames, before, switch_frame),
         "attributes": attributes,
-        "caption_attributes": said,
-        "caption_ids": caption_ids(said),
+        "caption_attributes": _mishear(attributes, caption_noise, generator),
         "before": torch.where(switch_frame[:, None] > 0, before, attributes),
         "switch_frame": switch_frame,
     }
@@ -197,7 +169,7 @@ def write_prompts(folder: str | Path) -> None:
     """Writes `train.txt` and `test.txt`, one caption a line, in a fixed order in which any first lines are varied."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for split in _SPLITS:
-        ids = split_ids(split)
-        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-        (folder / f"{split}.txt").write_text("\n".join(captions(ids)) + "\n")
+    for name in ("train", "test"):
+        rows = split(name)
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+        (folder / f"{name}.txt").write_text("\n".join(captions(rows)) + "\n")

@@ -79,9 +79,7 @@ def encode_clips(
     latents, attributes, first_block = [], [], []
     num_frames = 1 + 4 * (LATENT_FRAMES - 1)
     for part in torch.arange(num_clips).split(256):
-        batch = sample_batch(
-            len(part), num_frames, generator, device, caption_noise=caption_noise, switch_prob=switch_prob
-        )
+        batch = sample_batch(len(part), num_frames, generator, device, caption_noise, switch_prob)
         latents.append(encode_video(vae, batch["videos"].transpose(1, 2) * 2 - 1).half())
         attributes.append(batch["caption_attributes"])
         # Block b begins at frame 12 b - 3; 0 is no switch.
@@ -155,12 +153,10 @@ def solve_trajectories(
     ode_steps: int,
     guidance_scale: float,
     seed: int,
-) -> tuple[LatentBank, torch.Tensor]:
+) -> torch.Tensor:
     """The teacher's ODE from noise to video with classifier-free guidance, all blocks of a clip at once, each given
-    the clean blocks before it.
-
-    Returns the bank of the clips used, and `(N, len(STEP_SIGMAS) + 1, C, F, h, w)`: the points at the sampler's noise
-    levels, and the end."""
+    the clean blocks before it: `(num_clips, len(STEP_SIGMAS) + 1, C, F, h, w)`, the points at the sampler's noise
+    levels, and the end, for the first clips of the bank."""
     device = bank.latents.device
     torch.manual_seed(seed)
     raw = torch.linspace(1, 0, ode_steps + 1, device=device)
@@ -182,8 +178,7 @@ def solve_trajectories(
                 flow = flow.lerp(model(sample, sigmas, captions, context), guidance_scale)
                 sample = sample + (levels[i + 1] - levels[i]) * flow
         trajectories.append(torch.stack(points, dim=1))
-    used = LatentBank(bank.latents[:num_clips], bank.attributes[:num_clips], bank.first_block[:num_clips])
-    return used, torch.cat(trajectories)
+    return torch.cat(trajectories)
 
 
 def distill(

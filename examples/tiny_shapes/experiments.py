@@ -6,14 +6,11 @@ Every run is one of examples/train_nft.py with `--config tiny_shapes`; those tha
 several GPUs the runs are dealt out over them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -34,6 +31,11 @@ HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learni
 TEMPTED = {**HACKED, "rewards": f"{DETAIL}=2,{MATCH}=1"}
 TWO_BLOCKS = {"num_frames": 21}
 LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
+WINDOWS = {**LONG, "window_size": 3, "sample_frames": 9}
+SHARED_PAST = {"shared_past": True, "train_batch_size": 8, "batches_per_epoch": 8}
+UNIFORM = {"kl_weight": 0.03}
+SELECTIVE = {**UNIFORM, "selective_kl": True}
+MOVING = {**SELECTIVE, "reference_reset_kl": 0.15, "reference_reset_epochs": 15}
 EXPERIMENTS: dict[str, dict] = {
     "NFT": {},
     "NFT, beta 0.1": {"beta": 0.1},
@@ -44,28 +46,15 @@ EXPERIMENTS: dict[str, dict] = {
     "two blocks, clean context, each policy's own": {**TWO_BLOCKS, "context_policy": "own"},
     "two blocks, noisy context": {**TWO_BLOCKS, "context": "noisy"},
     "long: one block trained": LONG,
-    "long: windows of a longer video": {**LONG, "window_size": 3, "sample_frames": 9},
-    "long: windows, groups share their past": {
-        **LONG,
-        "window_size": 3,
-        "sample_frames": 9,
-        "shared_past": True,
-        "train_batch_size": 8,
-        "batches_per_epoch": 8,
-    },
+    "long: windows of a longer video": WINDOWS,
+    "long: windows, groups share their past": {**WINDOWS, **SHARED_PAST},
     "detail, no KL": {**HACKED, "kl_weight": 0},
-    "detail, uniform KL": {**HACKED, "kl_weight": 0.03},
-    "detail, selective KL": {**HACKED, "kl_weight": 0.03, "selective_kl": True},
+    "detail, uniform KL": {**HACKED, **UNIFORM},
+    "detail, selective KL": {**HACKED, **SELECTIVE},
     "both, no KL": {**TEMPTED, "kl_weight": 0},
-    "both, uniform KL": {**TEMPTED, "kl_weight": 0.03},
-    "both, selective KL": {**TEMPTED, "kl_weight": 0.03, "selective_kl": True},
-    "both, selective KL, moving reference": {
-        **TEMPTED,
-        "kl_weight": 0.03,
-        "selective_kl": True,
-        "reference_reset_kl": 0.15,
-        "reference_reset_epochs": 15,
-    },
+    "both, uniform KL": {**TEMPTED, **UNIFORM},
+    "both, selective KL": {**TEMPTED, **SELECTIVE},
+    "both, selective KL, moving reference": {**TEMPTED, **MOVING},
 }
 
 
@@ -75,8 +64,8 @@ def plain_detail(videos, prompts, metadata):
     return relative_detail(luminance(videos)).mean(1), {}
 
 
-def run(name: str, seed: int, output_dir: Path, gpu: int | None) -> dict:
-    """Scores of a run, as its results.json has them."""
+def run(name: str, seed: int, output_dir: Path, number: int) -> dict:
+    """Scores of a run, the `number`th of all, as its results.json has them."""
     folder = output_dir / f"{list(EXPERIMENTS).index(name):02d}-{seed}"
     results = folder / "results.json"
     if not results.is_file():
@@ -87,8 +76,8 @@ def run(name: str, seed: int, output_dir: Path, gpu: int | None) -> dict:
         command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        if gpus := torch.cuda.device_count():
+            environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:
             subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
@@ -111,15 +100,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args(argv)
-    gpus, numbers, started = torch.cuda.device_count(), count(), threading.Lock()
-
-    def task(name: str, seed: int) -> dict:
-        with started:
-            number = next(numbers)
-        return run(name, seed, args.output_dir, number % gpus if gpus else None)
-
+    numbers = count()
     with ThreadPoolExecutor(args.jobs) as executor:
-        futures = {name: [executor.submit(task, name, seed) for seed in SEEDS] for name in args.only}
+        futures = {
+            name: [executor.submit(run, name, seed, args.output_dir, next(numbers)) for seed in SEEDS]
+            for name in args.only
+        }
         seeds = " ".join(map(str, SEEDS))
         print(f"| change after 80 steps, seeds {seeds} | prompt match | relative detail |\n|---|---|---|")
         for name, runs in futures.items():

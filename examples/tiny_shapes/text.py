@@ -1,10 +1,13 @@
 """Tokenizer and text encoder for the captions of the shapes world."""
 
+import itertools
+import math
+
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from astrolabe_diffusers.rewards.metrics.tiny_shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, caption
+from astrolabe_diffusers.rewards.metrics.tiny_shapes import ATTRIBUTES, caption
 
 
 MAX_SEQUENCE_LENGTH = 16
@@ -12,7 +15,8 @@ MAX_SEQUENCE_LENGTH = 16
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; unknown words are <unk>."""
-    words = ["<pad>", "</s>", "<unk>", "a", "moves", "on", "background", *COLORS, *SHAPES, *DIRECTIONS, *BACKGROUNDS]
+    names = (ATTRIBUTES[name] for name in ("color", "shape", "direction", "background"))
+    words = ["<pad>", "</s>", "<unk>", "a", "moves", "on", "background", *itertools.chain(*names)]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -44,23 +48,14 @@ class CaptionTokens:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, device: torch.device):
-        sizes = (len(COLORS), len(SHAPES), len(BACKGROUNDS), len(DIRECTIONS))
-        self.sizes = sizes
-        captions = [
-            caption(color, shape, background, direction)
-            for color in COLORS
-            for shape in SHAPES
-            for background in BACKGROUNDS
-            for direction in DIRECTIONS
-        ]
+        sizes = [len(values) for values in ATTRIBUTES.values()]
+        self.strides = torch.tensor([math.prod(sizes[i + 1 :]) for i in range(len(sizes))], device=device)
+        captions = [caption(*names) for names in itertools.product(*ATTRIBUTES.values())]
         tokens = tokenizer(
             captions + [""], padding="max_length", max_length=MAX_SEQUENCE_LENGTH, truncation=True, return_tensors="pt"
         )
         self.input_ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
     def __call__(self, attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        color, shape, background, direction = attributes.unbind(dim=1)
-        _, shapes, backgrounds, directions = self.sizes
-        index = ((color * shapes + shape) * backgrounds + background) * directions + direction
-        index = torch.where(color < 0, -1, index)
+        index = (attributes * self.strides).sum(dim=1).where(attributes[:, 0] >= 0, -1)
         return self.input_ids[index], self.mask[index]

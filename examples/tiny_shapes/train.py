@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    if args.autoencoder or args.teacher:
-        folder = args.autoencoder or args.teacher
+    if folder := args.autoencoder or args.teacher:
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae").to(device).requires_grad_(False)
     else:
         vae = build_autoencoder()
@@ -108,11 +107,11 @@ def main(argv: list[str] | None = None) -> None:
         pipe.save_pretrained(args.output_dir / "teacher")
     report("teacher_24_steps", sigmas=[1 - i / 24 for i in range(24)])
     report("teacher_4_steps")
-    used, trajectories = solve_trajectories(
+    trajectories = solve_trajectories(
         model, bank, tokens, args.num_trajectories, 24, args.guidance_scale, args.seed + 5
     )
     print(f"solved {len(trajectories)} trajectories, {time.time() - began:.0f} s", flush=True)
-    distill(model, used, trajectories, tokens, args.distill_steps, args.batch_size, args.seed + 6)
+    distill(model, bank, trajectories, tokens, args.distill_steps, args.batch_size, args.seed + 6)
     pipe.save_pretrained(args.output_dir)
     report("student_4_steps")
     report("student_4_steps_93_frames", num_frames=93)

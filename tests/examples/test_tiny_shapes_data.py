@@ -27,7 +27,7 @@ def parts(videos, captions):
 
 
 def test_all_combinations_once_none_invisible():
-    captions = data.captions()
+    captions = data.captions(data.combinations())
     assert len(captions) == len(set(captions)) == 368 == len(data.combinations())
     for caption, row in zip(captions, data.combinations().tolist()):
         names = parse_caption(caption)
@@ -35,26 +35,16 @@ def test_all_combinations_once_none_invisible():
         assert names["color"] != names["background"]
 
 
-def test_ids_and_attributes_are_the_same_thing():
-    ids = torch.tensor([[0, 17], [200, 367]])
-    assert torch.equal(data.caption_ids(data.combinations()[ids]), ids)
-    assert data.captions(torch.tensor([5, 3])) == [data.captions()[5], data.captions()[3]]
-    blue_on_blue = torch.tensor([ATTRIBUTES["color"].index("blue"), 0, ATTRIBUTES["background"].index("blue"), 0])
-    assert data.caption_ids(blue_on_blue) == -1
-
-
 def test_held_out_sixth_leaves_every_pair_of_values_in_training():
-    train, test = data.split_ids("train"), data.split_ids("test")
-    assert sorted(train.tolist() + test.tolist()) == list(range(368))
+    train, test = data.split("train"), data.split("test")
+    assert sorted(train.tolist() + test.tolist()) == data.combinations().tolist()
     assert len(test) / 368 == pytest.approx(1 / 6, abs=0.01)
-    seen = data.combinations()[train].tolist()
+    seen = train.tolist()
     for a, b in itertools.combinations(range(4), 2):
         assert {(row[a], row[b]) for row in seen} == {(row[a], row[b]) for row in data.combinations().tolist()}
     for axis, count in enumerate(len(values) for values in ATTRIBUTES.values()):
-        held_out = data.combinations()[test][:, axis].bincount(minlength=count)
+        held_out = test[:, axis].bincount(minlength=count)
         assert held_out.min() >= 0.5 * held_out.max() and held_out.min() > 0
-    with pytest.raises(ValueError, match="unknown split 'tets'; known: train, test"):
-        data.split_ids("tets")
 
 
 def test_render_draws_what_the_attributes_say():
@@ -73,15 +63,13 @@ def test_clips_fit_their_own_captions_in_every_part():
     batch = data.sample_batch(96, 21, generator())
     assert batch["videos"].shape == (96, 21, 3, 64, 64)
     assert torch.equal(batch["caption_attributes"], batch["attributes"])
-    for name, values in parts(batch["videos"], data.captions(batch["caption_ids"])).items():
+    for name, values in parts(batch["videos"], data.captions(batch["caption_attributes"])).items():
         assert values.min() >= 0.95, name
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_batch_holds_only_its_split(split):
-    batch = data.sample_batch(400, 1, generator(), split=split)
-    assert set(batch["caption_ids"].tolist()) <= set(data.split_ids(split).tolist())
-    assert torch.equal(data.caption_ids(batch["attributes"]), batch["caption_ids"])
+def test_a_batch_holds_only_the_training_split():
+    batch = data.sample_batch(400, 1, generator())
+    assert set(data.captions(batch["attributes"])) <= set(data.captions(data.split("train")))
 
 
 def test_the_same_generator_gives_the_same_batch():
@@ -93,7 +81,7 @@ def test_the_same_generator_gives_the_same_batch():
 
 def test_caption_noise_replaces_each_attribute_on_its_own_and_says_only_training_captions():
     batch = data.sample_batch(6000, 1, generator(), caption_noise=0.15)
-    assert set(batch["caption_ids"].tolist()) <= set(data.split_ids("train").tolist())
+    assert set(data.captions(batch["caption_attributes"])) <= set(data.captions(data.split("train")))
     wrong = batch["caption_attributes"] != batch["attributes"]
     torch.testing.assert_close(wrong.float().mean(0), torch.full((4,), 0.15), atol=0.015, rtol=0)
     assert (wrong[:, 0] & wrong[:, 3]).float().mean() == pytest.approx(0.15**2, abs=0.006)
@@ -118,10 +106,9 @@ def test_a_switch_changes_the_scene_and_the_object_goes_on_from_where_it_is():
     assert torch.equal(batch["before"][~switched], batch["attributes"][~switched])
 
     late = batch["videos"][:, 21:]
-    for name, values in parts(late, data.captions(batch["caption_ids"])).items():
+    for name, values in parts(late, data.captions(batch["caption_attributes"])).items():
         assert values.min() > 0.95, name
-    before = data.captions(data.caption_ids(batch["before"]))
-    for name, values in parts(batch["videos"][:, :9], before).items():
+    for name, values in parts(batch["videos"][:, :9], data.captions(batch["before"])).items():
         assert values.min() > 0.95, name
 
     index = switched.nonzero()[0].item()
@@ -147,7 +134,7 @@ def test_write_prompts(tmp_path):
     data.write_prompts(tmp_path / "prompts")
     for split in ("train", "test"):
         lines = (tmp_path / "prompts" / f"{split}.txt").read_text().splitlines()
-        assert sorted(lines) == sorted(data.captions(data.split_ids(split)))
+        assert sorted(lines) == sorted(data.captions(data.split(split)))
         first = [parse_caption(line) for line in lines[:16]]
         for name, values in ATTRIBUTES.items():
             assert len({names[name] for names in first}) >= len(values) - 1

@@ -4,8 +4,15 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from astrolabe_diffusers.reporting.markdown import code, code_block, escape, escape_line, plain_line, python_text
-from astrolabe_diffusers.reporting.tables import markdown_table
+from astrolabe_diffusers.reporting.markdown import (
+    code,
+    code_block,
+    escape,
+    escape_line,
+    markdown_table,
+    plain_line,
+    python_text,
+)
 
 
 TEXTS = [

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from astrolabe_diffusers.reporting.comparison import Evaluation, comparison_rows
+from astrolabe_diffusers.reporting.comparison import Evaluation, comparison_rows, comparison_table
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
-from astrolabe_diffusers.reporting.report import append_jsonl, cut_jsonl, score_statistics, tag, tags
-from astrolabe_diffusers.reporting.tables import comparison_table, duration, markdown_table
+from astrolabe_diffusers.reporting.markdown import markdown_table
+from astrolabe_diffusers.reporting.report import append_jsonl, cut_jsonl, duration, score_statistics, tag, tags
 
 
 def test_log_is_cut_at_the_step_that_is_resumed(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import astrolabe_diffusers  # noqa: F401  (DiffusionPipeline finds our classes)
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.files.seal import seal
+from astrolabe_diffusers.files.writing import seal
 from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, load_adapter, save_adapter
 from astrolabe_diffusers.training.checkpoints import (
     Checkpoints,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.cli.train import parse_args
-from astrolabe_diffusers.files.seal import seal
+from astrolabe_diffusers.files.writing import seal
 from astrolabe_diffusers.training import NFTTrainer, exit_code
 from tests.training import rewards
 from tests.training.helpers import numbers_of_run, tiny_arguments

@@ -1,10 +1,8 @@
 """Scoring what several clients ask, one batch after the other."""
 
-from __future__ import annotations
-
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import Future
 
 from .local import LocalRewards
@@ -13,35 +11,27 @@ from .wire import ScoringJob
 
 class Batcher:
     """
-    Scores jobs one after the other in a thread, and together those that wait, ask the same rewards and have videos of
-    one shape. If a batch fails, each of its jobs is scored alone: a client does not suffer from another's videos.
-
-    Args:
-        rewards: the rewards.
-        max_batch: videos that are scored together at most, unless one job alone has more.
-        max_waiting: jobs that may wait.
+    Scores jobs one after the other in a thread, and together those of one kind that wait, `max_batch` videos at most
+    unless one job alone has more. If a batch fails, each of its jobs is scored alone: a client does not suffer from
+    another's videos.
     """
 
     def __init__(self, rewards: LocalRewards, max_batch: int, max_waiting: int):
         self.rewards, self.max_batch, self.max_waiting = rewards, max_batch, max_waiting
         self.counters: Counter[str] = Counter()
-        self._waiting: deque[tuple[ScoringJob, Future]] = deque()
+        self.waiting: list[tuple[ScoringJob, Future]] = []
         self._changed = threading.Condition()
         threading.Thread(target=self._work, name="rewards", daemon=True).start()
 
     def submit(self, job: ScoringJob) -> Future | None:
-        """The outputs by reward as a future; `None` if too many jobs are waiting."""
+        """The outputs by reward as a future; `None` if `max_waiting` jobs wait."""
         with self._changed:
-            if len(self._waiting) >= self.max_waiting:
+            if len(self.waiting) >= self.max_waiting:
                 return None
             future = Future()
-            self._waiting.append((job, future))
+            self.waiting.append((job, future))
             self._changed.notify()
             return future
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
 
     def _work(self):
         while True:
@@ -54,22 +44,22 @@ class Batcher:
 
     def _next_batch(self) -> list[tuple[ScoringJob, Future]]:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
-            batch, rest, size = [], deque(), 0
-            for job, future in self._waiting:
-                fits = not batch or (_kind(job) == _kind(batch[0][0]) and size + len(job.prompts) <= self.max_batch)
+            self._changed.wait_for(lambda: self.waiting)
+            batch, rest, size = [], [], 0
+            for job, future in self.waiting:
+                fits = not batch or (job.kind() == batch[0][0].kind() and size + len(job.prompts) <= self.max_batch)
                 if not fits:
                     rest.append((job, future))
                 elif future.set_running_or_notify_cancel():
                     batch.append((job, future))
                     size += len(job.prompts)
-            self._waiting = rest
+            self.waiting = rest
             return batch
 
     def _score(self, batch: list[tuple[ScoringJob, Future]]):
         jobs = [job for job, _ in batch]
         try:
-            outputs = self.rewards.score_job(jobs[0] if len(jobs) == 1 else ScoringJob.join(jobs))
+            outputs = self.rewards.score_job(ScoringJob.join(jobs))
         except Exception as error:
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
@@ -79,11 +69,6 @@ class Batcher:
             return
         start = 0
         for job, future in batch:
-            end = start + len(job.prompts)
-            future.set_result({name: output[start:end] for name, output in outputs.items()})
-            start = end
-
-
-def _kind(job: ScoringJob):
-    """Jobs of one kind can be scored together."""
-    return job.whole, {name: tensor.shape[1:] for name, tensor in job.frames.items()}
+            rows = slice(start, start + len(job.prompts))
+            future.set_result({name: output[rows] for name, output in outputs.items()})
+            start = rows.stop

@@ -1,9 +1,4 @@
-"""Connections of a server that idle and slow clients cannot hold.
-
-uvicorn bounds the headers in length and has one timer, which runs after a response. These are the other bounds.
-"""
-
-from __future__ import annotations
+"""Connections of a server that idle and slow clients cannot hold: the bounds that uvicorn does not have."""
 
 import logging
 from dataclasses import dataclass

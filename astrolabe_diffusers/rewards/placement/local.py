@@ -1,7 +1,5 @@
 """Rewards in this process."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -70,14 +68,7 @@ class LocalRewards(Closing):
         return self._score({name: frames[request] for name, request in requests.items()}, prompts, metadata)
 
     def score_job(self, job: ScoringJob) -> dict[str, RewardOutput]:
-        """The output of those rewards that a job asks.
-
-        Raises:
-            ValueError: it asks one that is not here.
-        """
-        unknown = [name for name in job.frames if name not in self.rewards]
-        if unknown:
-            raise ValueError(f"there is no reward {unknown[0]!r} here; there are {', '.join(self.rewards)}.")
+        """The output of those rewards that a job asks."""
         return self._score(job.frames, job.prompts, job.metadata, job.whole)
 
     def _score(self, frames, prompts, metadata, as_floats=frozenset()):
@@ -101,11 +92,8 @@ class LocalRewards(Closing):
 
 
 class OffloadedWeights:
-    """Inside this context the networks of rewards are on a GPU, outside in the CPU's memory.
-
-    The copy in the CPU's memory stays: weights do not change, so that leaving the GPU costs nothing. It is pinned
-    where there is a GPU.
-    """
+    """Inside this context the networks of rewards are on a GPU, outside in the CPU's memory, where their copy stays:
+    weights do not change, so that leaving the GPU costs nothing. It is pinned where there is a GPU."""
 
     def __init__(self, rewards: Iterable[Reward], device: str | torch.device | None = None):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")

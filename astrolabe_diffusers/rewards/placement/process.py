@@ -1,7 +1,6 @@
 """Rewards in a process of their own, which is started anew once if it dies."""
 
-from __future__ import annotations
-
+import functools
 import logging
 import multiprocessing
 import os
@@ -42,7 +41,7 @@ class ProcessRewards(Closing):
     the trainer nor does it wait for them.
 
     A process that dies is started anew and asked again, once for each batch; a second death, and an answer that takes
-    more than `timeout` seconds, raise `RewardPlaceError`.
+    too long, raise `RewardPlaceError`.
 
     Args:
         rewards: as in `LocalRewards`, but no objects.
@@ -54,7 +53,7 @@ class ProcessRewards(Closing):
         self.names, self.timeout = list(rewards), timeout
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._loading = (gpu, {"rewards": rewards, **arguments})
-        self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
+        self._requests = functools.cache(lambda *shape: self._ask(_requests, *shape))
         self._lock, self._closed = threading.Lock(), False
         self._start()
 
@@ -65,11 +64,8 @@ class ProcessRewards(Closing):
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
-        shape = (videos.shape[1], *videos.shape[-2:])
-        if shape not in self._requests:
-            self._requests[shape] = self._ask(_requests, *shape)
-        data = pack_job(ScoringJob.make(videos, self._requests[shape], prompts, metadata))
-        return outputs_from_json(self._ask(_score, data), self.names, len(prompts))
+        job = ScoringJob.make(videos, self._requests(videos.shape[1], *videos.shape[-2:]), prompts, metadata)
+        return outputs_from_json(self._ask(_score, pack_job(job)), self.names, len(prompts))
 
     def _start(self):
         context = multiprocessing.get_context(START_METHOD)
@@ -136,6 +132,16 @@ class ProcessRewards(Closing):
             killer.cancel()
 
 
+@contextmanager
+def _told(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds go to the trainer as they are, and others, whose class it may lack, by their summary."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+        raise kind(str(error)) if kind else RuntimeError(summarize_exception(error)) from None
+
+
 # What the process has loaded.
 _rewards: LocalRewards
 
@@ -153,31 +159,21 @@ def _begin(environment: dict[str, str]):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+# The user's mistakes, which the trainer tells in one line.
+@_told(ValueError, ImportError, OSError, SafetensorError)
 def _load(gpu: int | None, arguments: dict[str, Any]) -> list[str]:
     global _rewards
-    # The user's mistakes, which the trainer tells in one line.
-    with _told(ValueError, ImportError, OSError, SafetensorError):
-        if gpu is not None:
-            torch.cuda.set_device(gpu)
-        _rewards = LocalRewards(**arguments)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    _rewards = LocalRewards(**arguments)
     return _rewards.using_prompts
 
 
+@_told()
 def _requests(*shape: int) -> dict[str, FrameRequest | None]:
-    with _told():
-        return _rewards.requests(*shape)
+    return _rewards.requests(*shape)
 
 
+@_told(RewardError)
 def _score(data: bytes) -> dict[str, Any]:
-    with _told(RewardError):
-        return outputs_to_json(_rewards.score_job(unpack_job(data)))
-
-
-@contextmanager
-def _told(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds go to the trainer as they are, and others, whose class it may lack, by their summary."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        kind = next((kind for kind in kinds if isinstance(error, kind)), None)
-        raise kind(str(error)) if kind else RuntimeError(summarize_exception(error)) from None
+    return outputs_to_json(_rewards.score_job(unpack_job(data)))

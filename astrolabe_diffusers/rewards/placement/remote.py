@@ -1,7 +1,6 @@
 """Rewards on a server, see `server.py`."""
 
-from __future__ import annotations
-
+import functools
 import os
 import time
 import uuid
@@ -32,10 +31,8 @@ class RemoteRewards(Closing):
     Rewards that a server scores. One that is busy is asked again until `timeout` seconds have passed, and one that
     cannot be reached for 45 of them; one that takes longer to answer, or answers nonsense, is not.
 
-    The environment variable ASTROLABE_REWARD_TOKEN holds the server's token, if it has one.
-
     Args:
-        url: `http://host:port`.
+        url: `http://host:port`. ASTROLABE_REWARD_TOKEN in the environment is its token, if it has one.
         names: the rewards, by the names that they have there.
         timeout: seconds that scoring a batch may take.
 
@@ -47,7 +44,7 @@ class RemoteRewards(Closing):
     def __init__(self, url: str, names: Iterable[str], timeout: float = 300.0):
         self.names, self.timeout = list(names), timeout
         self._client = HttpClient(url, os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE, _MAX_ANSWER_BYTES)
-        self._requests: dict[tuple[int, int, int], dict[str, FrameRequest | None]] = {}
+        self._requests = functools.cache(self._ask_requests)
         # A server that is not there at the start is a wrong address, not one that is being started anew.
         known = self._ask("GET", "/rewards", retry=False)
         try:
@@ -72,7 +69,8 @@ class RemoteRewards(Closing):
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
-        data = pack_job(ScoringJob.make(videos, self._requests_for(videos), prompts, metadata))
+        requests = self._requests(videos.shape[1], *videos.shape[-2:])
+        data = pack_job(ScoringJob.make(videos, requests, prompts, metadata))
         if len(data) > self.max_request_bytes:
             raise RewardPlaceError(
                 f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self} takes "
@@ -88,17 +86,13 @@ class RemoteRewards(Closing):
         except (KeyError, TypeError, ValueError) as error:
             raise RewardPlaceError(f"{self} answered nonsense: {self._client.quote(error)}") from error
 
-    def _requests_for(self, videos: torch.Tensor) -> dict[str, FrameRequest | None]:
-        shape = (videos.shape[1], *videos.shape[-2:])
-        if shape not in self._requests:
-            query = dict(zip(("num_frames", "height", "width"), shape))
-            answer = self._ask("GET", "/requests", params=query)
-            try:
-                everything = requests_from_json(answer)
-                self._requests[shape] = {name: everything[name] for name in self.names}
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise RewardPlaceError(f"{self} answered nonsense: {type(error).__name__}") from error
-        return self._requests[shape]
+    def _ask_requests(self, num_frames: int, height: int, width: int) -> dict[str, FrameRequest | None]:
+        answer = self._ask("GET", "/requests", params={"num_frames": num_frames, "height": height, "width": width})
+        try:
+            requests = requests_from_json(answer)
+            return {name: requests[name] for name in self.names}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RewardPlaceError(f"{self} answered nonsense: {type(error).__name__}") from error
 
     def _ask(self, method: str, path: str, retry: bool = True, **arguments: Any) -> Any:
         """The JSON that the server answers."""

@@ -1,18 +1,8 @@
-"""Rewards for several clients, over HTTP: `create_app` is what examples/serve_reward.py runs.
-
-| | |
-|---|---|
-| `GET /health` | `{"status": "ok"}`, without a token |
-| `GET /rewards` | names of the rewards, which of them look at the prompt, and how large a request may be |
-| `GET /requests?num_frames=&height=&width=` | what each reward needs of such videos (`requests_to_json`) |
-| `POST /score` | a job (`pack_job`); the answer has the scores (`outputs_to_json`) and the header X-Request-Id |
-| `GET /metrics` | counters in the text format of Prometheus |
+"""Rewards for several clients, over HTTP.
 
 Errors are `{"error": text}`: 400 no job or no such videos, 401 no token, 413 too large, 422 a reward refused, 500 it
 failed (its own words are in the log), 503 busy.
 """
-
-from __future__ import annotations
 
 import asyncio
 import ipaddress
@@ -21,7 +11,6 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated
 
 from ...errors import one_line, summarize_exception
@@ -30,7 +19,7 @@ from ..reward import RewardError
 from .batcher import Batcher
 from .local import LocalRewards
 from .remote import TOKEN_VARIABLE
-from .wire import VERSION, ScoringJob, outputs_to_json, requests_to_json, unpack_job
+from .wire import VERSION, outputs_to_json, requests_to_json, unpack_job
 
 
 try:
@@ -40,7 +29,7 @@ except ImportError:  # on Windows, where open files have no such limit
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Query, Request
+    from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.requests import ClientDisconnect
@@ -77,9 +66,7 @@ def check_binding(host: str, token: str | None):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at this address, at which nobody is answered yet; `OSError` or `ValueError` if there cannot be one."""
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port must be at most 65535, not {port}.")
+    """A socket at this address, which does not listen yet; `OSError` or `ValueError` if there cannot be one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
@@ -95,119 +82,68 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def create_app(
-    rewards: LocalRewards,
-    token: str | None = None,
-    max_request_bytes: int = 2**30,
-    max_batch: int = 16,
-    max_waiting: int = 64,
-    max_waiting_bytes: int = 2**32,
-    limits: ConnectionLimits | None = None,
-) -> FastAPI:
-    """
-    The server of these rewards.
-
-    Args:
-        rewards: what it scores.
-        token: what clients have to send as `Authorization: Bearer TOKEN`, if anything.
-        max_request_bytes: larger requests are refused before they are read.
-        max_batch, max_waiting: as in `Batcher`.
-        max_waiting_bytes: that all requests which are read, wait or are scored may take, twice their size; a client
-            asks again later.
-        limits: of the connections, whose count of refused ones is among the metrics.
-    """
-    if token:
-        check_key(token, TOKEN_VARIABLE)
-    batcher, held = Batcher(rewards, max_batch, max_waiting), HeldBytes(max_waiting_bytes)
-    limits = limits or ConnectionLimits()
-    scoring = _Scoring(batcher, held, max_request_bytes)
-    # No pages of documentation: they load scripts from elsewhere.
-    app = FastAPI(
-        title="astrolabe_diffusers rewards",
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        exception_handlers={RequestValidationError: _refuse_size, HTTPException: _refuse},
-    )
-
-    @app.middleware("http")
-    async def check_token(request: Request, call_next):
-        given = request.headers.get("Authorization", "").encode()
-        if token and request.url.path != "/health" and not secrets.compare_digest(given, f"Bearer {token}".encode()):
-            response = _error(401, "no token, or a wrong one")
-        else:
-            response = await call_next(request)
-        batcher.counters[f"status_{response.status_code}"] += 1
-        return response
-
-    @app.get("/health")
-    async def health():
-        return {"status": "ok"}
-
-    @app.get("/rewards")
-    async def names():
-        return {
-            "rewards": list(rewards.rewards),
-            "using_prompts": rewards.using_prompts,
-            "max_request_bytes": max_request_bytes,
-            "version": VERSION,
-        }
-
-    @app.get("/requests")
-    async def requests(num_frames: _Frames, height: _Side, width: _Side):
-        return JSONResponse(requests_to_json(rewards.requests(num_frames, height, width)))
-
-    @app.get("/metrics")
-    async def metrics():
-        return PlainTextResponse(_metrics(batcher, held, limits))
-
-    app.post("/score")(scoring.answer)
-    return app
+router = APIRouter()
 
 
-def _metrics(batcher: Batcher, held: HeldBytes, limits: ConnectionLimits) -> str:
-    counters = batcher.counters
+@router.get("/health")
+async def health():
+    """Without a token."""
+    return {"status": "ok"}
+
+
+@router.get("/rewards")
+async def names(request: Request):
+    rewards = request.app.state.batcher.rewards
+    return {
+        "rewards": list(rewards.rewards),
+        "using_prompts": rewards.using_prompts,
+        "max_request_bytes": request.app.state.held.each,
+        "version": VERSION,
+    }
+
+
+@router.get("/requests")
+async def requests(request: Request, num_frames: _Frames, height: _Side, width: _Side):
+    """What each reward needs of such videos."""
+    return JSONResponse(requests_to_json(request.app.state.batcher.rewards.requests(num_frames, height, width)))
+
+
+@router.get("/metrics")
+async def metrics(request: Request):
+    """In the text format of Prometheus."""
+    state = request.app.state
+    counters = state.batcher.counters
+    lines = ["# TYPE astrolabe_reward_responses_total counter"]
     statuses = sorted(key for key in counters if key.startswith("status_"))
-    lines = [
-        "# TYPE astrolabe_reward_responses_total counter",
-        *(f'astrolabe_reward_responses_total{{status="{key[7:]}"}} {counters[key]}' for key in statuses),
-    ]
-    totals = {f"{key}_total": counters[key] for key in ("videos", "batches", "seconds")}
-    totals["refused_connections_total"] = limits.refused
-    gauges = {"waiting": batcher.num_waiting, "waiting_bytes": held.number}
-    for kind, values in (("counter", totals), ("gauge", gauges)):
-        for key, value in values.items():
-            lines += [f"# TYPE astrolabe_reward_{key} {kind}", f"astrolabe_reward_{key} {value}"]
-    return "\n".join(lines) + "\n"
+    lines += [f'astrolabe_reward_responses_total{{status="{key[7:]}"}} {counters[key]}' for key in statuses]
+    values = {f"{key}_total": counters[key] for key in ("videos", "batches", "seconds")}
+    values["refused_connections_total"] = state.limits.refused
+    values |= {"waiting": len(state.batcher.waiting), "waiting_bytes": state.held.number}
+    for key, value in values.items():
+        kind = "counter" if key.endswith("_total") else "gauge"
+        lines += [f"# TYPE astrolabe_reward_{key} {kind}", f"astrolabe_reward_{key} {value}"]
+    return PlainTextResponse("\n".join(lines) + "\n")
 
 
-@dataclass
-class _Scoring:
-    """What `POST /score` does."""
-
-    batcher: Batcher
-    held: HeldBytes
-    max_request_bytes: int
-
-    async def answer(self, request: Request):
-        with self.held.by_request() as hold:
-            try:
-                # What was read is let go of as soon as it is unpacked.
-                job = await asyncio.to_thread(unpack_job, await _read(request, self.max_request_bytes, hold))
-            except ClientDisconnect:
-                raise HTTPException(400, "the connection ended before the request did") from None
-            except ValueError as error:
-                raise HTTPException(400, str(error)) from None
-            return await self._score(job, request.headers.get("X-Request-Id"))
-
-    async def _score(self, job: ScoringJob, number: str | None):
-        known = self.batcher.rewards.rewards
+@router.post("/score")
+async def score(request: Request):
+    """The scores of a job (`pack_job`), and the header X-Request-Id."""
+    state = request.app.state
+    with state.held.by_request() as hold:
+        try:
+            # What was read is let go of as soon as it is unpacked.
+            job = await asyncio.to_thread(unpack_job, await _read(request, hold))
+        except ClientDisconnect:
+            raise HTTPException(400, "the connection ended before the request did") from None
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        known = state.batcher.rewards.rewards
         unknown = [name for name in job.frames if name not in known]
         if unknown:
             raise HTTPException(400, f"there is no reward {unknown[0]!r}; there are {', '.join(known)}")
-        future = self.batcher.submit(job)
+        future = state.batcher.submit(job)
         if future is None:
-            raise HTTPException(503, f"{self.batcher.max_waiting} requests are waiting already")
+            raise HTTPException(503, f"{state.batcher.max_waiting} requests are waiting already")
         try:
             outputs = await asyncio.wrap_future(future)
         except RewardError as error:
@@ -217,42 +153,15 @@ class _Scoring:
             logger.error("a reward failed: %s", summarize_exception(error))
             text = f"a reward failed: {type(error).__name__}; the log of the server says more"
             raise HTTPException(500, text) from None
-        return {"request": number, "outputs": outputs_to_json(outputs)}
-
-
-def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
-    """
-    The server of an app, with limits for its connections.
-
-    Raises:
-        ValueError: this process may not open as many files.
-    """
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else float("inf")
-    if limits.connections + 4 * _BACKLOG > files:
-        raise ValueError(
-            f"{limits.connections} connections need {limits.connections + 4 * _BACKLOG} open files, and this process "
-            f"may have {files} (ulimit -n)."
-        )
-    config = uvicorn.Config(
-        app,
-        http=bounded_protocol(limits),
-        ws="none",
-        lifespan="off",
-        backlog=_BACKLOG,
-        access_log=False,
-        log_level="warning",
-        h11_max_incomplete_event_size=2**14,
-        # Whoever holds a connection does not keep the server from ending.
-        timeout_graceful_shutdown=10,
-    )
-    return uvicorn.Server(config)
+        return {"request": request.headers.get("X-Request-Id"), "outputs": outputs_to_json(outputs)}
 
 
 class HeldBytes:
-    """Counts the bytes that requests take in memory, and refuses what would be more than `limit`."""
+    """Counts the bytes that requests take in memory; refuses one of more than `each`, and what would be more than
+    `limit` for all."""
 
-    def __init__(self, limit: int):
-        self.limit, self.number = limit, 0
+    def __init__(self, each: int, limit: int):
+        self.each, self.limit, self.number = each, limit, 0
 
     @contextmanager
     def by_request(self) -> Iterator[Callable[[int], None]]:
@@ -261,6 +170,8 @@ class HeldBytes:
 
         def set_size(size: int):
             nonlocal mine
+            if size > self.each:
+                raise HTTPException(413, f"a request may have {self.each} bytes")
             more = _COPIES * size - mine
             if self.number + more > self.limit:
                 raise HTTPException(503, f"requests of {self.limit} bytes are waiting already")
@@ -273,21 +184,14 @@ class HeldBytes:
             self.number -= mine
 
 
-async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes:
-    """The body of a request, refused as soon as it is larger than `limit`; its size is said to `hold` beforehand."""
+async def _read(request: Request, hold: Callable[[int], None]) -> bytes:
+    """The body of a request, whose size is said to `hold` beforehand."""
     length = request.headers.get("Content-Length", "")
     announced, received, pieces = int(length) if length.isdecimal() else 0, 0, []
-
-    def check():
-        size = max(announced, received)
-        if size > limit:
-            raise HTTPException(413, f"a request may have {limit} bytes")
-        hold(size)
-
-    check()
+    hold(announced)
     async for piece in request.stream():
         received += len(piece)
-        check()
+        hold(max(announced, received))
         pieces.append(piece)
     return b"".join(pieces)
 
@@ -302,3 +206,75 @@ async def _refuse(request: Request, error: HTTPException) -> JSONResponse:
 
 def _error(status: int, text: object) -> JSONResponse:
     return JSONResponse({"error": one_line(text)}, status)
+
+
+def create_app(
+    rewards: LocalRewards,
+    token: str | None = None,
+    max_request_bytes: int = 2**30,
+    max_batch: int = 16,
+    max_waiting: int = 64,
+    max_waiting_bytes: int = 2**32,
+    limits: ConnectionLimits | None = None,
+) -> FastAPI:
+    """
+    The server of these rewards.
+
+    Args:
+        token: what clients have to send as `Authorization: Bearer TOKEN`, if anything.
+        max_request_bytes: larger requests are refused before they are read.
+        max_batch, max_waiting: as in `Batcher`.
+        max_waiting_bytes: that all requests which are read, wait or are scored may take, twice their size; a client
+            asks again later.
+        limits: of the connections, whose count of refused ones is among the metrics.
+    """
+    if token:
+        check_key(token, TOKEN_VARIABLE)
+    # No pages of documentation: they load scripts from elsewhere.
+    app = FastAPI(
+        title="astrolabe_diffusers rewards",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        exception_handlers={RequestValidationError: _refuse_size, HTTPException: _refuse},
+    )
+    app.include_router(router)
+    app.state.batcher = Batcher(rewards, max_batch, max_waiting)
+    app.state.held = HeldBytes(max_request_bytes, max_waiting_bytes)
+    app.state.limits = limits or ConnectionLimits()
+
+    @app.middleware("http")
+    async def check_token(request: Request, call_next):
+        given = request.headers.get("Authorization", "").encode()
+        if token and request.url.path != "/health" and not secrets.compare_digest(given, f"Bearer {token}".encode()):
+            response = _error(401, "no token, or a wrong one")
+        else:
+            response = await call_next(request)
+        app.state.batcher.counters[f"status_{response.status_code}"] += 1
+        return response
+
+    return app
+
+
+def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
+    """The server of an app, with limits for its connections; `ValueError` if it may not open as many files."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else float("inf")
+    needed = limits.connections + 4 * _BACKLOG
+    if needed > files:
+        raise ValueError(
+            f"{limits.connections} connections need {needed} open files, and this process may have {files} "
+            "(ulimit -n)."
+        )
+    config = uvicorn.Config(
+        app,
+        http=bounded_protocol(limits),
+        ws="none",
+        lifespan="off",
+        backlog=_BACKLOG,
+        access_log=False,
+        log_level="warning",
+        h11_max_incomplete_event_size=2**14,
+        # Whoever holds a connection does not keep the server from ending.
+        timeout_graceful_shutdown=10,
+    )
+    return uvicorn.Server(config)

@@ -1,12 +1,10 @@
 """Videos and scores as bytes, for other processes and machines. Nothing that is read here can run code."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -39,22 +37,22 @@ class ScoringJob:
     metadata: list[dict[str, Any]] | None
 
     @classmethod
-    def make(
-        cls,
-        videos: torch.Tensor,
-        requests: dict[str, FrameRequest | None],
-        prompts: list[str],
-        metadata: list[dict[str, Any]] | None,
-    ) -> ScoringJob:
+    def make(cls, videos: torch.Tensor, requests: dict, prompts: list[str], metadata: list[dict] | None) -> Self:
         """The job for videos [B, F, 3, H, W] in [0, 1]; `requests` as `LocalRewards.requests` gives them."""
         every = FrameRequest(tuple(range(videos.shape[1])))
         prepared = {request: prepare_frames(videos, request or every).cpu() for request in set(requests.values())}
         whole = frozenset(name for name, request in requests.items() if request is None)
         return cls({name: prepared[request] for name, request in requests.items()}, whole, list(prompts), metadata)
 
+    def kind(self) -> tuple:
+        """Jobs of one kind ask the same rewards about videos of one shape."""
+        return self.whole, {name: tensor.shape[1:] for name, tensor in self.frames.items()}
+
     @classmethod
-    def join(cls, jobs: Sequence[ScoringJob]) -> ScoringJob:
-        """One job of several that ask the same rewards about videos of one shape."""
+    def join(cls, jobs: Sequence[Self]) -> Self:
+        """One job of several of one kind."""
+        if len(jobs) == 1:
+            return jobs[0]
         joined, frames = {}, {}
         for name in jobs[0].frames:
             # Rewards that share frames in every job still do.
@@ -113,11 +111,10 @@ def requests_to_json(requests: dict[str, FrameRequest | None]) -> dict[str, Any]
 
 
 def requests_from_json(value: dict[str, Any]) -> dict[str, FrameRequest | None]:
-    return {name: request and _request_from_json(**request) for name, request in value.items()}
+    def request(frames, sizes, gray) -> FrameRequest:
+        return FrameRequest(tuple(frames), tuple(tuple(size) for size in sizes), gray)
 
-
-def _request_from_json(frames, sizes, gray) -> FrameRequest:
-    return FrameRequest(tuple(frames), tuple(tuple(size) for size in sizes), gray)
+    return {name: part and request(**part) for name, part in value.items()}
 
 
 def outputs_to_json(outputs: dict[str, RewardOutput]) -> dict[str, Any]:

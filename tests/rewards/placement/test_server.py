@@ -283,8 +283,6 @@ def test_addresses_that_cannot_be_listened_at():
         taken.listen()
         with pytest.raises(OSError, match="cannot listen at 127.0.0.1:.*: Address already in use"):
             bind("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(ValueError, match="port must be at most 65535, not 99999999"):
-        bind("127.0.0.1", 99999999)
     with pytest.raises(ValueError, match="there is no address 'no such host'"):
         bind("no such host", 8000)
 
