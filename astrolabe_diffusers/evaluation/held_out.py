@@ -1,7 +1,5 @@
 """The active policy on held-out prompts, always with the same seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

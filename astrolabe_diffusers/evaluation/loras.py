@@ -1,7 +1,5 @@
 """LoRAs beside their base model: scores, differences, and videos to look at."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Scores of videos that exist as files, without any model that generates."""
 
-from __future__ import annotations
-
 import json
 import struct
 import subprocess

@@ -1,7 +1,5 @@
 """The settings of a run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..config import option

@@ -1,7 +1,5 @@
 """Which videos are to be made, and which are in the output folder: a line of JSON for every complete one."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

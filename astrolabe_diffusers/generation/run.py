@@ -1,7 +1,5 @@
 """A run: jobs are spread over the processes, and each process streams its batches to files."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

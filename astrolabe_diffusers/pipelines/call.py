@@ -1,7 +1,5 @@
 """Where a call of the pipeline is, and whether it is to end: several may be under way on one pipeline."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Pipelines of folders and Hub repositories, loaded whole and in silence, with LoRAs, and placed on a device."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import logging

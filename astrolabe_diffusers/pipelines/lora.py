@@ -1,7 +1,5 @@
 """LoRA files of every layout meet the pipeline's transformer."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Prompts as tokens."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from functools import lru_cache

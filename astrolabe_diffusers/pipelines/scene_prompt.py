@@ -4,8 +4,6 @@ A scene is a text and, in brackets at its end, how long it lasts in seconds; `#`
 end. `\|`, `\[`, `\]` and `\\` stand for the characters themselves.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from numbers import Integral

@@ -1,7 +1,5 @@
 """Noise levels of a block's denoising steps, as users give them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 

@@ -1,7 +1,5 @@
 """Pictures that a user gives a video to start from, at the size that the published models were trained with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

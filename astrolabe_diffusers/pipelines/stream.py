@@ -1,7 +1,5 @@
 """What a call of the pipeline returns: a whole video, or one that is generated while it is watched."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator

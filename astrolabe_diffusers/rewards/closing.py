@@ -1,7 +1,5 @@
 """Objects that hold threads, processes or connections, which end with a `with`."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 

@@ -1,7 +1,5 @@
 """Which frames of a video a reward looks at and in which size, so that no more than that has to travel."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Requests to servers of rewards and to judges, whose answers nobody vouches for."""
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

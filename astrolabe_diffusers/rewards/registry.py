@@ -1,7 +1,5 @@
 """How a name finds a reward, and what it may be given."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

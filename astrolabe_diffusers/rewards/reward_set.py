@@ -1,7 +1,5 @@
 """Several rewards as one, wherever they are scored."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait

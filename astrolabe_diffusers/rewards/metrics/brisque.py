@@ -1,7 +1,5 @@
 """BRISQUE: how natural frames look, without anything to compare them with (Mittal et al., 2012)."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import math

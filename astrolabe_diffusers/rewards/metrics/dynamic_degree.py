@@ -1,7 +1,5 @@
 """How much moves in a video."""
 
-from __future__ import annotations
-
 import torch
 
 from ..frames import FrameRequest, FrameSelection

@@ -1,7 +1,5 @@
 """The world of the embedded model, one coloured shape that moves, and a reward for how well a clip fits a caption."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 

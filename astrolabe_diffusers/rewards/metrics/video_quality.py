@@ -1,8 +1,6 @@
 """Rewards that need no weights and no prompt. Each is easily satisfied by a video of its own kind (a still, noise, a
 still again): they are guards beside a reward for content, not goals of their own."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """LAION's aesthetic predictor on the frames of a video."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise

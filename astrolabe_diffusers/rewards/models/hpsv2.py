@@ -1,7 +1,5 @@
 """HPSv2.1, a CLIP tuned on human preferences, on the frames of a video."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """HPSv3, a preference model for pictures, on the frames of a video."""
 
-from __future__ import annotations
-
 import importlib.util
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A vision language model behind an OpenAI-compatible endpoint as a reward."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os

@@ -1,7 +1,5 @@
 """What rewards that are neural networks share: published files, frames in batches."""
 
-from __future__ import annotations
-
 import ast
 from abc import abstractmethod
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A Qwen2-VL with a reward head: its inputs, without its processor (which needs torchvision), and its weights."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

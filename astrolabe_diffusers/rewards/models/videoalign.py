@@ -1,7 +1,5 @@
 """VideoAlign's VideoReward: visual quality, motion quality and text alignment of a video."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
