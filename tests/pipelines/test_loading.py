@@ -75,9 +75,10 @@ import sys
 for name in ("torchvision", "flash_attn", "open_clip"):
     sys.modules[name] = None
 
-import torch
+import astrolabe_diffusers, importlib.util, pickle
+importlib.util.find_spec("diffusers")  # as transformers and peft look whether there is one
+import diffusers, torch
 from diffusers import DiffusionPipeline
-import astrolabe_diffusers
 
 folder, lora, out = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder)
@@ -87,6 +88,7 @@ def frames():
     generator = torch.Generator().manual_seed(0)
     return pipe(%r, generator=generator, output_type="pt").frames
 
+assert pickle.loads(pickle.dumps(type(pipe))) is astrolabe_diffusers.CausalWanPipeline is diffusers.CausalWanPipeline
 result = {"class": type(pipe).__name__, "plain": frames()}
 pipe.load_lora_weights(lora)
 result["lora"] = frames()
