@@ -23,12 +23,14 @@ from random_models import random_pipeline, recipe_of
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.cli.train import parse_settings
+from astrolabe_diffusers.distributed.agreement import raise_together
 from astrolabe_diffusers.distributed.sharding import full_tensor
 from astrolabe_diffusers.errors import exit_code
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 from astrolabe_diffusers.training.algorithms import get_algorithm, get_config_class
 from astrolabe_diffusers.training.policies import policy_parameters
+from astrolabe_diffusers.training.results import write_results
 
 
 DEFAULTS = {"rewards": {"sharpness": 1.0}}
@@ -74,7 +76,9 @@ def benchmark(argv: list[str] | None):
         trainer.start()
         trainer.train_epochs()
         memory, lora = peak_memory_gb(trainer.accelerator.device), checksum(policy_parameters(trainer.transformer))
-        trainer.finish()
+        with raise_together():
+            write_results(trainer)
+        trainer.end()
         if trainer.accelerator.is_main_process:
             metrics = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[-1])
             print("  ".join(f"{name} {metrics[name]:.3g}" for name in FIGURES))
