@@ -11,7 +11,7 @@ from tests.tiny_pipeline import save_tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
 
-# Imports every module, and generates and scores a video.
+# Imports every module, loads the embedded model, and generates and scores a video.
 WITHOUT = """
 import builtins, importlib, sys, warnings
 
@@ -26,8 +26,14 @@ def load_portable(name, globals=None, *args, **kwargs):
 builtins.__import__ = load_portable
 warnings.filterwarnings("ignore", "flock not supported")  # filelock's word for a lock file in its place
 
+# As where a library imports diffusers first.
+import diffusers, pickle
 import astrolabe_diffusers
 from tests.test_layers import modules
+
+pipe = diffusers.DiffusionPipeline.from_pretrained(astrolabe_diffusers.TINY_SHAPES)
+found = pickle.loads(pickle.dumps(type(pipe)))
+assert found is astrolabe_diffusers.CausalWanPipeline is diffusers.CausalWanPipeline
 
 for name in modules():
     importlib.import_module(f"astrolabe_diffusers.{name}")

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.hub_utils import _get_model_file
 from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.constants import is_offline_mode
 from safetensors import SafetensorError, safe_open
 
 from ..files.text import parse_json, read_text
@@ -61,7 +61,7 @@ def find_lora_file(name: str | Path, weight_name: str | None = None, subfolder: 
 
 def _names_on_hub(repo: str, revision=None, token=None, cache_dir=None, local_files_only=None, **_) -> list[str]:
     """All files of a repository, or without the Hub those that are here."""
-    if not (HF_HUB_OFFLINE or local_files_only):
+    if not (is_offline_mode() or local_files_only):
         return list_repo_files(repo, revision=revision, token=token)
     folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
     return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]

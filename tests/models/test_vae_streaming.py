@@ -53,10 +53,10 @@ def test_pieces_equal_whole(vae, sizes):
     assert expected.abs().max() <= 1
 
 
-@pytest.mark.parametrize("sizes", [pytest.param((5,), marks=pytest.mark.slow), (3, 1, 1)])
+@pytest.mark.parametrize("sizes", [pytest.param((4,), marks=pytest.mark.slow), (2, 1, 1)])
 def test_tiles_equal_tiled_whole(vae, sizes):
     scale = vae.spatial_compression_ratio
-    latents = random_latents(frames=5, height=9, width=14)
+    latents = random_latents(frames=4, height=7, width=10)
     untiled = decode_latents(vae, latents)
     vae.enable_tiling(4 * scale, 6 * scale, 3 * scale, 4 * scale)
     whole = vae.decode(raw(vae, latents)).sample

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.reporting.hub import create_hub_repo, push_to_hub
@@ -15,7 +15,10 @@ from tests.training.helpers import ALL_REPORTS, config, tiny_arguments
 from tests.training.hub_server import TOKEN, serve_hub
 
 
-ROOT = Path(__file__).parents[2]
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from train_nft import main  # noqa: E402
+
+
 WEIGHTS = "pytorch_lora_weights.safetensors"
 RESULTS = {"steps": 2}
 
@@ -26,22 +29,12 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with serve_hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        # What huggingface_hub has made of it when it was imported.
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield server
-
-
-def run(arguments, hub, folder, **kwargs):
-    """Runs a program in `folder` to which the stand-in is the Hub."""
-    env = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(folder / "hf"),
-    }
-    env["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, **kwargs)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def finished_run(folder):
@@ -63,30 +56,23 @@ def finished_run(folder):
     return {name: files[name].encode() for name in public}
 
 
-PUSH_AND_LOAD = """
-import json, re, sys
-sys.path.append(sys.argv[1])
-from train_nft import main
-
-assert main(sys.argv[2:]) == 0
-(code,) = re.findall("```python\\n(.*?)```", open("my-lora/README.md").read(), re.S)
-for code in (code, code.replace("someone/my-lora", "my-lora")):
-    scope = {}
-    exec(code, scope)
-    parameters = scope["pipe"].transformer.named_parameters()
-    print("lora", sum(value.abs().sum().item() for name, value in parameters if "lora_" in name))
-"""
-
-
-def test_a_run_that_is_pushed_loads_as_its_card_says(model_folder, tmp_path):
+def test_a_run_that_is_pushed_loads_as_its_card_says(hub, model_folder, tmp_path, monkeypatch, capsys):
     """Training, upload and download; the code of the card is run to the letter."""
-    (tmp_path / model_folder.name).symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    Path(model_folder.name).symlink_to(model_folder)
     arguments = tiny_arguments(model_folder.name, "my-lora", **ALL_REPORTS, push_to_hub=True, hub_license="apache-2.0")
-    with serve_hub() as hub:
-        output = run([sys.executable, "-c", PUSH_AND_LOAD, ROOT / "examples", *arguments], hub, tmp_path)
-    assert f"pushed to {hub.url}/someone/my-lora" in output
-    loaded, written = (float(number) for number in re.findall("^lora (.*)$", output, re.M))
-    assert loaded == written > 0 and (tmp_path / "video.mp4").stat().st_size > 0
+    assert main(arguments) == 0
+    assert f"pushed to {hub.url}/someone/my-lora" in capsys.readouterr().out
+    (code,) = re.findall("```python\n(.*?)```", Path("my-lora/README.md").read_text(), re.S)
+    loaded = []
+    for source in ("someone/my-lora", "my-lora"):
+        scope = {}
+        exec(code.replace("someone/my-lora", source), scope)
+        parameters = scope["pipe"].transformer.named_parameters()
+        loaded.append(sum(value.abs().sum().item() for name, value in parameters if "lora_" in name))
+    assert loaded[0] == loaded[1] > 0 and Path("video.mp4").stat().st_size > 0
+    assert list(Path("hf").rglob(WEIGHTS))
 
     repo = hub.repos["someone/my-lora"]
     assert hub.messages == ["2 steps of NFT"]
@@ -124,7 +110,8 @@ def test_a_hub_that_fails_at_the_end_costs_a_command(hub, tmp_path):
     assert command.startswith("hf upload ")
     # The `hf` of this Python.
     hf = f'hf() {{ {sys.executable} -c "from huggingface_hub.cli.hf import main; main()" "$@"; }}'
-    run(["bash", "-c", f"{hf}; {command}"], hub, tmp_path)
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run(["bash", "-c", f"{hf}; {command}"], cwd=tmp_path, env=env, check=True)
     assert hub.repos["someone/mine"] == expected
 
 
