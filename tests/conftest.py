@@ -31,8 +31,8 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """The random tiny pipeline as a Diffusers folder, with prompts."""
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+    """The random tiny pipeline as a Diffusers folder, with prompts. Its videos are of 16x32 pixels."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny", height=16, width=32)
 
 
 @pytest.fixture(autouse=True)
