@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from ..closing import Closing
 from ..frames import FrameRequest, prepare_frames
 from ..registry import make_reward
 from ..reward import Reward, RewardOutput, check_device
 from .wire import ScoringJob
 
 
-class LocalRewards(Closing):
+class LocalRewards:
     """
     Rewards that are scored in this process.
 
@@ -42,10 +41,9 @@ class LocalRewards(Closing):
         with torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext():
             for name in rewards:
                 source = rewards[name] if isinstance(rewards, Mapping) else name
-                self.rewards[name] = make_reward(name, source, (options or {}).get(name, {}), defaults)
-        if device:
-            for reward in self.rewards.values():
-                reward.to(device)
+                reward = self.rewards[name] = make_reward(name, source, (options or {}).get(name, {}), defaults)
+                if device:
+                    reward.to(device)
         self._offload = OffloadedWeights(self.rewards.values()) if offload else nullcontext()
 
     @property
@@ -86,9 +84,6 @@ class LocalRewards(Closing):
                 name: self.rewards[name].score(own(name), list(prompts), copy.deepcopy(metadata)) for name in frames
             }
         return {name: output.checked(name, len(prompts)) for name, output in outputs.items()}
-
-    def close(self):
-        """Nothing here has to be ended."""
 
 
 class OffloadedWeights:

@@ -13,7 +13,7 @@ from ...files.text import parse_json
 from ..closing import Closing
 from ..frames import FrameRequest
 from ..http_client import HttpClient, UnreachableError
-from ..reward import RewardError, RewardOutput, RewardPlaceError
+from ..reward import RewardError, RewardOutput, RewardPlacementError
 from .wire import VERSION, ScoringJob, outputs_from_json, pack_job, requests_from_json
 
 
@@ -37,7 +37,7 @@ class RemoteRewards(Closing):
         timeout: seconds that scoring a batch may take.
 
     Raises:
-        RewardPlaceError: there is no such server, or it is of another release.
+        RewardPlacementError: there is no such server, or it is of another release.
         ValueError: it does not have all of these rewards.
     """
 
@@ -51,9 +51,9 @@ class RemoteRewards(Closing):
             there, using_prompts = ([str(name) for name in known[key]] for key in ("rewards", "using_prompts"))
             self.max_request_bytes, version = int(known["max_request_bytes"]), int(known.get("version", 1))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise RewardPlaceError(f"{self} is no server of rewards.") from None
+            raise RewardPlacementError(f"{self} is no server of rewards.") from None
         if version != VERSION:
-            raise RewardPlaceError(
+            raise RewardPlacementError(
                 f"{self} speaks version {version} of the exchange and this installation {VERSION}: both need the same "
                 "release of astrolabe_diffusers."
             )
@@ -72,7 +72,7 @@ class RemoteRewards(Closing):
         requests = self._requests(videos.shape[1], *videos.shape[-2:])
         data = pack_job(ScoringJob.make(videos, requests, prompts, metadata))
         if len(data) > self.max_request_bytes:
-            raise RewardPlaceError(
+            raise RewardPlacementError(
                 f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self} takes "
                 f"{self.max_request_bytes / 2**20:.3g} MB a request: make batches smaller, or its --max_request_mb "
                 "larger."
@@ -84,7 +84,7 @@ class RemoteRewards(Closing):
                 raise ValueError("it is the answer to another request")
             return outputs_from_json(answer["outputs"], self.names, len(prompts))
         except (KeyError, TypeError, ValueError) as error:
-            raise RewardPlaceError(f"{self} answered nonsense: {self._client.quote(error)}") from error
+            raise RewardPlacementError(f"{self} answered nonsense: {self._client.quote(error)}") from error
 
     def _ask_requests(self, num_frames: int, height: int, width: int) -> dict[str, FrameRequest | None]:
         answer = self._ask("GET", "/requests", params={"num_frames": num_frames, "height": height, "width": width})
@@ -92,7 +92,7 @@ class RemoteRewards(Closing):
             requests = requests_from_json(answer)
             return {name: requests[name] for name in self.names}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RewardPlaceError(f"{self} answered nonsense: {type(error).__name__}") from error
+            raise RewardPlacementError(f"{self} answered nonsense: {type(error).__name__}") from error
 
     def _ask(self, method: str, path: str, retry: bool = True, **arguments: Any) -> Any:
         """The JSON that the server answers."""
@@ -110,21 +110,21 @@ class RemoteRewards(Closing):
                 away_since = away_since or time.monotonic()
                 until = min(deadline, away_since + _AWAY_SECONDS)
             if not retry or time.monotonic() + _PAUSE_SECONDS > until:
-                raise RewardPlaceError(problem)
+                raise RewardPlacementError(problem)
             time.sleep(_PAUSE_SECONDS)
 
     def _answer(self, status: int, body: bytes) -> Any:
         try:
             answer = parse_json(body, "the answer")
         except ValueError:
-            raise RewardPlaceError(f"{self} answered nonsense, with status {status}: it is no JSON.") from None
+            raise RewardPlacementError(f"{self} answered nonsense, with status {status}: it is no JSON.") from None
         if status == 200:
             return answer
         error = answer.get("error") if isinstance(answer, dict) else None
         if status == 401:
             error = f"it wants its token in {TOKEN_VARIABLE}"
         # The reward's own refusal, which a run may be configured to skip.
-        kind = RewardError if status == 422 else RewardPlaceError
+        kind = RewardError if status == 422 else RewardPlacementError
         raise kind(f"{self} refused, with status {status}: {self._client.quote(error or 'it does not say why')}")
 
     def close(self):

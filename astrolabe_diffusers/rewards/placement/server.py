@@ -54,7 +54,9 @@ _BACKLOG = 64
 
 
 def check_binding(host: str, token: str | None):
-    """Raises `ValueError` if others than this machine could ask the server without a token."""
+    """`ValueError` if others than this machine could ask the server without a token, or none could send the token."""
+    if token:
+        check_key(token, TOKEN_VARIABLE)
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -218,18 +220,12 @@ def create_app(
     limits: ConnectionLimits | None = None,
 ) -> FastAPI:
     """
-    The server of these rewards.
+    The server of these rewards. Arguments are those of `astrolabe serve`, and
 
     Args:
-        token: what clients have to send as `Authorization: Bearer TOKEN`, if anything.
-        max_request_bytes: larger requests are refused before they are read.
-        max_batch, max_waiting: as in `Batcher`.
-        max_waiting_bytes: that all requests which are read, wait or are scored may take, twice their size; a client
-            asks again later.
+        token: what clients have to send as `Authorization: Bearer TOKEN`, if anything; see [`check_binding`].
         limits: of the connections, whose count of refused ones is among the metrics.
     """
-    if token:
-        check_key(token, TOKEN_VARIABLE)
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(
         title="astrolabe_diffusers rewards",
