@@ -60,9 +60,7 @@ class ProcessRewards(Closing):
     def __str__(self):
         return f"the process of the rewards {', '.join(self.names)}"
 
-    def score(
-        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> dict[str, RewardOutput]:
+    def score(self, videos, prompts, metadata) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
         job = ScoringJob.make(videos, self._requests(videos.shape[1], *videos.shape[-2:]), prompts, metadata)
         return outputs_from_json(self._ask(_score, pack_job(job)), self.names, len(prompts))

@@ -7,8 +7,6 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from ...files.text import parse_json
 from ..closing import Closing
 from ..frames import FrameRequest
@@ -23,7 +21,6 @@ TOKEN_VARIABLE = "ASTROLABE_REWARD_TOKEN"
 # How long a server may be away, to be started anew for example.
 _AWAY_SECONDS = 45
 _PAUSE_SECONDS = 1.0
-_MAX_ANSWER_BYTES = 64 * 2**20
 
 
 class RemoteRewards(Closing):
@@ -43,7 +40,7 @@ class RemoteRewards(Closing):
 
     def __init__(self, url: str, names: Iterable[str], timeout: float = 300.0):
         self.names, self.timeout = list(names), timeout
-        self._client = HttpClient(url, os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE, _MAX_ANSWER_BYTES)
+        self._client = HttpClient(url, os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE)
         self._requests = functools.cache(self._ask_requests)
         # A server that is not there at the start is a wrong address, not one that is being started anew.
         known = self._ask("GET", "/rewards", retry=False)
@@ -65,9 +62,7 @@ class RemoteRewards(Closing):
     def __str__(self):
         return self._client.name
 
-    def score(
-        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> dict[str, RewardOutput]:
+    def score(self, videos, prompts, metadata) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
         requests = self._requests(videos.shape[1], *videos.shape[-2:])
         data = pack_job(ScoringJob.make(videos, requests, prompts, metadata))

@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated
 
 from ...errors import one_line, summarize_exception
@@ -34,7 +35,7 @@ try:
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.requests import ClientDisconnect
 
-    from .bounded_protocol import ConnectionLimits, bounded_protocol
+    from .bounded_protocol import BoundedProtocol, ConnectionLimits
 except ImportError as error:
     raise ImportError(f"serving rewards needs FastAPI ({error}): pip install 'astrolabe_diffusers[serve]'") from error
 
@@ -263,7 +264,7 @@ def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
         )
     config = uvicorn.Config(
         app,
-        http=bounded_protocol(limits),
+        http=partial(BoundedProtocol, limits),
         ws="none",
         lifespan="off",
         backlog=_BACKLOG,
