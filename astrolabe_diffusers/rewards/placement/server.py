@@ -136,9 +136,7 @@ async def score(request: Request):
         try:
             # What was read is let go of as soon as it is unpacked.
             job = await asyncio.to_thread(unpack_job, await _read(request, hold))
-        except ClientDisconnect:
-            raise HTTPException(400, "the connection ended before the request did") from None
-        except ValueError as error:
+        except (ClientDisconnect, ValueError) as error:  # nobody is there to read of the first
             raise HTTPException(400, str(error)) from None
         known = state.batcher.rewards.rewards
         unknown = [name for name in job.frames if name not in known]
