@@ -101,7 +101,7 @@ def read_yaml(problem: str, text: str) -> Any:
         raise UserError(f"{problem}: {one_line(error)}") from error
 
 
-_FORMS = {
+FORMS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -148,7 +148,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         return {str(key): item for key, item in mapping.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         of_options = hint == dict[str, dict[str, Any]] and not isinstance(value, str)
-        form = "{name: {argument: value}}" if of_options else _FORMS[hint]
+        form = "{name: {argument: value}}" if of_options else FORMS[hint]
         raise UserError(f"{name} must be {form}, not {value!r}.") from error
 
 

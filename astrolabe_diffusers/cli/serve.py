@@ -53,14 +53,11 @@ def main(argv: list[str] | None):
 def serve(config: ServerConfig):
     """Answers until a signal comes."""
     with as_user_error("server"):
-        from ..rewards.http_client import check_key
         from ..rewards.placement.bounded_protocol import ConnectionLimits
         from ..rewards.placement.remote import TOKEN_VARIABLE
         from ..rewards.placement.server import bind, check_binding, create_app, make_server
 
         token = os.environ.get(TOKEN_VARIABLE)
-        if token:
-            check_key(token, TOKEN_VARIABLE)
         # Before the rewards, which may take minutes to load.
         listener = bind(config.host, config.port)
         check_binding(config.host, token)

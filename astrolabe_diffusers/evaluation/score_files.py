@@ -17,7 +17,7 @@ from ..files.output_folder import is_result
 from ..files.writing import replacing
 from ..generation.manifest import Manifest
 from ..reporting.markdown import markdown_table
-from ..rewards import RewardError, RewardPlaceError, RewardSet
+from ..rewards import RewardError, RewardPlacementError, RewardSet
 from ..rollout.reward_thread import RewardThread
 from ..shareable import shareable, shareable_value
 from .config import ScoreConfig
@@ -77,7 +77,7 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
                 entry |= thread.submit(score_video, file.name, frames, fps, prompt or "", rewards).result()
             except UserError as error:
                 note(error)
-                if error.__cause__ is None or isinstance(error.__cause__, RewardPlaceError):
+                if error.__cause__ is None or isinstance(error.__cause__, RewardPlacementError):
                     break  # it hangs or is gone, and would be for every video
             print(f"{len(results['videos'])}/{len(videos)} {file.name}", end="\r", flush=True)
     scored = [video for video in results["videos"] if "scores" in video]
@@ -118,7 +118,7 @@ def score_video(name: str, frames: torch.Tensor, fps: float, prompt: str, reward
     device = "cuda" if torch.cuda.is_available() else "cpu"  # resizing is slow on a CPU
     try:
         output = rewards(frames[None].to(device).float() / 255, [prompt], [{"fps": fps}])
-    except (RewardError, RewardPlaceError, ValueError) as error:
+    except (RewardError, RewardPlacementError, ValueError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     except Exception as error:
         raise UserError(f"{name}: a reward failed: {summarize_exception(error)}") from error

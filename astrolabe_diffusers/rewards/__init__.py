@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         ".models.judge": ["UnifiedReward"],
         ".models.videoalign": ["VideoAlign"],
         ".registry": ["get_reward", "named_reward_funcs", "register_reward"],
-        ".reward": ["FunctionReward", "Reward", "RewardError", "RewardOutput", "RewardPlaceError"],
+        ".reward": ["FunctionReward", "Reward", "RewardError", "RewardOutput", "RewardPlacementError"],
         ".reward_set": ["RewardSet", "RewardSetOutput"],
     },
 )

@@ -1,15 +1,11 @@
 """Objects that hold threads, processes or connections, which end with a `with`."""
 
-from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 
-class Closing(AbstractContextManager, ABC):
-    """A context manager that calls [`close`] at its end, whatever happened inside."""
-
-    @abstractmethod
-    def close(self):
-        """Ends what this object has started. A second call does nothing."""
+class Closing(AbstractContextManager):
+    """A context manager that at its end, whatever happened inside, calls its `close`: that ends what the object has
+    started, and does nothing when it is called again."""
 
     def __exit__(self, *exception):
         self.close()

@@ -17,7 +17,7 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from ..errors import one_line
-from .reward import RewardPlaceError
+from .reward import RewardPlacementError
 
 
 _CONNECT_SECONDS = 10
@@ -25,7 +25,7 @@ _MAX_CONNECTIONS = 64
 _MAX_QUOTE = 200
 
 
-class UnreachableError(RewardPlaceError):
+class UnreachableError(RewardPlacementError):
     """There was no connection, or it broke."""
 
 
@@ -93,7 +93,7 @@ class HttpClient:
 
         Raises:
             UnreachableError: there is no connection.
-            RewardPlaceError: it was too slow, or its answer too long.
+            RewardPlacementError: it was too slow, or its answer too long.
         """
         answer, used = Future(), []
 
@@ -112,7 +112,7 @@ class HttpClient:
             for connection in used:
                 with suppress(OSError, AttributeError):  # it is closed, or not made yet
                     connection.sock.shutdown(socket.SHUT_RDWR)  # which ends the thread
-            raise RewardPlaceError(f"{self.name} did not answer within {round(timeout, 1):g} s.") from None
+            raise RewardPlacementError(f"{self.name} did not answer within {round(timeout, 1):g} s.") from None
         except requests.RequestException as error:
             # Its text may hold the address with all that is in it.
             raise UnreachableError(f"{self.name} cannot be reached ({type(error).__name__}).") from None
@@ -127,7 +127,7 @@ class HttpClient:
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 if len(body) > self.max_answer_bytes:
-                    raise RewardPlaceError(f"{self.name} answered more than {self.max_answer_bytes} bytes.")
+                    raise RewardPlacementError(f"{self.name} answered more than {self.max_answer_bytes} bytes.")
             return response.status_code, bytes(body), response.headers.get("Retry-After")
 
     def quote(self, text: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Union, get_args, get_origin
 
+from ..config import FORMS
 from ..errors import is_missing
 from ..spelling import close_matches
 from .reward import FunctionReward, Reward
@@ -150,14 +151,7 @@ def _signature(function: Callable) -> inspect.Signature:
         return inspect.signature(function)
 
 
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    Sequence: "a list",
-    types.NoneType: "null",
-}
+_FORMS = {**FORMS, Sequence: "a list", types.NoneType: "null"}
 
 
 def _check_option(name: str, parameter: inspect.Parameter, value: Any):
@@ -170,7 +164,7 @@ def _check_option(name: str, parameter: inspect.Parameter, value: Any):
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = [get_origin(kind) or kind for kind in kinds]
     if not any(_is_a(value, kind) for kind in kinds):
-        wanted = " or ".join(_KINDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+        wanted = " or ".join(_FORMS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
         raise ValueError(f"the option {parameter.name!r} of reward {name!r} must be {wanted}, not {value!r}.")
 
 

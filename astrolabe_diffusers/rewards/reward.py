@@ -17,7 +17,7 @@ class RewardError(RuntimeError):
     """A reward returned something that is no reward: a wrong shape, a NaN or an infinity."""
 
 
-class RewardPlaceError(ConnectionError):
+class RewardPlacementError(ConnectionError):
     """Where a reward was to be scored, in a process of its own or on a server, nobody answers, or not as agreed."""
 
 
@@ -31,12 +31,6 @@ class RewardOutput:
 
     def __getitem__(self, rows: slice) -> RewardOutput:
         return RewardOutput(self.scores[rows], {part: values[rows] for part, values in self.info.items()})
-
-    @classmethod
-    def cat(cls, outputs: list[RewardOutput]) -> RewardOutput:
-        """Those of one reward for several batches as one."""
-        info = {part: torch.cat([output.info[part] for output in outputs]) for part in outputs[0].info}
-        return cls(torch.cat([output.scores for output in outputs]), info)
 
     def checked(self, name: str, batch_size: int) -> RewardOutput:
         """This output, of the reward `name`, in float32 on the CPU; a `RewardError` unless it has a number a video."""

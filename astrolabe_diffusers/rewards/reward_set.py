@@ -31,8 +31,7 @@ class RewardSetOutput:
 
 class RewardSet(Closing):
     """
-    Scores videos by several rewards and adds them up, each on its raw scale. As a context manager it is closed at
-    the end.
+    Scores videos by several rewards and adds them up, each on its raw scale; closing it ends their processes.
 
     Args:
         weights: reward name or dotted path (see `get_reward`) -> weight. A reward of weight 0 is measured and logged
@@ -46,7 +45,7 @@ class RewardSet(Closing):
             - `"cpu"`, `"cuda:1"`, ...: in this process, on that device.
             - `"process"`, `"process:cuda:1"`: in a process of their own, see `ProcessRewards`.
             - `"http://host:port"`: on a server, see `RemoteRewards`. It has its own options.
-            - `"process:cuda:6|process:cuda:7"`: of several places the one whose turn it is for `process_index`.
+            - `"process:cuda:6|process:cuda:7"`: of several the one whose turn it is for `process_index`.
         timeout: seconds that another process or a server may take for a batch.
         fps: frames a second of the videos, the option `fps` of rewards that have it and are not given another.
         process_index: of this process among those of a run.
@@ -54,9 +53,9 @@ class RewardSet(Closing):
             which is scored in this process.
 
     Raises:
-        ValueError: a name, an option or a place does not exist, an option is of another type than the reward
+        ValueError: a name, an option or a placement does not exist, an option is of another type than the reward
             declares, or a weight is no finite number.
-        RewardPlaceError: no such server answers.
+        RewardPlacementError: no such server answers.
     """
 
     def __init__(
@@ -83,19 +82,22 @@ class RewardSet(Closing):
         groups: dict[str, dict[str, str | Reward | Callable]] = {}
         for name in weights:
             source = rewards.get(name, name)
-            places = placement.get(name, "trainer").split("|")
-            for place in places:
-                check_place(place, name, source)
-            groups.setdefault(places[process_index % len(places)], {})[name] = source
+            alternatives = placement.get(name, "trainer").split("|")
+            for alternative in alternatives:
+                check_placement(alternative, name, source)
+            groups.setdefault(alternatives[process_index % len(alternatives)], {})[name] = source
         self.takes_turns = "offload" in groups
         defaults = {"fps": fps} if fps else {}
         self._here: list[LocalRewards] = []
         self._away: list[ProcessRewards | RemoteRewards] = []
         with ExitStack() as resources:
-            for place, sources in groups.items():
-                chosen = {name: options[name] for name in sources if name in options}
-                placed = resources.enter_context(_placed(place, sources, chosen, timeout, defaults))
-                (self._here if isinstance(placed, LocalRewards) else self._away).append(placed)
+            for chosen, sources in groups.items():
+                own = {name: options[name] for name in sources if name in options}
+                group = _make_group(chosen, sources, own, timeout, defaults)
+                if isinstance(group, LocalRewards):
+                    self._here.append(group)
+                else:
+                    self._away.append(resources.enter_context(group))
             if self._away:
                 self._executor = ThreadPoolExecutor(len(self._away), thread_name_prefix="reward-placements")
                 resources.callback(self._executor.shutdown, wait=False, cancel_futures=True)
@@ -104,7 +106,7 @@ class RewardSet(Closing):
     @property
     def using_prompts(self) -> list[str]:
         """The names of those rewards that look at the prompt."""
-        return [name for placed in (*self._here, *self._away) for name in placed.using_prompts]
+        return [name for group in (*self._here, *self._away) for name in group.using_prompts]
 
     def __call__(
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None
@@ -114,7 +116,7 @@ class RewardSet(Closing):
 
         Raises:
             RewardError: a reward returned anything but one finite score a video, or frames are no finite numbers.
-            RewardPlaceError: a process died twice, or a server does not answer, or not in time, or nonsense.
+            RewardPlacementError: a process died twice, or a server does not answer, or not in time, or nonsense.
             ValueError: the batch is not what a reward can take.
         """
         if videos.ndim != 5 or not videos.is_floating_point() or len(prompts) != len(videos):
@@ -142,11 +144,11 @@ class RewardSet(Closing):
         return RewardSetOutput(sum(weight * scores[name] for name, weight in self.weights.items()), scores, info)
 
     def _score(self, videos, prompts, metadata):
-        answers = [self._executor.submit(placed.score, videos, prompts, metadata) for placed in self._away]
+        answers = [self._executor.submit(group.score, videos, prompts, metadata) for group in self._away]
         outputs = {}
         try:
-            for placed in self._here:
-                outputs |= placed.score(videos, prompts, metadata)
+            for group in self._here:
+                outputs |= group.score(videos, prompts, metadata)
         finally:
             wait(answers)  # none is asked anew before it has answered
         for answer in answers:
@@ -154,7 +156,6 @@ class RewardSet(Closing):
         return outputs
 
     def close(self):
-        """Ends the processes and threads of rewards."""
         self._resources.close()
 
 
@@ -165,32 +166,32 @@ def _not_finite(values: torch.Tensor) -> list[int]:
 _SERVER = ("http", "https")
 
 
-def check_place(place: str, name: str, source: str | Reward | Callable):
+def check_placement(placement: str, name: str, source: str | Reward | Callable):
     """`ValueError` unless the reward `name`, which `source` says, can be scored there."""
-    kind = place.partition(":")[0]
-    if kind not in _SERVER and place not in ("trainer", "offload", "process"):
-        device = place.removeprefix("process:")
+    kind = placement.partition(":")[0]
+    if kind not in _SERVER and placement not in ("trainer", "offload", "process"):
+        device = placement.removeprefix("process:")
         try:
             torch.device(device)
         except RuntimeError:
-            raise ValueError(f"there is no place {place!r} for rewards; it can be {PLACEMENTS}.") from None
+            raise ValueError(f"there is no place {placement!r} for rewards; it can be {PLACEMENTS}.") from None
         check_device(device)
     if kind in (*_SERVER, "process") and not isinstance(source, str):
         raise ValueError(
-            f"reward {name!r} is an object of this process: it cannot be scored by another, {place!r}, only at "
+            f"reward {name!r} is an object of this process: it cannot be scored by another, {placement!r}, only at "
             "'trainer', 'offload' or a device such as 'cuda:1'."
         )
 
 
-def _placed(place: str, sources, options, timeout, defaults) -> LocalRewards | ProcessRewards | RemoteRewards:
-    """Rewards at a place that was checked; arguments as those of [`RewardSet`]."""
-    kind, _, device = place.partition(":")
+def _make_group(placement: str, sources, options, timeout, defaults) -> LocalRewards | ProcessRewards | RemoteRewards:
+    """Rewards of one placement, which was checked; arguments as those of [`RewardSet`]."""
+    kind, _, device = placement.partition(":")
     if kind in _SERVER:
         if options:
-            shown, _ = split_url(place)
+            shown, _ = split_url(placement)
             raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {shown}.")
-        return RemoteRewards(place, sources, timeout)
+        return RemoteRewards(placement, sources, timeout)
     if kind == "process":
         return ProcessRewards(sources, timeout, options=options, device=device or None, defaults=defaults)
-    device = None if kind in ("trainer", "offload") else place
+    device = None if kind in ("trainer", "offload") else placement
     return LocalRewards(sources, options, device, kind == "offload", defaults)

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from ..distributed.agreement import raise_together
 from ..errors import UserError, one_line, summarize_exception
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
-from ..rewards import RewardError, RewardPlaceError, RewardSet
+from ..rewards import RewardError, RewardPlacementError, RewardSet
 from ..rewards.closing import Closing
 from .past import Past
 from .reward_thread import RewardThread
@@ -105,8 +105,8 @@ class ScoringThread(Closing):
         metadata = [sample.prompt.metadata or {} for sample in samples]
         try:
             output = rewards(videos, prompts, metadata)
-        except (RewardError, RewardPlaceError) as error:
-            if not self.skip_bad or isinstance(error, RewardPlaceError):
+        except (RewardError, RewardPlacementError) as error:
+            if not self.skip_bad or isinstance(error, RewardPlacementError):
                 raise UserError(one_line(error)) from error
             if len(samples) > 1:
                 parts = [self._call(rewards, video[None], [sample]) for video, sample in zip(videos, samples)]

@@ -15,7 +15,7 @@ from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.cli.main import COMMANDS
 from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.registration import register_with_diffusers
-from astrolabe_diffusers.rewards.reward_set import PLACEMENTS, check_place
+from astrolabe_diffusers.rewards.reward_set import PLACEMENTS, check_placement
 from astrolabe_diffusers.training import NFTConfig
 from astrolabe_diffusers.training.run_folder import open_training_folder
 from tests.own_transformer import OwnTransformer
@@ -263,7 +263,7 @@ def test_every_place_of_the_table_is_one(monkeypatch):
     places = [place for row in rows for place in re.findall(r"`([^`]+)`", row)]
     assert places == ["trainer", "offload", "cuda:1", "cpu", "process", "process:cuda:1", "http://host:port"]
     for place in places:
-        check_place(place, "sharpness", "sharpness")
+        check_placement(place, "sharpness", "sharpness")
         assert f"'{place}'" in PLACEMENTS or place == "cpu"
 
 

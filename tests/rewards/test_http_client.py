@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from astrolabe_diffusers.rewards import RewardPlaceError
+from astrolabe_diffusers.rewards import RewardPlacementError
 from astrolabe_diffusers.rewards.http_client import HttpClient, UnreachableError, split_url
 from tests.rewards.http_server import answering
 
@@ -75,7 +75,7 @@ def test_an_answer_that_is_too_long_is_not_read():
             sent.append(connection.send(bytes(2**16)))
 
     with raw_server(behave) as url:
-        with pytest.raises(RewardPlaceError, match="answered more than 100000 bytes"):
+        with pytest.raises(RewardPlacementError, match="answered more than 100000 bytes"):
             HttpClient(url, max_answer_bytes=100_000).ask("GET", timeout=10)
     assert sum(sent) < 2**25
 
@@ -96,7 +96,7 @@ def test_what_drips_is_too_slow_in_the_end(before):
 
     with raw_server(behave) as url:
         started = time.monotonic()
-        with pytest.raises(RewardPlaceError, match="did not answer within 0.4 s") as error:
+        with pytest.raises(RewardPlacementError, match="did not answer within 0.4 s") as error:
             HttpClient(url).ask("GET", timeout=0.4)
         assert time.monotonic() - started < 2 and not isinstance(error.value, UnreachableError)
         assert_ended("http")
@@ -113,7 +113,7 @@ def assert_ended(name):
 def test_a_server_that_does_not_read_is_too_slow():
     done = threading.Event()
     with raw_server(lambda connection: done.wait(5)) as url:
-        with pytest.raises(RewardPlaceError, match="did not answer within 0.4 s"):
+        with pytest.raises(RewardPlacementError, match="did not answer within 0.4 s"):
             HttpClient(url).ask("POST", timeout=0.4, data=bytes(2**25))
         assert_ended("http")
         done.set()

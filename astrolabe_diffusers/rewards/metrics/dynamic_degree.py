@@ -45,7 +45,7 @@ class DynamicDegree(Reward):
         frames = self.requested(videos)
         if frames.shape[1] == 1:
             return RewardOutput(torch.zeros(len(frames)), {"above_threshold": torch.zeros(len(frames))})
-        speed = torch.stack([_motion(luminance(video[None])[0] / 255) for video in frames]) * (self.select.fps / _SIDE)
+        speed = torch.stack([_motion(luminance(video) / 255) for video in frames]) * (self.select.fps / _SIDE)
         return RewardOutput(speed.mean(1).cpu(), {"above_threshold": (speed > 6 / 256 * 8).float().mean(1).cpu()})
 
 
@@ -59,10 +59,10 @@ def _motion(frames: torch.Tensor) -> torch.Tensor:
     # The floor, 1/100 of a gray level in every pixel, keeps rounding out of plain windows.
     power = cross.abs() + (_WINDOW**2 / 25500) ** 2
     correlation = torch.fft.irfft2(cross / power, s=(_WINDOW, _WINDOW))
-    peak, place = correlation.flatten(2).max(2)
+    peak, position = correlation.flatten(2).max(2)
     # What the correlation of unrelated windows has as its deviation.
     deviation = (torch.fft.irfft2(cross.abs() / power, s=(_WINDOW, _WINDOW)).square().sum((2, 3)).sqrt()) / _WINDOW
-    row, column = place // _WINDOW, place % _WINDOW
+    row, column = position // _WINDOW, position % _WINDOW
     distance = torch.stack([_refine(correlation, row, column, d) for d in ((1, 0), (0, 1))]).norm(dim=0)
     # Where neither frame has anything, or what they have does not fit, there is no motion.
     distance = distance.clamp(max=_WINDOW // 2) * ((peak / deviation.clamp(min=1e-3) - 5) / 3).clamp(0, 1)

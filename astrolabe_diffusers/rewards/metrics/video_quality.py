@@ -9,8 +9,8 @@ from ..reward import Reward, RewardOutput
 
 
 def luminance(videos: torch.Tensor) -> torch.Tensor:
-    """[B, F, H, W] of videos [B, F, 3, H, W], by Rec. 601."""
-    red, green, blue = videos.float().unbind(2)
+    """[..., H, W] of videos [..., 3, H, W], by Rec. 601."""
+    red, green, blue = videos.float().unbind(-3)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 

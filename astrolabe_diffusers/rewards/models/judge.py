@@ -15,7 +15,7 @@ from ...files.text import parse_json
 from ..frames import FrameRequest, FrameSelection
 from ..http_client import HttpClient
 from ..registry import register_reward
-from ..reward import Reward, RewardError, RewardOutput, RewardPlaceError
+from ..reward import Reward, RewardError, RewardOutput, RewardPlacementError
 
 
 INSTRUCTION = """These are {count} frames of one video, in order. A model was asked to make it from the caption below.
@@ -107,11 +107,11 @@ class UnifiedReward(Reward):
                 status, answer, wait = self._client.ask("POST", "/chat/completions", json=body, timeout=self.timeout)
                 if status == 200:
                     return self._score(answer)
-                problem = RewardPlaceError(f"{self} refused, with status {status}{self._reason(answer)}.")
+                problem = RewardPlacementError(f"{self} refused, with status {status}{self._reason(answer)}.")
                 if status not in _PASSING:
                     break
                 pause = max(pause, _seconds(wait))
-            except (RewardPlaceError, RewardError) as error:
+            except (RewardPlacementError, RewardError) as error:
                 problem = error
             if attempt < self.retries:
                 time.sleep(pause)

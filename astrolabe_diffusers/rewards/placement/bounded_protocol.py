@@ -26,60 +26,58 @@ class ConnectionLimits:
     refused: int = 0
 
 
-def bounded_protocol(limits: ConnectionLimits) -> type[H11Protocol]:
-    """uvicorn's protocol with these limits, for its setting `http`."""
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol with these limits; its setting `http` gets a `partial` of it."""
 
-    class BoundedProtocol(H11Protocol):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            # A client that does not speak HTTP is counted. A line for each would be a log that clients fill.
-            self.logger = logging.getLogger(f"{__name__}.clients")
-            self.logger.setLevel(logging.ERROR)
-            self._timer = None
-            # Since when a request is awaited or comes, if so; what came of it; and since when an answer waits.
-            self._began, self._received, self._waiting = self.loop.time(), 0, None
+    def __init__(self, limits: ConnectionLimits, **arguments):
+        super().__init__(**arguments)
+        self.limits = limits
+        # A client that does not speak HTTP is counted. A line for each would be a log that clients fill.
+        self.logger = logging.getLogger(f"{__name__}.clients")
+        self.logger.setLevel(logging.ERROR)
+        self._timer = None
+        # Since when a request is awaited or comes, if so; what came of it; and since when an answer waits.
+        self._began, self._received, self._waiting = self.loop.time(), 0, None
 
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                self._refuse()
-            else:
-                self._check()
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            self._refuse()
+        else:
+            self._check()
 
-        def connection_lost(self, exc):
-            if self._timer:
-                self._timer.cancel()
-            super().connection_lost(exc)
+    def connection_lost(self, exc):
+        if self._timer:
+            self._timer.cancel()
+        super().connection_lost(exc)
 
-        def data_received(self, data):
-            self._received += len(data)
-            super().data_received(data)
-            if not self._is_receiving():
-                self._began = None
+    def data_received(self, data):
+        self._received += len(data)
+        super().data_received(data)
+        if not self._is_receiving():
+            self._began = None
 
-        def send_400_response(self, msg):
-            limits.refused += 1
-            super().send_400_response(msg)
+    def send_400_response(self, msg):
+        self.limits.refused += 1
+        super().send_400_response(msg)
 
-        def _is_receiving(self):
-            return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+    def _is_receiving(self):
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
-        def _check(self):
-            now = self.loop.time()
-            if self._began is None and self._is_receiving():
-                self._began, self._received = now, 0
-            slow = self._began is not None and now > self._began + limits.seconds + self._received / BYTES_PER_SECOND
-            if not self.transport.get_write_buffer_size():
-                self._waiting = None
-            elif self._waiting is None:
-                self._waiting = now
-            if slow or (self._waiting is not None and now > self._waiting + limits.seconds):
-                self._refuse()
-            else:
-                self._timer = self.loop.call_later(limits.seconds / 10, self._check)
+    def _check(self):
+        now = self.loop.time()
+        if self._began is None and self._is_receiving():
+            self._began, self._received = now, 0
+        slow = self._began is not None and now > self._began + self.limits.seconds + self._received / BYTES_PER_SECOND
+        if not self.transport.get_write_buffer_size():
+            self._waiting = None
+        elif self._waiting is None:
+            self._waiting = now
+        if slow or (self._waiting is not None and now > self._waiting + self.limits.seconds):
+            self._refuse()
+        else:
+            self._timer = self.loop.call_later(self.limits.seconds / 10, self._check)
 
-        def _refuse(self):
-            limits.refused += 1
-            self.transport.abort()
-
-    return BoundedProtocol
+    def _refuse(self):
+        self.limits.refused += 1
+        self.transport.abort()

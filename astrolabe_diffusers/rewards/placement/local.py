@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from ..closing import Closing
 from ..frames import FrameRequest, prepare_frames
 from ..registry import make_reward
 from ..reward import Reward, RewardOutput, check_device
 from .wire import ScoringJob
 
 
-class LocalRewards(Closing):
+class LocalRewards:
     """
     Rewards that are scored in this process.
 
@@ -42,10 +41,9 @@ class LocalRewards(Closing):
         with torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext():
             for name in rewards:
                 source = rewards[name] if isinstance(rewards, Mapping) else name
-                self.rewards[name] = make_reward(name, source, (options or {}).get(name, {}), defaults)
-        if device:
-            for reward in self.rewards.values():
-                reward.to(device)
+                reward = self.rewards[name] = make_reward(name, source, (options or {}).get(name, {}), defaults)
+                if device:
+                    reward.to(device)
         self._offload = OffloadedWeights(self.rewards.values()) if offload else nullcontext()
 
     @property
@@ -62,41 +60,35 @@ class LocalRewards(Closing):
     ) -> dict[str, RewardOutput]:
         """The output of each reward for videos [B, F, 3, H, W], float in [0, 1]."""
         requests = self.requests(videos.shape[1], *videos.shape[-2:])
-        frames = {
-            request: videos if request is None else prepare_frames(videos, request) for request in requests.values()
-        }
-        return self._score({name: frames[request] for name, request in requests.items()}, prompts, metadata)
+        kinds = set(requests.values())
+        prepared = {kind: videos if kind is None else prepare_frames(videos, kind) for kind in kinds}
+        frames = {name: prepared[kind] for name, kind in requests.items()}
+        return self.score_job(ScoringJob(frames, frozenset(), prompts, metadata))  # whole videos are floats here
 
     def score_job(self, job: ScoringJob) -> dict[str, RewardOutput]:
         """The output of those rewards that a job asks."""
-        return self._score(job.frames, job.prompts, job.metadata, job.whole)
-
-    def _score(self, frames, prompts, metadata, as_floats=frozenset()):
-        """The outputs for `frames` by reward; those for `as_floats` are uint8 and wanted as floats in [0, 1]."""
 
         def own(name):
             # A reward may write into what it is given, to normalise frames for example. A copy that lives as long as
             # its turn costs less than to find out.
-            tensor = frames[name].to(self.device or frames[name].device, copy=True)
-            return tensor.float().div_(255) if name in as_floats else tensor
+            tensor = job.frames[name].to(self.device or job.frames[name].device, copy=True)
+            return tensor.float().div_(255) if name in job.whole else tensor
 
         # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
         with self._offload, torch.inference_mode():
             outputs = {
-                name: self.rewards[name].score(own(name), list(prompts), copy.deepcopy(metadata)) for name in frames
+                name: self.rewards[name].score(own(name), list(job.prompts), copy.deepcopy(job.metadata))
+                for name in job.frames
             }
-        return {name: output.checked(name, len(prompts)) for name, output in outputs.items()}
-
-    def close(self):
-        """Nothing here has to be ended."""
+        return {name: output.checked(name, len(job.prompts)) for name, output in outputs.items()}
 
 
 class OffloadedWeights:
     """Inside this context the networks of rewards are on a GPU, outside in the CPU's memory, where their copy stays:
     weights do not change, so that leaving the GPU costs nothing. It is pinned where there is a GPU."""
 
-    def __init__(self, rewards: Iterable[Reward], device: str | torch.device | None = None):
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, rewards: Iterable[Reward]):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         modules = [module for reward in rewards for module in reward.modules()]
         # Several rewards may share a network; `dict` keeps one of each tensor.
         tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}

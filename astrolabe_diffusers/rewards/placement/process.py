@@ -20,7 +20,7 @@ from ...errors import summarize_exception
 from .. import built_in
 from ..closing import Closing
 from ..frames import FrameRequest
-from ..reward import RewardError, RewardOutput, RewardPlaceError
+from ..reward import RewardError, RewardOutput, RewardPlacementError
 from .local import LocalRewards
 from .wire import ScoringJob, outputs_from_json, outputs_to_json, pack_job, unpack_job
 
@@ -41,7 +41,7 @@ class ProcessRewards(Closing):
     the trainer nor does it wait for them.
 
     A process that dies is started anew and asked again, once for each batch; a second death, and an answer that takes
-    too long, raise `RewardPlaceError`.
+    too long, raise `RewardPlacementError`.
 
     Args:
         rewards: as in `LocalRewards`, but no objects.
@@ -60,9 +60,7 @@ class ProcessRewards(Closing):
     def __str__(self):
         return f"the process of the rewards {', '.join(self.names)}"
 
-    def score(
-        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> dict[str, RewardOutput]:
+    def score(self, videos, prompts, metadata) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
         job = ScoringJob.make(videos, self._requests(videos.shape[1], *videos.shape[-2:]), prompts, metadata)
         return outputs_from_json(self._ask(_score, pack_job(job)), self.names, len(prompts))
@@ -78,7 +76,7 @@ class ProcessRewards(Closing):
         try:
             self.using_prompts: list[str] = self._call(START_SECONDS, _load, *self._loading)
         except BrokenProcessPool:
-            raise RewardPlaceError(f"{self} ended while it was loading{self._exit_code()}.") from None
+            raise RewardPlacementError(f"{self} ended while it was loading{self._exit_code()}.") from None
         except Exception:
             self._end()
             raise
@@ -92,11 +90,11 @@ class ProcessRewards(Closing):
         try:
             return self._call(self.timeout, function, *arguments)
         except BrokenProcessPool:
-            raise RewardPlaceError(f"{self} ended twice over the same videos{self._exit_code()}.") from None
+            raise RewardPlacementError(f"{self} ended twice over the same videos{self._exit_code()}.") from None
 
     def _call(self, timeout: float, function: Callable, *arguments: Any) -> Any:
         """What the process, which the first call starts, makes of the arguments."""
-        ended = RewardPlaceError(f"{self} was ended.")
+        ended = RewardPlacementError(f"{self} was ended.")
         with self._lock:
             if self._closed:
                 raise ended
@@ -106,7 +104,7 @@ class ProcessRewards(Closing):
         if not wait([future], timeout).done:
             self._process.kill()
             wait([future])
-            raise RewardPlaceError(f"{self} did not answer within {timeout:g} s and was ended.")
+            raise RewardPlacementError(f"{self} did not answer within {timeout:g} s and was ended.")
         try:
             return future.result()
         except BrokenProcessPool:

@@ -7,13 +7,11 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from ...files.text import parse_json
 from ..closing import Closing
 from ..frames import FrameRequest
 from ..http_client import HttpClient, UnreachableError
-from ..reward import RewardError, RewardOutput, RewardPlaceError
+from ..reward import RewardError, RewardOutput, RewardPlacementError
 from .wire import VERSION, ScoringJob, outputs_from_json, pack_job, requests_from_json
 
 
@@ -23,7 +21,6 @@ TOKEN_VARIABLE = "ASTROLABE_REWARD_TOKEN"
 # How long a server may be away, to be started anew for example.
 _AWAY_SECONDS = 45
 _PAUSE_SECONDS = 1.0
-_MAX_ANSWER_BYTES = 64 * 2**20
 
 
 class RemoteRewards(Closing):
@@ -37,13 +34,13 @@ class RemoteRewards(Closing):
         timeout: seconds that scoring a batch may take.
 
     Raises:
-        RewardPlaceError: there is no such server, or it is of another release.
+        RewardPlacementError: there is no such server, or it is of another release.
         ValueError: it does not have all of these rewards.
     """
 
     def __init__(self, url: str, names: Iterable[str], timeout: float = 300.0):
         self.names, self.timeout = list(names), timeout
-        self._client = HttpClient(url, os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE, _MAX_ANSWER_BYTES)
+        self._client = HttpClient(url, os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE)
         self._requests = functools.cache(self._ask_requests)
         # A server that is not there at the start is a wrong address, not one that is being started anew.
         known = self._ask("GET", "/rewards", retry=False)
@@ -51,9 +48,9 @@ class RemoteRewards(Closing):
             there, using_prompts = ([str(name) for name in known[key]] for key in ("rewards", "using_prompts"))
             self.max_request_bytes, version = int(known["max_request_bytes"]), int(known.get("version", 1))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise RewardPlaceError(f"{self} is no server of rewards.") from None
+            raise RewardPlacementError(f"{self} is no server of rewards.") from None
         if version != VERSION:
-            raise RewardPlaceError(
+            raise RewardPlacementError(
                 f"{self} speaks version {version} of the exchange and this installation {VERSION}: both need the same "
                 "release of astrolabe_diffusers."
             )
@@ -65,14 +62,12 @@ class RemoteRewards(Closing):
     def __str__(self):
         return self._client.name
 
-    def score(
-        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> dict[str, RewardOutput]:
+    def score(self, videos, prompts, metadata) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
         requests = self._requests(videos.shape[1], *videos.shape[-2:])
         data = pack_job(ScoringJob.make(videos, requests, prompts, metadata))
         if len(data) > self.max_request_bytes:
-            raise RewardPlaceError(
+            raise RewardPlacementError(
                 f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self} takes "
                 f"{self.max_request_bytes / 2**20:.3g} MB a request: make batches smaller, or its --max_request_mb "
                 "larger."
@@ -84,7 +79,7 @@ class RemoteRewards(Closing):
                 raise ValueError("it is the answer to another request")
             return outputs_from_json(answer["outputs"], self.names, len(prompts))
         except (KeyError, TypeError, ValueError) as error:
-            raise RewardPlaceError(f"{self} answered nonsense: {self._client.quote(error)}") from error
+            raise RewardPlacementError(f"{self} answered nonsense: {self._client.quote(error)}") from error
 
     def _ask_requests(self, num_frames: int, height: int, width: int) -> dict[str, FrameRequest | None]:
         answer = self._ask("GET", "/requests", params={"num_frames": num_frames, "height": height, "width": width})
@@ -92,7 +87,7 @@ class RemoteRewards(Closing):
             requests = requests_from_json(answer)
             return {name: requests[name] for name in self.names}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RewardPlaceError(f"{self} answered nonsense: {type(error).__name__}") from error
+            raise RewardPlacementError(f"{self} answered nonsense: {type(error).__name__}") from error
 
     def _ask(self, method: str, path: str, retry: bool = True, **arguments: Any) -> Any:
         """The JSON that the server answers."""
@@ -110,21 +105,21 @@ class RemoteRewards(Closing):
                 away_since = away_since or time.monotonic()
                 until = min(deadline, away_since + _AWAY_SECONDS)
             if not retry or time.monotonic() + _PAUSE_SECONDS > until:
-                raise RewardPlaceError(problem)
+                raise RewardPlacementError(problem)
             time.sleep(_PAUSE_SECONDS)
 
     def _answer(self, status: int, body: bytes) -> Any:
         try:
             answer = parse_json(body, "the answer")
         except ValueError:
-            raise RewardPlaceError(f"{self} answered nonsense, with status {status}: it is no JSON.") from None
+            raise RewardPlacementError(f"{self} answered nonsense, with status {status}: it is no JSON.") from None
         if status == 200:
             return answer
         error = answer.get("error") if isinstance(answer, dict) else None
         if status == 401:
             error = f"it wants its token in {TOKEN_VARIABLE}"
         # The reward's own refusal, which a run may be configured to skip.
-        kind = RewardError if status == 422 else RewardPlaceError
+        kind = RewardError if status == 422 else RewardPlacementError
         raise kind(f"{self} refused, with status {status}: {self._client.quote(error or 'it does not say why')}")
 
     def close(self):

@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated
 
 from ...errors import one_line, summarize_exception
@@ -34,7 +35,7 @@ try:
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.requests import ClientDisconnect
 
-    from .bounded_protocol import ConnectionLimits, bounded_protocol
+    from .bounded_protocol import BoundedProtocol, ConnectionLimits
 except ImportError as error:
     raise ImportError(f"serving rewards needs FastAPI ({error}): pip install 'astrolabe_diffusers[serve]'") from error
 
@@ -54,7 +55,9 @@ _BACKLOG = 64
 
 
 def check_binding(host: str, token: str | None):
-    """Raises `ValueError` if others than this machine could ask the server without a token."""
+    """`ValueError` if others than this machine could ask the server without a token, or none could send the token."""
+    if token:
+        check_key(token, TOKEN_VARIABLE)
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -133,9 +136,7 @@ async def score(request: Request):
         try:
             # What was read is let go of as soon as it is unpacked.
             job = await asyncio.to_thread(unpack_job, await _read(request, hold))
-        except ClientDisconnect:
-            raise HTTPException(400, "the connection ended before the request did") from None
-        except ValueError as error:
+        except (ClientDisconnect, ValueError) as error:  # nobody is there to read of the first
             raise HTTPException(400, str(error)) from None
         known = state.batcher.rewards.rewards
         unknown = [name for name in job.frames if name not in known]
@@ -218,18 +219,12 @@ def create_app(
     limits: ConnectionLimits | None = None,
 ) -> FastAPI:
     """
-    The server of these rewards.
+    The server of these rewards. Arguments are those of `astrolabe serve`, and
 
     Args:
-        token: what clients have to send as `Authorization: Bearer TOKEN`, if anything.
-        max_request_bytes: larger requests are refused before they are read.
-        max_batch, max_waiting: as in `Batcher`.
-        max_waiting_bytes: that all requests which are read, wait or are scored may take, twice their size; a client
-            asks again later.
+        token: what clients have to send as `Authorization: Bearer TOKEN`, if anything; see [`check_binding`].
         limits: of the connections, whose count of refused ones is among the metrics.
     """
-    if token:
-        check_key(token, TOKEN_VARIABLE)
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(
         title="astrolabe_diffusers rewards",
@@ -267,7 +262,7 @@ def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
         )
     config = uvicorn.Config(
         app,
-        http=bounded_protocol(limits),
+        http=partial(BoundedProtocol, limits),
         ws="none",
         lifespan="off",
         backlog=_BACKLOG,

@@ -67,16 +67,16 @@ class ScoringJob:
 
 def pack_job(job: ScoringJob) -> bytes:
     tensors = {id(tensor): tensor for tensor in job.frames.values()}
-    place = {key: str(i) for i, key in enumerate(tensors)}
+    keys = {number: str(i) for i, number in enumerate(tensors)}
     text = {
         "version": VERSION,
-        "rewards": {name: place[id(tensor)] for name, tensor in job.frames.items()},
+        "rewards": {name: keys[id(tensor)] for name, tensor in job.frames.items()},
         "whole": sorted(job.whole),
         "prompts": job.prompts,
         "metadata": job.metadata,
     }
     header = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
-    return save({"header": header, **{place[key]: tensor.contiguous() for key, tensor in tensors.items()}})
+    return save({"header": header, **{keys[number]: tensor.contiguous() for number, tensor in tensors.items()}})
 
 
 def unpack_job(data: bytes) -> ScoringJob:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet, get_reward
+from astrolabe_diffusers.rewards import RewardError, RewardPlacementError, RewardSet, get_reward
 from astrolabe_diffusers.rewards.models.judge import _seconds, parse_score
 from tests.rewards.http_server import answering
 
@@ -129,19 +129,19 @@ def test_what_does_not_pass_is_asked_once_and_its_words_are_not_repeated(monkeyp
     ):
         count.clear()
         body = json.dumps({"error": error}).encode()
-        with pytest.raises(RewardPlaceError, match=rf"refused, with status 401{shown}\.$") as caught:
+        with pytest.raises(RewardPlacementError, match=rf"refused, with status 401{shown}\.$") as caught:
             judged(lambda request: count.append(1) or (401, body))
         assert len(count) == 1 and "secret" not in str(caught.value)
 
 
 def test_the_judge_that_redirects_gets_no_second_request():
-    with pytest.raises(RewardPlaceError, match="refused, with status 302"):
+    with pytest.raises(RewardPlacementError, match="refused, with status 302"):
         judged(lambda request: (302, b""))
 
 
 def test_a_judge_that_hangs_is_one_error():
     started = time.monotonic()
-    with pytest.raises(RewardPlaceError, match="did not answer within 0.2 s"):
+    with pytest.raises(RewardPlacementError, match="did not answer within 0.2 s"):
         judged(lambda request: time.sleep(1) or "Final Score: 5", timeout=0.2, retries=1)
     assert time.monotonic() - started < 3
 
@@ -153,7 +153,7 @@ def test_a_judge_says_when_to_come_again():
 
 def test_a_judge_that_is_not_there_is_one_error():
     options = {"unifiedreward": {"base_url": "http://me:mine@127.0.0.1:9/v1", "retries": 0}}
-    with pytest.raises(RewardPlaceError, match=r"^http://127.0.0.1:9/v1 cannot be reached \(ConnectionError\)\.$"):
+    with pytest.raises(RewardPlacementError, match=r"^http://127.0.0.1:9/v1 cannot be reached \(ConnectionError\)\.$"):
         RewardSet({"unifiedreward": 1.0}, options)(torch.rand(1, 2, 3, 16, 16), ["a cat"])
     for option, words in (
         ({"num_frames": 0}, "num_frames of unifiedreward must be at least 1"),

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet
+from astrolabe_diffusers.rewards import RewardError, RewardPlacementError, RewardSet
 from astrolabe_diffusers.rewards.placement import process as process_module
 from astrolabe_diffusers.rewards.placement.process import ProcessRewards
 from tests.rewards.placed_rewards import assert_own_scores, make_batch
@@ -70,7 +70,7 @@ def test_a_process_that_is_killed_is_started_anew_and_asked_again(rewards, tmp_p
 
 def test_a_reward_that_hangs_is_ended(rewards, worker, monkeypatch):
     monkeypatch.setattr(worker, "timeout", 1.0)
-    with pytest.raises(RewardPlaceError, match="sharpness did not answer within 1 s"):
+    with pytest.raises(RewardPlacementError, match="sharpness did not answer within 1 s"):
         rewards(*make_batch([1], act="hang"))
     worker._process.join(10)
     assert worker._process.exitcode == -signal.SIGKILL
@@ -84,7 +84,7 @@ def test_a_process_that_died_between_batches_is_started_anew(rewards, worker):
 
 def test_a_process_that_dies_twice_is_one_error(rewards):
     started = time.monotonic()
-    with pytest.raises(RewardPlaceError, match="sharpness ended twice over the same videos by SIGKILL") as error:
+    with pytest.raises(RewardPlacementError, match="sharpness ended twice over the same videos by SIGKILL") as error:
         rewards(*make_batch([1], act="die"))
     assert time.monotonic() - started < 60 and "\n" not in str(error.value)
 
@@ -94,7 +94,7 @@ def test_a_large_batch_does_not_fill_the_pipe_of_a_process_that_hangs(rewards, w
     rewards(*make_batch([1], size=512))
     os.kill(worker._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(worker, "timeout", 1.0)
-    with pytest.raises(RewardPlaceError, match="did not answer within 1 s"):
+    with pytest.raises(RewardPlacementError, match="did not answer within 1 s"):
         rewards(*make_batch([1], size=512))
 
 
@@ -110,7 +110,7 @@ def test_a_process_that_is_ended_in_the_midst_of_an_answer_is_not_started_anew(r
         time.sleep(0.2)
         process = worker._process
         rewards.close()
-        with pytest.raises(RewardPlaceError, match="sharpness was ended"):
+        with pytest.raises(RewardPlacementError, match="sharpness was ended"):
             answer.result()
     assert worker._process is process and not process.is_alive() and time.monotonic() - started < 30
 
@@ -120,7 +120,7 @@ def test_it_is_not_started_anew_if_it_is_ended_meanwhile(monkeypatch):
     with ProcessRewards({FIRST: FIRST}) as rewards:
         monkeypatch.setattr(rewards, "_exit_code", lambda: rewards.close() or "")
         os.kill(rewards._process.pid, signal.SIGKILL)
-        with pytest.raises(RewardPlaceError, match="first_pixel was ended"):
+        with pytest.raises(RewardPlacementError, match="first_pixel was ended"):
             rewards.score(*make_batch([1]))
     assert not multiprocessing.active_children()
 
@@ -133,7 +133,7 @@ def test_it_can_be_ended_while_it_loads_anew(tmp_path, monkeypatch):
         answer = thread.submit(rewards.score, *make_batch([1]))
         wait_for(file.read_text)
         rewards.close()
-        with pytest.raises(RewardPlaceError, match="LoadsOnce was ended"):
+        with pytest.raises(RewardPlacementError, match="LoadsOnce was ended"):
             answer.result(20)
     assert not multiprocessing.active_children()
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet
+from astrolabe_diffusers.rewards import RewardError, RewardPlacementError, RewardSet
 from astrolabe_diffusers.rewards.placement.remote import RemoteRewards
 from astrolabe_diffusers.rewards.placement.wire import VERSION
 from tests.rewards.http_server import answering
@@ -60,7 +60,7 @@ def test_the_answer_of_a_server_is_the_score():
     ],
 )
 def test_anything_else_is_one_error(reply, words):
-    with pytest.raises(RewardPlaceError, match=words) as error:
+    with pytest.raises(RewardPlacementError, match=words) as error:
         score(reply)
     assert "\n" not in str(error.value)
 
@@ -78,7 +78,7 @@ def test_what_a_reward_refuses_is_its_error():
 
 def test_a_server_that_hangs_is_an_error():
     started, end = time.monotonic(), threading.Event()
-    with pytest.raises(RewardPlaceError, match="did not answer within 0.2 s"):
+    with pytest.raises(RewardPlacementError, match="did not answer within 0.2 s"):
         score(lambda headers: end.wait(20), timeout=0.2)
     assert time.monotonic() - started < 4
     end.set()
@@ -88,7 +88,7 @@ def test_a_busy_server_is_asked_again(monkeypatch):
     monkeypatch.setattr("astrolabe_diffusers.rewards.placement.remote._PAUSE_SECONDS", 0.05)
     answers = iter([(503, b'{"error": "busy"}')] * 2)
     assert score(lambda headers: next(answers, None) or right(headers)).scores["quality"].tolist() == [0.25, 0.75]
-    with pytest.raises(RewardPlaceError, match="is busy"):
+    with pytest.raises(RewardPlacementError, match="is busy"):
         score(lambda headers: (503, b"{}"), timeout=0.3)
 
 
@@ -99,34 +99,34 @@ def test_a_server_that_goes_away_is_waited_for_and_then_an_error(monkeypatch, ti
     with answering(lambda *request: (200, json.dumps(KNOWN).encode())) as url:
         client = RemoteRewards(url, ["quality"], timeout=timeout)
     started = time.monotonic()
-    with pytest.raises(RewardPlaceError, match=r"cannot be reached \(ConnectionError\)"):
+    with pytest.raises(RewardPlacementError, match=r"cannot be reached \(ConnectionError\)"):
         client.score(*make_batch([1]))
     assert 0.3 < time.monotonic() - started < 10
 
 
 def test_a_request_that_is_too_large_is_not_sent():
     words = r"100 videos are 0\.0\d+ MB, .* takes 0.00954 MB a request: make batches smaller, or its --max_request_mb"
-    with pytest.raises(RewardPlaceError, match=words):
+    with pytest.raises(RewardPlacementError, match=words):
         score(lambda headers: pytest.fail("it was sent"), batch=100)
 
 
 def test_wrong_addresses_are_found_at_once():
     started = time.monotonic()
-    with pytest.raises(RewardPlaceError, match="http://127.0.0.1:9 cannot be reached"):
+    with pytest.raises(RewardPlacementError, match="http://127.0.0.1:9 cannot be reached"):
         RewardSet({"sharpness": 1.0}, placement={"sharpness": "http://127.0.0.1:9"})
     assert time.monotonic() - started < 5
     for answer in ({"hello": "world"}, {**KNOWN, "rewards": 3}, []):
         with answering(lambda *request: (200, json.dumps(answer).encode())) as url:
-            with pytest.raises(RewardPlaceError, match="is no server of rewards"):
+            with pytest.raises(RewardPlacementError, match="is no server of rewards"):
                 RemoteRewards(url, ["sharpness"])
     for version in (None, 1, 3):
         known = {**KNOWN, "version": version} if version else {k: v for k, v in KNOWN.items() if k != "version"}
         with answering(lambda *request: (200, json.dumps(known).encode())) as url:
-            with pytest.raises(RewardPlaceError, match=r"speaks version \d of the exchange .* same release") as error:
+            with pytest.raises(RewardPlacementError, match=r"speaks version \d of the .* same release") as error:
                 RemoteRewards(url, ["quality"])
         assert "\n" not in str(error.value)
     with answering(lambda *request: (200, b'{"hello": "world"}')) as url:
-        with pytest.raises(RewardPlaceError, match="is no server of rewards"):
+        with pytest.raises(RewardPlacementError, match="is no server of rewards"):
             RemoteRewards(url, ["sharpness"])
     with answering(
         lambda *request: (200, json.dumps(KNOWN | {"rewards": ["a", "b"]}).encode())

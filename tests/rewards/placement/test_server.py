@@ -10,7 +10,7 @@ import requests
 import torch
 from safetensors.torch import save
 
-from astrolabe_diffusers.rewards import RewardError, RewardPlaceError, RewardSet
+from astrolabe_diffusers.rewards import RewardError, RewardPlacementError, RewardSet
 from astrolabe_diffusers.rewards.placement.bounded_protocol import ConnectionLimits
 from astrolabe_diffusers.rewards.placement.local import LocalRewards
 from astrolabe_diffusers.rewards.placement.server import bind, check_binding, create_app, make_server
@@ -73,7 +73,7 @@ def count(metrics, name):
     [
         ("too_few", RewardError, r"status 422: .*\[2\], but has shape \[1\]"),
         ("nan", RewardError, "nan for sample 1, prompt 'video 2'"),
-        ("fail", RewardPlaceError, "status 500: a reward failed: ArithmeticError; the log of the server says more$"),
+        ("fail", RewardPlacementError, "500: a reward failed: ArithmeticError; the log of the server says more$"),
     ],
 )
 def test_faults_of_a_reward_are_one_error(url, act, kind, words, caplog):
@@ -83,7 +83,7 @@ def test_faults_of_a_reward_are_one_error(url, act, kind, words, caplog):
 
 
 def test_a_slow_server_is_one_error(url):
-    with pytest.raises(RewardPlaceError, match="did not answer within 0.3 s"):
+    with pytest.raises(RewardPlacementError, match="did not answer within 0.3 s"):
         remote(url, OBEYS, timeout=0.3)(*make_batch([1], act="wait 0.6"))
     assert_own_scores(remote(url, OBEYS)(*make_batch([2])), OBEYS, [2])
 
@@ -289,7 +289,7 @@ def test_addresses_that_cannot_be_listened_at():
 
 def test_a_token_that_no_header_can_have():
     with pytest.raises(ValueError, match="ASTROLABE_REWARD_TOKEN holds a blank, a line break or another character"):
-        create_app(LocalRewards(["sharpness"]), token="two\nlines")
+        check_binding("127.0.0.1", "two\nlines")
 
 
 def test_a_token_is_asked_for(monkeypatch):
@@ -298,7 +298,7 @@ def test_a_token_is_asked_for(monkeypatch):
         for path in ("/rewards", "/metrics", "/requests"):
             assert requests.get(url + path).status_code == 401
         assert requests.post(f"{url}/score", headers={"Authorization": "Bearer wrong"}).status_code == 401
-        with pytest.raises(RewardPlaceError, match="status 401: it wants its token in ASTROLABE_REWARD_TOKEN"):
+        with pytest.raises(RewardPlacementError, match="status 401: it wants its token in ASTROLABE_REWARD_TOKEN"):
             remote(url, "sharpness")
         monkeypatch.setenv("ASTROLABE_REWARD_TOKEN", "secret")
         assert len(remote(url, "sharpness")(*make_batch([1, 2])).total) == 2
