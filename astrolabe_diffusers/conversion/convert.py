@@ -50,13 +50,11 @@ def convert(config: ConversionConfig) -> tuple[str, ...]:
     names = LORA_FILES if config.checkpoint is None else PIPELINE_FILES
     sources = tuple(filter(None, (config.checkpoint, config.base, config.lora)))
     with _replacing(Path(config.output_dir), names, config.overwrite, sources) as folder:
-        adapter = None if config.lora is None else load_original_lora(config.lora, config.lora_alpha)
+        adapter = None if config.lora is None else load_original_lora(config.lora, alpha=config.lora_alpha)
         if config.checkpoint is None:
             peft_config = adapter.peft_config()
-            metadata = peft_config and peft_config.to_dict()
-            CausalWanPipeline.save_lora_weights(
-                folder, adapter.state_dict(), transformer_lora_adapter_metadata=metadata
-            )
+            metadata = {"transformer_lora_adapter_metadata": peft_config and peft_config.to_dict()}
+            CausalWanPipeline.save_lora_weights(folder, adapter.state_dict(), **metadata)
         else:
             _write_pipeline(config, adapter, folder)
     return names

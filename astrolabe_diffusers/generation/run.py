@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 
 from ..distributed.accelerator import accelerate_settings
 from ..distributed.agreement import Resources, raise_together
-from ..errors import UserError, as_user_error, one_line
+from ..errors import UserError, as_user_error
 from ..files.output_folder import RunFolder
 from ..files.video import VideoWriter
+from ..files.writing import writing
 from ..pipelines.block_generation import NOISE_LAYOUT
-from ..pipelines.loading import frame_rate, load_from, load_loras, place_pipeline, video_size, weights_digest
+from ..pipelines.loading import frame_rate, load_from, load_loras, prepare_pipeline, video_size, weights_digest
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rollout.prompts import Prompt, PromptSource
@@ -48,9 +49,7 @@ def generate_videos(config: GenerationConfig):
         with raise_together():
             if accelerator.is_main_process:
                 resources.enter_context(RunFolder(config.output_dir, "generation"))
-        prompts = [Prompt(config.prompt)]
-        if config.prompts:
-            prompts = PromptSource.of(config).read(config.split)
+        prompts = PromptSource.of(config).read(config.split) if config.prompts else [Prompt(config.prompt)]
         rewards = None
         if config.rewards:
             fps = config.fps or frame_rate(config.model, config.revision)
@@ -66,7 +65,7 @@ def generate_videos(config: GenerationConfig):
             text, size = pipeline_prompt(prompt, settings), (config.height, config.width, config.num_frames)
             lengths.append(video_size(pipe, *size, text, f"prompt {index}")["num_frames"])
         jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
-        place_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
+        prepare_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
         worker = pending = None
         if rewards:
@@ -224,21 +223,16 @@ def stream_to_files(
         **{name: settings[name] for name in ("height", "width", "sigmas", "max_sequence_length")},
     )
     form = settings["height"], settings["width"], settings["fps"]
-    try:
-        with ExitStack() as stack:
-            writers = []
-            for frames in stream:
-                # Not before there are frames: an encoder that gets none complains.
-                writers = writers or [stack.enter_context(VideoWriter(folder / job.file, *form)) for job in batch]
-                frames = frames.float()
-                pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
-                for writer, video in zip(writers, pixels):
-                    writer.write(video)
-                on_block(frames)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
-    except FloatingPointError as error:
-        raise UserError(f"{batch[0].file}: {error}") from error
+    with as_user_error(batch[0].file, (FloatingPointError,)), writing(f"to {folder}"), ExitStack() as stack:
+        writers = []
+        for frames in stream:
+            # Not before there are frames: an encoder that gets none complains.
+            writers = writers or [stack.enter_context(VideoWriter(folder / job.file, *form)) for job in batch]
+            frames = frames.float()
+            pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
+            for writer, video in zip(writers, pixels):
+                writer.write(video)
+            on_block(frames)
 
 
 def report(

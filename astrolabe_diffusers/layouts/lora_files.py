@@ -12,24 +12,20 @@ from safetensors import SafetensorError, safe_open
 
 from ..files.text import parse_json, read_text
 from ..spelling import close_matches
-from .tensor_files import fetch_link, load_tensors
+from .tensor_files import HUB_ARGUMENTS, fetch_link, load_tensors
 
 
 # The names that diffusers and peft write, in the order of preference.
 _NAMES = [f"{stem}{end}" for stem in ("pytorch_lora_weights", "adapter_model") for end in (".safetensors", ".bin")]
 _CONFIG = "adapter_config.json"
-HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "proxies", "local_files_only")
+HUB = ("subfolder", "revision", *HUB_ARGUMENTS)
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def find_lora_file(name: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub) -> Path:
     """
-    The file of a LoRA, downloaded if it is on the Hub, with peft's config beside it.
-
-    Args:
-        name: a file, a folder or a Hub id.
-        weight_name: the file, where there are several.
-        hub: any of `HUB`, as diffusers has them.
+    The file of a LoRA, which `name` is, or which a folder or a Hub repository of that name holds, `weight_name` where
+    there are several; downloaded if it is on the Hub, with peft's config beside it. `hub` are any of `HUB`.
 
     Raises:
         OSError: the Hub does not give it.

@@ -141,20 +141,19 @@ class OriginalLora:
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def load_original_lora(path: str | Path, alpha: float | None = None) -> OriginalLora:
+def load_original_lora(
+    name: str | Path, weight_name: str | None = None, alpha: float | None = None, **hub
+) -> OriginalLora:
     """The LoRA of a file, folder or Hub repository; see [`find_lora_file`] and [`parse_lora`]."""
-    return parse_lora(*read_lora_file(find_lora_file(path)), alpha)
+    return parse_lora(*read_lora_file(find_lora_file(name, weight_name, **hub)), alpha)
 
 
 def parse_lora(
     tensors: Mapping[str, Any], config: dict[str, Any] | None = None, alpha: float | None = None
 ) -> OriginalLora:
     """
-    A LoRA from the tensors of a file, every one of which is used, and peft's config, where one came with them.
-
-    Args:
-        tensors: by the names of any trainer, or LongLive's dict with an entry `generator_lora`.
-        alpha: of a LoRA that does not say it.
+    A LoRA from the tensors of a file, every one of which is used, and peft's config, where one came with them; `alpha`
+    of one that does not say it. The names are any trainer's; or it is LongLive's dict with an entry `generator_lora`.
 
     Raises:
         ValueError: a tensor that is not understood, half a module, numbers that are not finite, another adapter.

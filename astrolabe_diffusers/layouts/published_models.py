@@ -9,9 +9,7 @@ from ..spelling import close_matches
 @dataclass(frozen=True)
 class PublishedModel:
     source: str  # where the weights are published
-    weights: tuple[
-        str, ...
-    ]  # entries of a training checkpoint that hold the generator, the one its authors load first
+    weights: tuple[str, ...]  # entries of a training checkpoint with the generator, the one its authors load first
     transformer: dict[str, Any] = field(default_factory=dict)  # its config, beside the base model's sizes
     pipeline: dict[str, Any] = field(default_factory=dict)  # its config
     size: str = "1.3B"  # of the Wan2.1 model it was trained from, or "14B"

@@ -21,6 +21,8 @@ _LINK = re.compile(
     r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?"
     r"(?P<file>[^?#]+)(?:[?#].*)?"
 )
+# What of a download a user may say.
+HUB_ARGUMENTS = ("force_download", "cache_dir", "proxies", "local_files_only", "token")
 _INDEX = ".index.json"
 _FOLDER_FILES = (SAFETENSORS_WEIGHTS_NAME, "model.safetensors", WEIGHTS_NAME, "pytorch_model.bin")
 
@@ -31,7 +33,6 @@ _NO_TENSORS = {
     b"<": "a web page, not a checkpoint: the download has gone wrong, or needs a login",
     b"{": "a JSON text, not a checkpoint: the download may have gone wrong",
 }
-
 
 _SAFETENSORS_DTYPES = {
     **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
@@ -90,11 +91,8 @@ def misfits(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> 
 
 
 def fetch_link(source: str | Path, revision: str | None = None, **hub) -> str | Path:
-    """The path of the file that a link to the Hub means, downloaded; anything else is a path already.
-
-    Args:
-        source: a path, or a link such as a browser shows (`.../blob/main/...`) or downloads (`.../resolve/main/...`).
-        revision: goes before the link's.
+    """The path of the file that a link to the Hub means, downloaded; anything else is a path already. Links are as a
+    browser shows them (`.../blob/main/...`) or downloads (`.../resolve/main/...`); `revision` goes before theirs.
 
     Raises:
         ValueError: a link to something else.

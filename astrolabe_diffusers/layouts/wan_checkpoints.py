@@ -82,11 +82,8 @@ def load_original_weights(
     map_files: bool = True,
 ) -> OriginalWeights:
     """
-    The generator of a file or folder, as [`load_tensors`] takes it, or of what it holds.
-
-    Args:
-        weights: the entry to take, or several of which the first that is there is taken.
-        recipe: the published model that it is, whose entries are preferred where any is there.
+    The generator of a file or folder, as [`load_tensors`] takes it, or of what it holds: the first of the entries
+    `weights` that is there, or where any is there of those of `recipe`, the published model that it is.
 
     Raises:
         ValueError: it is no checkpoint; `weights` are not there, or neither they nor a recipe say which of several

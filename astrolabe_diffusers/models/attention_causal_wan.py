@@ -115,7 +115,6 @@ class CausalWanSelfAttnProcessor:
     backend works and no mask is built."""
 
     _attention_backend = None
-    _parallel_config = None
 
     def __call__(
         self,
@@ -168,7 +167,6 @@ class CausalWanCrossAttnProcessor:
     """Attention to the text, whose keys and values a cache may keep ([`CausalWanKVCache.set_text`])."""
 
     _attention_backend = None
-    _parallel_config = None
 
     def __call__(
         self,

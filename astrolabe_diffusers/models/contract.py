@@ -58,11 +58,6 @@ class CausalTransformer(Protocol):
 
         With a cache: `kv_cache.begin_block(...)` first; in layer i `kv_cache.get(i).extend(key, value)` for what the
         block sees, `(B, tokens, heads, dim)`, and `store(key, value)` if the mode is `"write"`; then `advance(F)`.
-        With `"read"` nothing may change. Without one, all blocks at once, each of which sees those before it.
-
-        Args:
-            timestep: `(B,)`, 0 to 1000.
-            encoder_hidden_states: text embeddings `(B, L, D)`.
-            frame_offset: frames in the cache.
-            attention_kwargs: `{"scale": s}` of the LoRAs.
+        With `"read"` nothing may change. Without one, all blocks at once, each of which sees those before it. The
+        other arguments are as [`CausalWanTransformer3DModel.forward`] has them, `timestep` `(B,)`.
         """

@@ -16,6 +16,15 @@ def apply_rotary(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
+def sinusoids(positions: torch.Tensor, dim: int) -> Rotary:
+    """cos and sin, each `(N, dim / 2)`, of positions or timesteps `(N,)`, from float64 angles as the published models
+    are trained. In float32 the phase of t = 1000 is off by 1e-4, which is visible in the output."""
+    dtype = maybe_adjust_dtype_for_device(torch.float64, positions.device)
+    freqs = 10000.0 ** (-torch.arange(0, dim, 2, dtype=dtype, device=positions.device) / dim)
+    angles = positions.to(dtype)[:, None] * freqs
+    return angles.cos().float(), angles.sin().float()
+
+
 class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3-D rotary positions starting at any latent frame."""
 
@@ -24,11 +33,7 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         if start + num_frames <= self.max_seq_len:
             rows = slice(start, start + num_frames)
             return self.freqs_cos[rows, : self.t_dim : 2], self.freqs_sin[rows, : self.t_dim : 2]
-        dtype = maybe_adjust_dtype_for_device(torch.float64, device)
-        frames = torch.arange(start, start + num_frames, dtype=dtype, device=device)
-        freqs = 10000.0 ** (-torch.arange(0, self.t_dim, 2, dtype=dtype, device=device) / self.t_dim)
-        angles = frames[:, None] * freqs
-        return angles.cos().float(), angles.sin().float()
+        return sinusoids(torch.arange(start, start + num_frames, device=device), self.t_dim)
 
     def forward(self, hidden_states: torch.Tensor, frame_offset: int = 0) -> Rotary:
         """cos and sin, each `(1, F * H/2 * W/2, 1, head_dim / 2)`, of latents `(B, C, F, H, W)` whose first frame has

@@ -9,11 +9,10 @@ from accelerate import init_empty_weights
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
-from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
 
 from ..layouts.published_models import find_published_model
-from ..layouts.tensor_files import fetch_link
+from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
 from ..spelling import close_matches
@@ -28,26 +27,18 @@ from .lora_layers import (
     recomputed,
     tuner_layers,
 )
-from .rotary import CausalWanRotaryPosEmbed, Rotary
-
-
-HUB_ARGUMENTS = ("force_download", "cache_dir", "proxies", "local_files_only", "token")
+from .rotary import CausalWanRotaryPosEmbed, Rotary, sinusoids
 
 
 class CausalWanTimesteps(nn.Module):
-    """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`, with float64 angles, as the published models are trained.
-    In float32 the phase of t = 1000 is off by 1e-4, which is visible in the output."""
+    """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`."""
 
     def __init__(self, num_channels: int):
         super().__init__()
         self.num_channels = num_channels
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        dtype = maybe_adjust_dtype_for_device(torch.float64, timesteps.device)
-        half = self.num_channels // 2
-        freqs = 10000.0 ** (-torch.arange(half, dtype=dtype, device=timesteps.device) / half)
-        angles = timesteps.to(dtype)[:, None] * freqs
-        return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+        return torch.cat(sinusoids(timesteps, self.num_channels), dim=-1)
 
 
 class CausalWanTransformerBlock(WanTransformerBlock):

@@ -209,10 +209,7 @@ class BlockGenerator:
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """The next block, clean latents, of noise `(B, C, n, h, w)` float32, or of `original` latents with that noise.
-
-        Raises:
-            FloatingPointError: the block has NaN or infinite values.
-        """
+        A `FloatingPointError` if it has NaN or infinite values."""
         pipe, scheduler, sampling = self.pipe, self.scheduler, self.sampling
         # For every block anew: since the last one the text may be another, and LoRAs may have been loaded.
         self.kv_cache.set_text(self.prompt_embeds)

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import CHECKED, UserError, as_user_error, one_line
+from ..errors import CHECKED, UserError, as_user_error
 from ..files.output_folder import list_checkpoints
 from ..layouts.published_models import PUBLISHED_MODELS
 from ..models.attention_causal_wan import attend
@@ -30,11 +30,8 @@ LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassErr
 
 
 def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
-    """The pipeline of a folder or Hub repository, without a bar of its own; `kwargs` of `from_pretrained`.
-
-    Raises:
-        UserError: it is of another class, which is said before anything is downloaded, or cannot be loaded whole.
-    """
+    """The pipeline of a folder or Hub repository, without a bar of its own; `kwargs` of `from_pretrained`. A
+    [`UserError`] if it is of another class, which is said before anything is downloaded, or cannot be loaded whole."""
     with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
         name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
         if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
@@ -168,15 +165,11 @@ def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> s
     return digest.hexdigest()[:16]
 
 
-def place_pipeline(
-    pipe: CausalWanPipeline,
-    device: torch.device | str,
-    offload: str = "none",
-    vae_tiling: bool = False,
-    attention_backend: str | None = None,
+def prepare_pipeline(
+    pipe: CausalWanPipeline, device: torch.device, offload: str, vae_tiling: bool, attention_backend: str | None
 ):
-    """Puts the pipeline on its device; with `offload`, models or groups of layers while they are used."""
-    device = torch.device(device)
+    """Puts the pipeline on its device, with `offload` models or groups of layers while they are used, and chooses how
+    it decodes and attends."""
     if offload != "none" and device.type == "cpu":
         raise UserError(f"offload={offload} needs a GPU: on a CPU it can only be none.")
     if offload == "model":
@@ -188,11 +181,10 @@ def place_pipeline(
     if vae_tiling:
         pipe.vae.enable_tiling()
     if attention_backend:
-        try:
+        kinds = (ValueError, RuntimeError, ImportError)
+        with as_user_error(f"attention_backend {attention_backend} on {device.type}", kinds):
             pipe.transformer.set_attention_backend(attention_backend)
             # A backend that cannot run on this device or in this dtype only says so when it is called.
             shape = 1, 16, 1, pipe.transformer.config.attention_head_dim
             query = torch.zeros(shape, device=device, dtype=pipe.transformer.dtype)
             attend(query, query, query)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"attention_backend {attention_backend} on {device.type}: {one_line(error)}") from error

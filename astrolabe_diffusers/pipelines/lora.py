@@ -17,8 +17,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..layouts.lora_files import find_lora_file, read_lora_file
-from ..layouts.lora_modules import LoraModule, OriginalLora, parse_lora
+from ..layouts.lora_modules import LoraModule, OriginalLora, load_original_lora, parse_lora
 from ..models.lora_layers import LoraDiff, add_lora_diffs, find_diff_layers, plain_state_dict, tuner_layers
 
 
@@ -54,10 +53,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
             ValueError: it is no LoRA or cannot be applied whole; one line.
         """
         source = pretrained_model_name_or_path_or_dict
-        if isinstance(source, dict):
-            lora = parse_lora(source)
-        else:
-            lora = parse_lora(*read_lora_file(find_lora_file(source, weight_name, **hub)))
+        lora = parse_lora(source) if isinstance(source, dict) else load_original_lora(source, weight_name, **hub)
         if not return_lora_metadata:
             lora = replace(lora, modules={name: module.with_scale_one() for name, module in lora.modules.items()})
             return _with_prefix(lora.state_dict())

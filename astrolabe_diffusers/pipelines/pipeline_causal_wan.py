@@ -238,11 +238,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Text embeddings `(B * num_videos_per_prompt, max_sequence_length, dim)`, zero beyond each prompt's end.
-        Needs tokenizer and text encoder alone.
-
-        Raises:
-            ValueError: `max_sequence_length` is not in 1 to 512, or a prompt is no text.
-        """
+        Needs tokenizer and text encoder alone. A `ValueError` if a prompt is no text or the length not in 1 to 512."""
         device = device or self._execution_device
         if prompt_embeds is None:
             self._require("tokenizer", "text_encoder")
@@ -287,7 +283,6 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             if not prompt_embeds.isfinite().all():
                 raise ValueError("`prompt_embeds` have NaN or infinite values.")
         self.check_size(height, width)
-        num_frames = self.round_num_frames(num_frames)
         config, in_cache = self.transformer.config, self.config.num_context_frames is None
         bounded = config.rope_mode == "absolute" and in_cache
         if num_frames == math.inf and (bounded or (config.local_attn_size == -1 and in_cache)):

@@ -52,10 +52,7 @@ def check_sequence_length(length: int):
 
 
 def parse_scenes(prompt: str) -> list[Scene]:
-    """
-    Raises:
-        ValueError: no text, a scene without text or a bracket that is no duration; it says at which character.
-    """
+    """A `ValueError`, which says at which character, for a scene without text or a bracket that is no duration."""
     check_text(prompt)
     scenes: list[Scene] = []
     position, cut = 0, False

@@ -57,11 +57,8 @@ def read_start(
     strength: float | None,
     size: tuple[int, int],
 ) -> StartFrames | None:
-    """What a call of the pipeline starts from, if it is given anything; `size` are height and width in pixels.
-
-    Raises:
-        ValueError: both, a strength without a video, no whole number of blocks, or no frames in [0, 1].
-    """
+    """What a call of the pipeline starts from, if it is given anything; `size` are height and width in pixels. A
+    `ValueError` if both are given, a strength without a video, no whole number of blocks, or no frames in [0, 1]."""
     if image is not None and video is not None:
         raise ValueError("Provide either `image` or `video`, and not both.")
     if strength is not None and (video is None or not 0 < strength <= 1):

@@ -20,7 +20,7 @@ from astrolabe_diffusers.errors import CHECKED, as_user_error, exit_code
 from astrolabe_diffusers.generation.config import OFFLOADS
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import StreamingVAEDecoder
-from astrolabe_diffusers.pipelines.loading import load_from, place_pipeline
+from astrolabe_diffusers.pipelines.loading import load_from, prepare_pipeline
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
     recipe = recipe_of(args.recipe, args.model)
     pipe = random_pipeline(recipe, args.device, dtype) if recipe else load_from(args.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    place_pipeline(pipe, args.device, args.offload, args.vae_tiling, args.attention_backend)
+    prepare_pipeline(pipe, torch.device(args.device), args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
     arguments = {"prompt": args.prompt, "num_videos_per_prompt": args.batch_size, **sizes}
     with as_user_error("cannot measure that", (*CHECKED, FloatingPointError)):
