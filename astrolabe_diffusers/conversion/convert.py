@@ -72,7 +72,11 @@ def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, fold
         adapter.check_fits(original.tensors)
 
     for name in _SHARED:
-        _copy(base / name, folder / name)
+        # Contents only: a base may be read-only, and its files links into a cache.
+        for file in filter(Path.is_file, (base / name).rglob("*")):
+            copy = folder / file.relative_to(base)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
     FlowMatchLCMScheduler(shift=5.0).save_pretrained(folder / "scheduler")
     transformer.save_config(folder / "transformer")
     wanted = config.dtype and getattr(torch, config.dtype)
@@ -134,15 +138,6 @@ def _replacing(
         for folder in new_folders:
             with suppress(OSError):  # not empty: it worked
                 folder.rmdir()
-
-
-def _copy(source: Path, target: Path):
-    """Contents only: a base may be read-only, and its files links into a cache."""
-    for file in source.rglob("*"):
-        if file.is_file():
-            copy = target / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
 
 
 def _base_folder(base: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -13,11 +13,8 @@ from .writing import PARTIAL
 class VideoWriter:
     """
     Encodes frames to H.264 as they come; only the encoder's look-ahead is kept in memory. A context manager: the file
-    gets its name when the context ends and it is whole. After an exception nothing is left of it.
-
-    Args:
-        path: the file; one that exists is replaced.
-        height, width: of the frames in pixels, even numbers.
+    gets its name when the context ends and it is whole, and replaces one that has it. After an exception nothing is
+    left of it. Height and width, in pixels, are even numbers.
     """
 
     def __init__(self, path: Path, height: int, width: int, fps: int):

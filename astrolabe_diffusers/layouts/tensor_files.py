@@ -45,13 +45,11 @@ _SAFETENSORS_DTYPES = {
 
 def load_tensors(path: str | Path, map_files: bool = True) -> dict[str, Any]:
     """
-    What a checkpoint holds: tensors by name, or dicts of them by name. The kind of file is read off its contents.
+    What a checkpoint holds: tensors by name, or dicts of them by name. It is a safetensors or torch file, told by its
+    contents, the index of a sharded checkpoint (`*.index.json`), or a folder with an index or one checkpoint.
 
-    Args:
-        path: a safetensors or torch file, the index of a sharded checkpoint (`*.index.json`), or a folder with an
-            index or one checkpoint.
-        map_files: tensors are read when they are used, from a memory map. Files of the old format of torch (before
-            1.6) are always read whole.
+    With `map_files` tensors are read when they are used, from a memory map; files of the old format of torch (before
+    1.6) are always read whole.
 
     Raises:
         ValueError: it is no checkpoint, or one whose loading would run code.

@@ -27,14 +27,11 @@ class CausalTransformer(Protocol):
     """
     A transformer that predicts videos block by block. To be saved, loaded and trained it is also a diffusers
     `ModelMixin`, `ConfigMixin` and `PeftAdapterMixin`; it need not be a subclass of ours.
-
-    Attributes:
-        _repeated_blocks: names of the classes that `compile_repeated_blocks` compiles, and whose Linear layers get a
-            LoRA if a run does not name modules.
     """
 
     config: CausalTransformerConfig
     dtype: torch.dtype
+    # Classes that `compile_repeated_blocks` compiles, and whose Linear layers get a LoRA if a run names no modules.
     _repeated_blocks: list[str]
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:

@@ -17,8 +17,7 @@ _ENCODING = threading.Lock()
 
 def _latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     stats = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=like.dtype, device=like.device)
-    mean, std = stats.view(2, 1, -1, 1, 1, 1)
-    return mean, std
+    return stats.view(2, 1, -1, 1, 1, 1).unbind()
 
 
 def _denormalised(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:

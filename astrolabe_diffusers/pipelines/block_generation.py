@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.kv_cache_shared_past import SharedPastKVCache
 from ..models.vae_streaming import StreamingVAEDecoder, encode_video
-from .call import Call
+from .stream import Call
 
 
 # A seed means another video in another layout.

@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import diffusers
@@ -61,20 +61,17 @@ def no_missing_tensors() -> Iterator[None]:
 
     def take(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        is_about_missing = "newly initialized" in text
-        if is_about_missing:
-            # A list in Python, or a table.
-            missing.extend(item or row for item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M))
-        return not is_about_missing
+        if "newly initialized" not in text:
+            return True
+        # A list in Python, or a table.
+        missing.extend(item or row for item, row in re.findall(r"'([\w.]+)'|^(\S+) +\|.*MISSING", text, re.M))
+        return False
 
-    loggers = [logging.getLogger(name) for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils")]
-    for logger in loggers:
-        logger.addFilter(take)
-    try:
+    with ExitStack() as stack:
+        for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils"):
+            logging.getLogger(name).addFilter(take)
+            stack.callback(logging.getLogger(name).removeFilter, take)
         yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(take)
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing in its files: {', '.join(sorted(missing)[:3])}")
 
@@ -83,15 +80,12 @@ def no_missing_tensors() -> Iterator[None]:
 def no_loading_bars() -> Iterator[None]:
     """Loading takes its time in silence: the bars would stand before an error's one line, and in every log file. Those
     of downloads stay."""
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    enabled = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in enabled:
-        library.disable_progress_bar()
-    try:
+    with ExitStack() as stack:
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
         yield
-    finally:
-        for library in enabled:
-            library.enable_progress_bar()
 
 
 def frame_rate(model: str, revision: str | None = None) -> float:

@@ -42,15 +42,10 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         **hub,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
         """
-        The LoRA of a file, folder, Hub repository or dict under diffusers' names.
-
-        Args:
-            return_lora_metadata: also return peft's config. Without it the scales, which it has, are in B.
-            use_safetensors, load_into_transformer_2: diffusers'; there is one format of a name, and one transformer.
-            hub: subfolder, revision, token, cache_dir, force_download, proxies, local_files_only.
-
-        Raises:
-            ValueError: it is no LoRA or cannot be applied whole; one line.
+        The LoRA of a file, folder, Hub repository or dict under diffusers' names, and with `return_lora_metadata`
+        peft's config; without it the scales, which it has, are in B. `use_safetensors` and `load_into_transformer_2`
+        are diffusers' and unused; `hub` are subfolder, revision, token, cache_dir, force_download, proxies,
+        local_files_only. A one-line `ValueError` if it is no LoRA or cannot be applied whole.
         """
         source = pretrained_model_name_or_path_or_dict
         lora = parse_lora(source) if isinstance(source, dict) else load_original_lora(source, weight_name, **hub)

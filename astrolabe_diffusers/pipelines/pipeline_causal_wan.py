@@ -22,13 +22,12 @@ from ..models.lora_layers import check_no_loose_lora
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
-from .call import Calls
 from .lora import CausalWanLoraLoaderMixin
 from .prompt_tokens import tokenize, warn_once
 from .scene_prompt import Scene, check_sequence_length, parse_scenes, plan_scenes
 from .sigmas import check_sigmas
 from .start_frames import BilinearVideoProcessor, StartFrames, read_start
-from .stream import CausalWanPipelineOutput, CausalWanStream, PromptSwitch
+from .stream import Calls, CausalWanPipelineOutput, CausalWanStream, PromptSwitch
 
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")

@@ -1,9 +1,10 @@
-"""What a call of the pipeline returns: a whole video, or one that is generated while it is watched."""
+"""Calls of the pipeline: where each of them is, and what it returns, whole videos or some that are still generated."""
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -16,6 +17,62 @@ from .scene_prompt import Scene, parse_scenes
 
 
 TRANSITIONS = ("roll", "recache", "cut")
+
+
+@dataclass(eq=False)
+class Call:
+    """Where a call of the pipeline is, and whether it is to end."""
+
+    interrupt: bool = False  # the current block ends with this step and the video with this block
+    block: int | None = None  # index of the block being generated
+    timestep: torch.Tensor | None = None  # of the step being made, `None` between blocks
+    num_timesteps: int | None = None  # steps of the block
+
+
+class Calls:
+    """The calls of one pipeline that are under way, and which of them each thread is in."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._under_way: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._thread = threading.local()
+        self._latest = Call()
+
+    def __reduce__(self):
+        # A copy of a pipeline has none of its calls.
+        return Calls, ()
+
+    def begin(self) -> Call:
+        """A new call, under way from now on."""
+        call = Call()
+        with self._lock:
+            self._under_way.add(call)
+        return call
+
+    @contextmanager
+    def run(self, call: Call) -> Iterator[None]:
+        """Inside, this thread is in `call`. A callback may run another one."""
+        outer = self._running
+        self._thread.call = self._latest = call
+        try:
+            yield
+        finally:
+            self._thread.call = outer
+
+    @property
+    def _running(self) -> Call | None:
+        return getattr(self._thread, "call", None)
+
+    @property
+    def current(self) -> Call:
+        """The call that this thread is in; outside of all of them the one that made the latest block."""
+        return self._running or self._latest
+
+    def set_interrupt(self, interrupt: bool):
+        """Of the call that this thread is in; outside of all of them, of every call that is under way."""
+        with self._lock:
+            for call in [self._running] if self._running else list(self._under_way):
+                call.interrupt = interrupt
 
 
 @dataclass
@@ -44,10 +101,6 @@ class CausalWanStream(Iterator, AbstractContextManager):
 
     Nothing is computed until the next block is asked for: to pause, ask later. `close()` ends the stream and frees its
     memory at once, as leaving a `with` block does. Several threads may ask: each block goes to one of them.
-
-    Args:
-        inbox: has room for one, the newest change of the prompt, from any thread for the one that generates.
-        running: a context in which the blocks are made.
     """
 
     def __init__(
@@ -59,9 +112,9 @@ class CausalWanStream(Iterator, AbstractContextManager):
     ):
         # What runs does not know the stream: a cycle would keep the cache until the garbage collector comes by.
         self._blocks = blocks
-        self._inbox = inbox
+        self._inbox = inbox  # has room for the newest change of the prompt, for the thread that generates
         self._batch_size = batch_size
-        self._running = running
+        self._running = running  # the context in which a block is made
         self._lock = threading.RLock()
 
     def __next__(self) -> torch.Tensor | np.ndarray | list:
