@@ -23,16 +23,12 @@ class ConversionConfig(Config):
         "folder or Hub id of the Wan2.1 pipeline in Diffusers format, of the same size: text encoder, autoencoder and "
         "the sizes of the transformer are its",
     )
-    weights: str | None = option(
-        None, "entry of the checkpoint to take; if not given, the one that the model's authors load"
-    )
+    weights: str | None = option(None, "entry of the checkpoint; if not given, the one that the model's authors load")
     lora: str | None = option(None, "merged into the checkpoint, in float32; without a checkpoint, converted itself")
     lora_alpha: float | None = option(None, "alpha of a LoRA that does not say it; its rank if not given")
     output_dir: str | None = option(None, "the new folder; what lies in it under other names stays")
     overwrite: bool = option(False, "replace files of these names in output_dir")
-    dtype: str | None = option(
-        None, "of the transformer; if not given, as in the file, and float32 for 8-bit", choices=DTYPES
-    )
+    dtype: str | None = option(None, "of the transformer; if not given, the file's, float32 for 8-bit", choices=DTYPES)
     push_to_hub: bool = option(False, "upload what was written")
     hub_model_id: str | None = option(None, "repository to push to; the name of output_dir if not given")
 

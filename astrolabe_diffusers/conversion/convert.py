@@ -159,16 +159,14 @@ def _base_folder(base: str | Path) -> tuple[Path, dict[str, Any]]:
     return folder, index
 
 
-def save_shards(
-    num_bytes: dict[str, int], tensor: Callable[[str], torch.Tensor], folder: Path, shard_bytes: int = _SHARD_BYTES
-) -> None:
-    """Write tensors of these sizes into safetensors files of at most `shard_bytes`, with diffusers' index if several.
-    No more than those of one file are in memory."""
+def save_shards(num_bytes: dict[str, int], tensor: Callable[[str], torch.Tensor], folder: Path) -> None:
+    """Write tensors of these sizes into safetensors files of at most 5 GiB, with diffusers' index if several. No more
+    than those of one file are in memory."""
     split = split_state_dict_into_shards_factory(
         num_bytes,
         get_storage_size=int,
         filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}."),
-        max_shard_size=shard_bytes,
+        max_shard_size=_SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
         safetensors.torch.save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})

@@ -37,9 +37,7 @@ class GenerationConfig(VideoConfig):
     dtype: str | None = option(None, "float32 on a CPU and bfloat16 elsewhere if not given", choices=DTYPES)
     offload: str = option("none", "what leaves the GPU while it is not used", choices=OFFLOADS)
     vae_tiling: bool = option(False, "decode in tiles, with less memory")
-    attention_backend: str | None = option(
-        None, "a backend of diffusers; the fastest exact kernel of torch if not given"
-    )
+    attention_backend: str | None = option(None, "a backend of diffusers; torch's fastest exact kernel if not given")
     rewards: dict[str, float] = option(
         {}, "score the videos, name or name=weight,name=weight; a batch of whole videos is then in memory"
     )

@@ -54,7 +54,6 @@ class KVCacheState:
     num_frames: int = 0  # stored so far, those that left the window included
     num_cached: int = 0  # slots in use
     first_frame: int = 0  # the frame in slot 0
-    max_frames: float = math.inf  # the longest video
     slots: BoundedSlots | RingSlots = BoundedSlots(0)
     block_frames: int = 0
     frame_tokens: int = 0
@@ -277,9 +276,9 @@ class CausalWanKVCache:
                 f"a block of {num_frames} latent frames cannot follow cached ones: the model's blocks have "
                 f"{state.block_frames} at most."
             )
-        if frame_offset + num_frames > state.max_frames:
+        if isinstance(state.slots, BoundedSlots) and frame_offset + num_frames > self.max_frames:
             raise ValueError(
-                f"latent frame {frame_offset + num_frames - 1} passes `max_frames={state.max_frames}` of `kv_cache`."
+                f"latent frame {frame_offset + num_frames - 1} passes `max_frames={self.max_frames}` of `kv_cache`."
             )
         for layer_cache in self.layer_caches:
             layer_cache.begin_block(num_frames * frame_tokens)
@@ -295,7 +294,7 @@ class CausalWanKVCache:
                 "`CausalWanKVCache(num_layers, max_frames=...)`."
             )
         else:
-            state.slots, state.max_frames = BoundedSlots(max(self.max_frames - state.block_frames, 0)), self.max_frames
+            state.slots = BoundedSlots(max(self.max_frames - state.block_frames, 0))
 
     def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
         """With relative positions, before a block that ends with latent frame `stop`: the sink right before its

@@ -36,7 +36,6 @@ class SharedPastKVCache(CausalWanKVCache):
             self.state.slots = RingSlots(state.slots.capacity - state.slots.sink_size, 0)
         else:
             self.state.slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
-            self.state.max_frames = max_frames
         self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in past.layer_caches]
 
     def begin_block(self, *args, **kwargs):
