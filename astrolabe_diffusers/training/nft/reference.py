@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
+
+from .config import NFTConfig
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
@@ -30,40 +31,36 @@ def kl_weights(mask: torch.Tensor, num_parts: int) -> torch.Tensor:
     return (parts / parts.mean(1, keepdim=True).clamp(min=1 / parts.shape[1])).flatten()
 
 
-@dataclass
 class RiskController:
     """Chooses the samples that are held to the reference.
 
-    Of the non-negative disagreements those from their `100 (1 - rho)` percentile on, zeros excepted. The risk ratio
-    `rho` grows by `rate` of itself when disagreement passes all of the last `buffer_size` epochs, and shrinks when it
-    falls below them. What is compared is the mean of the non-negative disagreements: that of all is zero.
+    Of the non-negative disagreements those from their `100 (1 - risk_ratio)` percentile on, zeros excepted. The ratio
+    grows by `risk_ratio_rate` of itself when disagreement passes all of the last `risk_buffer_size` epochs, and
+    shrinks when it falls below them. What is compared is the mean of the non-negative disagreements: that of all is
+    zero.
 
-    As `released` with Astrolabe, where the best sample has rank 1, all signs are turned round, so that samples are
+    As released with Astrolabe, where the best sample has rank 1, all signs are turned round, so that samples are
     held that the primary reward likes *less* than the others do; and only those above the percentile, not at it.
     """
 
-    ratio: float
-    rate: float
-    minimum: float
-    maximum: float
-    buffer_size: InitVar[int]
-    released: bool = False
-
-    def __post_init__(self, buffer_size: int):
-        self.buffer: deque[float] = deque(maxlen=buffer_size)
+    def __init__(self, config: NFTConfig):
+        self.config = config
+        self.ratio = config.risk_ratio
+        self.buffer: deque[float] = deque(maxlen=config.risk_buffer_size)
 
     def __call__(self, disagreement: torch.Tensor) -> torch.Tensor:
         """The mask `(N,)` of an epoch, bool; `disagreement` is that of [`rank_disagreement`]."""
-        if self.released:
+        config, released = self.config, self.config.risk_rule == "released"
+        if released:
             disagreement = -disagreement
         doubtful = disagreement[disagreement >= 0]
         mean = doubtful.mean().item()
         if self.buffer:
-            factor = 1 + self.rate * ((mean > max(self.buffer)) - (mean < min(self.buffer)))
-            self.ratio = min(max(self.ratio * factor, self.minimum), self.maximum)
+            factor = 1 + config.risk_ratio_rate * ((mean > max(self.buffer)) - (mean < min(self.buffer)))
+            self.ratio = min(max(self.ratio * factor, config.risk_ratio_min), config.risk_ratio_max)
         self.buffer.append(mean)
         threshold = torch.quantile(doubtful, 1 - self.ratio)
-        return disagreement > threshold if self.released else (disagreement >= threshold) & (disagreement > 0)
+        return disagreement > threshold if released else (disagreement >= threshold) & (disagreement > 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"ratio": self.ratio, "buffer": list(self.buffer)}
@@ -73,48 +70,39 @@ class RiskController:
         self.buffer = deque(state["buffer"], maxlen=self.buffer.maxlen)
 
 
-@dataclass
 class ReferenceSchedule:
-    """Says when the current policy becomes the reference: the KL passes `max_kl`, or the reference is older than
-    `max_epochs`.
+    """Says when the current policy becomes the reference, by the settings `reference_reset_...`.
 
-    Either may be `None`, which is never. `max_kl` itself may move at a reset, by `kl_step`: down, to `minimum` at
-    most, where the reference became older than `max_epochs`; and up, to `maximum` at most, where it was less than
-    `early_epochs` old. In the code released with Astrolabe that maximum, 0.05, lies below the start, 0.15: there an
-    early reset *lowers* the threshold, at once to 0.05.
+    In the code released with Astrolabe the highest threshold of the KL, 0.05, lies below the first, 0.15: there an
+    early reset *lowers* it, at once to 0.05.
     """
 
-    max_kl: float | None
-    max_epochs: int | None
-    kl_step: float = 0.0
-    minimum: float = 0.0
-    maximum: float | None = None
-    early_epochs: int = 5
-
-    def __post_init__(self):
-        self.start_kl = self.max_kl
+    def __init__(self, config: NFTConfig):
+        self.config = config
+        self.max_kl = config.reference_reset_kl
         self.age = 0  # epochs since the last reset
 
     def step(self, kl: float) -> bool:
         """After an epoch with this mean KL: whether it is time."""
+        config = self.config
         self.age += 1
-        old = self.max_epochs is not None and self.age > self.max_epochs
+        old = config.reference_reset_epochs is not None and self.age > config.reference_reset_epochs
         due = old or (self.max_kl is not None and kl > self.max_kl)
         if due:
             if self.max_kl is not None and old:
-                self.max_kl = max(self.max_kl - self.kl_step, self.minimum)
-            if self.max_kl is not None and self.age < self.early_epochs:
-                self.max_kl += self.kl_step
-                if self.maximum is not None:
-                    self.max_kl = min(self.max_kl, self.maximum)
+                self.max_kl = max(self.max_kl - config.reference_reset_kl_step, config.reference_reset_kl_min)
+            if self.max_kl is not None and self.age < config.reference_reset_early_epochs:
+                self.max_kl += config.reference_reset_kl_step
+                if config.reference_reset_kl_max is not None:
+                    self.max_kl = min(self.max_kl, config.reference_reset_kl_max)
             self.age = 0
         return due
 
     def state_dict(self) -> dict[str, Any]:
-        return {"age": self.age, "start_kl": self.start_kl, "max_kl": self.max_kl}
+        return {"age": self.age, "start_kl": self.config.reference_reset_kl, "max_kl": self.max_kl}
 
     def load_state_dict(self, state: dict[str, Any]):
         self.age = state["age"]
         # Another setting goes before the threshold that came of the old one.
-        if state["start_kl"] == self.start_kl:
+        if state["start_kl"] == self.config.reference_reset_kl:
             self.max_kl = state["max_kl"]

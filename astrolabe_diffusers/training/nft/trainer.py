@@ -36,24 +36,8 @@ class NFTTrainer(OnlineTrainer):
     config: NFTConfig
 
     def prepare(self):
-        config = self.config
-        self.risk = RiskController(
-            config.risk_ratio,
-            config.risk_ratio_rate,
-            config.risk_ratio_min,
-            config.risk_ratio_max,
-            config.risk_buffer_size,
-            released=config.risk_rule == "released",
-        )
-        self.reference = ReferenceSchedule(
-            config.reference_reset_kl,
-            config.reference_reset_epochs,
-            config.reference_reset_kl_step,
-            config.reference_reset_kl_min,
-            config.reference_reset_kl_max,
-            config.reference_reset_early_epochs,
-        )
-        self.sigmas = training_sigmas(self.pipeline, config.train_timesteps)
+        self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
+        self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps)
         super().prepare()
 
     def make_state(self):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers.rollout.samples import process_batches
+from astrolabe_diffusers.training.nft.config import NFTConfig
 from astrolabe_diffusers.training.nft.reference import (
     ReferenceSchedule,
     RiskController,
@@ -12,6 +13,15 @@ from astrolabe_diffusers.training.nft.reference import (
     rank_disagreement,
     ranks,
 )
+
+
+def controller_of(**settings):
+    return RiskController(NFTConfig(**settings))
+
+
+def schedule_of(kl, epochs, **settings):
+    settings = {f"reference_reset_{name}": value for name, value in settings.items()}
+    return ReferenceSchedule(NFTConfig(reference_reset_kl=kl, reference_reset_epochs=epochs, **settings))
 
 
 def test_ranks():
@@ -30,22 +40,23 @@ def test_what_the_primary_reward_alone_likes_is_held_back():
     primary = torch.arange(10.0)
     other = torch.arange(10.0)
     primary[4], other[4] = 100.0, -100.0
-    mask = RiskController(0.1, 0.1, 0.02, 0.2, 20)(rank_disagreement(primary, [other]))
+    mask = controller_of()(rank_disagreement(primary, [other]))
     assert mask.nonzero().flatten().tolist() == [4]
 
 
 def test_percentile_is_of_the_non_negative_disagreements():
     # Of 0 1 2 3 4 the 70th percentile is 2.8: 3 and 4 are above it. The negative ones do not count.
-    mask = RiskController(0.3, 0.1, 0.02, 0.9, 20)(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, -5.0, -5.0]))
+    mask = controller_of(risk_ratio=0.3, risk_ratio_max=0.9)(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, -5.0, -5.0]))
     assert mask.tolist() == [False, False, False, True, True, False, False]
 
 
 def test_no_disagreement_holds_nothing_back():
-    assert not RiskController(0.1, 0.1, 0.02, 0.2, 20)(torch.zeros(5)).any()
+    assert not controller_of()(torch.zeros(5)).any()
 
 
 def test_risk_ratio_follows_disagreement():
-    controller = RiskController(0.1, 0.1, 0.085, 0.115, 2)
+    settings = {"risk_ratio_min": 0.085, "risk_ratio_max": 0.115, "risk_buffer_size": 2}
+    controller = controller_of(**settings)
     ratios = []
     for mean in (1.0, 2.0, 1.5, 3.0, 4.0, 0.5, 0.2, 0.1):
         controller(torch.tensor([mean, mean, -5.0]))
@@ -53,7 +64,7 @@ def test_risk_ratio_follows_disagreement():
     # The first has nothing to compare with; 2 > 1; 1.5 lies between; 3 > {2, 1.5}; 4 > {1.5, 3}, but for the limit;
     # 0.5 < {3, 4}; 0.2 < {4, 0.5}; 0.1 < {0.5, 0.2}, but for the limit.
     assert ratios == pytest.approx([0.1, 0.11, 0.11, 0.115, 0.115, 0.1035, 0.09315, 0.085])
-    other = RiskController(0.1, 0.1, 0.085, 0.115, 2)
+    other = controller_of(**settings)
     other.load_state_dict(controller.state_dict())
     assert (other.ratio, list(other.buffer), other.buffer.maxlen) == (0.085, pytest.approx([0.2, 0.1]), 2)
 
@@ -69,14 +80,14 @@ def test_the_released_rule_holds_what_the_primary_reward_likes_least():
     difference = (from_the_best(primary) - (from_the_best(others[0]) + from_the_best(others[1])) / 2).numpy()
     threshold = np.percentile(difference[difference >= 0], 100 - 100 * 0.1)
     disagreement = rank_disagreement(primary, others)
-    mask = RiskController(0.1, 0.1, 0.02, 0.2, 20, released=True)(disagreement)
+    mask = controller_of(risk_rule="released")(disagreement)
     assert mask.tolist() == (difference > threshold).tolist() and 0 < mask.sum() < 6
     assert (disagreement[mask] < 0).all()
-    ours = RiskController(0.1, 0.1, 0.02, 0.2, 20)(disagreement)
+    ours = controller_of()(disagreement)
     assert (disagreement[ours] > 0).all() and not (ours & mask).any()
     # Those at the percentile are not above it.
     equal = torch.tensor([1.0, 1.0, -2.0, -2.0])
-    assert not RiskController(0.1, 0.1, 0.02, 0.2, 20, released=True)(equal).any()
+    assert not controller_of(risk_rule="released")(equal).any()
 
 
 def test_kl_weights():
@@ -93,20 +104,20 @@ def test_kl_weights():
 
 
 def test_reference_schedule():
-    schedule = ReferenceSchedule(max_kl=0.15, max_epochs=3)
+    schedule = schedule_of(0.15, 3)
     due = [schedule.step(kl) for kl in (0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)]
     # Above the KL after the second epoch; more than three epochs old after the sixth.
     assert due == [False, True, False, False, False, True, False]
     assert schedule.max_kl == 0.15
-    schedule = ReferenceSchedule(None, None)
+    schedule = schedule_of(None, None)
     assert not any(schedule.step(100.0) for _ in range(50)) and schedule.age == 50
-    other = ReferenceSchedule(None, 50)
+    other = schedule_of(None, 50)
     other.load_state_dict(schedule.state_dict())
     assert other.step(0.0)
 
 
 def released_schedule():
-    return ReferenceSchedule(0.15, 15, kl_step=0.01, minimum=0.1, maximum=0.05, early_epochs=5)
+    return schedule_of(0.15, 15, kl_step=0.01, kl_min=0.1, kl_max=0.05, early_epochs=5)
 
 
 def test_the_released_threshold_moves():
@@ -131,11 +142,11 @@ def test_the_threshold_survives_a_resume():
     again = released_schedule()
     again.load_state_dict(schedule.state_dict())
     assert (again.max_kl, again.age) == (0.05, 1)
-    changed = ReferenceSchedule(0.3, 15, kl_step=0.01, minimum=0.1, maximum=0.05)
+    changed = schedule_of(0.3, 15, kl_step=0.01, kl_min=0.1, kl_max=0.05)
     changed.load_state_dict(schedule.state_dict())
     assert (changed.max_kl, changed.age) == (0.3, 1)
 
 
 def test_a_threshold_of_one_s_own_rises_after_an_early_reset():
-    schedule = ReferenceSchedule(0.15, None, kl_step=0.01)
+    schedule = schedule_of(0.15, None, kl_step=0.01)
     assert schedule.step(0.2) and schedule.max_kl == pytest.approx(0.16)
