@@ -14,14 +14,14 @@ from .model_card import video_folder
 
 # Settings and results.json stay here: they name paths of this machine. The card has what is in them.
 FILES = (
-    "README.md",
-    LORA_WEIGHT_NAME_SAFE,
-    "rewards.png",
-    "before_after.png",
-    "before_after.gif",
-    "before_after.mp4",
     "metrics.jsonl",
     "eval.jsonl",
+    "rewards.png",
+    "README.md",
+    LORA_WEIGHT_NAME_SAFE,
+    "before_after.mp4",
+    "before_after.png",
+    "before_after.gif",
 )
 
 

@@ -6,23 +6,15 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files.output_folder import RESULTS_NAME, RunFolder
-from .adapter_files import WEIGHT_NAMES
+from ..reporting import hub
 from .config import OnlineConfig
-from .policies import CURRENT
 
 
 # All that a training run writes beside what its trackers do, as patterns.
 TRAINING_FILES = (
     "config.yaml",
-    "metrics.jsonl",
-    "eval.jsonl",
-    "rewards.png",
+    *hub.FILES,
     RESULTS_NAME,
-    "README.md",
-    WEIGHT_NAMES[CURRENT],
-    "before_after.mp4",
-    "before_after.png",
-    "before_after.gif",
     "best/*",
     "eval_videos/step-*",
     "checkpoints/checkpoint-*",
