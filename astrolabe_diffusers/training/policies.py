@@ -81,17 +81,12 @@ def _complete_policies(transformer: nn.Module, others: Sequence[str]):
         for name, parameter in transformer.named_parameters():
             if f".lora_B.{REFERENCE}." in name:
                 parameter.data.zero_()
-    activate_current(transformer)
+    transformer.set_adapter(CURRENT)
 
 
 def policy_parameters(transformer: nn.Module, adapter: str = CURRENT) -> list[nn.Parameter]:
     """LoRA parameters of an adapter, in the order of the modules: those of two adapters correspond pairwise."""
     return [parameter for name, parameter in transformer.named_parameters() if f".{adapter}." in name]
-
-
-def activate_current(transformer: nn.Module):
-    """Make the current policy the active and the only trainable one."""
-    transformer.set_adapter(CURRENT)
 
 
 @contextmanager
@@ -122,7 +117,7 @@ def use_policy(transformer: nn.Module, policy: str) -> Iterator[nn.Module]:
         if not has_adapter:
             transformer.enable_adapters()
         elif adapter != CURRENT:
-            activate_current(transformer)
+            transformer.set_adapter(CURRENT)
         transformer.train(training)
 
 

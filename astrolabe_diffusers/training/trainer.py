@@ -33,7 +33,6 @@ from .optimization import CollapseGuard, Optimization, make_optimizer, set_sched
 from .policies import (
     CURRENT,
     EMA,
-    activate_current,
     add_policies,
     ema_decay,
     follow_current,
@@ -189,7 +188,7 @@ class OnlineTrainer:
         """What the processes share, and the state of the run."""
         config = self.config
         # DDP synchronises the parameters that are trainable when it wraps the model, and no others.
-        activate_current(self.transformer)
+        self.transformer.set_adapter(CURRENT)
         self.model = shard(self.transformer, self.accelerator) if is_sharded() else self.transformer
         self.optimizer, self.lr_scheduler = make_optimizer(config, policy_parameters(self.transformer))
         if not is_sharded():
@@ -349,7 +348,6 @@ class OnlineTrainer:
         is_main = self.accelerator.is_main_process
         with raise_together():
             self.repo_id = create_hub_repo(config) if config.push_to_hub and is_main else None
-        with raise_together():
             if is_main:
                 if config.resume_from_checkpoint is None:
                     self.folder.remove_files()

@@ -17,7 +17,7 @@ from astrolabe_diffusers.training.checkpoints import Checkpoints, policy_identit
 from astrolabe_diffusers.training.forward_process.noising import noise_batch
 from astrolabe_diffusers.training.nft.loss import optimality
 from astrolabe_diffusers.training.nft.trainer import NFTBatch, accumulate_gradients
-from astrolabe_diffusers.training.policies import activate_current, policy_parameters, use_policy
+from astrolabe_diffusers.training.policies import CURRENT, policy_parameters, use_policy
 from tests.training.helpers import BRIGHTNESS, SIZE, config, make_samples, policy_pipeline, reward_worker
 
 
@@ -36,7 +36,7 @@ def nft_batch(batch, advantages):
 def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNESS):
     """Scores of all samples and this process's gradients after all of its batches."""
     pipe = policy_pipeline()
-    activate_current(pipe.transformer)
+    pipe.transformer.set_adapter(CURRENT)
     model = accelerator.prepare(pipe.transformer)
     worker = reward_worker(pipe, rewards)
 
@@ -59,7 +59,7 @@ def gradients_without_synchronisation(accelerator, batch_size: int):
     pipe = policy_pipeline()
     pipe.transformer.set_adapter("old")
     model = accelerator.prepare(pipe.transformer)
-    activate_current(pipe.transformer)
+    pipe.transformer.set_adapter(CURRENT)
     worker = reward_worker(pipe)
     with use_policy(pipe.transformer, "old"):
         batches = process_batches(SAMPLES, batch_size, accelerator.process_index, accelerator.num_processes)

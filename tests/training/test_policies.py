@@ -8,8 +8,8 @@ from torch import nn
 
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.policies import (
+    CURRENT,
     OLD,
-    activate_current,
     add_policies,
     block_linear_names,
     ema_decay,
@@ -244,7 +244,7 @@ def test_lora_is_float32_on_a_bfloat16_base():
 def test_optimizer_made_for_the_current_policy_moves_nothing_else(transformer):
     randomize_adapters(transformer)
     before = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
-    activate_current(transformer)
+    transformer.set_adapter(CURRENT)
     optimizer = torch.optim.AdamW(policy_parameters(transformer), lr=0.1, weight_decay=0.1)
     forward(transformer).square().mean().backward()
     optimizer.step()

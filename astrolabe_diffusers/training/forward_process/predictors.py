@@ -16,7 +16,6 @@ class BlockwisePredictor:
 
     Args:
         transformer: the [`CausalTransformer`] itself.
-        batch: the videos.
         past_policy: whose K/V the clean blocks have, one of `POLICIES`.
 
     Attributes:
@@ -24,12 +23,14 @@ class BlockwisePredictor:
     """
 
     def __init__(self, transformer, batch: NoisedBatch, past_policy: str):
-        self.transformer = transformer
+        self.transformer, self.batch, self.past_policy = transformer, batch, past_policy
         # Asked for once: diffusers goes through all modules for the answer.
         self.dtype = transformer.dtype
-        self.batch = batch
-        self.past_policy = past_policy
-        num_frames, size, past = batch.clean.shape[2], transformer.config.num_frames_per_block, batch.past
+        self._begin(batch.clean.shape[2])
+
+    def _begin(self, num_frames: int):
+        transformer, batch, past = self.transformer, self.batch, self.batch.past
+        size = transformer.config.num_frames_per_block
         blocks = [slice(first, first + size) for first in range(0, num_frames, size)]
         num_past = past.num_frames // size
         self.blocks = blocks[num_past:]
@@ -41,11 +42,8 @@ class BlockwisePredictor:
             self.cache = SharedPastKVCache(self.cache, len(batch.clean), num_frames)
 
     def predict(self, frames: slice, forward=None) -> torch.Tensor:
-        """Clean latents `(B, C, n, h, w)` of a block, as the active policy predicts them from its noisy ones.
-
-        Args:
-            forward: what computes it: the transformer itself, or what DDP made of it.
-        """
+        """Clean latents `(B, C, n, h, w)` of a block, as the active policy predicts them from its noisy ones; by the
+        transformer itself, or by `forward`, what DDP made of it."""
         batch, past = self.batch, self.batch.past.num_frames
         noisy = batch.noisy[:, :, frames.start - past : frames.stop - past]
         velocity = (forward or self.transformer)(
@@ -95,13 +93,8 @@ class WholeClipPredictor(BlockwisePredictor):
     code released with Astrolabe does this, with the same noise level in all blocks and, of a model with a window, the
     window alone: `local_attn_size` frames that end with the block, and no sink."""
 
-    def __init__(self, transformer, batch: NoisedBatch, past_policy: str):
-        self.transformer = transformer
-        # Asked for once: diffusers goes through all modules for the answer.
-        self.dtype = transformer.dtype
-        self.batch = batch
-        self.past_policy = past_policy
-        self.blocks = [slice(0, batch.clean.shape[2])]
+    def _begin(self, num_frames: int):
+        self.blocks = [slice(0, num_frames)]
 
     def predict(self, frames: slice, forward=None) -> torch.Tensor:
         batch, sink_size = self.batch, self.transformer.config.sink_size
