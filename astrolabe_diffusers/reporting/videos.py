@@ -49,9 +49,8 @@ def small_gif_bytes(
     return gif_bytes(small, frame_rate / stride)
 
 
-def side_by_side(videos: Sequence[torch.Tensor], columns: int | None = None) -> list[Image.Image]:
+def side_by_side(videos: Sequence[torch.Tensor], columns: int) -> list[Image.Image]:
     """Frames of one video with several `(F, 3, H, W)` next to each other, in rows of `columns`."""
-    columns = columns or len(videos)
     size = _tile_size(videos[0], 128, 416)
     tiles = [[ImageOps.expand(image, 2, WHITE) for image in video_images(video, size)] for video in videos]
     tiles += [[Image.new("RGB", tiles[0][0].size, WHITE)] * len(tiles[0])] * (-len(tiles) % columns)

@@ -37,11 +37,8 @@ class Windows:
 
 
 def make_windows(config, num_frames: int, block_frames: int, sink_size: int) -> Windows:
-    """The windows of an [`OnlineConfig`], of videos of `num_frames` latent frames unless it has `sample_frames`.
-
-    Raises:
-        UserError: window, video or starts are no whole blocks or do not fit into each other.
-    """
+    """The windows of an [`OnlineConfig`], of videos of `num_frames` latent frames unless it has `sample_frames`; a
+    [`UserError`] if window, video or starts are no whole blocks or do not fit into each other."""
     total = config.sample_frames or num_frames
     size = config.window_size or num_frames
     for name, value in (("sample_frames", total), ("window_size", size)):

@@ -77,11 +77,8 @@ class PromptSource:
         return cls(name, config.prompts_data_dir, config.prompt_column)
 
     def read(self, split: str) -> list[Prompt]:
-        """The prompts of a split; those of a file, which is all of them.
-
-        Raises:
-            UserError: there are none.
-        """
+        """The prompts of a split; those of a file, which is all of them. A [`UserError`] if there are
+        none."""
         path = Path(self.name)
         files = [path] if path.is_file() else [path / f"{split}{ending}" for ending in ENDINGS]
         file = next((file for file in files if file.is_file()), None)
@@ -115,11 +112,8 @@ def _checked(prompts: list[Prompt], of: str = "") -> list[Prompt]:
 
 
 def as_prompts(items: Iterable[str | dict[str, Any] | Prompt]) -> list[Prompt]:
-    """Prompts of a list of texts, a list of dicts with a `prompt`, or a `datasets.Dataset`.
-
-    Raises:
-        UserError: there are none, or something else is among them.
-    """
+    """Prompts of a list of texts, a list of dicts with a `prompt`, or a `datasets.Dataset`; a [`UserError`]
+    if there are none, or something else is among them."""
     prompts = []
     for index, item in enumerate(items):
         if isinstance(item, dict):

@@ -59,11 +59,8 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, std: str = "gl
 
     `A_i = (r_i - mean of i's group) / s`, where `s` is the standard deviation of all rewards (`"global"`), that of the
     group's (`"group"`), or 1 (`"none"`). A group of zero spread has zero advantage. A NaN reward takes no part: it
-    counts in no mean or deviation, its advantage is 0 and `valid` is false.
-
-    Args:
-        rewards: `(N,)` float.
-        groups: `(N,)` long, the group of each sample; a group may be of any size and lie anywhere.
+    counts in no mean or deviation, its advantage is 0 and `valid` is false. `rewards` are `(N,)` float;
+    `groups` `(N,)` long, of any size and anywhere.
     """
     valid = ~rewards.isnan()
     # In double precision the mean of equal float32 rewards is exact, and their advantages are exactly zero.

@@ -21,11 +21,8 @@ ALGORITHMS = {
 
 
 def get_algorithm(name: str) -> type[OnlineTrainer]:
-    """The trainer that a name of `ALGORITHMS` means, or "package.module:Class" of one's own.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """The trainer that a name of `ALGORITHMS` means, or "package.module:Class" of one's own; a
+    [`UserError`] if there is none."""
     trainer = _load(name, ALGORITHMS[name.lower()][0] if name.lower() in ALGORITHMS else name)
     if not hasattr(trainer, "config_class"):
         module, _, attribute = name.rpartition(":")

@@ -41,17 +41,12 @@ class Checkpoints:
     It holds every adapter, the optimizer, `config.yaml` and `trainer_state.json`, and can be given to
     `pipe.load_lora_weights`; no states of random generators, for every epoch seeds them anew. It is written under
     another name and renamed when it is complete and on the disk; `files.json` tells whether it still is.
-
-    Args:
-        transformer: the unwrapped transformer.
-        optimizer: AdamW over the current policy's parameters, prepared or not.
-        identity: from `policy_identity`, before the model was prepared.
     """
 
-    transformer: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    transformer: torch.nn.Module  # unwrapped
+    optimizer: torch.optim.Optimizer  # AdamW over the current policy's parameters, prepared or not
     config: OnlineConfig
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # from `policy_identity`, before the model was prepared
 
     def __post_init__(self):
         self.folder = Path(self.config.output_dir) / "checkpoints"
@@ -68,11 +63,7 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes checkpoint `step`, which there is not yet, with the trainer's `state`, JSON values; every process
-        calls it.
-
-        Raises:
-            UserError: in every process, if it cannot be written; those before stay.
-        """
+        calls it. A [`UserError`] in each if it cannot be written; those before stay."""
         final, is_first = self.path(step), is_first_process()
         partial = final.with_name(final.name + PARTIAL)
         with raise_together(), as_user_error(f"cannot write {partial}"):
@@ -102,10 +93,8 @@ class Checkpoints:
 
         `name` is `"latest"`, of which a damaged one is passed over for the one before, a path or `checkpoint-N`.
         Without a checkpoint the run starts anew. Left-overs of a kill are removed, and checkpoints of later steps,
-        which would be taken for this run's, are set aside under another name.
-
-        Raises:
-            UserError: no such checkpoint, or it is damaged, or of another model or LoRA.
+        which would be taken for this run's, are set aside under another name. A [`UserError`] if there is no such
+        checkpoint, or it is damaged, or of another model or LoRA.
         """
         path, lines = None, []
         with raise_together(), as_user_error(f"cannot use {self.folder}"):
@@ -141,11 +130,7 @@ class Checkpoints:
 
     def load(self, path: Path, like: dict[str, Any]) -> dict[str, Any]:
         """Restores adapters and optimizer, and returns the trainer's state, of the form of `like`; every process calls
-        it.
-
-        Raises:
-            UserError: in every process, if something is not what [`~Checkpoints.save`] wrote.
-        """
+        it. A [`UserError`] in each if something is not what [`~Checkpoints.save`] wrote."""
         with raise_together(), as_user_error(f"cannot resume from {path}"):
             state = read_state(path, self.identity)
             with as_user_error(f"{path / STATE_NAME} is no state of this run"):

@@ -25,17 +25,14 @@ class OnlineConfig(VideoConfig):
 
     Names are those of diffusers' example trainers where these have them. The defaults are those published with
     Astrolabe for 8 devices; `recipes/` holds what suits a given model. Values are checked when the object is made.
-
-    Attributes:
-        algorithm, paper: what the model card calls the algorithm, and the address of its paper.
     """
 
+    # What the model card calls the algorithm, and the address of its paper.
     algorithm: ClassVar[str] = "online reinforcement learning"
     paper: ClassVar[str | None] = None
     # The trainer's class, once one has these settings: what is saved names it.
     trainer: ClassVar[type | None] = None
     aliases = {"pretrained_model_name_or_path": "model", "shared_prefix": "shared_past"}
-
     removed = {"hub_token": "the token comes from HF_TOKEN or `hf auth login`, and is stored nowhere else"}
 
     # Model and data

@@ -97,12 +97,8 @@ def published_names() -> dict[str, tuple[str, str, int]]:
 
 
 def find_published_run(name: str) -> PublishedRun | None:
-    """
-    The run of this name, in any published spelling; `None` if it does not have the form of one.
-
-    Raises:
-        UserError: it has, but there is none.
-    """
+    """The run of this name, in any published spelling; `None` if it does not have the form of one, a [`UserError`] if
+    it has and there is none."""
     spelled = name
     for other, ours in _SPELLINGS:
         spelled = spelled.replace(other, ours)

@@ -32,7 +32,7 @@ def test_video_images_are_the_frames():
 
 def test_gif_moves():
     videos = [torch.rand(5, 3, 32, 32), torch.rand(5, 3, 32, 32)]
-    gif = Image.open(io.BytesIO(gif_bytes(side_by_side(videos), 16)))
+    gif = Image.open(io.BytesIO(gif_bytes(side_by_side(videos, len(videos)), 16)))
     assert gif.n_frames == 5 and gif.info["loop"] == 0 and 50 <= gif.info["duration"] <= 70
     assert gif.size == (2 * 132, 132)
 
