@@ -1,7 +1,7 @@
 """Scores of the same videos before and after, or with and without."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,36 +22,39 @@ class Evaluation:
         return {**asdict(self), "mean": {name: self.mean(name) for name in self.scores}}
 
 
-def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Mean of `after - before` over pairs, and half its 95 % interval (normal approximation). NaN is left out."""
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """`change`, the mean of `after - before` over pairs, and `half_width_95`, half its 95 % interval (normal
+    approximation). NaN is left out."""
     differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     differences = differences[~differences.isnan()]
     half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return differences.mean().item(), half_width
+    return {"change": differences.mean().item(), "half_width_95": half_width}
 
 
-def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, float, float, float, float]]:
-    """For every score its name, the means before and after, their paired difference and half its 95 % interval."""
-    return [
-        (name, before.mean(name), after.mean(name), *paired_difference(before.scores[name], after.scores[name]))
-        for name in after.scores
+def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+    """For every score the means `before` and `after`, and their [`paired_difference`]."""
+    return {
+        name: {"before": before.mean(name), "after": after.mean(name)} | paired_difference(before.scores[name], scores)
+        for name, scores in after.scores.items()
         if name in before.scores
-    ]
+    }
 
 
-def comparison_table(rows: Sequence[tuple[str, float, float, float, float]], rewards: Sequence[str]) -> str:
-    """The rows of [`comparison_rows`] as text. Scores of `rewards` were trained on, the others are only watched."""
-    width = max(len(row[0]) for row in rows) + 2
+def comparison_table(scores: dict[str, dict[str, float]], rewards: Collection[str]) -> str:
+    """What [`compare`] returns as text. Scores of `rewards` were trained on, the others are only watched."""
+    width = max(map(len, scores)) + 2
     lines = [f"{'':<{width}}{'before':>9}{'after':>9}   change (95 % interval)"]
-    trained = {row[0] for row in rows if row[0] == "reward" or row[0].split("/")[0] in rewards}
-    for title, wanted in (("trained on:", True), ("only watched:", False)):
-        group = [row for row in rows if (row[0] in trained) == wanted]
-        lines += [title] * bool(group)
-        for name, old, new, change, half in group:
-            lines.append(f"  {name:<{width - 2}}{old:>9.4f}{new:>9.4f}   {change_text(change, half)}")
+    trained = [name for name in scores if name == "reward" or name.split("/")[0] in rewards]
+    watched = [name for name in scores if name not in trained]
+    for title, names in (("trained on:", trained), ("only watched:", watched)):
+        lines += [title] * bool(names)
+        for name in names:
+            old, new, change = scores[name]["before"], scores[name]["after"], change_text(scores[name])
+            lines.append(f"  {name:<{width - 2}}{old:>9.4f}{new:>9.4f}   {change}")
     return "\n".join(lines)
 
 
-def change_text(change: float, half: float) -> str:
-    """A change and its interval, `half` to either side."""
+def change_text(difference: dict[str, float]) -> str:
+    """A [`paired_difference`] with both ends of its interval."""
+    change, half = difference["change"], difference["half_width_95"]
     return f"{change:+.4f}  [{change - half:+.4f}, {change + half:+.4f}]"

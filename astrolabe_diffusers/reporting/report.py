@@ -17,7 +17,7 @@ from ..config import Config
 from ..files.writing import replacing, writing
 from ..shareable import shareable
 from .charts import draw_curves
-from .comparison import Evaluation, comparison_rows, comparison_table
+from .comparison import Evaluation, compare, comparison_table
 from .trackers import log_distributions, log_numbers, log_video, start_trackers
 from .videos import side_by_side
 
@@ -117,19 +117,15 @@ class RunReport:
     def finish(self, results: dict[str, Any], num_prompts: int):
         """Write results.json, with the changes of all scores, and print the table of before and after."""
         self.progress.close()
-        before, after = self.evaluations[0], self.evaluations[-1]
-        rows = comparison_rows(before, after)
-        results["scores"] = {
-            name: {"before": old, "after": new, "change": change, "half_width_95": half}
-            for name, old, new, change, half in rows
-        }
+        after = self.evaluations[-1]
+        results["scores"] = compare(self.evaluations[0], after)
         number = len(after.scores["reward"])
         with replacing(self.output_dir / "results.json") as partial:
             partial.write_text(json.dumps(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
         self.print(
             f"\n{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
-            f"{after.step} steps\n{comparison_table(rows, list(self.config.rewards))}\n\n"
+            f"{after.step} steps\n{comparison_table(results['scores'], self.config.rewards)}\n\n"
             f"training took {duration(results['train_seconds'])} without evaluations, "
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
             f"\n{files}"

@@ -81,6 +81,7 @@ def _complete_policies(transformer: nn.Module, others: Sequence[str]):
         for name, parameter in transformer.named_parameters():
             if f".lora_B.{REFERENCE}." in name:
                 parameter.data.zero_()
+    # Before DDP wraps the model: it synchronises the parameters that are trainable then, and no others.
     transformer.set_adapter(CURRENT)
 
 

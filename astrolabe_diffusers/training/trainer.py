@@ -30,16 +30,7 @@ from .callbacks import TrainerCallback
 from .checkpoints import Checkpoints, policy_identity
 from .config import OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
-from .policies import (
-    CURRENT,
-    EMA,
-    add_policies,
-    ema_decay,
-    follow_current,
-    load_policies,
-    policy_parameters,
-    use_policy,
-)
+from .policies import EMA, add_policies, ema_decay, follow_current, load_policies, policy_parameters, use_policy
 from .results import BestAdapter, write_results
 from .run_folder import open_training_folder
 
@@ -187,8 +178,6 @@ class OnlineTrainer:
     def prepare(self):
         """What the processes share, and the state of the run."""
         config = self.config
-        # DDP synchronises the parameters that are trainable when it wraps the model, and no others.
-        self.transformer.set_adapter(CURRENT)
         self.model = shard(self.transformer, self.accelerator) if is_sharded() else self.transformer
         self.optimizer, self.lr_scheduler = make_optimizer(config, policy_parameters(self.transformer))
         if not is_sharded():
@@ -384,7 +373,7 @@ class OnlineTrainer:
         processes, size = self.accelerator.num_processes, self.size
         self.report.print(
             f"{config.model}: {size['num_frames']} frames of {size['height']}x{size['width']}; LoRA of rank "
-            f"{self.transformer.peft_config[CURRENT].r}, {trainable:,} parameters\n"
+            f"{self.identity['rank']}, {trainable:,} parameters\n"
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
             f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
             f"{config.samples_per_prompt} samples an epoch, {config.max_train_steps} steps; "

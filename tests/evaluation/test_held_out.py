@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from astrolabe_diffusers.evaluation.held_out import HeldOut
@@ -84,10 +83,10 @@ def test_comparison_shows_reference_and_current(pipe, tmp_path):
 def test_paired_difference():
     generator = np.random.default_rng(0)
     before, after = generator.random(50), generator.random(50) + 0.1
-    mean, half = paired_difference(before.tolist(), after.tolist())
-    assert mean == pytest.approx((after - before).mean())
-    assert half == pytest.approx(1.96 * (after - before).std(ddof=1) / np.sqrt(50))
+    difference = paired_difference(before.tolist(), after.tolist())
+    assert difference["change"] == pytest.approx((after - before).mean())
+    assert difference["half_width_95"] == pytest.approx(1.96 * (after - before).std(ddof=1) / np.sqrt(50))
     with_nan = paired_difference([math.nan, *before.tolist()], [1.0, *after.tolist()])
-    assert with_nan == pytest.approx((mean, half))
+    assert with_nan == pytest.approx(difference)
     assert Evaluation(0, {"reward": [1.0, math.nan, 3.0]}).mean() == 2.0
-    assert torch.isnan(torch.tensor(paired_difference([1.0], [2.0])[1]))
+    assert math.isnan(paired_difference([1.0], [2.0])["half_width_95"])
