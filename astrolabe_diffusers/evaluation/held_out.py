@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..distributed.agreement import raise_together
@@ -27,8 +28,6 @@ class HeldOut:
     size: dict[str, int]  # height, width and num_frames
     batch_size: int  # on each process
     num_videos: int = 0  # the first of them, that are kept to be looked at
-    process_index: int = 0
-    num_processes: int = 1
 
     @property
     def shown(self) -> Sequence[Sample]:
@@ -37,10 +36,11 @@ class HeldOut:
 
     def batches(self) -> list[Sequence[Sample]]:
         """This process's part."""
-        batches = process_batches(self.samples, self.batch_size, self.process_index, self.num_processes)
+        state = PartialState()
+        batches = process_batches(self.samples, self.batch_size, state.process_index, state.num_processes)
         if is_sharded():
             # Every process takes part in every forward pass: one with a batch less makes a video once more.
-            number = -(-len(self.samples) // (self.batch_size * self.num_processes))
+            number = -(-len(self.samples) // (self.batch_size * state.num_processes))
             batches += [self.samples[:1]] * (number - len(batches))
         return batches
 

@@ -121,8 +121,6 @@ def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resour
         size,
         config.batch_size,
         config.num_videos,
-        accelerator.process_index,
-        accelerator.num_processes,
     )
 
 

@@ -149,17 +149,13 @@ def tags(group: str, statistics: dict[str, dict[str, float]]) -> dict[str, float
 def score_statistics(scores: torch.Tensor, group_size: int | None = None) -> dict[str, float]:
     """Mean, spread and ends of the finite scores of `(N,)`, and the mean of the spreads of groups if their size is
     given; nothing if none is finite. Spreads are standard deviations of the population."""
-
-    def finite(values: torch.Tensor) -> torch.Tensor:
-        return values[values.isfinite()].double()
-
-    values = finite(scores)
+    values = scores[scores.isfinite()].double()
     if not len(values):
         return {}
     statistics = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
     if group_size:
-        groups = [group for group in map(finite, scores.split(group_size)) if len(group)]
-        statistics["group_std"] = torch.stack([group.std(correction=0) for group in groups]).mean()
+        groups = [group[group.isfinite()].double() for group in scores.split(group_size)]
+        statistics["group_std"] = torch.stack([group.std(correction=0) for group in groups if len(group)]).mean()
     return {name: value.item() for name, value in statistics.items()}
 
 

@@ -21,7 +21,6 @@ from .videos import gif_bytes
 
 logger = logging.getLogger(__name__)
 
-WANDB_ID = "wandb_id"
 # What leaves for wandb is what a run logs: not the command line, the paths and the repository it is started from, nor
 # what is printed, which names folders and servers.
 WANDB_SETTINGS = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
@@ -43,7 +42,7 @@ def start_trackers(
     one kind have in common, a folder's name too. [`closing_trackers`] closes them."""
     init_kwargs = {}
     if "wandb" in TRACKERS[report_to] and accelerator.is_main_process:
-        id_file = folder / WANDB_ID
+        id_file = folder / "wandb_id"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not (resume and id_file.is_file()):

@@ -158,8 +158,6 @@ class OnlineTrainer:
             video_size(self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames),
             config.train_batch_size,
             config.num_eval_videos,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
         )
         self.transformer = self.pipeline.transformer
         model, scale = self.transformer.config, self.pipeline.vae.config.scale_factor_temporal
