@@ -16,7 +16,7 @@ from ..files.output_folder import RunFolder, is_result
 from ..files.writing import replacing
 from ..pipelines.loading import frame_rate, load_frozen_pipeline, load_loras, video_size
 from ..reporting.charts import draw_means
-from ..reporting.comparison import Evaluation, change_text, comparison_rows
+from ..reporting.comparison import Evaluation, change_text, compare
 from ..reporting.machine import versions
 from ..reporting.markdown import markdown_table
 from ..reporting.videos import write_columns
@@ -165,11 +165,11 @@ def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> It
 
 def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
-    rows = comparison_rows(base, evaluation)
+    changes = compare(base, evaluation)
     return {
         "scores": evaluation.scores,
         "mean": {score: evaluation.mean(score) for score in evaluation.scores},
-        "change": {score: {"change": change, "half_width_95": half} for score, _, _, change, half in rows},
+        "change": {score: {key: changes[score][key] for key in ("change", "half_width_95")} for score in changes},
     }
 
 
@@ -198,7 +198,6 @@ def column_table(columns: dict[str, dict[str, Any]]) -> str:
     for score, mean in base["mean"].items():
         cells = [score, f"{mean:.4f}"]
         for _, column in loras:
-            change = column["change"][score]
-            cells += [f"{column['mean'][score]:.4f}", change_text(change["change"], change["half_width_95"])]
+            cells += [f"{column['mean'][score]:.4f}", change_text(column["change"][score])]
         rows.append(cells)
     return markdown_table(rows)

@@ -30,28 +30,32 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
     return differences.mean().item(), half_width
 
 
-def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, float, float, float, float]]:
-    """For every score its name, the means before and after, their paired difference and half its 95 % interval."""
-    return [
-        (name, before.mean(name), after.mean(name), *paired_difference(before.scores[name], after.scores[name]))
-        for name in after.scores
-        if name in before.scores
-    ]
+def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+    """For every score, by its name, the means `before` and `after`, their paired `change` and `half_width_95`."""
+    changes = {}
+    for name in [name for name in after.scores if name in before.scores]:
+        change, half = paired_difference(before.scores[name], after.scores[name])
+        means = {"before": before.mean(name), "after": after.mean(name)}
+        changes[name] = {**means, "change": change, "half_width_95": half}
+    return changes
 
 
-def comparison_table(rows: Sequence[tuple[str, float, float, float, float]], rewards: Sequence[str]) -> str:
-    """The rows of [`comparison_rows`] as text. Scores of `rewards` were trained on, the others are only watched."""
-    width = max(len(row[0]) for row in rows) + 2
+def comparison_table(changes: dict[str, dict[str, float]], rewards: Sequence[str]) -> str:
+    """What [`compare`] returns as text. Scores of `rewards` were trained on, the others are only watched."""
+    width = max(map(len, changes)) + 2
     lines = [f"{'':<{width}}{'before':>9}{'after':>9}   change (95 % interval)"]
-    trained = {row[0] for row in rows if row[0] == "reward" or row[0].split("/")[0] in rewards}
-    for title, wanted in (("trained on:", True), ("only watched:", False)):
-        group = [row for row in rows if (row[0] in trained) == wanted]
-        lines += [title] * bool(group)
-        for name, old, new, change, half in group:
-            lines.append(f"  {name:<{width - 2}}{old:>9.4f}{new:>9.4f}   {change_text(change, half)}")
+    trained = [name for name in changes if name.split("/")[0] in ("reward", *rewards)]
+    watched = [name for name in changes if name not in trained]
+    for title, names in (("trained on:", trained), ("only watched:", watched)):
+        lines += [title] * bool(names)
+        for name in names:
+            score = changes[name]
+            means = f"{score['before']:>9.4f}{score['after']:>9.4f}"
+            lines.append(f"  {name:<{width - 2}}{means}   {change_text(score)}")
     return "\n".join(lines)
 
 
-def change_text(change: float, half: float) -> str:
-    """A change and its interval, `half` to either side."""
+def change_text(score: dict[str, float]) -> str:
+    """The `change` of a score and its interval."""
+    change, half = score["change"], score["half_width_95"]
     return f"{change:+.4f}  [{change - half:+.4f}, {change + half:+.4f}]"

@@ -92,8 +92,7 @@ def score_table(scores: dict[str, dict[str, float]], rewards: dict[str, float]) 
     rows = [["", "weight", "before", "after", "change (95 % interval)"]]
     for name, score in scores.items():
         weight = f"{rewards[name]:g}" if name in rewards else ""
-        change = change_text(score["change"], score["half_width_95"])
-        rows.append([name, weight, f"{score['before']:.4f}", f"{score['after']:.4f}", change])
+        rows.append([name, weight, f"{score['before']:.4f}", f"{score['after']:.4f}", change_text(score)])
     return markdown_table(rows)
 
 
@@ -111,9 +110,7 @@ def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> 
         return (change > half) - (change < -half)
 
     def changes(names: list[str]) -> str:
-        return ", ".join(
-            f"{escape(name)} {change_text(scores[name]['change'], scores[name]['half_width_95'])}" for name in names
-        )
+        return ", ".join(f"{escape(name)} {change_text(scores[name])}" for name in names)
 
     total = {
         1: "The reward it was trained on rose on prompts that were held out: {}.",

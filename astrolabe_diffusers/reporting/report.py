@@ -17,7 +17,7 @@ from ..config import Config
 from ..files.writing import replacing, writing
 from ..shareable import shareable
 from .charts import draw_curves
-from .comparison import Evaluation, comparison_rows, comparison_table
+from .comparison import Evaluation, compare, comparison_table
 from .trackers import log_distributions, log_numbers, log_video, start_trackers
 from .videos import side_by_side
 
@@ -43,10 +43,9 @@ class RunReport:
         if self.accelerator.is_main_process:
             with replacing(self.output_dir / "config.yaml") as partial:
                 self.config.save(partial)
-            epochs, evaluations = (
-                cut_jsonl(self.output_dir / name, last_step=-1 if step is None else step)
-                for name in ("metrics.jsonl", "eval.jsonl")
-            )
+            last_step = -1 if step is None else step
+            epochs = cut_jsonl(self.output_dir / "metrics.jsonl", last_step)
+            evaluations = cut_jsonl(self.output_dir / "eval.jsonl", last_step)
             self.curve = [(record["step"], record["reward"]) for record in epochs]
             self.evaluations = [Evaluation(record["step"], record["scores"]) for record in evaluations]
         self.evaluations = broadcast_object_list([self.evaluations])[0]
@@ -71,10 +70,6 @@ class RunReport:
         if self.accelerator.is_main_process:
             tqdm.write(text)
             sys.stdout.flush()
-
-    def activity(self, text: str):
-        """What is being done, at the end of the progress bar."""
-        self.progress.set_postfix_str(text)
 
     def add_epoch(self, metrics: dict[str, float], distributions: dict[str, torch.Tensor], seconds_left: float):
         """Log an epoch: `metrics` of any algorithm (docs/logged_metrics.md), with `step`, `reward` and `seconds`;
@@ -109,7 +104,7 @@ class RunReport:
         if len(self.evaluations) > 1:
             curves = {"train": self.curve, "held-out": [(past.step, past.mean()) for past in self.evaluations]}
             with replacing(self.output_dir / "rewards.png") as partial:
-                draw_curves(curves, partial, " + ".join(self.config.rewards), "optimizer step", "reward")
+                draw_curves(curves, partial, " + ".join(self.config.rewards))
         if videos:
             images = side_by_side(videos, columns=min(4, len(videos)))
             log_video(self.accelerator, "eval/videos", images, frame_rate, evaluation.step)
@@ -118,18 +113,14 @@ class RunReport:
         """Write results.json, with the changes of all scores, and print the table of before and after."""
         self.progress.close()
         before, after = self.evaluations[0], self.evaluations[-1]
-        rows = comparison_rows(before, after)
-        results["scores"] = {
-            name: {"before": old, "after": new, "change": change, "half_width_95": half}
-            for name, old, new, change, half in rows
-        }
+        results["scores"] = compare(before, after)
         number = len(after.scores["reward"])
         with replacing(self.output_dir / "results.json") as partial:
             partial.write_text(json.dumps(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
         self.print(
             f"\n{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
-            f"{after.step} steps\n{comparison_table(rows, list(self.config.rewards))}\n\n"
+            f"{after.step} steps\n{comparison_table(results['scores'], list(self.config.rewards))}\n\n"
             f"training took {duration(results['train_seconds'])} without evaluations, "
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
             f"\n{files}"

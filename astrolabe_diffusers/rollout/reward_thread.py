@@ -63,9 +63,6 @@ class RewardThread(Closing):
         watchdog.cancel()
 
     def _give_up(self, future: Future):
+        error = f"a reward has not answered for {self.timeout:g} s; raise reward_timeout if it needs longer."
         with suppress(InvalidStateError):
-            future.set_exception(
-                UserError(
-                    f"a reward has not answered for {self.timeout:g} s; raise reward_timeout if it needs longer."
-                )
-            )
+            future.set_exception(UserError(error))

@@ -38,34 +38,22 @@ class Scores:
     seconds: float
 
 
+@dataclass(eq=False)
 class ScoringThread(Closing):
     """Decodes and scores videos in one background thread while the next ones are sampled, or in turn with sampling if
-    rewards are offloaded meanwhile. Its [`close`] closes the rewards too.
+    rewards are offloaded meanwhile. Its [`close`] closes the rewards too."""
 
-    Args:
-        vae: decodes the latents; nothing else should use it meanwhile.
-        rewards: those that are trained on.
-        watched: those that are only reported.
-        skip_bad: a video without a finite score gets NaN, instead of ending the run.
-        timeout: seconds that a batch may take.
-    """
+    vae: AutoencoderKLWan  # nothing else should use it meanwhile
+    rewards: RewardSet  # that are trained on
+    watched: RewardSet | None = None  # that are only reported
+    skip_bad: bool = False  # a video without a finite score gets NaN, instead of ending the run
+    timeout: float = 600  # seconds that a batch may take
 
-    def __init__(
-        self,
-        vae: AutoencoderKLWan,
-        rewards: RewardSet,
-        watched: RewardSet | None = None,
-        skip_bad: bool = False,
-        timeout: float = 600,
-    ):
-        self.vae = vae
-        self.rewards = rewards
-        self.watched = watched
-        self.skip_bad = skip_bad
-        self._reward_sets = [reward_set for reward_set in (rewards, watched) if reward_set is not None]
+    def __post_init__(self):
+        self._reward_sets = [reward_set for reward_set in (self.rewards, self.watched) if reward_set is not None]
         # The current CUDA device belongs to a thread.
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self._thread = RewardThread(timeout, None if device is None else partial(torch.cuda.set_device, device))
+        self._thread = RewardThread(self.timeout, None if device is None else partial(torch.cuda.set_device, device))
 
     def submit(
         self,

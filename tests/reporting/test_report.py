@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from astrolabe_diffusers.reporting.comparison import Evaluation, comparison_rows, comparison_table
+from astrolabe_diffusers.reporting.comparison import Evaluation, compare, comparison_table
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 from astrolabe_diffusers.reporting.markdown import markdown_table
 from astrolabe_diffusers.reporting.report import append_jsonl, cut_jsonl, duration, score_statistics, tag, tags
@@ -27,9 +27,9 @@ def test_log_is_cut_at_the_step_that_is_resumed(tmp_path):
 def test_table_has_every_score_with_its_interval():
     scores = {"reward": [0.0, 0.5], "match": [0.0, 0.5], "match/color": [1.0, 1.0], "sharpness": [0.3, 0.5]}
     after = {"reward": [0.5, 0.75], "match": [0.5, 0.75], "match/color": [1.0, 0.5], "sharpness": [0.3, 0.5]}
-    rows = comparison_rows(Evaluation(0, scores), Evaluation(80, after))
-    assert rows[0][:4] == ("reward", 0.25, 0.625, 0.375)
-    lines = comparison_table(rows, ["match"]).splitlines()
+    changes = compare(Evaluation(0, scores), Evaluation(80, after))
+    assert list(changes["reward"].values())[:3] == [0.25, 0.625, 0.375]
+    lines = comparison_table(changes, ["match"]).splitlines()
     assert [line.split()[0] for line in lines] == [
         "before", "trained", "reward", "match", "match/color", "only", "sharpness",
     ]  # fmt: skip
