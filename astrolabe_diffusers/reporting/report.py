@@ -109,12 +109,12 @@ class RunReport:
             images = side_by_side(videos, columns=min(4, len(videos)))
             log_video(self.accelerator, "eval/videos", images, frame_rate, evaluation.step)
 
-    def finish(self, results: dict[str, Any], num_prompts: int):
+    def finish(self, results: dict[str, Any]):
         """Write results.json, with the changes of all scores, and print the table of before and after."""
         self.progress.close()
         before, after = self.evaluations[0], self.evaluations[-1]
         results["scores"] = compare(before, after)
-        number = len(after.scores["reward"])
+        number, num_prompts = results["num_videos"], results["num_prompts"]
         with replacing(self.output_dir / "results.json") as partial:
             partial.write_text(json.dumps(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
@@ -144,17 +144,14 @@ def tags(group: str, statistics: dict[str, dict[str, float]]) -> dict[str, float
 def score_statistics(scores: torch.Tensor, group_size: int | None = None) -> dict[str, float]:
     """Mean, spread and ends of the finite scores of `(N,)`, and the mean of the spreads of groups if their size is
     given; nothing if none is finite. Spreads are standard deviations of the population."""
-
-    def finite(values: torch.Tensor) -> torch.Tensor:
-        return values[values.isfinite()].double()
-
-    values = finite(scores)
+    scores = scores.double()
+    values = scores[scores.isfinite()]
     if not len(values):
         return {}
     statistics = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
     if group_size:
-        groups = [group for group in map(finite, scores.split(group_size)) if len(group)]
-        statistics["group_std"] = torch.stack([group.std(correction=0) for group in groups]).mean()
+        groups = [group[group.isfinite()] for group in scores.split(group_size)]
+        statistics["group_std"] = torch.stack([group.std(correction=0) for group in groups if len(group)]).mean()
     return {name: value.item() for name, value in statistics.items()}
 
 

@@ -52,19 +52,15 @@ def process_batches(items: Sequence, batch_size: int, process_index: int, num_pr
     return [items[start : start + batch_size] for start in starts]
 
 
-@dataclass
 class Trajectory:
-    """How the blocks of a batch of videos came about, for algorithms that train the steps of the sampler."""
+    """How the blocks of a batch of videos came about, for algorithms that train the steps of the sampler: it begins
+    with nothing but the noise `(B, C, f, h, w)` of all blocks."""
 
-    # Of each block the `(B, C, n, h, w)` before its first step, after it, ... and the clean ones at last.
-    latents: list[list[torch.Tensor]]
-    # Of each block those of its steps, 0 to 1000, numbers on the latents' device.
-    timesteps: list[list[torch.Tensor]]
-
-    @classmethod
-    def begin(cls, noise: torch.Tensor, block_frames: int) -> Trajectory:
-        """With nothing but the noise `(B, C, f, h, w)` of all blocks."""
-        return cls([[block] for block in noise.split(block_frames, dim=2)], [])
+    def __init__(self, noise: torch.Tensor, block_frames: int):
+        # Of each block the `(B, C, n, h, w)` before its first step, after it, ... and the clean ones at last.
+        self.latents = [[block] for block in noise.split(block_frames, dim=2)]
+        # Of each block those of its steps, 0 to 1000, numbers on the latents' device.
+        self.timesteps: list[list[torch.Tensor]] = []
 
     def on_step_end(self, pipeline, step: int, timestep: torch.Tensor, arguments: dict[str, torch.Tensor]) -> dict:
         """The pipeline's `callback_on_step_end`."""

@@ -45,7 +45,7 @@ class Sampler:
         if self.keep_trajectory:
             # What the pipeline would draw first.
             noise = self._noise(generators)
-            trajectory = Trajectory.begin(noise, self._block_frames)
+            trajectory = Trajectory(noise, self._block_frames)
             arguments = {"latents": noise, "callback_on_step_end": trajectory.on_step_end}
         latents = self.pipeline(
             prompt_embeds=prompt_embeds, generator=generators, output_type="latent", **arguments, **self.size
@@ -72,9 +72,7 @@ class SharedPastSampler(Sampler):
     """
 
     num_past_frames: int = field(kw_only=True)
-
-    def __post_init__(self):
-        self._group: tuple | None = None
+    _group: tuple | None = field(default=None, init=False)  # whose past is kept
 
     @torch.no_grad()
     def __call__(
@@ -89,7 +87,7 @@ class SharedPastSampler(Sampler):
         noise = self._noise(generators, self.num_past_frames)
         videos, trajectory = self._past.share_past(len(samples), prompt_embeds), None
         if self.keep_trajectory:
-            trajectory = Trajectory.begin(noise, self._block_frames)
+            trajectory = Trajectory(noise, self._block_frames)
             videos.sampling = replace(videos.sampling, callback_on_step_end=trajectory.on_step_end)
         past = self._past_latents.expand(len(samples), -1, -1, -1, -1)
         return torch.cat([past, self._denoise(videos, noise, generators)], dim=2), trajectory
