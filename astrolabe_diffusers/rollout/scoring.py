@@ -38,7 +38,7 @@ class Scores:
     seconds: float
 
 
-@dataclass
+@dataclass(eq=False)
 class ScoringThread(Closing):
     """Decodes and scores videos in one background thread while the next ones are sampled, or in turn with sampling if
     rewards are offloaded meanwhile. Its [`close`] closes the rewards too."""
