@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import UserError, as_user_error, one_line
+from .errors import UserError, as_user_error, close_matches, one_line
 from .shareable import find_secret
-from .spelling import close_matches
 
 
 def option(

@@ -1,11 +1,12 @@
 """What a user can put right is told in one line."""
 
+import difflib
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
@@ -79,6 +80,12 @@ def as_user_error(what: str, kinds: tuple[type[Exception], ...] = CHECKED) -> It
 def is_missing(module: str, error: ModuleNotFoundError) -> bool:
     """Whether it is `module` that was not found, and not one of its own imports."""
     return error.name is not None and f"{module}.".startswith(f"{error.name}.")
+
+
+def close_matches(name: str, names: Iterable[str]) -> str:
+    """The names that `name` may be a slip of, as a remark to put behind it; empty if there is none."""
+    matches = difflib.get_close_matches(name, list(names), n=3)
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
 def one_line(message: object) -> str:

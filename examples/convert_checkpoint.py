@@ -1,9 +1,7 @@
 """Converts a published checkpoint to a Diffusers pipeline folder, or a published LoRA to a Diffusers LoRA."""
 
-import sys
-
 from astrolabe_diffusers.cli.convert import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

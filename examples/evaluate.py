@@ -5,10 +5,8 @@
 `--help` lists the fields.
 """
 
-import sys
-
 from astrolabe_diffusers.cli.evaluate import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -5,10 +5,8 @@
 The same command again makes what is missing.
 """
 
-import sys
-
 from astrolabe_diffusers.cli.generate import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

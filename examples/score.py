@@ -5,10 +5,8 @@
 `--help` lists the options.
 """
 
-import sys
-
 from astrolabe_diffusers.cli.score import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

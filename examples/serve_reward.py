@@ -7,10 +7,8 @@ this machine reaches it; otherwise set ASTROLABE_REWARD_TOKEN here and for the r
 `--help` lists the options.
 """
 
-import sys
-
 from astrolabe_diffusers.cli.serve import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -5,10 +5,8 @@
 `--help` lists the fields and the names of configurations.
 """
 
-import sys
-
 from astrolabe_diffusers.cli.train import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "astrolabe_diffusers"
 # A module may import from its own layer and from those before it. CONTRIBUTING.md says what belongs where.
 LAYERS = (
-    ("errors", "spelling", "shareable", "config", "registration"),
+    ("errors", "shareable", "config", "registration"),
     ("files",),
     ("distributed",),
     ("layouts",),

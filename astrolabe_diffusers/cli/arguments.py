@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ..errors import UserError, exit_code, one_line
-from ..spelling import close_matches
+from ..errors import UserError, close_matches, exit_code, one_line
 
 
 def command(run: Callable[[list[str] | None], object]) -> Callable[..., int]:

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import UserError, exit_code
-from ..spelling import close_matches
+from ..errors import UserError, close_matches, exit_code
 
 
 # Each is a module beside this one, which imports what is large only once its arguments are found right.

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, coerce, read_yaml
-from ..errors import UserError, as_user_error
+from ..errors import UserError, as_user_error, close_matches
 from ..files.text import read_text
-from ..spelling import close_matches
 from ..training.algorithms import get_algorithm, get_config_class
 from ..training.published_runs import RECIPES, SIZES, PublishedRun, find_published_run, list_published_runs
 from .arguments import ArgumentParser, command

@@ -10,8 +10,8 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.constants import is_offline_mode
 from safetensors import SafetensorError, safe_open
 
+from ..errors import close_matches
 from ..files.text import parse_json, read_text
-from ..spelling import close_matches
 from .tensor_files import HUB_ARGUMENTS, fetch_link, load_tensors
 
 

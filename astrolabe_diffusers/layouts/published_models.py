@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..spelling import close_matches
+from ..errors import close_matches
 
 
 @dataclass(frozen=True)

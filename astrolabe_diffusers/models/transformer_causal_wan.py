@@ -11,11 +11,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import nn
 
+from ..errors import close_matches
 from ..layouts.published_models import find_published_model
 from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
-from ..spelling import close_matches
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .lora_layers import (

@@ -16,11 +16,10 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import CHECKED, UserError, as_user_error
+from ..errors import CHECKED, UserError, as_user_error, close_matches
 from ..files.output_folder import list_checkpoints
 from ..layouts.published_models import PUBLISHED_MODELS
 from ..models.attention_causal_wan import attend
-from ..spelling import close_matches
 from .pipeline_causal_wan import CausalWanPipeline
 
 

@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 
 COLORS = ("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:cyan")
-DPI = 100
 STYLE = {
-    "figure.dpi": DPI,
+    "figure.dpi": 100,
     "figure.constrained_layout.use": True,
     "axes.prop_cycle": cycler(color=COLORS),
     "axes.grid": True,
@@ -28,11 +27,9 @@ STYLE = {
 
 
 @rc_context(STYLE)
-def draw_curves(
-    curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str, x_label: str, y_label: str
-):
-    """A chart of 800 x 450 pixels: `curves` are `(x, y)` points by name, with a mark at each if there are few. Points
-    that are not finite are left out; nothing is drawn if there is no other."""
+def draw_curves(curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str):
+    """A chart of 800 x 450 pixels: `curves` are points, step and reward, by name, with a mark at each if there are
+    few. Points that are not finite are left out; nothing is drawn if there is no other."""
     finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in curves.items()}
     curves = {name: points for name, points in finite.items() if points}
     if not curves:
@@ -44,7 +41,7 @@ def draw_curves(
     axes.xaxis.get_major_locator().set_params(integer=True)
     left, right = axes.get_xlim()
     axes.set_xlim(left, max(right, left + 1))
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.set(xlabel="optimizer step", ylabel="reward", title=title)
     axes.legend()
     figure.savefig(path, format="png")
 
@@ -71,5 +68,5 @@ def draw_means(means: dict[str, Sequence[tuple[float, float]]], names: Sequence[
     # The picture is as wide as the charts, or as the title or the names of all columns where these are wider.
     figure.draw_without_rendering()
     widest = max(artist.get_window_extent().width for artist in (heading, legend))
-    figure.set_figwidth(max(figure.get_figwidth(), widest / DPI + 0.2))
+    figure.set_figwidth(max(figure.get_figwidth(), widest / figure.dpi + 0.2))
     figure.savefig(path, format="png")

@@ -43,10 +43,9 @@ class RunReport:
         if self.accelerator.is_main_process:
             with replacing(self.output_dir / "config.yaml") as partial:
                 self.config.save(partial)
-            epochs, evaluations = (
-                cut_jsonl(self.output_dir / name, last_step=-1 if step is None else step)
-                for name in ("metrics.jsonl", "eval.jsonl")
-            )
+            last_step = -1 if step is None else step
+            epochs = cut_jsonl(self.output_dir / "metrics.jsonl", last_step)
+            evaluations = cut_jsonl(self.output_dir / "eval.jsonl", last_step)
             self.curve = [(record["step"], record["reward"]) for record in epochs]
             self.evaluations = [Evaluation(record["step"], record["scores"]) for record in evaluations]
         self.evaluations = broadcast_object_list([self.evaluations])[0]
@@ -71,10 +70,6 @@ class RunReport:
         if self.accelerator.is_main_process:
             tqdm.write(text)
             sys.stdout.flush()
-
-    def activity(self, text: str):
-        """What is being done, at the end of the progress bar."""
-        self.progress.set_postfix_str(text)
 
     def add_epoch(self, metrics: dict[str, float], distributions: dict[str, torch.Tensor], seconds_left: float):
         """Log an epoch: `metrics` of any algorithm (docs/logged_metrics.md), with `step`, `reward` and `seconds`;
@@ -109,17 +104,17 @@ class RunReport:
         if len(self.evaluations) > 1:
             curves = {"train": self.curve, "held-out": [(past.step, past.mean()) for past in self.evaluations]}
             with replacing(self.output_dir / "rewards.png") as partial:
-                draw_curves(curves, partial, " + ".join(self.config.rewards), "optimizer step", "reward")
+                draw_curves(curves, partial, " + ".join(self.config.rewards))
         if videos:
             images = side_by_side(videos, columns=min(4, len(videos)))
             log_video(self.accelerator, "eval/videos", images, frame_rate, evaluation.step)
 
-    def finish(self, results: dict[str, Any], num_prompts: int):
+    def finish(self, results: dict[str, Any]):
         """Write results.json, with the changes of all scores, and print the table of before and after."""
         self.progress.close()
         after = self.evaluations[-1]
         results["scores"] = compare(self.evaluations[0], after)
-        number = len(after.scores["reward"])
+        number, num_prompts = results["num_videos"], results["num_prompts"]
         with replacing(self.output_dir / "results.json") as partial:
             partial.write_text(json.dumps(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())

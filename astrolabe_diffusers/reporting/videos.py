@@ -38,11 +38,9 @@ def gif_bytes(images: Sequence[Image.Image], frame_rate: float) -> bytes:
     return buffer.getvalue()
 
 
-def small_gif_bytes(
-    images: Sequence[Image.Image], frame_rate: int, max_width: int = 640, max_frame_rate: int = 8
-) -> bytes:
-    """An animated GIF of a few megabytes at most: no wider and no faster than said, at the same pace."""
-    stride = math.ceil(frame_rate / max_frame_rate)
+def small_gif_bytes(images: Sequence[Image.Image], frame_rate: int, max_width: int = 640) -> bytes:
+    """An animated GIF of a few megabytes at most: no wider than `max_width`, 8 frames/s or fewer, same pace."""
+    stride = math.ceil(frame_rate / 8)
     scale = min(max_width / images[0].width, 1)
     size = round(images[0].width * scale), round(images[0].height * scale)
     small = [image.resize(size, Image.Resampling.LANCZOS) for image in images[::stride]]
@@ -57,11 +55,11 @@ def side_by_side(videos: Sequence[torch.Tensor], columns: int) -> list[Image.Ima
     return [make_image_grid(list(images), len(tiles) // columns, columns) for images in zip(*tiles)]
 
 
-def comparison_video(columns: dict[str, Sequence[torch.Tensor]], tiles_per_row: int = 4) -> list[Image.Image]:
+def comparison_video(columns: dict[str, Sequence[torch.Tensor]]) -> list[Image.Image]:
     """Frames of a video with the same videos of every column next to each other, under its name, at a size that any
-    player takes. A row has as many of these groups as give about `tiles_per_row`."""
+    player takes. A row has as many of these groups as give about four videos."""
     groups = list(zip(*columns.values()))
-    per_row = len(columns) * min(math.ceil(tiles_per_row / len(columns)), len(groups))
+    per_row = len(columns) * min(math.ceil(4 / len(columns)), len(groups))
     grid = side_by_side([video for group in groups for video in group], per_row)
     tile = grid[0].width // per_row
     frames = []
@@ -76,14 +74,12 @@ def comparison_video(columns: dict[str, Sequence[torch.Tensor]], tiles_per_row: 
     return frames
 
 
-def contact_sheet(
-    columns: dict[str, Sequence[torch.Tensor]], captions: Sequence[str], num_frames: int = 4
-) -> Image.Image:
-    """A row a caption: `num_frames` frames of its video in every column."""
+def contact_sheet(columns: dict[str, Sequence[torch.Tensor]], captions: Sequence[str]) -> Image.Image:
+    """A row a caption: four frames of its video in every column."""
     groups = list(zip(*columns.values()))
     width, height = _tile_size(groups[0][0], 96, 208)
-    indices = [round(i * (len(groups[0][0]) - 1) / max(num_frames - 1, 1)) for i in range(num_frames)]
-    column, row, header, gap = num_frames * (width + 2), height + 26, 30, 16
+    indices = [round(i * (len(groups[0][0]) - 1) / 3) for i in range(4)]
+    column, row, header, gap = len(indices) * (width + 2), height + 26, 30, 16
     sheet = Image.new("RGB", (len(columns) * (column + gap) + 16 - gap, header + row * len(groups) + 8), WHITE)
     draw = ImageDraw.Draw(sheet)
     for c, name in enumerate(columns):

@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any, Union, get_args, get_origin
 
 from ..config import FORMS
-from ..errors import is_missing
-from ..spelling import close_matches
+from ..errors import close_matches, is_missing
 from .reward import FunctionReward, Reward
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..spelling import close_matches
+from ..errors import close_matches
 from .closing import Closing
 from .config import PLACEMENTS
 from .http_client import split_url

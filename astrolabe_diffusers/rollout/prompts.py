@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, as_user_error
 from ..files.text import parse_json, read_lines
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 # Of the files in a prompt folder, after the split's name.
 ENDINGS = (".txt", ".jsonl", "_metadata.jsonl")
 # Where a dataset has its prompts if nobody says.
@@ -173,7 +172,7 @@ def _text_key(prompt: Prompt) -> str:
     return " ".join(prompt.text.split()).casefold()
 
 
-def spread(items: Sequence[T], number: int) -> list[T]:
+def spread(items: Sequence, number: int) -> list:
     """`number` items, or all if there are fewer, evenly spaced: a sorted file is covered from end to end."""
     number = min(number, len(items))
     return [items[i * len(items) // number] for i in range(number)]

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 
 from .past import Past
 from .prompts import Prompt
 from .seeds import seeded_generator
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ def eval_samples(prompts: Sequence[Prompt], num_seeds: int) -> list[Sample]:
     return [Sample(prompt, i, ("held-out", i, s)) for s in range(num_seeds) for i, prompt in enumerate(prompts)]
 
 
-def process_batches(items: Sequence[T], batch_size: int, process_index: int, num_processes: int) -> list[Sequence[T]]:
+def process_batches(items: Sequence, batch_size: int, process_index: int, num_processes: int) -> list[Sequence]:
     """This process's part of every global batch, a global batch being `num_processes * batch_size` items in order.
 
     Any run of whole global batches thus holds the same samples whatever the number of processes.

@@ -15,10 +15,8 @@ from .seeds import seeded_generator
 
 
 class PromptEncoder:
-    """Text embeddings of prompts, each computed once. The least recently used of more than `max_prompts` go.
-
-    Prompts are encoded one at a time, so that an embedding does not depend on which others are asked for.
-    """
+    """Text embeddings of prompts, each computed once, and alone, so that it does not depend on which others are asked
+    for. The least recently used of more than `max_prompts` go."""
 
     def __init__(self, pipeline, max_prompts: int = 512):
         self._encode = lru_cache(max_prompts)(lambda prompt: pipeline.encode_prompt([prompt]))
@@ -74,9 +72,7 @@ class SharedPastSampler(Sampler):
     """
 
     num_past_frames: int = field(kw_only=True)
-
-    def __post_init__(self):
-        self._group: tuple | None = None
+    _group: tuple | None = field(default=None, init=False)  # whose past is kept
 
     @torch.no_grad()
     def __call__(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, is_missing
-from ..spelling import close_matches
+from ..errors import UserError, close_matches, is_missing
 
 
 if TYPE_CHECKING:

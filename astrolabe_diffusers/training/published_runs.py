@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
-from ..spelling import close_matches
+from ..errors import UserError, close_matches
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

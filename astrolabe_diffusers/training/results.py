@@ -97,7 +97,7 @@ def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
         "peak_memory_gb": peak_memory_gb(accelerator.device),
         "files": files,
     }
-    trainer.report.finish(results, len(trainer.eval_prompts))
+    trainer.report.finish(results)
     write_card(config, results, prompts, trainer.repo_id)
     if trainer.repo_id:
         trainer.report.print(push_to_hub(config, trainer.repo_id, results))

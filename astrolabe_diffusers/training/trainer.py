@@ -267,7 +267,7 @@ class OnlineTrainer:
         with raise_together(), use_policy(self.transformer, self.sampling_policy):
             for batch in self.rollouts.generate(self.split(samples), size, past, keep_trajectory=self.keep_trajectory):
                 batches.append(batch)
-                self.report.activity(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
+                self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
                 self.interruption.check()
         return batches
 
@@ -286,7 +286,7 @@ class OnlineTrainer:
             for batch, columns in zip(batches, mine)
         ]
         for first in range(0, len(parts), config.gradient_accumulation_steps):
-            self.report.activity("training")
+            self.report.progress.set_postfix_str("training")
             # Until its first step an epoch may be given up; then it is brought to its end.
             before_batch = self.interruption.check_together if first == 0 else lambda: None
             step_parts = parts[first : first + config.gradient_accumulation_steps]
@@ -303,7 +303,7 @@ class OnlineTrainer:
 
     def evaluate(self):
         """Score the current policy, or its average, on the held-out prompts; the best one is kept."""
-        self.report.activity("evaluating")
+        self.report.progress.set_postfix_str("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
         with use_policy(self.transformer, self.config.judged_policy):
             evaluation, videos = self.held_out.evaluate(self.step, folder, self.after_evaluation_batch)
@@ -315,7 +315,7 @@ class OnlineTrainer:
             callback.on_evaluate(self, evaluation)
 
     def after_evaluation_batch(self, done: int, total: int):
-        self.report.activity(f"evaluated {done}/{total}")
+        self.report.progress.set_postfix_str(f"evaluated {done}/{total}")
         self.interruption.check()
 
     def split(self, items):

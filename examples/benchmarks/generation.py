@@ -5,7 +5,6 @@ python examples/benchmarks/generation.py --model FOLDER_OR_HUB_ID --num_streams 
 """
 
 import argparse
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -159,4 +158,4 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    raise SystemExit(exit_code(main))

@@ -28,11 +28,7 @@ def recipe_of(recipe: str | None, model: str | None) -> str | None:
 
 
 def random_pipeline(recipe: str, device: str, dtype: torch.dtype = torch.bfloat16) -> CausalWanPipeline:
-    """
-    Args:
-        recipe: a key of `PUBLISHED_MODELS`.
-        device: where the weights are made.
-    """
+    """`recipe` is a key of `PUBLISHED_MODELS`; the weights are made on the `device`."""
     torch.manual_seed(0)  # the same on every process
     published = PUBLISHED_MODELS[recipe]
     with init_empty_weights():

@@ -9,7 +9,6 @@ import argparse
 import copy
 import functools
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -303,4 +302,4 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    raise SystemExit(exit_code(main))

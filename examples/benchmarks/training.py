@@ -13,7 +13,6 @@ The last lines say what each process used and whether all have the same LoRA.
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -90,4 +89,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -32,8 +32,7 @@ def combinations() -> torch.Tensor:
 
 
 def split(name: str) -> torch.Tensor:
-    """
-    The combinations of "train", [306, 4], or of "test", [62, 4], which are held out.
+    """The combinations of "train", [306, 4], or of "test", [62, 4], which are held out.
 
     A combination is held out if its indices add up to a multiple of 6, the number of colours: then exactly one colour
     is held out for every (shape, background, direction), and every pair of values is left in training.
@@ -63,20 +62,13 @@ def render(
     before: torch.Tensor | None = None,
     switch_frame: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """
-    Draws clips; the position goes on through a switch of the scene.
+    """Clips [B, F, 3, 64, 64] in [0, 1] of attributes [B, 4]; the position goes on through a switch of the scene.
 
     Args:
-        attributes: long tensor [B, 4].
-        start: float tensor [B, 2], the centre (x, y) in the first frame, in pixels.
-        radius: float tensor [B] in pixels.
-        speed: float tensor [B] in pixels a frame.
-        num_frames: F.
-        before: long tensor [B, 4], the attributes in the frames before `switch_frame`.
-        switch_frame: long tensor [B], the first frame with `attributes`; 0 where there is no switch.
-
-    Returns:
-        float tensor [B, F, 3, 64, 64] in [0, 1].
+        start: [B, 2], the centre (x, y) in the first frame, in pixels.
+        radius, speed: [B], in pixels and in pixels a frame.
+        before: [B, 4], the attributes in the frames before `switch_frame`.
+        switch_frame: [B], the first frame with `attributes`; 0 where there is no switch.
     """
     device, batch = attributes.device, len(attributes)
     scene = attributes[:, None].expand(batch, num_frames, 4)
@@ -122,9 +114,8 @@ def sample_batch(
     caption_noise: float = 0.0,
     switch_prob: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """
-    Draws a batch of training clips and what their captions say. The draws come from the generator's device, so a CPU
-    generator gives the same batch everywhere.
+    """Draws a batch of training clips and what their captions say. The draws come from the generator's device, so a
+    CPU generator gives the same batch everywhere.
 
     Args:
         caption_noise: probability, for each attribute on its own, that the caption names another value instead. What

@@ -20,6 +20,8 @@ SHIFT = 5.0
 # First blocks for each whole clip. They alone are made from noise and the caption; one is an eighth of the work.
 FIRST_BLOCKS = 12
 STEP_SIGMAS = (1.0, 0.75, 0.5, 0.25)
+# Of the teacher's ODE.
+ODE_STEPS = 24
 
 
 def build_transformer(text_dim: int, latent_channels: int) -> CausalWanTransformer3DModel:
@@ -146,22 +148,16 @@ def train_flow_matching(
 
 @torch.no_grad()
 def solve_trajectories(
-    model: Denoiser,
-    bank: LatentBank,
-    tokens: CaptionTokens,
-    num_clips: int,
-    ode_steps: int,
-    guidance_scale: float,
-    seed: int,
+    model: Denoiser, bank: LatentBank, tokens: CaptionTokens, num_clips: int, guidance_scale: float, seed: int
 ) -> torch.Tensor:
     """The teacher's ODE from noise to video with classifier-free guidance, all blocks of a clip at once, each given
     the clean blocks before it: `(num_clips, len(STEP_SIGMAS) + 1, C, F, h, w)`, the points at the sampler's noise
     levels, and the end, for the first clips of the bank."""
     device = bank.latents.device
     torch.manual_seed(seed)
-    raw = torch.linspace(1, 0, ode_steps + 1, device=device)
+    raw = torch.linspace(1, 0, ODE_STEPS + 1, device=device)
     levels = warp(raw)
-    keep = [ode_steps - round(s * ode_steps) for s in STEP_SIGMAS] + [ode_steps]
+    keep = [ODE_STEPS - round(s * ODE_STEPS) for s in STEP_SIGMAS] + [ODE_STEPS]
     trajectories = []
     for clips in torch.arange(num_clips, device=device).split(1024):
         latents = bank.latents[clips].float()
@@ -169,10 +165,10 @@ def solve_trajectories(
         captions, nothing = tokens(attributes), tokens(without_caption(attributes))
         sample = torch.randn_like(latents)
         points = []
-        for i in range(ode_steps + 1):
+        for i in range(ODE_STEPS + 1):
             if i in keep:
                 points.append(sample.half())
-            if i < ode_steps:
+            if i < ODE_STEPS:
                 sigmas = levels[i].expand(len(latents), latents.shape[2])
                 flow = model(sample, sigmas, nothing, context)
                 flow = flow.lerp(model(sample, sigmas, captions, context), guidance_scale)

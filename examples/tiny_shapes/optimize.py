@@ -8,14 +8,10 @@ import torch
 from torch import nn
 
 
-def optimize(
-    name: str,
-    model: nn.Module,
-    loss_fn: Callable[[], torch.Tensor],
-    steps: int,
-    learning_rate: float,
-    ema_decay: float = 0.998,
-) -> None:
+EMA_DECAY = 0.998
+
+
+def optimize(name: str, model: nn.Module, loss_fn: Callable[[], torch.Tensor], steps: int, learning_rate: float):
     """AdamW with warm-up and cosine decay; the model ends as the moving average of its weights.
 
     On a GPU the whole step is captured once as a CUDA graph and replayed: these models are so small that launching
@@ -40,7 +36,7 @@ def optimize(
         optimizer.step()
         with torch.no_grad():
             for average, parameter in zip(averages, parameters):
-                average.lerp_(parameter, 1 - ema_decay)
+                average.lerp_(parameter, 1 - EMA_DECAY)
             running.lerp_(loss, 0.01)
 
     run, done = step, 0

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -41,14 +40,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def evaluate(pipe: CausalWanPipeline, prompts: list[str], seed: int, sheet: Path | None = None, **kwargs) -> dict:
+def evaluate(pipe: CausalWanPipeline, prompts: list[str], seed: int, sheet: Path, **kwargs) -> dict:
     """Prompt match over prompts, and a contact sheet of the first 12: a row a prompt, every second frame."""
     generators = [torch.Generator("cpu").manual_seed(seed * 100_003 + i) for i in range(len(prompts))]
     videos = pipe(prompts, generator=generators, output_type="pt", **kwargs).frames.cpu()
     output = get_reward("tiny_shapes_prompt_match").score(videos, prompts, None)
-    if sheet is not None:
-        rows = videos[:12, ::2].permute(0, 3, 1, 4, 2).flatten(2, 3)  # (rows, H, frames * W, 3)
-        Image.fromarray((rows.flatten(0, 1).numpy() * 255).round().astype("uint8")).save(sheet)
+    rows = videos[:12, ::2].permute(0, 3, 1, 4, 2).flatten(2, 3)  # (rows, H, frames * W, 3)
+    Image.fromarray((rows.flatten(0, 1).numpy() * 255).round().astype("uint8")).save(sheet)
     return {"prompt_match": output.scores.mean().item()} | {k: v.mean().item() for k, v in output.info.items()}
 
 
@@ -107,9 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         pipe.save_pretrained(args.output_dir / "teacher")
     report("teacher_24_steps", sigmas=[1 - i / 24 for i in range(24)])
     report("teacher_4_steps")
-    trajectories = solve_trajectories(
-        model, bank, tokens, args.num_trajectories, 24, args.guidance_scale, args.seed + 5
-    )
+    trajectories = solve_trajectories(model, bank, tokens, args.num_trajectories, args.guidance_scale, args.seed + 5)
     print(f"solved {len(trajectories)} trajectories, {time.time() - began:.0f} s", flush=True)
     distill(model, bank, trajectories, tokens, args.distill_steps, args.batch_size, args.seed + 6)
     pipe.save_pretrained(args.output_dir)
@@ -122,4 +118,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    raise SystemExit(exit_code(main))

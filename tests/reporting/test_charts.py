@@ -23,7 +23,7 @@ def drawn(pixels, color):
 def test_curves_go_where_the_numbers_are(tmp_path):
     path = tmp_path / "curves.png"
     rising = [(step, 0.4 + step / 160) for step in range(81)]
-    draw_curves({"train": rising, "held-out": [(0, 0.3), (40, NAN), (80, 0.1)]}, path, "title", "step", "y")
+    draw_curves({"train": rising, "held-out": [(0, 0.3), (40, NAN), (80, 0.1)]}, path, "title")
     pixels = pixels_of(path)
     assert pixels.shape == (450, 800, 3) and path.stat().st_size < 40_000
     blue, red = (dict(zip(*reversed(drawn(pixels[:, 250:], color)))) for color in (BLUE, RED))
@@ -36,7 +36,7 @@ def test_curves_go_where_the_numbers_are(tmp_path):
 
 @pytest.mark.parametrize("points", [[], [(0, NAN)], [(0, 0.5)], [(0, 0.5), (1, 0.5)], [(3, 0.0)]])
 def test_degenerate_curves(tmp_path, points):
-    draw_curves({"train": points, "held-out": []}, tmp_path / "curves.png", "title", "step", "y")
+    draw_curves({"train": points, "held-out": []}, tmp_path / "curves.png", "title")
     assert (tmp_path / "curves.png").exists() == bool(points and points[0][1] == points[0][1])
 
 
@@ -71,7 +71,7 @@ def test_degenerate_means(tmp_path, mark):
 
 def test_names_show_as_they_are(tmp_path):
     """Neither formulas, which matplotlib would refuse to draw, nor hidden, which `_` is for it."""
-    draw_curves({"train": [(0, 1.0)]}, tmp_path / "curves.png", r"$\nonsense$", "step", "y")
+    draw_curves({"train": [(0, 1.0)]}, tmp_path / "curves.png", r"$\nonsense$")
     sizes = []
     for name in ("_", "_" + 40 * "m", r"$\nonsense$"):
         draw_means({name: [(0.5, 0.1)]}, [name], tmp_path / "means.png", name)

@@ -74,7 +74,7 @@ def test_any_number_of_columns():
 
 def test_contact_sheet_has_a_row_a_pair():
     columns = {"before": [RED, RED, RED], "after": [GREEN, GREEN, GREEN]}
-    sheet = contact_sheet(columns, ["short", "a very long caption " * 30, "last"], num_frames=4)
+    sheet = contact_sheet(columns, ["short", "a very long caption " * 30, "last"])
     pixels = np.array(sheet)
     left, right = pixels[:, : sheet.width // 2], pixels[:, sheet.width // 2 :]
     for half, color in ((left, [255, 0, 0]), (right, [0, 255, 0])):
