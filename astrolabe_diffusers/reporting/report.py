@@ -112,8 +112,8 @@ class RunReport:
     def finish(self, results: dict[str, Any]):
         """Write results.json, with the changes of all scores, and print the table of before and after."""
         self.progress.close()
-        before, after = self.evaluations[0], self.evaluations[-1]
-        results["scores"] = compare(before, after)
+        after = self.evaluations[-1]
+        results["scores"] = compare(self.evaluations[0], after)
         number, num_prompts = results["num_videos"], results["num_prompts"]
         with replacing(self.output_dir / "results.json") as partial:
             partial.write_text(json.dumps(results, indent=2))

@@ -39,7 +39,7 @@ def gif_bytes(images: Sequence[Image.Image], frame_rate: float) -> bytes:
 
 
 def small_gif_bytes(images: Sequence[Image.Image], frame_rate: int, max_width: int = 640) -> bytes:
-    """An animated GIF of a few megabytes at most: no wider than that, 8 frames/s or fewer, at the same pace."""
+    """An animated GIF of a few megabytes at most: no wider than `max_width`, 8 frames/s or fewer, same pace."""
     stride = math.ceil(frame_rate / 8)
     scale = min(max_width / images[0].width, 1)
     size = round(images[0].width * scale), round(images[0].height * scale)
