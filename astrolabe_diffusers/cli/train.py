@@ -10,7 +10,7 @@ from ..config import Config, coerce, read_yaml
 from ..errors import UserError, as_user_error, close_matches
 from ..files.text import read_text
 from ..training.algorithms import get_algorithm, get_config_class
-from ..training.published_runs import RECIPES, SIZES, PublishedRun, find_published_run, list_published_runs
+from ..training.published_runs import RECIPES, SIZES, PublishedRun, find_published_run, published_names
 from .arguments import ArgumentParser, command
 from .options import parse_fields
 
@@ -45,7 +45,7 @@ def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str,
     given, _ = first.parse_known_args(argv)
     if given.config == "list":
         if _is_main():
-            print(list_published_runs())
+            print(_published_runs())
         raise SystemExit(0)
     run = given.config and find_published_run(given.config)
     settings = run.settings if run else _read_recipe(given.config)
@@ -122,3 +122,16 @@ def _check_names(values: dict[str, Any], config_class: type[Config], config: str
         known = "; ".join(f"{name}{removed.get(name) or close_matches(str(name), names)}" for name in unknown)
         raise UserError(f"--config {config}: unknown field{'s' if len(unknown) > 1 else ''} {known}.")
     return values
+
+
+def _published_runs() -> str:
+    """A table of all names that `--config` knows."""
+    rows = [("name", "model", "rewards", "processes x batch x batches", "group")]
+    for name in published_names():
+        run = find_published_run(name)
+        settings = run.settings
+        rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())
+        size = f"{run.processes} x {settings['train_batch_size']} x {settings['batches_per_epoch']}"
+        rows.append((name, settings["model"], rewards, size, str(settings["samples_per_prompt"])))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

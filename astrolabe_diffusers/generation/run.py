@@ -109,25 +109,19 @@ def make_accelerator() -> Accelerator:
 
 def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str) -> dict[str, Any]:
     """All that determines a video beside its job, as JSON values."""
-    return {
-        "seed": config.seed,
+    same = ("seed", "revision", "variant", "lora_scale", "max_sequence_length")
+    same += ("vae_tiling", "attention_backend", "plain_prompts")
+    return {name: getattr(config, name) for name in same} | {
         "noise_layout": NOISE_LAYOUT,
         "height": config.height or pipe.config.height,
         "width": config.width or pipe.config.width,
         "fps": config.fps or pipe.config.frame_rate,
         "model": shareable_value(config.model),
-        "revision": config.revision,
-        "variant": config.variant,
         "lora": shareable_value(config.lora),
-        "lora_scale": config.lora_scale,
         # A folder's name says nothing of what is in it.
         "weights": weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder),
         "sigmas": config.sigmas or None,
-        "max_sequence_length": config.max_sequence_length,
         "dtype": dtype,
-        "vae_tiling": config.vae_tiling,
-        "attention_backend": config.attention_backend,
-        "plain_prompts": config.plain_prompts,
     }
 
 

@@ -1,7 +1,5 @@
 """One block after the other: sampler, cache and decoder of videos that are generated together."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +75,7 @@ class ReencodedContext:
         self._latents: torch.Tensor | None = None
         self._frames: torch.Tensor | None = None
 
-    def select(self, videos: list[int]) -> ReencodedContext:
+    def select(self, videos: list[int]) -> "ReencodedContext":
         """A context of its own for some videos of the batch."""
         other = copy.copy(self)
         if self._latents is not None:
@@ -136,7 +134,7 @@ class BlockGenerator:
         self.history: torch.Tensor | None = None  # clean latents of the window, for `recache`
         self.num_given = self.num_generated = 0  # blocks
 
-    def select(self, rows: list[int]) -> BlockGenerator:
+    def select(self, rows: list[int]) -> "BlockGenerator":
         """A generator of its own for some of these videos, by their places here."""
         other = copy.copy(self)
         other.videos = [self.videos[row] for row in rows]
@@ -148,7 +146,7 @@ class BlockGenerator:
         other.history = None if self.history is None else self.history[rows]
         return other
 
-    def share_past(self, num_videos: int, prompt_embeds: torch.Tensor) -> BlockGenerator:
+    def share_past(self, num_videos: int, prompt_embeds: torch.Tensor) -> "BlockGenerator":
         """A generator of `num_videos` continuations of this one's single video, which share its cache. Only latents:
         nothing is decoded, and `remember` has to have been called. `prompt_embeds` are `(num_videos, L, D)`."""
         other = copy.copy(self)

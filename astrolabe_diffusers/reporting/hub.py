@@ -13,16 +13,8 @@ from .model_card import video_folder
 
 
 # Settings and results.json stay here: they name paths of this machine. The card has what is in them.
-FILES = (
-    "metrics.jsonl",
-    "eval.jsonl",
-    "rewards.png",
-    "README.md",
-    LORA_WEIGHT_NAME_SAFE,
-    "before_after.mp4",
-    "before_after.png",
-    "before_after.gif",
-)
+FILES = ("metrics.jsonl", "eval.jsonl", "rewards.png", "README.md", LORA_WEIGHT_NAME_SAFE)
+FILES += tuple(f"before_after.{kind}" for kind in ("mp4", "png", "gif"))
 
 
 def create_hub_repo(config: Config) -> str:

@@ -1,7 +1,5 @@
 """Settings of how rewards are scored."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,7 +38,7 @@ class RewardConfig(Config):
         named: dict[str, Any] | None = None,
         others: Collection[str] = (),
         field: str = "rewards",
-    ) -> RewardSet:
+    ) -> "RewardSet":
         """Rewards with these weights, for videos of `fps` frames a second; `named` says what some of the names mean.
         The settings may speak of `others`, those of another set; `field` is the one that has the names."""
         from .reward_set import RewardSet

@@ -1,9 +1,8 @@
 """What a reward is."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +28,10 @@ class RewardOutput:
     scores: torch.Tensor
     info: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def __getitem__(self, rows: slice) -> RewardOutput:
+    def __getitem__(self, rows: slice) -> "RewardOutput":
         return RewardOutput(self.scores[rows], {part: values[rows] for part, values in self.info.items()})
 
-    def checked(self, name: str, batch_size: int) -> RewardOutput:
+    def checked(self, name: str, batch_size: int) -> "RewardOutput":
         """This output, of the reward `name`, in float32 on the CPU; a `RewardError` unless it has a number a video."""
         info = {p: _vector(v, f"info {p!r} of reward {name!r}", batch_size) for p, v in self.info.items()}
         return RewardOutput(_vector(self.scores, f"reward {name!r}", batch_size), info)
@@ -56,7 +55,7 @@ class Reward(ABC):
     @abstractmethod
     def score(
         self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None
-    ) -> RewardOutput:
+    ) -> "RewardOutput":
         """
         Args:
             videos: float tensor [B, F, C, H, W] in [0, 1], on any device; or the frames of `request`, uint8.
@@ -78,7 +77,7 @@ class Reward(ABC):
         """The networks of this reward: those among its attributes."""
         return [value for value in vars(self).values() if isinstance(value, nn.Module)]
 
-    def to(self, device: str | torch.device) -> Reward:
+    def to(self, device: str | torch.device) -> "Reward":
         """Moves the weights."""
         for module in self.modules():
             module.to(device)
@@ -115,3 +114,11 @@ def check_device(name: str | torch.device) -> torch.device:
         there = f"{number} GPU{'s' * (number > 1)}, cuda:0 to cuda:{number - 1}" if number else "no GPU"
         raise ValueError(f"there is no device {str(name)!r}: torch finds {there} here.")
     return device
+
+
+class Closing(AbstractContextManager):
+    """A context manager that at its end, whatever happened inside, calls its `close`: that ends what the object has
+    started, and does nothing when it is called again."""
+
+    def __exit__(self, *exception):
+        self.close()

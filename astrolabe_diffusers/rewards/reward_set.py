@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import close_matches
-from .closing import Closing
 from .config import PLACEMENTS
 from .http_client import split_url
 from .placement.local import LocalRewards
 from .placement.process import ProcessRewards
 from .placement.remote import RemoteRewards
-from .reward import Reward, RewardError, check_device
+from .reward import Closing, Reward, RewardError, check_device
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """Prompt files, and which prompts, samples and batches make up an epoch."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,7 +65,7 @@ class PromptSource:
     column: str | None = None
 
     @classmethod
-    def of(cls, config: VideoConfig) -> PromptSource:
+    def of(cls, config: "VideoConfig") -> "PromptSource":
         """The prompts that settings name, or those that lie beside the model."""
         path = Path(config.model) / "prompts"
         if config.prompts is None and not path.is_dir():

@@ -8,7 +8,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
 from ..errors import UserError
-from ..rewards.closing import Closing
+from ..rewards.reward import Closing
 
 
 PATIENCE = 10

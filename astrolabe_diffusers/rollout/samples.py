@@ -1,7 +1,5 @@
 """Which prompts, samples and batches make up an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field

@@ -16,7 +16,7 @@ from ..distributed.agreement import raise_together
 from ..errors import UserError, one_line, summarize_exception
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
 from ..rewards import RewardError, RewardPlacementError, RewardSet
-from ..rewards.closing import Closing
+from ..rewards.reward import Closing
 from .past import Past
 from .reward_thread import RewardThread
 from .samples import Sample, VideoBatch

@@ -1,7 +1,5 @@
 """Algorithms by name."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,7 @@ ALGORITHMS = {
 }
 
 
-def get_algorithm(name: str) -> type[OnlineTrainer]:
+def get_algorithm(name: str) -> type["OnlineTrainer"]:
     """The trainer that a name of `ALGORITHMS` means, or "package.module:Class" of one's own; a
     [`UserError`] if there is none."""
     trainer = _load(name, ALGORITHMS[name.lower()][0] if name.lower() in ALGORITHMS else name)
@@ -29,14 +27,14 @@ def get_algorithm(name: str) -> type[OnlineTrainer]:
     return trainer
 
 
-def get_config_class(name: str) -> type[OnlineConfig]:
+def get_config_class(name: str) -> type["OnlineConfig"]:
     """The settings' class of the algorithm that [`get_algorithm`] finds by this name."""
     if name.lower() in ALGORITHMS:
         return _load(name, ALGORITHMS[name.lower()][1])
     return get_algorithm(name).config_class
 
 
-def algorithm_name(trainer: type[OnlineTrainer]) -> str:
+def algorithm_name(trainer: type["OnlineTrainer"]) -> str:
     """The name by which [`get_algorithm`] finds a trainer."""
     path = f"{trainer.__module__}:{trainer.__qualname__}"
     return next((name for name in ALGORITHMS if get_algorithm(name) is trainer), path)

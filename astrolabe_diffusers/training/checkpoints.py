@@ -1,7 +1,5 @@
 """The checkpoints of a run, tensors and JSON alone, so that reading them runs no code."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -88,7 +86,7 @@ class Checkpoints:
                         shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
         return final
 
-    def find(self, name: str | None) -> tuple[Path | None, list[str]]:
+    def find(self, name: str | None) -> "tuple[Path | None, list[str]]":
         """The checkpoint to begin with, and what there is to say about it, line by line; every process calls it.
 
         `name` is `"latest"`, of which a damaged one is passed over for the one before, a path or `checkpoint-N`.
@@ -111,7 +109,7 @@ class Checkpoints:
                     lines.append(f"set aside, as .set_aside: {', '.join(checkpoint.name for checkpoint in later)}")
         return tuple(broadcast_object_list([path, lines]))
 
-    def _choose(self, name: str) -> tuple[Path | None, list[str]]:
+    def _choose(self, name: str) -> "tuple[Path | None, list[str]]":
         lines = []
         if name == "latest":
             for path in reversed(self.list()):

@@ -114,16 +114,3 @@ def find_published_run(name: str) -> PublishedRun | None:
     settings |= data.get("runs", {}).get(key.removeprefix(f"{base}_video_"), {})
     settings.pop("published_on", None)
     return PublishedRun(name, settings, _read("recommended"), processes, data["processes"])
-
-
-def list_published_runs() -> str:
-    """A table of all names."""
-    rows = [("name", "model", "rewards", "processes x batch x batches", "group")]
-    for name in published_names():
-        run = find_published_run(name)
-        settings = run.settings
-        rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())
-        size = f"{run.processes} x {settings['train_batch_size']} x {settings['batches_per_epoch']}"
-        rows.append((name, settings["model"], rewards, size, str(settings["samples_per_prompt"])))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,7 +1,5 @@
 """What a run leaves: the best adapter so far, and at its end the last one with the comparison of before and after."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +58,7 @@ class BestAdapter:
                     partial.write_text(json.dumps(self.record))
 
 
-def write_results(trainer: OnlineTrainer) -> dict[str, Any]:
+def write_results(trainer: "OnlineTrainer") -> dict[str, Any]:
     """What the main process writes at the end; it alone returns something."""
     config, accelerator = trainer.config, trainer.accelerator
     is_main, output_dir = accelerator.is_main_process, Path(config.output_dir)

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 
 from ...errors import summarize_exception
 from .. import built_in
-from ..closing import Closing
 from ..frames import FrameRequest
-from ..reward import RewardError, RewardOutput, RewardPlacementError
+from ..reward import Closing, RewardError, RewardOutput, RewardPlacementError
 from .local import LocalRewards
 from .wire import ScoringJob, outputs_from_json, outputs_to_json, pack_job, unpack_job
 

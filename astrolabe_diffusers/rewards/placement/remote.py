@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...files.text import parse_json
-from ..closing import Closing
 from ..frames import FrameRequest
 from ..http_client import HttpClient, UnreachableError
-from ..reward import RewardError, RewardOutput, RewardPlacementError
+from ..reward import Closing, RewardError, RewardOutput, RewardPlacementError
 from .wire import VERSION, ScoringJob, outputs_from_json, pack_job, requests_from_json
 
 
