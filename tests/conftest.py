@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+import tests.fast_norm  # noqa: F401
 from tests.tiny_pipeline import save_tiny_pipeline
 
 
@@ -39,3 +40,9 @@ def model_folder(tmp_path_factory):
 def fixed_seed():
     """Every test starts from the same global random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """A chart takes as long as a step of a tiny run, which others draw."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())

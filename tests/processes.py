@@ -28,6 +28,7 @@ PRELOADED = (
     "astrolabe_diffusers.training.nft.trainer",
     "matplotlib.figure",
     "torch.distributed.run",
+    "tests.fast_norm",
 )
 
 _server = multiprocessing.get_context("forkserver")

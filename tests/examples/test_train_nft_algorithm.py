@@ -15,6 +15,9 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from train_nft import main  # noqa: E402
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
+
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
 TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
 

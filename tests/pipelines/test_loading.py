@@ -110,7 +110,7 @@ def test_fresh_process(folder, lora, tmp_path):
     assert done.returncode == 0, done.stderr
     result = torch.load(tmp_path / "out.pt")
     assert result["class"] == "CausalWanPipeline"
-    assert torch.equal(result["plain"], generate(tiny_pipeline(**OVERRIDES)))
+    assert (result["plain"] - generate(tiny_pipeline(**OVERRIDES))).abs().max() <= 1e-5
     assert (result["lora"] - lora_frames).abs().max() <= 1e-5
     assert (result["lora"] - result["plain"]).abs().max() > 1e-2
 

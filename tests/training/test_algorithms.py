@@ -15,6 +15,9 @@ from tests.training.helpers import SIZE, make_samples, policy_pipeline, randomiz
 from tests.training.step_policy_gradient import StepPolicyGradient, step_batch, step_losses
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "customise_algorithm.md"
 
 

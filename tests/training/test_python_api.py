@@ -15,6 +15,9 @@ from tests.training.helpers import BRIGHTNESS, tiny_settings
 from tests.training.rewards import brightness
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
+
 PROMPTS = [f"a {color} circle moves left on a black background" for color in ("red", "green", "blue", "white")]
 
 

@@ -15,6 +15,9 @@ from tests.training.helpers import numbers_of_run, tiny_arguments
 from tests.training.test_checkpoints import Evil
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
+
 # Two optimizer steps an epoch, three epochs; 2 batches of an epoch and 1 of an evaluation are scored by a call each.
 SETTINGS = dict(
     rewards="tests.training.rewards:sends_a_signal",

@@ -10,6 +10,9 @@ from astrolabe_diffusers.training.policies import use_policy
 from tests.training.helpers import randomize_adapters, tiny_arguments
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
+
 @pytest.fixture(scope="module")
 def trainer(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer")
