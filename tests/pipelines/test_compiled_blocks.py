@@ -63,7 +63,7 @@ def check(pipe, generate, backend="eager", tolerance=0.0, lengths=(3, 6)):
 
 
 # Of the others each has the graphs of one of these; all of them together take a minute.
-FAST = ("self-forcing", "relative", "past_weight")
+FAST = ("self-forcing", "relative")
 
 
 @pytest.mark.parametrize(
