@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-import tests.fast_norm  # noqa: F401
+from tests import fast_norm
 from tests.tiny_pipeline import save_tiny_pipeline
 
 
@@ -40,6 +40,12 @@ def model_folder(tmp_path_factory):
 def fixed_seed():
     """Every test starts from the same global random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def diffusers_norm(monkeypatch):
+    """Of a test to which diffusers' own decoder is what is right, to the last bit."""
+    monkeypatch.setattr(fast_norm.WanRMS_norm, "forward", fast_norm.diffusers_forward)
 
 
 @pytest.fixture

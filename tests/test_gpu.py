@@ -20,7 +20,7 @@ from tests.layouts.test_lora_modules import distilled
 from tests.tiny_pipeline import tiny_pipeline
 
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("diffusers_norm")]
 PROMPT = "a yellow circle moves down on a black background"
 
 

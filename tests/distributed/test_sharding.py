@@ -7,9 +7,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from astrolabe_diffusers.cli.train import main
 from tests.processes import Torchrun
 from tests.training.helpers import tiny_arguments
+from tests.training.sharded_worker import main
 
 
 # Three held-out videos and batches of one: the processes do not have equally many.
@@ -42,21 +42,23 @@ def run(model, folder, **values):
 
 @pytest.fixture(scope="module")
 def runs(model_folder, tmp_path_factory):
-    """Folders of the run in shards and of this process's, with all batches of both, and what the first says."""
+    """Folders of the run in shards and of one in this process, with as many samples, and what each says."""
     folders = {sharded: tmp_path_factory.mktemp("run") for sharded in (True, False)}
-    reports = run(model_folder, folders[True])
+    reports = {True: run(model_folder, folders[True])}
     values = VALUES | {"batches_per_epoch": 2 * VALUES["batches_per_epoch"]}
-    assert main(tiny_arguments(model_folder, folders[False], **values)) == 0
+    main(tiny_arguments(model_folder, folders[False], **values))
+    reports[False] = [json.loads((folders[False] / "rank0.json").read_text())]
     return folders, reports
 
 
 def test_all_weights_are_in_shards(runs):
     _, reports = runs
-    for report in reports:
+    for report in reports[True]:
         assert report["world_size"] == 2 and report["sharded"] == 1
         assert report["adapters"] == ["default", "ema", "old", "reference"]
         # Rows that do not divide evenly are padded.
         assert report["local"] < 0.6
+    assert all(report["sharded"] == 0 for report in reports[False])
 
 
 @pytest.mark.parametrize(

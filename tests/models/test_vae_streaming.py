@@ -7,9 +7,10 @@ import torch
 
 from astrolabe_diffusers import StreamingVAEDecoder
 from astrolabe_diffusers.models.vae_streaming import FusedWanRMSNorm, decode_latents, encode_video, use_channels_last
-from tests import fast_norm
 from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
 
+
+pytestmark = pytest.mark.usefixtures("diffusers_norm")
 
 VARIANTS = {
     "wan2.1": dict(),
@@ -38,17 +39,6 @@ def raw(vae, latents):
 def random_latents(frames=7, batch=2, height=4, width=6):
     """Not smaller: for a handful of pixels PyTorch's convolution rounds one frame unlike the same frame among many."""
     return torch.randn(batch, LATENT_CHANNELS, frames, height, width)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_of_the_tests_is_that_of_diffusers(vae, dtype):
-    norm = vae.decoder.norm_out.to(dtype)
-    x = torch.randn(2, norm.gamma.shape[0], 3, 4, 6).to(dtype)
-    expected = fast_norm.diffusers_forward(norm, x)
-    assert fast_norm.forward(norm, x).dtype == dtype
-    torch.testing.assert_close(
-        fast_norm.forward(norm, x), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
-    )
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 3, 1), (2, 5)])
