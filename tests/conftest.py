@@ -32,8 +32,9 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """The random tiny pipeline as a Diffusers folder, with prompts. Its videos are of 16x32 pixels."""
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny", height=16, width=32)
+    """The random tiny pipeline as a Diffusers folder, with prompts: one layer, videos of 16x32 pixels."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return save_tiny_pipeline(folder, height=16, width=32, num_layers=1, vae_num_res_blocks=0)
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,7 @@ def tiny_text_encoder(vocab_size: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def tiny_vae(patch_size: int | None = None, is_residual: bool = False) -> AutoencoderKLWan:
+def tiny_vae(patch_size: int | None = None, is_residual: bool = False, num_res_blocks: int = 1) -> AutoencoderKLWan:
     """Spatial factor 8 (16 with `patch_size=2`), temporal factor 4, four latent channels with uneven statistics."""
     patched = {}
     if patch_size is not None:
@@ -89,7 +89,7 @@ def tiny_vae(patch_size: int | None = None, is_residual: bool = False) -> Autoen
         base_dim=4,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
+        num_res_blocks=num_res_blocks,
         temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.5, 0.7, 1.1, 2.0],
@@ -149,7 +149,11 @@ def tiny_transformer(seed: int = 0, **config) -> CausalWanTransformer3DModel:
 
 
 def tiny_pipeline(
-    seed: int = 0, vae_patch_size: int | None = None, vae_is_residual: bool = False, **overrides
+    seed: int = 0,
+    vae_patch_size: int | None = None,
+    vae_is_residual: bool = False,
+    vae_num_res_blocks: int = 1,
+    **overrides,
 ) -> CausalWanPipeline:
     """Builds the pipeline; any seed gives the same weights each time.
 
@@ -177,7 +181,7 @@ def tiny_pipeline(
         components = dict(
             tokenizer=tokenizer,
             text_encoder=tiny_text_encoder(len(tokenizer)),
-            vae=tiny_vae(vae_patch_size, vae_is_residual),
+            vae=tiny_vae(vae_patch_size, vae_is_residual, vae_num_res_blocks),
             scheduler=FlowMatchLCMScheduler(shift=5.0),
             transformer=tiny_transformer(seed, **overrides),
         )

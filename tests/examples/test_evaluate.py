@@ -139,7 +139,7 @@ def test_one_lora_does_not_change_another(finished, model_folder, run, tmp_path)
 
 
 def test_lora_whose_b_is_zero_changes_nothing(model_folder, tmp_path):
-    save_adapter(policy_pipeline(randomize=False).transformer, tmp_path / "zero")
+    save_adapter(policy_pipeline(num_layers=1, randomize=False).transformer, tmp_path / "zero")
     assert main(arguments(model_folder, tmp_path / "eval", [tmp_path / "zero"], num_videos=0)) == 0
     column = read_results(tmp_path / "eval")["columns"]["zero"]
     assert column["change"] == {score: {"change": 0, "half_width_95": 0} for score in SCORES}

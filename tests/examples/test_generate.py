@@ -246,7 +246,7 @@ def test_batch_size_does_not_matter(single, model_folder, first_prompts, tmp_pat
 
 
 def test_loras_with_weights(model_folder, pipe, tmp_path):
-    transformer = policy_pipeline().transformer
+    transformer = policy_pipeline(num_layers=1).transformer
     save_adapter(transformer, tmp_path / "run" / "checkpoints" / "checkpoint-2", "default")
     save_adapter(transformer, tmp_path / "other", "old")
     loras = {tmp_path / "run": 0.7, tmp_path / "other" / WEIGHT_NAMES["old"]: -0.4}
@@ -266,7 +266,7 @@ def test_loras_with_weights(model_folder, pipe, tmp_path):
     assert np.abs(expected.astype(int) - plain).mean() > 1
 
     # A later checkpoint under the same name is another LoRA.
-    save_adapter(policy_pipeline(randomize=False).transformer, tmp_path / "run")
+    save_adapter(policy_pipeline(num_layers=1, randomize=False).transformer, tmp_path / "run")
     assert main([*command, "--lora_scale", "0.5"]) == 0
     assert read_manifest(tmp_path / "out")[0]["weights"] != entry["weights"]
 

@@ -32,7 +32,8 @@ from train_nft import main  # noqa: E402
 
 BRIGHTNESS = "tests.training.rewards:brightness"
 FOUR_STEPS = dict(max_train_steps=4, checkpointing_steps=2, eval_steps=2, eval_seeds=2, seed=3)
-FOUR_STEPS |= dict(lr_scheduler="cosine", lr_warmup_steps=1)
+# A step is the sum over two batches.
+FOUR_STEPS |= dict(batches_per_epoch=2, lr_scheduler="cosine", lr_warmup_steps=1, learning_rate=3e-2)
 WHOLE = ALL_REPORTS | FOUR_STEPS
 
 
@@ -183,7 +184,8 @@ def test_resuming_a_finished_run_only_reports(finished, model_folder, capsys):
 
 
 def test_several_optimizer_steps_an_epoch(model_folder, tmp_path):
-    arguments = tiny_arguments(model_folder, tmp_path, gradient_accumulation_steps=1, max_train_steps=4, eval_steps=4)
+    values = dict(batches_per_epoch=2, gradient_accumulation_steps=1, max_train_steps=4, eval_steps=4)
+    arguments = tiny_arguments(model_folder, tmp_path, **values)
     assert main(arguments) == 0
     metrics = read_jsonl(tmp_path / "metrics.jsonl")
     assert [(record["epoch"], record["step"]) for record in metrics] == [(1, 2), (2, 4)]
@@ -225,10 +227,8 @@ def test_bfloat16_run(model_folder, tmp_path):
 
 
 def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
-    arguments = tiny_arguments(
-        model_folder, tmp_path, rewards="tests.training.rewards:sometimes_nan", nan_reward="skip", max_train_steps=1
-    )
-    assert main(arguments) == 0
+    values = dict(rewards="tests.training.rewards:sometimes_nan", nan_reward="skip", max_train_steps=1)
+    assert main(tiny_arguments(model_folder, tmp_path, **values, batches_per_epoch=2)) == 0
     record = read_jsonl(tmp_path / "metrics.jsonl")[0]
     assert 0 < record["skipped_samples"] < 8 and record["loss"] == record["loss"]
 
@@ -247,7 +247,7 @@ def test_nan_rewards_are_skipped_on_request(model_folder, tmp_path):
         ({"prompts": "nowhere"}, ["nowhere is no prompt file", "cannot be loaded as a dataset"]),
         ({"model": "/no/model"}, ["cannot load /no/model"]),
         ({"model": "/no/model", "prompts": "none"}, ["no folder /no/model/prompts"]),
-        ({"samples_per_prompt": 5}, ["8 samples", "2, 4 or 8"]),
+        ({"samples_per_prompt": 5, "batches_per_epoch": 2}, ["8 samples", "2, 4 or 8"]),
         ({"samples_per_prompt": 1}, ["samples_per_prompt must be at least 2"]),
         ({"rank": 10**9}, ["out of memory"]),
         ({"resume_from_checkpoint": "checkpoint-7"}, ["no checkpoint checkpoint-7"]),

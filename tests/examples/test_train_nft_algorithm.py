@@ -24,7 +24,7 @@ TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
 
 def run(model_folder, folder, **values):
     # One group of four videos in two batches.
-    assert main(tiny_arguments(model_folder, folder, **{"train_batch_size": 2} | values)) == 0
+    assert main(tiny_arguments(model_folder, folder, **{"train_batch_size": 2, "batches_per_epoch": 2} | values)) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

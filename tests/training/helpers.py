@@ -105,7 +105,7 @@ def tiny_settings(model_folder, output_dir, **values) -> dict:
         "width": 32,
         "num_frames": 21,
         "train_batch_size": 4,
-        "batches_per_epoch": 2,
+        "batches_per_epoch": 1,
         "samples_per_prompt": 4,
         "max_train_steps": 2,
         "learning_rate": 1e-2,

@@ -358,9 +358,9 @@ def test_checkpoint_with_a_foreign_adapter_is_one_line(checkpoints, pipe):
     assert "\n" not in str(error.value)
 
 
-def test_pipeline_folder_and_adapter_together(model_folder, pipe, tmp_path):
+def test_pipeline_folder_and_adapter_together(model_folder, tmp_path):
     """What the README does: DiffusionPipeline.from_pretrained, then load_lora_weights."""
-    save_adapter(pipe.transformer, tmp_path)
+    save_adapter(policy_pipeline(num_layers=1).transformer, tmp_path)
     fresh = DiffusionPipeline.from_pretrained(model_folder)
     fresh.set_progress_bar_config(disable=True)
     before = video(fresh)

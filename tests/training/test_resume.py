@@ -28,6 +28,7 @@ SETTINGS = dict(
     lr_scheduler="cosine",
     num_frames=9,
     lora_dropout=0.1,
+    batches_per_epoch=2,
 )
 
 
