@@ -41,9 +41,9 @@ from .pages import ROOT, Command, blocks, commands, read_page
 
 # Settings of every run.
 SHORT = {
-    "train_batch_size": 4,
+    "train_batch_size": 2,
     "batches_per_epoch": 1,
-    "samples_per_prompt": 4,
+    "samples_per_prompt": 2,
     "max_train_steps": 1,
     "lr_warmup_steps": 0,
     "num_eval_prompts": 1,
