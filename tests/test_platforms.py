@@ -1,18 +1,30 @@
-"""What other platforms lack, kept from a process of this one."""
+"""A fresh process, with less than this one has: no module of POSIX alone and no optional package."""
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny_pipeline import save_tiny_pipeline
+import diffusers
+import pytest
+import torch
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
+from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 
 ROOT = Path(__file__).parents[1]
+PROMPTS = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
+OVERRIDES = dict(local_attn_size=5, sink_size=1, rope_mode="relative", num_frames=33, sigmas=(1.0, 0.6, 0.2))
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
-# Imports every module, loads the embedded model, and generates and scores a video.
-WITHOUT = """
+# Generates without and with a LoRA, imports every module, and generates and scores a video.
+FRESH_PROCESS = """
 import builtins, importlib, sys, warnings
 
 ours, load = ("astrolabe_diffusers", "filelock"), builtins.__import__
@@ -25,37 +37,93 @@ def load_portable(name, globals=None, *args, **kwargs):
 
 builtins.__import__ = load_portable
 warnings.filterwarnings("ignore", "flock not supported")  # filelock's word for a lock file in its place
+# Not installed, as far as this process can tell: none of them is needed to generate.
+for name in ("torchvision", "flash_attn", "open_clip"):
+    sys.modules[name] = None
 
-# As where a library imports diffusers first.
-import diffusers, pickle
-import astrolabe_diffusers
+import astrolabe_diffusers, importlib.util, pickle
+importlib.util.find_spec("diffusers")  # as transformers and peft look whether there is one
+import diffusers, torch
+from diffusers import DiffusionPipeline
+
+model, lora, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(model)
+pipe.set_progress_bar_config(disable=True)
+
+def frames():
+    generator = torch.Generator().manual_seed(0)
+    return pipe(%r, generator=generator, output_type="pt").frames
+
+assert pickle.loads(pickle.dumps(type(pipe))) is astrolabe_diffusers.CausalWanPipeline is diffusers.CausalWanPipeline
+result = {"class": type(pipe).__name__, "plain": frames()}
+pipe.load_lora_weights(lora)
+result["lora"] = frames()
+torch.save(result, out + "/out.pt")
+
 from tests.test_layers import modules
-
-pipe = diffusers.DiffusionPipeline.from_pretrained(astrolabe_diffusers.TINY_SHAPES)
-found = pickle.loads(pickle.dumps(type(pipe)))
-assert found is astrolabe_diffusers.CausalWanPipeline is diffusers.CausalWanPipeline
 
 for name in modules():
     importlib.import_module(f"astrolabe_diffusers.{name}")
 
-import torch
 from astrolabe_diffusers.generation.config import GenerationConfig
 from astrolabe_diffusers.generation.run import generate_videos
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
-model, out = sys.argv[1:]
 size = dict(height=32, width=32, num_frames=9)
+out += "/videos"
 generate_videos(GenerationConfig(model=model, prompt="a circle", output_dir=out, rewards={"sharpness": 1.0}, **size))
 assert 0.1 < peak_memory_gb(torch.device("cpu")) < 50
 """
 
 
-def test_it_runs_without_the_modules_of_posix(tmp_path):
-    model_folder = save_tiny_pipeline(tmp_path / "model")
+def generate(pipe):
+    return pipe(PROMPTS, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A folder with LoRA weights whose alpha is not their rank, and the frames that they give."""
+    path = tmp_path_factory.mktemp("lora")
+    pipe = tiny_pipeline(**OVERRIDES)
+    torch.manual_seed(7)
+    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS, init_lora_weights=False))
+    CausalWanPipeline.save_lora_weights(
+        path,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        **_collate_lora_metadata({"transformer": pipe.transformer}),
+    )
+    return path, generate(pipe)
+
+
+@pytest.fixture(scope="module")
+def fresh_process(lora, tmp_path_factory):
+    """The folder that the process has written into."""
+    folder = tmp_path_factory.mktemp("fresh")
+    model_folder = save_tiny_pipeline(folder / "model", **OVERRIDES)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", WITHOUT, str(model_folder), str(tmp_path / "out")]
+    command = [sys.executable, "-c", FRESH_PROCESS % PROMPTS, str(model_folder), str(lora[0]), str(folder)]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
-    (line,) = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    return folder
+
+
+def test_it_generates_as_this_process_does(fresh_process, lora, diffusers_norm):
+    result = torch.load(fresh_process / "out.pt")
+    assert result["class"] == "CausalWanPipeline"
+    assert torch.equal(result["plain"], generate(tiny_pipeline(**OVERRIDES)))
+    assert (result["lora"] - lora[1]).abs().max() <= 1e-5
+    assert (result["lora"] - result["plain"]).abs().max() > 1e-2
+
+
+def test_it_runs_without_the_modules_of_posix(fresh_process):
+    folder = fresh_process / "videos"
+    (line,) = (folder / "manifest.jsonl").read_text().splitlines()
     # No lock is left either.
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.jsonl", json.loads(line)["file"]}
+    assert {path.name for path in folder.iterdir()} == {"manifest.jsonl", json.loads(line)["file"]}
+
+
+def test_diffusers_imported_first_has_the_classes_too():
+    """As in this process, by tests/conftest.py; and as where a library imports it."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(TINY_SHAPES)
+    found = pickle.loads(pickle.dumps(type(pipe)))
+    assert found is CausalWanPipeline is diffusers.CausalWanPipeline

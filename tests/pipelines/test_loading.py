@@ -1,10 +1,6 @@
-"""Folders and LoRA files: saved here, loaded here and in a fresh process."""
+"""Folders and LoRA files: saved and loaded."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,53 +62,6 @@ def pipe(folder):
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-FRESH_PROCESS = """
-import sys
-
-# Not installed, as far as this process can tell: none of them is needed to generate.
-for name in ("torchvision", "flash_attn", "open_clip"):
-    sys.modules[name] = None
-
-import astrolabe_diffusers, importlib.util, pickle
-importlib.util.find_spec("diffusers")  # as transformers and peft look whether there is one
-import diffusers, torch
-from diffusers import DiffusionPipeline
-
-folder, lora, out = sys.argv[1:]
-pipe = DiffusionPipeline.from_pretrained(folder)
-pipe.set_progress_bar_config(disable=True)
-
-def frames():
-    generator = torch.Generator().manual_seed(0)
-    return pipe(%r, generator=generator, output_type="pt").frames
-
-assert pickle.loads(pickle.dumps(type(pipe))) is astrolabe_diffusers.CausalWanPipeline is diffusers.CausalWanPipeline
-result = {"class": type(pipe).__name__, "plain": frames()}
-pipe.load_lora_weights(lora)
-result["lora"] = frames()
-torch.save(result, out)
-"""
-
-
-def test_fresh_process(folder, lora, tmp_path, diffusers_norm):
-    lora_folder, lora_frames = lora
-    script = tmp_path / "generate.py"
-    script.write_text(FRESH_PROCESS % PROMPTS)
-    env = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, str(script), str(folder), str(lora_folder), str(tmp_path / "out.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = torch.load(tmp_path / "out.pt")
-    assert result["class"] == "CausalWanPipeline"
-    assert torch.equal(result["plain"], generate(tiny_pipeline(**OVERRIDES)))
-    assert (result["lora"] - lora_frames).abs().max() <= 1e-5
-    assert (result["lora"] - result["plain"]).abs().max() > 1e-2
 
 
 def test_model_index_is_safe_for_the_hub(folder):
