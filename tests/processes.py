@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -124,6 +125,8 @@ def _run_torchrun(*arguments: str):
 
 def _child(function: Callable, arguments: list[str], environment: dict[str, str], output: str):
     os.setsid()
+    # As tests/conftest.py.
+    gc.freeze()
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)

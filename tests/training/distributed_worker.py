@@ -18,9 +18,11 @@ from astrolabe_diffusers.training.forward_process.noising import noise_batch
 from astrolabe_diffusers.training.nft.loss import optimality
 from astrolabe_diffusers.training.nft.trainer import NFTBatch, accumulate_gradients
 from astrolabe_diffusers.training.policies import CURRENT, policy_parameters, use_policy
-from tests.training.helpers import BRIGHTNESS, SIZE, config, make_samples, policy_pipeline, reward_worker
+from tests.training.helpers import BRIGHTNESS, config, make_samples, policy_pipeline, reward_worker
 
 
+MODEL = {"num_layers": 1, "vae_num_res_blocks": 0}
+SIZE = {"height": 16, "width": 32, "num_frames": 21}
 SAMPLES = make_samples(8, group_size=4)
 SIGMAS = torch.tensor([1.0, 0.9375, 0.8333, 0.625])
 ADVANTAGES = torch.linspace(-3, 3, 8)
@@ -35,7 +37,7 @@ def nft_batch(batch, advantages):
 
 def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNESS):
     """Scores of all samples and this process's gradients after all of its batches."""
-    pipe = policy_pipeline()
+    pipe = policy_pipeline(**MODEL)
     pipe.transformer.set_adapter(CURRENT)
     model = accelerator.prepare(pipe.transformer)
     worker = reward_worker(pipe, rewards)
@@ -56,7 +58,7 @@ def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNES
 
 def gradients_without_synchronisation(accelerator, batch_size: int):
     """The same with the model wrapped while the old policy was active: what DDP then does not do, silently."""
-    pipe = policy_pipeline()
+    pipe = policy_pipeline(**MODEL)
     pipe.transformer.set_adapter("old")
     model = accelerator.prepare(pipe.transformer)
     pipe.transformer.set_adapter(CURRENT)
