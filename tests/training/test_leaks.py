@@ -54,16 +54,17 @@ def test_what_runs_write_names_no_secret_no_server_and_no_home(home, model_folde
         rewards = f"{BRIGHTNESS}=1,{JUDGED}=0,flicker=0"
 
         run = home / "runs" / "my-lora"
-        values = {"rewards": rewards, "max_train_steps": 1, "report_to": "all", "prompts": model / "prompts", **places}
+        values = {"rewards": rewards, "prompts": model / "prompts", **places}
+        values |= {"max_train_steps": 1, "num_frames": 9, "report_to": "all"}
         arguments = tiny_arguments(model, run, **ALL_REPORTS | values)
         monkeypatch.setattr(sys, "argv", [f"{home}/train.py", *arguments])  # wandb would keep it
         assert train_nft.main(arguments) == 0
         wandb.teardown()  # as at the end of a process: its service has written everything
 
         second = home / "runs" / "second"
-        assert train_nft.main(tiny_arguments(model, second, max_train_steps=1, init_lora=run)) == 0
+        assert train_nft.main(tiny_arguments(model, second, max_train_steps=1, num_frames=9, init_lora=run)) == 0
 
-        size = ["--height", "16", "--width", "32", "--num_frames", "21"]
+        size = ["--height", "16", "--width", "32", "--num_frames", "9"]
         names = ["--rewards", f"{BRIGHTNESS},{JUDGED},flicker", "--num_prompts", "1", "--seeds", "1"]
         names += [part for name, value in places.items() for part in (f"--{name}", value)]
         loras = ["--lora", f"mine={run}", "--lora", str(second), "--model", str(model)]

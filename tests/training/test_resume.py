@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 
 import pytest
@@ -52,14 +53,20 @@ def trouble(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(model_folder, tmp_path_factory):
+def whole_run(model_folder, tmp_path_factory):
+    """The folder of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rewards, "_calls", 0)
         patch.setenv("TROUBLE_CALL", "0")
         patch.setenv("TROUBLE_MARK", str(folder / "mark"))
         assert run(model_folder, folder)[0] == 0
-    return numbers_of_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run):
+    return numbers_of_run(whole_run)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +129,9 @@ def test_signal_between_the_batches_of_a_step(model_folder, tmp_path, trouble):
     assert numbers_of_run(tmp_path / "out") == numbers_of_run(tmp_path / "whole")
 
 
-def test_damaged_newest_checkpoint(model_folder, tmp_path, uninterrupted, trouble, capsys):
+def test_damaged_newest_checkpoint(model_folder, tmp_path, whole_run, uninterrupted, trouble, capsys):
     trouble.setenv("TROUBLE_CALL", "0")
-    assert run(model_folder, tmp_path)[0] == 0
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "checkpoint-6" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     assert run(model_folder, tmp_path, resume_from_checkpoint="latest")[0] == 0
