@@ -150,7 +150,8 @@ def as_json(text):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
 @pytest.mark.parametrize("kind", SCALES)
-def test_8_bit_weights_with_scales(transformer, kind, dtype, prefix, tmp_path):
+def test_8_bit_weights_with_scales(kind, dtype, prefix, tmp_path):
+    transformer = tiny_transformer(num_layers=1)
     name = kind if kind.startswith(".") else ".weight_scale"
     stored, expected = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
     names = original_names(transformer.config.num_layers)

@@ -13,9 +13,16 @@ from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_po
 from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe():
-    return policy_pipeline()
+    """For tests that leave it as it is."""
+    return policy_pipeline(vae_num_res_blocks=0)
+
+
+@pytest.fixture
+def trained():
+    """For tests that take steps."""
+    return policy_pipeline(num_layers=1, vae_num_res_blocks=0)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +79,14 @@ def whole_clip_loss(pipe, batch, cfg):
 def test_backward_by_blocks_equals_one_backward_over_the_clip(pipe, accelerator, checkpointing):
     batch, cfg = noised_batch(pipe), config(context_policy="own")
     loss = whole_clip_loss(pipe, batch, cfg)
+    pipe.transformer.zero_grad()
     loss.backward()
     expected = gradients(pipe.transformer)
     assert min(g.abs().max() for g in expected) > 1e-6  # every LoRA weight of every layer learns
     if checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     actual, statistics = accumulate(accelerator, pipe.transformer, [batch], cfg)
+    pipe.transformer.disable_gradient_checkpointing()
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(statistics["loss"], loss.detach(), rtol=1e-5, atol=0)
 
@@ -95,6 +104,8 @@ def test_gradient_by_finite_differences(pipe, accelerator):
             for parameter, direction in zip(parameters, directions):
                 parameter.add_(step * direction)
             values.append(whole_clip_loss(pipe, batch, cfg).double())
+        for parameter, direction in zip(parameters, directions):
+            parameter.add_(1e-3 * direction)  # back to where it was
     slope = sum((g * d).sum() for g, d in zip(actual, directions))
     torch.testing.assert_close(slope.double(), (values[0] - values[1]) / 2e-3, rtol=2e-2, atol=0)
 
@@ -119,10 +130,11 @@ def test_skipped_sample_has_no_gradient(pipe, accelerator):
 
 def test_reference_pass_is_skipped_without_kl(pipe, accelerator):
     batch, calls = noised_batch(pipe), []
-    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     accumulate(accelerator, pipe.transformer, [batch], config(kl_weight=0.1))
     with_kl = len(calls)
     accumulate(accelerator, pipe.transformer, [batch], config(kl_weight=0.0))
+    hook.remove()
     # Two blocks: two predictions a policy, and one clean pass.
     assert (with_kl, len(calls) - with_kl) == (7, 5)
 
@@ -160,42 +172,44 @@ def make_step(pipe, accelerator, **values):
     return cfg, optimization, step, batches
 
 
-def test_step_moves_the_current_policy_only_and_lowers_the_loss(pipe, accelerator):
-    _, _, step, batches = make_step(pipe, accelerator)
-    before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+def test_step_moves_the_current_policy_only_and_lowers_the_loss(trained, accelerator):
+    _, _, step, batches = make_step(trained, accelerator)
+    before = {name: p.clone() for name, p in trained.transformer.named_parameters()}
     losses = [step(batches, CollapseGuard(0), i)["loss"] for i in range(4)]
-    moved = {name for name, p in pipe.transformer.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in trained.transformer.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".default." in name}
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
 
 
-def test_gradient_norm_is_reported_and_clipped(pipe, accelerator):
-    cfg, optimization, step, batches = make_step(pipe, accelerator, max_grad_norm=1e-3)
-    expected, _ = accumulate(accelerator, pipe.transformer, batches, cfg)
+def test_gradient_norm_is_reported_and_clipped(trained, accelerator):
+    cfg, optimization, step, batches = make_step(trained, accelerator, max_grad_norm=1e-3)
+    expected, _ = accumulate(accelerator, trained.transformer, batches, cfg)
     norm = torch.cat([g.flatten() for g in expected]).norm()
-    pipe.transformer.zero_grad()
+    trained.transformer.zero_grad()
     seen = []
-    optimization.optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
+    optimization.optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(trained.transformer)))
     statistics = step(batches, CollapseGuard(0), 1)
     assert statistics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     assert torch.cat([g.flatten() for g in seen]).norm() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_collapse_stops_before_the_weights_are_touched(pipe, accelerator):
-    _, _, step, batches = make_step(pipe, accelerator)
+def test_collapse_stops_before_the_weights_are_touched(trained, accelerator):
+    _, _, step, batches = make_step(trained, accelerator)
     batches[0].optimality = torch.full((2,), float("nan"))
-    before = [p.clone() for p in policy_parameters(pipe.transformer)]
+    before = [p.clone() for p in policy_parameters(trained.transformer)]
     with pytest.raises(UserError, match="step 3: the loss is nan.*learning_rate"):
         step(batches, CollapseGuard(2), 3)
-    assert all(map(torch.equal, policy_parameters(pipe.transformer), before))
+    assert all(map(torch.equal, policy_parameters(trained.transformer), before))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
-    cfg, optimization, step, batches = make_step(pipe, accelerator, lr_scheduler="linear")
+def test_step_without_a_finite_loss_or_gradient(trained, accelerator, where):
+    cfg, optimization, step, batches = make_step(trained, accelerator, lr_scheduler="linear")
     optimizer, schedule = optimization.optimizer, optimization.lr_scheduler
-    parameters = policy_parameters(pipe.transformer)
-    good = [noised_batch(pipe, seed=2)]
+    parameters = policy_parameters(trained.transformer)
+    good = [noised_batch(trained, seed=2)]
+    expected, _ = accumulate(accelerator, trained.transformer, good, cfg)
+    trained.transformer.zero_grad()
     if where == "loss":
         batches[0].optimality = torch.full((2,), float("nan"))
     else:
@@ -212,9 +226,8 @@ def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
     if where == "gradient":
         handle.remove()
     # Nothing of it is left for the next step.
-    expected, _ = accumulate(accelerator, policy_pipeline().transformer, good, cfg)
     seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(trained.transformer)))
     assert step(good, guard, 2)["skipped_steps"] == 0
     norm = torch.cat([g.flatten() for g in expected]).norm()
     torch.testing.assert_close(seen, [g * min(1.0, cfg.max_grad_norm / norm.item()) for g in expected])
@@ -270,14 +283,13 @@ def test_noise_belongs_to_the_sample():
     assert abs(noise_only.std() - 1) < 0.05 and (not one.any() or not torch.equal(whole.noisy[one], latents[one]))
 
 
-def test_dropout_acts_on_the_current_policy_only():
-    pipe = policy_pipeline()
-    batch = noised_batch(pipe)
-    for module in pipe.transformer.modules():
+def test_dropout_acts_on_the_current_policy_only(trained):
+    batch = noised_batch(trained)
+    for module in trained.transformer.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout = torch.nn.ModuleDict({name: torch.nn.Dropout(0.5) for name in ("default", OLD)})
-    pipe.transformer.train()
-    first, second = (predict_window(pipe.transformer, batch, "old") for _ in range(2))
+    trained.transformer.train()
+    first, second = (predict_window(trained.transformer, batch, "old") for _ in range(2))
     assert torch.equal(first, second)
-    first, second = (predict_window(pipe.transformer, batch, "current") for _ in range(2))
+    first, second = (predict_window(trained.transformer, batch, "current") for _ in range(2))
     assert not torch.equal(first, second)
