@@ -1,5 +1,6 @@
 """Every layout of a LoRA, beside weights that are merged by hand."""
 
+import functools
 import json
 import math
 
@@ -51,12 +52,16 @@ def output(transformer):
     return transformer(latents, torch.full((1,), 700.0), text).sample
 
 
+@functools.cache
+def shapes():
+    return {name: tensor.shape for name, tensor in tiny_transformer().state_dict().items()}
+
+
 def matrices(dtype=torch.float32, ranks=RANKS):
     """A, B and alpha of each original module."""
-    shapes, generator = tiny_transformer().state_dict(), torch.Generator().manual_seed(1)
-    result = {}
+    generator, result = torch.Generator().manual_seed(1), {}
     for module, (rank, alpha) in ranks.items():
-        rows, columns = shapes[NAMES[module]].shape
+        rows, columns = shapes()[NAMES[module]]
         a, b = (torch.randn(shape, generator=generator) * 0.25 for shape in ((rank, columns), (rows, rank)))
         result[module] = a.to(dtype), b.to(dtype), alpha
     return result
@@ -137,13 +142,16 @@ def check(path, expected, tmp_path, fresh):
     assert (output(transformer) - expected).abs().max() < 1e-5
 
 
+@functools.cache
+def merged_in_a_layout(alpha):
+    return merged(matrices()) if alpha else merged(matrices(), lambda rank, alpha: 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout, fresh, tmp_path):
     name, a, b, alpha = LAYOUTS[layout]
-    lora = matrices()
-    path = write(tmp_path / "lora.safetensors", name, a, b, lora, alpha)
-    expected = merged(lora) if alpha else merged(lora, lambda rank, alpha: 1)
-    check(path, expected, tmp_path, fresh)
+    path = write(tmp_path / "lora.safetensors", name, a, b, matrices(), alpha)
+    check(path, merged_in_a_layout(alpha), tmp_path, fresh)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
@@ -216,7 +224,7 @@ def test_longlive_s_file(fresh, tmp_path):
 
 def additions():
     """Whole differences of everything that a distilled model's LoRA holds."""
-    weights, generator = tiny_transformer().state_dict(), torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     names = [
         *("patch_embedding.weight", "patch_embedding.bias", "head.head.weight", "head.head.bias", "head.modulation"),
         *("blocks.0.norm3.weight", "blocks.0.norm3.bias", "blocks.1.self_attn.norm_q.weight", "blocks.1.modulation"),
@@ -224,7 +232,7 @@ def additions():
         *("blocks.1.ffn.0.weight", "time_projection.1.bias"),
     ]
     originals = original_names(2)
-    return {name: 0.2 * torch.randn(weights[originals[name]].shape, generator=generator) for name in names}
+    return {name: 0.2 * torch.randn(shapes()[originals[name]], generator=generator) for name in names}
 
 
 def difference_key(name):
