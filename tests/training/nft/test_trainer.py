@@ -14,15 +14,23 @@ from tests.training.helpers import config, make_samples, noised_batch, policy_pi
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    """For tests that leave it as it is."""
+def deep():
+    """Two layers, for the equations of the gradient."""
     return policy_pipeline(vae_num_res_blocks=0)
 
 
-@pytest.fixture
-def trained():
-    """For tests that take steps."""
+@pytest.fixture(scope="module")
+def pipe():
     return policy_pipeline(num_layers=1, vae_num_res_blocks=0)
+
+
+@pytest.fixture
+def trained(pipe):
+    """For tests that take steps."""
+    weights = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    pipe.transformer.zero_grad()
+    yield pipe
+    pipe.transformer.load_state_dict(weights)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +65,11 @@ def accumulate(accelerator, transformer, batches, cfg):
 
 
 @pytest.mark.parametrize("policy", ["current", "old", "reference"])
-def test_blockwise_prediction_is_teacher_forcing(pipe, policy):
+def test_blockwise_prediction_is_teacher_forcing(deep, policy):
     """The model's own forward without a cache gives every noisy block the same clean context in one call."""
-    batch = noised_batch(pipe)
-    prediction = predict_window(pipe.transformer, batch, policy)
-    with use_policy(pipe.transformer, policy) as transformer:
+    batch = noised_batch(deep)
+    prediction = predict_window(deep.transformer, batch, policy)
+    with use_policy(deep.transformer, policy) as transformer:
         flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds, clean_hidden_states=batch.clean).sample
     expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
@@ -76,26 +84,26 @@ def whole_clip_loss(pipe, batch, cfg):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_by_blocks_equals_one_backward_over_the_clip(pipe, accelerator, checkpointing):
-    batch, cfg = noised_batch(pipe), config(context_policy="own")
-    loss = whole_clip_loss(pipe, batch, cfg)
-    pipe.transformer.zero_grad()
+def test_backward_by_blocks_equals_one_backward_over_the_clip(deep, accelerator, checkpointing):
+    batch, cfg = noised_batch(deep), config(context_policy="own")
+    loss = whole_clip_loss(deep, batch, cfg)
+    deep.transformer.zero_grad()
     loss.backward()
-    expected = gradients(pipe.transformer)
+    expected = gradients(deep.transformer)
     assert min(g.abs().max() for g in expected) > 1e-6  # every LoRA weight of every layer learns
     if checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    actual, statistics = accumulate(accelerator, pipe.transformer, [batch], cfg)
-    pipe.transformer.disable_gradient_checkpointing()
+        deep.transformer.enable_gradient_checkpointing()
+    actual, statistics = accumulate(accelerator, deep.transformer, [batch], cfg)
+    deep.transformer.disable_gradient_checkpointing()
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(statistics["loss"], loss.detach(), rtol=1e-5, atol=0)
 
 
-def test_gradient_by_finite_differences(pipe, accelerator):
+def test_gradient_by_finite_differences(deep, accelerator):
     """With one block there is no context, which is held constant, and the loss is a plain function of the LoRA."""
-    batch, cfg = noised_batch(pipe, frames=3), config()
-    parameters = policy_parameters(pipe.transformer)
-    actual, _ = accumulate(accelerator, pipe.transformer, [batch], cfg)
+    batch, cfg = noised_batch(deep, frames=3), config()
+    parameters = policy_parameters(deep.transformer)
+    actual, _ = accumulate(accelerator, deep.transformer, [batch], cfg)
     generator = torch.Generator().manual_seed(3)
     directions = [torch.randn(p.shape, generator=generator) for p in parameters]
     values = []
@@ -103,7 +111,7 @@ def test_gradient_by_finite_differences(pipe, accelerator):
         for step in (1e-3, -2e-3):
             for parameter, direction in zip(parameters, directions):
                 parameter.add_(step * direction)
-            values.append(whole_clip_loss(pipe, batch, cfg).double())
+            values.append(whole_clip_loss(deep, batch, cfg).double())
         for parameter, direction in zip(parameters, directions):
             parameter.add_(1e-3 * direction)  # back to where it was
     slope = sum((g * d).sum() for g, d in zip(actual, directions))
@@ -283,13 +291,14 @@ def test_noise_belongs_to_the_sample():
     assert abs(noise_only.std() - 1) < 0.05 and (not one.any() or not torch.equal(whole.noisy[one], latents[one]))
 
 
-def test_dropout_acts_on_the_current_policy_only(trained):
-    batch = noised_batch(trained)
-    for module in trained.transformer.modules():
+def test_dropout_acts_on_the_current_policy_only():
+    pipe = policy_pipeline(num_layers=1, vae_num_res_blocks=0)
+    batch = noised_batch(pipe)
+    for module in pipe.transformer.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout = torch.nn.ModuleDict({name: torch.nn.Dropout(0.5) for name in ("default", OLD)})
-    trained.transformer.train()
-    first, second = (predict_window(trained.transformer, batch, "old") for _ in range(2))
+    pipe.transformer.train()
+    first, second = (predict_window(pipe.transformer, batch, "old") for _ in range(2))
     assert torch.equal(first, second)
-    first, second = (predict_window(trained.transformer, batch, "current") for _ in range(2))
+    first, second = (predict_window(pipe.transformer, batch, "current") for _ in range(2))
     assert not torch.equal(first, second)
