@@ -1,15 +1,17 @@
 """Causal Wan written the slow way, as the yardstick of the tests.
 
-Plain functions of a state dict (Diffusers parameter names): Python loops over layers, blocks and frames, one attention
-call a block, complex numbers for the rotary embedding and positions computed instead of looked up. Nothing is evicted:
-every frame's unrotated keys and values are kept, and a block picks the frames that it may see. Runs in float64 unless
-told otherwise, and is differentiable in the state dict.
+Plain functions of a state dict (Diffusers parameter names): Python loops over layers and blocks, one attention call a
+block, complex numbers for the rotary embedding and positions computed instead of looked up. Nothing is evicted: every
+frame's unrotated keys and values are kept, and a block picks the frames that it may see. Runs in float64 unless told
+otherwise, and is differentiable in the state dict.
 
-Frames of one video are Python lists; `B` samples are computed together, tokens of a frame are ordered row by row.
+`B` samples of `F` frames are computed together, `L` tokens of a frame are ordered row by row; kept keys and values are
+Python lists of frames.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -40,11 +42,25 @@ def published_noise(generator: torch.Generator, shape, block_frames: int, steps:
 
 
 def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
-    """[N] -> [N, dim] float64: cosines of t * 10000^(-i / (dim / 2)), then the sines."""
+    """[...] -> [..., dim] float64: cosines of t * 10000^(-i / (dim / 2)), then the sines."""
     half = dim // 2
     frequencies = torch.tensor([10000.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
-    angles = timestep.to(torch.float64)[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    angles = timestep.to(torch.float64)[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@functools.cache
+def rotation(head_dim: int, position: int, rows: int, columns: int) -> torch.Tensor:
+    """[rows * columns, head_dim / 2] complex numbers of length 1: a frame's tokens at one position in time."""
+    axis_dim = 2 * (head_dim // 6)
+    dims = {"t": head_dim - 2 * axis_dim, "h": axis_dim, "w": axis_dim}
+    angles = []
+    for row in range(rows):
+        for column in range(columns):
+            place = {"t": position, "h": row, "w": column}
+            angles.append([place[a] * 10000.0 ** (-2 * i / d) for a, d in dims.items() for i in range(d // 2)])
+    angles = torch.tensor(angles, dtype=torch.float64)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 class KeptContext:
@@ -106,7 +122,7 @@ class ReferenceCausalWan:
         return x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.eps) * self.weights[name + ".weight"]
 
     def split_heads(self, x):
-        return x.reshape(*x.shape[:2], self.heads, self.head_dim)
+        return x.unflatten(-1, (self.heads, self.head_dim))
 
     @staticmethod
     def silu(x):
@@ -123,87 +139,82 @@ class ReferenceCausalWan:
         scores = scores / scores.sum(-1, keepdim=True)
         return torch.einsum("bhqk,bkhd->bqhd", scores, value).flatten(2)
 
-    def rotate(self, x, position: int, rows: int, columns: int):
-        """Rotary embedding of one frame's tokens [B, rows * columns, heads, D] at one position in time."""
-        axis_dim = 2 * (self.head_dim // 6)
-        dims = {"t": self.head_dim - 2 * axis_dim, "h": axis_dim, "w": axis_dim}
-        angles = []
-        for row in range(rows):
-            for column in range(columns):
-                place = {"t": position, "h": row, "w": column}
-                angles.append([place[a] * 10000.0 ** (-2 * i / d) for a, d in dims.items() for i in range(d // 2)])
-        angles = torch.tensor(angles, dtype=torch.float64)
-        turn = torch.polar(torch.ones_like(angles), angles)[None, :, None, :]
+    def rotate(self, x, positions: list[int], rows: int, columns: int):
+        """Rotary embedding of frames [B, F, rows * columns, heads, D], each at its position in time."""
+        turn = torch.stack([rotation(self.head_dim, position, rows, columns) for position in positions])
         pairs = torch.view_as_complex(x.to(torch.float64).reshape(*x.shape[:-1], -1, 2).contiguous())
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * turn[:, :, None]).flatten(-2).to(x.dtype)
 
     # Embeddings and head.
 
-    def embed_frame(self, frame):
-        """[B, C, H, W] -> tokens [B, H / p * W / p, dim]."""
+    def embed_frames(self, frames):
+        """[B, C, F, H, W] -> tokens [B, F, H / p * W / p, dim]."""
         weight = self.weights["patch_embedding.weight"][:, :, 0]
         p = self.patch
         tokens = []
-        for row in range(frame.shape[2] // p):
-            for column in range(frame.shape[3] // p):
-                patch = frame[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p]
-                tokens.append(torch.einsum("bcij,dcij->bd", patch, weight))
-        return torch.stack(tokens, dim=1) + self.weights["patch_embedding.bias"]
+        for row in range(frames.shape[3] // p):
+            for column in range(frames.shape[4] // p):
+                patch = frames[:, :, :, row * p : (row + 1) * p, column * p : (column + 1) * p]
+                tokens.append(torch.einsum("bcfij,dcij->bfd", patch, weight))
+        return torch.stack(tokens, dim=2) + self.weights["patch_embedding.bias"]
 
     def embed_time(self, timestep):
-        """[B] -> embedding [B, dim] and modulation [B, 6, dim] of one frame."""
+        """[B, F] -> embedding [B, F, dim] and modulation [B, F, 6, dim]."""
         name = "condition_embedder.time_embedder"
         embedding = self.linear(sinusoid(timestep, self.freq_dim).to(self.dtype), f"{name}.linear_1")
         embedding = self.linear(self.silu(embedding), f"{name}.linear_2")
         modulation = self.linear(self.silu(embedding), "condition_embedder.time_proj")
-        return embedding, modulation.reshape(modulation.shape[0], 6, -1)
+        return embedding, modulation.unflatten(-1, (6, -1))
 
     def embed_text(self, text):
         text = self.linear(text.to(self.dtype), "condition_embedder.text_embedder.linear_1")
         return self.linear(self.gelu_tanh(text), "condition_embedder.text_embedder.linear_2")
 
     def head(self, tokens, embedding, rows, columns):
-        """Tokens of one frame -> [B, out_channels, H, W]."""
-        shift, scale = (self.weights["scale_shift_table"] + embedding[:, None]).chunk(2, dim=1)
+        """[B, F, L, dim] -> [B, out_channels, F, H, W]."""
+        shift, scale = (self.weights["scale_shift_table"] + embedding[:, :, None]).chunk(2, dim=2)
         values = self.linear(self.layer_norm(tokens) * (1 + scale) + shift, "proj_out")
         p = self.patch
-        frame = values.new_zeros(values.shape[0], self.out_channels, rows * p, columns * p)
+        batch, num_frames = values.shape[:2]
+        frames = values.new_zeros(batch, self.out_channels, num_frames, rows * p, columns * p)
         for row in range(rows):
             for column in range(columns):
-                patch = values[:, row * columns + column].reshape(-1, p, p, self.out_channels)
-                frame[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p] = patch.permute(0, 3, 1, 2)
-        return frame
+                patch = values[:, :, row * columns + column].reshape(batch, num_frames, p, p, self.out_channels)
+                patch = patch.permute(0, 4, 1, 2, 3)
+                frames[:, :, :, row * p : (row + 1) * p, column * p : (column + 1) * p] = patch
+        return frames
 
     # One transformer block, in three steps so that the callers decide what the self-attention sees.
 
     def self_attention_inputs(self, layer, tokens, modulation):
-        """Unrotated query, key and value of one frame."""
+        """Unrotated query, key and value of frames, [B, F, L, heads, D]."""
         name = f"blocks.{layer}"
         table = self.weights[f"{name}.scale_shift_table"] + modulation
-        x = self.layer_norm(tokens) * (1 + table[:, 1:2]) + table[:, 0:1]
+        x = self.layer_norm(tokens) * (1 + table[:, :, 1:2]) + table[:, :, 0:1]
         query = self.rms_norm(self.linear(x, f"{name}.attn1.to_q"), f"{name}.attn1.norm_q")
         key = self.rms_norm(self.linear(x, f"{name}.attn1.to_k"), f"{name}.attn1.norm_k")
         value = self.linear(x, f"{name}.attn1.to_v")
         return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
-    def self_attention(self, query, frame, keys_and_values, end, grid, past=range(0), sink_offset=0):
-        """One frame's query against `{frame: (key, value)}`, for the block that ends before `end`.
+    def self_attention(self, query, start, keys_and_values, grid, past=range(0), sink_offset=0):
+        """The query of a block from frame `start` on against `{frame: (key, value)}`.
 
         `past_weight` applies to the frames of `past`.
         """
-        query = self.rotate(query, frame, *grid)
+        end = start + query.shape[1]
+        query = self.rotate(query, list(range(start, end)), *grid)
         positions = [self.key_position(j, end, sink_offset) for j in keys_and_values]
-        keys = [self.rotate(key, at, *grid) for at, (key, _) in zip(positions, keys_and_values.values())]
-        values = [value for _, value in keys_and_values.values()]
-        weights = [
-            torch.full(key.shape[1:2], self.past_weight if j in past else 1.0) for j, key in zip(keys_and_values, keys)
-        ]
-        return self.attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(weights))
+        keys, values = (torch.stack(frames, dim=1) for frames in zip(*keys_and_values.values()))
+        keys = self.rotate(keys, positions, *grid)
+        weights = torch.tensor([self.past_weight if j in past else 1.0 for j in keys_and_values])
+        weights = weights.repeat_interleave(keys.shape[2])
+        attended = self.attention(query.flatten(1, 2), keys.flatten(1, 2), values.flatten(1, 2), weights)
+        return attended.unflatten(1, query.shape[1:3])
 
     def rest_of_block(self, layer, tokens, attended, modulation, text):
         name = f"blocks.{layer}"
         table = self.weights[f"{name}.scale_shift_table"] + modulation
-        tokens = tokens + table[:, 2:3] * self.linear(attended, f"{name}.attn1.to_out.0")
+        tokens = tokens + table[:, :, 2:3] * self.linear(attended, f"{name}.attn1.to_out.0")
 
         x = tokens
         if self.cross_attn_norm:
@@ -211,11 +222,12 @@ class ReferenceCausalWan:
         query = self.split_heads(self.rms_norm(self.linear(x, f"{name}.attn2.to_q"), f"{name}.attn2.norm_q"))
         key = self.split_heads(self.rms_norm(self.linear(text, f"{name}.attn2.to_k"), f"{name}.attn2.norm_k"))
         value = self.split_heads(self.linear(text, f"{name}.attn2.to_v"))
-        tokens = tokens + self.linear(self.attention(query, key, value), f"{name}.attn2.to_out.0")
+        attended = self.attention(query.flatten(1, 2), key, value).view_as(tokens)
+        tokens = tokens + self.linear(attended, f"{name}.attn2.to_out.0")
 
-        x = self.layer_norm(tokens) * (1 + table[:, 4:5]) + table[:, 3:4]
+        x = self.layer_norm(tokens) * (1 + table[:, :, 4:5]) + table[:, :, 3:4]
         x = self.linear(self.gelu_tanh(self.linear(x, f"{name}.ffn.net.0.proj")), f"{name}.ffn.net.2")
-        return tokens + table[:, 5:6] * x
+        return tokens + table[:, :, 5:6] * x
 
     # 1 and 2: a whole video in one pass, layer by layer.
 
@@ -235,31 +247,22 @@ class ReferenceCausalWan:
             halves["clean"] = (clean.to(self.dtype), torch.zeros_like(timestep))
         context_half = "noisy" if clean is None else "clean"
 
-        tokens, embeddings, modulations = {}, {}, {}
-        for half, (x, t) in halves.items():
-            tokens[half] = [self.embed_frame(x[:, :, f]) for f in range(num_frames)]
-            times = [self.embed_time(t[:, f]) for f in range(num_frames)]
-            embeddings[half], modulations[half] = [e for e, _ in times], [m for _, m in times]
-
+        tokens = {half: self.embed_frames(x) for half, (x, _) in halves.items()}
+        times = {half: self.embed_time(t) for half, (_, t) in halves.items()}
         for layer in range(self.num_layers):
-            inputs = {
-                half: [
-                    self.self_attention_inputs(layer, tokens[half][f], modulations[half][f]) for f in range(num_frames)
-                ]
-                for half in halves
-            }
+            inputs = {half: self.self_attention_inputs(layer, tokens[half], times[half][1]) for half in halves}
             for half in halves:
-                updated = []
-                for f in range(num_frames):
-                    start = f // n * n
-                    end = start + n
-                    seen = {j: inputs[half if j >= start else context_half][j][1:] for j in self.visible_frames(end)}
-                    attended = self.self_attention(inputs[half][f][0], f, seen, end, grid)
-                    updated.append(self.rest_of_block(layer, tokens[half][f], attended, modulations[half][f], text))
-                tokens[half] = updated
-
-        frames = [self.head(tokens["noisy"][f], embeddings["noisy"][f], *grid) for f in range(num_frames)]
-        return torch.stack(frames, dim=2)
+                attended = []
+                for start in range(0, num_frames, n):
+                    seen = {}
+                    for j in self.visible_frames(start + n):
+                        _, key, value = inputs[half if j >= start else context_half]
+                        seen[j] = key[:, j], value[:, j]
+                    query = inputs[half][0][:, start : start + n]
+                    attended.append(self.self_attention(query, start, seen, grid))
+                attended = torch.cat(attended, dim=1)
+                tokens[half] = self.rest_of_block(layer, tokens[half], attended, times[half][1], text)
+        return self.head(tokens["noisy"], times["noisy"][0], *grid)
 
     # 3: block after block, keeping every clean frame.
 
@@ -275,37 +278,20 @@ class ReferenceCausalWan:
         grid = (latents.shape[3] // self.patch, latents.shape[4] // self.patch)
         text = self.embed_text(text)
         latents = latents.to(self.dtype)
-        tokens = [self.embed_frame(latents[:, :, f]) for f in range(num_frames)]
-        times = [self.embed_time(timestep[:, f]) for f in range(num_frames)]
+        tokens = self.embed_frames(latents)
+        embedding, modulation = self.embed_time(timestep)
         visible = self.visible_frames(end) if visible is None else visible
-        new = []
+        past = range(0 if store else start)[1:]
         for layer in range(self.num_layers):
-            inputs = [self.self_attention_inputs(layer, tokens[f], times[f][1]) for f in range(num_frames)]
-            everything = context.layers[layer] + [(key, value) for _, key, value in inputs]
+            query, key, value = self.self_attention_inputs(layer, tokens, modulation)
+            new = list(zip(key.unbind(1), value.unbind(1)))
+            everything = context.layers[layer] + new
             seen = {j: everything[j] for j in visible}
-            tokens = [
-                self.rest_of_block(
-                    layer,
-                    tokens[f],
-                    self.self_attention(
-                        inputs[f][0],
-                        start + f,
-                        seen,
-                        end,
-                        grid,
-                        past=range(0 if store else start)[1:],
-                        sink_offset=context.sink_offset,
-                    ),
-                    times[f][1],
-                    text,
-                )
-                for f in range(num_frames)
-            ]
-            new.append([(key, value) for _, key, value in inputs])
-        if store:
-            for kept, pairs in zip(context.layers, new):
-                kept.extend((key.detach(), value.detach()) for key, value in pairs)
-        return torch.stack([self.head(tokens[f], times[f][0], *grid) for f in range(num_frames)], dim=2)
+            attended = self.self_attention(query, start, seen, grid, past, context.sink_offset)
+            tokens = self.rest_of_block(layer, tokens, attended, modulation, text)
+            if store:
+                context.layers[layer].extend((key.detach(), value.detach()) for key, value in new)
+        return self.head(tokens, embedding, *grid)
 
     def context_of(self, clean, text) -> KeptContext:
         """The context after all blocks of `clean` [B, C, F, H, W] have been run at t = 0."""

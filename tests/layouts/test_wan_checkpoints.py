@@ -1,5 +1,7 @@
 """Published layouts become ours, tensor by tensor, and nothing else does."""
 
+import functools
+
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -150,7 +152,8 @@ def as_json(text):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
 @pytest.mark.parametrize("kind", SCALES)
-def test_8_bit_weights_with_scales(transformer, kind, dtype, prefix, tmp_path):
+def test_8_bit_weights_with_scales(kind, dtype, prefix, tmp_path):
+    transformer = tiny_transformer(num_layers=1)
     name = kind if kind.startswith(".") else ".weight_scale"
     stored, expected = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
     names = original_names(transformer.config.num_layers)
@@ -232,10 +235,15 @@ def test_dtype_keeps_what_diffusers_keeps_in_float32(transformer, tmp_path):
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
 
 
+@functools.cache
+def full_size(heads, layers, ffn_dim):
+    with init_empty_weights():
+        return CausalWanTransformer3DModel(num_attention_heads=heads, num_layers=layers, ffn_dim=ffn_dim)
+
+
 @pytest.mark.parametrize("heads,layers,ffn_dim,tensors", [(12, 30, 8960, 825), (40, 40, 13824, 1095)])
 def test_full_size_names_and_sizes(heads, layers, ffn_dim, tensors):
-    with init_empty_weights():
-        model = CausalWanTransformer3DModel(num_attention_heads=heads, num_layers=layers, ffn_dim=ffn_dim)
+    model = full_size(heads, layers, ffn_dim)
     shapes = model.state_dict()
     original = {name: shapes[new] for name, new in original_names(layers).items()}
     assert len(original) == tensors
@@ -265,8 +273,7 @@ def test_strict(transformer, change, message):
 
 
 def test_says_which_published_model_it_is():
-    with init_empty_weights():
-        large = CausalWanTransformer3DModel().state_dict()
+    large = full_size(40, 40, 13824).state_dict()
     weights = {name: large[new] for name, new in original_names(40).items()}
     with pytest.raises(ValueError, match=r"It looks like Wan2.1 14B \(width 5120, 40 layers\)"):
         CausalWanTransformer3DModel.from_single_file(weights, num_layers=30)

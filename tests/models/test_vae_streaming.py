@@ -10,8 +10,6 @@ from astrolabe_diffusers.models.vae_streaming import FusedWanRMSNorm, decode_lat
 from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
 
 
-pytestmark = pytest.mark.usefixtures("diffusers_norm")
-
 VARIANTS = {
     "wan2.1": dict(),
     "patched": dict(patch_size=2),
@@ -36,33 +34,34 @@ def raw(vae, latents):
     return latents * std.view(-1, 1, 1, 1) + mean.view(-1, 1, 1, 1)
 
 
-def random_latents(frames=7, batch=2, height=4, width=6):
+def random_latents(frames=5, batch=2, height=4, width=6):
     """Not smaller: for a handful of pixels PyTorch's convolution rounds one frame unlike the same frame among many."""
     return torch.randn(batch, LATENT_CHANNELS, frames, height, width)
 
 
-@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 3, 1), (2, 5)])
-def test_pieces_equal_whole(vae, sizes):
+@pytest.mark.usefixtures("diffusers_norm")
+def test_pieces_equal_whole(vae):
     latents = random_latents()
     expected = vae.decode(raw(vae, latents)).sample
-    assert torch.equal(decode_latents(vae, latents), expected)
-    decoder = StreamingVAEDecoder(vae)
-    pieces = [decoder.decode(piece) for piece in latents.split(sizes, dim=2)]
-    assert [piece.shape[2] for piece in pieces] == [4 * f - 3 * (i == 0) for i, f in enumerate(sizes)]
-    assert torch.equal(torch.cat(pieces, dim=2), expected)
     scale = vae.config.scale_factor_spatial
-    assert expected.shape == (2, 3, 25, 4 * scale, 6 * scale)
+    assert expected.shape == (2, 3, 17, 4 * scale, 6 * scale)
     assert expected.abs().max() <= 1
+    assert torch.equal(decode_latents(vae, latents), expected)
+    for sizes in (5,), (1,) * 5, (2, 2, 1), (2, 3):
+        decoder = StreamingVAEDecoder(vae)
+        pieces = [decoder.decode(piece) for piece in latents.split(sizes, dim=2)]
+        assert [piece.shape[2] for piece in pieces] == [4 * f - 3 * (i == 0) for i, f in enumerate(sizes)]
+        assert torch.equal(torch.cat(pieces, dim=2), expected)
 
 
 @pytest.mark.parametrize("sizes", [pytest.param((4,), marks=pytest.mark.slow), (2, 1, 1)])
 def test_tiles_equal_tiled_whole(vae, sizes):
     scale = vae.spatial_compression_ratio
-    latents = random_latents(frames=4, height=7, width=10)
-    untiled = decode_latents(vae, latents)
+    latents = random_latents(frames=4, height=7, width=7)
+    untiled = decode_latents(vae, latents[:, :, :1])
     vae.enable_tiling(4 * scale, 6 * scale, 3 * scale, 4 * scale)
     whole = vae.decode(raw(vae, latents)).sample
-    assert (whole - untiled).abs().max() > 1e-3
+    assert (whole[:, :, :1] - untiled).abs().max() > 1e-3
     decoder = StreamingVAEDecoder(vae)
     pieces = torch.cat([decoder.decode(piece) for piece in latents.split(sizes, dim=2)], dim=2)
     # Diffusers passes the latent frames of a tile one by one through a 1x1 convolution, which may round otherwise.
@@ -93,11 +92,11 @@ def test_reset_starts_a_video(vae):
 
 
 def test_streams_do_not_disturb_each_other(vae):
-    videos = [random_latents(6), random_latents(6, batch=1, height=6, width=4)]
+    videos = [random_latents(4), random_latents(4, batch=1, height=6, width=4)]
     expected = [vae.decode(raw(vae, video)).sample for video in videos]
     decoders = [StreamingVAEDecoder(vae) for _ in videos]
     pieces = [[], []]
-    for start in range(0, 6, 2):
+    for start in range(0, 4, 2):
         for i, video in enumerate(videos):
             pieces[i].append(decoders[i].decode(video[:, :, start : start + 2]))
             # Another user of the autoencoder: both calls clear its own feature memory.
@@ -120,7 +119,7 @@ def test_encode_video(vae):
 
 
 def test_bfloat16(vae):
-    latents = random_latents(3)
+    latents = random_latents(2, batch=1)
     expected = decode_latents(vae, latents)
     vae.to(torch.bfloat16)
     out = StreamingVAEDecoder(vae).decode(latents)
@@ -128,13 +127,14 @@ def test_bfloat16(vae):
     assert (out.float() - expected).abs().mean() < 0.02
 
 
+@pytest.mark.usefixtures("diffusers_norm")
 def test_channels_last_changes_nothing():
     vae = tiny_vae()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in vae.named_parameters():
         if name.endswith("gamma"):
             parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-    latents = random_latents()
+    latents = random_latents(7)
     expected = decode_latents(vae, latents)
     parameters = {name: parameter.clone() for name, parameter in vae.state_dict().items()}
     use_channels_last(vae.decoder)

@@ -80,11 +80,11 @@ def test_a_batch_scores_as_its_members(published, reward):
     torch.testing.assert_close(batch, torch.cat(alone), atol=3e-6, rtol=0)
     small = HPSv3(str(published.folder), str(published.base), batch_size=2, device="cpu")
     torch.testing.assert_close(batch, small.score(videos, prompts).scores, atol=3e-6, rtol=0)
-    torch.testing.assert_close(batch, reward.score(reward.requested(videos), prompts).scores, atol=0, rtol=0)
+    assert torch.equal(reward.score(reward.requested(videos[:1]), prompts[:1]).scores, alone[0])
 
 
 def test_frames_are_a_choice(published, reward):
-    videos = patterns(frames=9)
+    videos = patterns(frames=5)
     strided = HPSv3(str(published.folder), str(published.base), frames="stride:4", top_fraction=1.0, device="cpu")
     torch.testing.assert_close(
         strided.score(videos, PROMPTS).scores, reward.score(videos[:, ::4], PROMPTS).info["mean"]
@@ -169,16 +169,20 @@ def layout_without_lm_head(published, folder):
     return folder
 
 
+@pytest.fixture(scope="module")
+def scores(reward):
+    return reward.score(patterns(frames=1), PROMPTS).scores
+
+
 LAYOUTS = [layout_file, layout_pickle, layout_new_names, layout_sharded, layout_without_lm_head]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_every_layout_gives_the_same_scores(published, reward, layout, tmp_path):
+def test_every_layout_gives_the_same_scores(published, scores, layout, tmp_path):
     template = published.folder / "data_collator_qwen.py"
     checkpoint = str(layout(published, tmp_path))
     other = HPSv3(checkpoint, str(published.base), template=str(template), device="cpu")
-    videos = patterns(frames=1)
-    assert torch.equal(other.score(videos, PROMPTS).scores, reward.score(videos, PROMPTS).scores)
+    assert torch.equal(other.score(patterns(frames=1), PROMPTS).scores, scores)
 
 
 def fault_missing_tensor(weights):

@@ -38,7 +38,10 @@ def make(published):
         options = {"checkpoint": str(checkpoint), "base": str(published.base), "device": "cpu"} | options
         return get_reward(reward, **options)
 
-    return make
+    # All rewards of these settings share its model.
+    kept = make(TA)
+    yield make
+    del kept
 
 
 def normalised(raw):
@@ -111,10 +114,9 @@ def test_frames_of_another_kind_are_refused(make):
 
 def test_only_text_alignment_depends_on_the_prompt(make):
     videos = patterns(frames=12)
-    for reward, depends in [
-        (VQ, False), (MQ, False), (MQ_IN_COLOR, False), (TA, True)
-    ]:  # fmt: skip
-        one, other = (make(reward).score(videos, prompts).scores for prompts in (PROMPTS, ["b", "a fox " * 20]))
+    rewards = {VQ: False, MQ: False, MQ_IN_COLOR: False, TA: True}
+    scores = [[make(reward).score(videos, p).scores for reward in rewards] for p in (PROMPTS, ["b", "a fox " * 20])]
+    for depends, one, other in zip(rewards.values(), *scores):
         assert ((one - other).abs() > 1e-4).all() if depends else ((one - other).abs() < 5e-6).all()
 
 
@@ -123,14 +125,14 @@ def test_a_batch_scores_as_its_members(make, reward):
     videos, prompts = patterns(3), ["a", PROMPTS[1], "a fox " * 30]
     batch = make(reward).score(videos, prompts).scores
     assert batch.unique().numel() == 3
-    alone = [make(reward).score(videos[i : i + 1], prompts[i : i + 1]).scores for i in range(3)]
-    torch.testing.assert_close(batch, torch.cat(alone), atol=1e-5, rtol=0)
-    in_twos = make(reward, batch_size=2).score(videos, prompts).scores
-    torch.testing.assert_close(batch, in_twos, atol=1e-5, rtol=0)
     prepared = make(reward).requested(videos)
     channels = 1 if reward is MQ else 3
     assert prepared.dtype == torch.uint8 and prepared.shape == (3, 4, channels, 252, 448)
     assert torch.equal(batch, make(reward).score(prepared, prompts).scores)
+    alone = [make(reward).score(videos[i : i + 1], prompts[i : i + 1]).scores for i in range(3)]
+    torch.testing.assert_close(batch, torch.cat(alone), atol=1e-5, rtol=0)
+    in_twos = make(reward, batch_size=2).score(videos, prompts).scores
+    torch.testing.assert_close(batch, in_twos, atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -266,8 +268,8 @@ def test_every_layout_gives_the_same_scores(published, make, layout, tmp_path):
 
 def test_a_head_with_an_output_for_each_token(tmp_path):
     published = published_checkpoints.videoreward(tmp_path, outputs=3)
-    output = VideoAlign(str(published.folder), str(published.base), device="cpu").score(patterns(), PROMPTS)
     reward = VideoAlign(str(published.folder), str(published.base), device="cpu")
+    output = reward.score(patterns(), PROMPTS)
     prompt = reward.video_reward.prompt
     texts = [prompt.ids(text, "<|TA_reward|>") for text in PROMPTS]
     logits = reward.model(reward.requested(patterns()), texts, prompt.token_ids)

@@ -1,5 +1,6 @@
 """Windows, shared pasts and contexts of the policies, against plain forward passes."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,10 @@ from tests.training.helpers import config, noised_batch, policy_pipeline
 
 
 WINDOW = {"local_attn_size": 9, "sink_size": 3}
+
+
+# Nothing here changes its weights.
+pipeline = functools.cache(policy_pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,8 @@ def same_past(batch, start):
 
 @pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
 def test_prediction_in_a_window_is_that_in_the_video(model):
-    transformer = policy_pipeline(**model).transformer
-    batch = noised_batch(policy_pipeline(**model), frames=18)
+    pipe = pipeline(**model)
+    transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
     whole = BlockwisePredictor(transformer, batch, "current").predict_window()
     window = BlockwisePredictor(transformer, window_of(batch, 12), "current").predict_window()
     with use_policy(transformer, "current"):
@@ -62,14 +67,14 @@ def test_prediction_in_a_window_is_that_in_the_video(model):
 @pytest.mark.parametrize("model", [{}, WINDOW])
 def test_windowed_gradients_are_the_video_s_restricted_to_the_window(accelerator, model, context_policy):
     """With a detached context the loss of the whole video is a sum over blocks: drop the blocks before the window."""
-    pipe, cfg = policy_pipeline(**model), config(context_policy=context_policy)
-    batch = noised_batch(pipe, frames=15)
+    pipe, cfg = pipeline(**model), config(context_policy=context_policy)
+    batch = noised_batch(pipe, frames=12)
     whole, _ = gradient(accelerator, pipe.transformer, batch, cfg)
     # The video ends where the window begins: what is left of the gradient is the window's share.
-    before = replace(batch, clean=batch.clean[:, :, :9], noisy=batch.noisy[:, :, :9])
+    before = replace(batch, clean=batch.clean[:, :, :6], noisy=batch.noisy[:, :, :6])
     first, _ = gradient(accelerator, pipe.transformer, before, cfg)
-    window, _ = gradient(accelerator, pipe.transformer, window_of(batch, 9), cfg)
-    expected = [(15 * w - 9 * f) / 6 for w, f in zip(whole, first)]
+    window, _ = gradient(accelerator, pipe.transformer, window_of(batch, 6), cfg)
+    expected = [(12 * w - 6 * f) / 6 for w, f in zip(whole, first)]
     assert max(e.abs().max() for e in expected) > 1e-4
     torch.testing.assert_close(window, expected, rtol=1e-3, atol=1e-6)
 
@@ -77,7 +82,7 @@ def test_windowed_gradients_are_the_video_s_restricted_to_the_window(accelerator
 @pytest.mark.parametrize("context_policy", ["own", "old"])
 @pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
 def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
-    pipe, cfg = policy_pipeline(**model), config(context_policy=context_policy)
+    pipe, cfg = pipeline(**model), config(context_policy=context_policy)
     batch = window_of(same_past(noised_batch(pipe, batch_size=3, frames=15), 9), 9)
     expected, statistics = gradient(accelerator, pipe.transformer, batch, cfg)
     batch.past = Past(9, shared=True)
@@ -88,7 +93,7 @@ def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
 
 def test_context_of_the_old_policy(accelerator):
     """All policies predict with the old one's K/V: the loss in plain code, from one pass of each over both halves."""
-    pipe, cfg = policy_pipeline(), config(context_policy="old")
+    pipe, cfg = pipeline(), config(context_policy="old")
     transformer, batch = pipe.transformer, noised_batch(pipe)
     past = BlockwisePredictor(transformer, batch, "old")
     first, second = past.blocks
@@ -111,7 +116,7 @@ def test_context_of_the_old_policy(accelerator):
 
 
 def test_noisy_context_is_one_pass_over_the_noisy_video(accelerator):
-    pipe, cfg = policy_pipeline(), config(context="noisy")
+    pipe, cfg = pipeline(), config(context="noisy")
     transformer, batch = pipe.transformer, noised_batch(pipe)
 
     def predict():
@@ -138,7 +143,7 @@ def test_noisy_context_is_one_pass_over_the_noisy_video(accelerator):
 @pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
 def test_noisy_context_is_the_release_s_mask(model):
     """Diffusers' own model with the released mask: a window of 9 frames that ends with the block, and no sink."""
-    pipe = policy_pipeline(**model)
+    pipe = pipeline(**model)
     transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
     result = WholeClipPredictor(transformer, batch, "base").predict_window()[0]
     assert transformer.config.sink_size == model.get("sink_size", 0)  # for the next video
@@ -163,7 +168,7 @@ def test_noisy_context_is_the_release_s_mask(model):
 
 def test_kl_of_some_samples(accelerator):
     """`kl_weight` of each sample; and without any the reference is not asked."""
-    pipe = policy_pipeline()
+    pipe = pipeline()
     batch, calls = noised_batch(pipe), []
     with_all, _ = gradient(accelerator, pipe.transformer, batch, config())
     without, _ = gradient(accelerator, pipe.transformer, batch, config(kl_weight=0.0))
@@ -175,7 +180,8 @@ def test_kl_of_some_samples(accelerator):
     torch.testing.assert_close(mean, with_all, rtol=1e-3, atol=1e-6)
     assert max((a - b).abs().max() for a, b in zip(first, without)) > 1e-4
     batch.kl_weight, batch.use_reference = torch.zeros(2), False
-    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     none, _ = gradient(accelerator, pipe.transformer, batch, config())
+    hook.remove()
     torch.testing.assert_close(none, without)
     assert len(calls) == 5

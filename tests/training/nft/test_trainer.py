@@ -13,9 +13,24 @@ from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_po
 from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def deep():
+    """Two layers, for the equations of the gradient."""
+    return policy_pipeline(vae_num_res_blocks=0)
+
+
+@pytest.fixture(scope="module")
 def pipe():
-    return policy_pipeline()
+    return policy_pipeline(num_layers=1, vae_num_res_blocks=0)
+
+
+@pytest.fixture
+def trained(pipe):
+    """For tests that take steps."""
+    weights = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    pipe.transformer.zero_grad()
+    yield pipe
+    pipe.transformer.load_state_dict(weights)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +65,11 @@ def accumulate(accelerator, transformer, batches, cfg):
 
 
 @pytest.mark.parametrize("policy", ["current", "old", "reference"])
-def test_blockwise_prediction_is_teacher_forcing(pipe, policy):
+def test_blockwise_prediction_is_teacher_forcing(deep, policy):
     """The model's own forward without a cache gives every noisy block the same clean context in one call."""
-    batch = noised_batch(pipe)
-    prediction = predict_window(pipe.transformer, batch, policy)
-    with use_policy(pipe.transformer, policy) as transformer:
+    batch = noised_batch(deep)
+    prediction = predict_window(deep.transformer, batch, policy)
+    with use_policy(deep.transformer, policy) as transformer:
         flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds, clean_hidden_states=batch.clean).sample
     expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
@@ -69,24 +84,26 @@ def whole_clip_loss(pipe, batch, cfg):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_by_blocks_equals_one_backward_over_the_clip(pipe, accelerator, checkpointing):
-    batch, cfg = noised_batch(pipe), config(context_policy="own")
-    loss = whole_clip_loss(pipe, batch, cfg)
+def test_backward_by_blocks_equals_one_backward_over_the_clip(deep, accelerator, checkpointing):
+    batch, cfg = noised_batch(deep), config(context_policy="own")
+    loss = whole_clip_loss(deep, batch, cfg)
+    deep.transformer.zero_grad()
     loss.backward()
-    expected = gradients(pipe.transformer)
+    expected = gradients(deep.transformer)
     assert min(g.abs().max() for g in expected) > 1e-6  # every LoRA weight of every layer learns
     if checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    actual, statistics = accumulate(accelerator, pipe.transformer, [batch], cfg)
+        deep.transformer.enable_gradient_checkpointing()
+    actual, statistics = accumulate(accelerator, deep.transformer, [batch], cfg)
+    deep.transformer.disable_gradient_checkpointing()
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(statistics["loss"], loss.detach(), rtol=1e-5, atol=0)
 
 
-def test_gradient_by_finite_differences(pipe, accelerator):
+def test_gradient_by_finite_differences(deep, accelerator):
     """With one block there is no context, which is held constant, and the loss is a plain function of the LoRA."""
-    batch, cfg = noised_batch(pipe, frames=3), config()
-    parameters = policy_parameters(pipe.transformer)
-    actual, _ = accumulate(accelerator, pipe.transformer, [batch], cfg)
+    batch, cfg = noised_batch(deep, frames=3), config()
+    parameters = policy_parameters(deep.transformer)
+    actual, _ = accumulate(accelerator, deep.transformer, [batch], cfg)
     generator = torch.Generator().manual_seed(3)
     directions = [torch.randn(p.shape, generator=generator) for p in parameters]
     values = []
@@ -94,7 +111,9 @@ def test_gradient_by_finite_differences(pipe, accelerator):
         for step in (1e-3, -2e-3):
             for parameter, direction in zip(parameters, directions):
                 parameter.add_(step * direction)
-            values.append(whole_clip_loss(pipe, batch, cfg).double())
+            values.append(whole_clip_loss(deep, batch, cfg).double())
+        for parameter, direction in zip(parameters, directions):
+            parameter.add_(1e-3 * direction)  # back to where it was
     slope = sum((g * d).sum() for g, d in zip(actual, directions))
     torch.testing.assert_close(slope.double(), (values[0] - values[1]) / 2e-3, rtol=2e-2, atol=0)
 
@@ -119,10 +138,11 @@ def test_skipped_sample_has_no_gradient(pipe, accelerator):
 
 def test_reference_pass_is_skipped_without_kl(pipe, accelerator):
     batch, calls = noised_batch(pipe), []
-    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     accumulate(accelerator, pipe.transformer, [batch], config(kl_weight=0.1))
     with_kl = len(calls)
     accumulate(accelerator, pipe.transformer, [batch], config(kl_weight=0.0))
+    hook.remove()
     # Two blocks: two predictions a policy, and one clean pass.
     assert (with_kl, len(calls) - with_kl) == (7, 5)
 
@@ -160,42 +180,44 @@ def make_step(pipe, accelerator, **values):
     return cfg, optimization, step, batches
 
 
-def test_step_moves_the_current_policy_only_and_lowers_the_loss(pipe, accelerator):
-    _, _, step, batches = make_step(pipe, accelerator)
-    before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+def test_step_moves_the_current_policy_only_and_lowers_the_loss(trained, accelerator):
+    _, _, step, batches = make_step(trained, accelerator)
+    before = {name: p.clone() for name, p in trained.transformer.named_parameters()}
     losses = [step(batches, CollapseGuard(0), i)["loss"] for i in range(4)]
-    moved = {name for name, p in pipe.transformer.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in trained.transformer.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".default." in name}
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
 
 
-def test_gradient_norm_is_reported_and_clipped(pipe, accelerator):
-    cfg, optimization, step, batches = make_step(pipe, accelerator, max_grad_norm=1e-3)
-    expected, _ = accumulate(accelerator, pipe.transformer, batches, cfg)
+def test_gradient_norm_is_reported_and_clipped(trained, accelerator):
+    cfg, optimization, step, batches = make_step(trained, accelerator, max_grad_norm=1e-3)
+    expected, _ = accumulate(accelerator, trained.transformer, batches, cfg)
     norm = torch.cat([g.flatten() for g in expected]).norm()
-    pipe.transformer.zero_grad()
+    trained.transformer.zero_grad()
     seen = []
-    optimization.optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
+    optimization.optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(trained.transformer)))
     statistics = step(batches, CollapseGuard(0), 1)
     assert statistics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     assert torch.cat([g.flatten() for g in seen]).norm() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_collapse_stops_before_the_weights_are_touched(pipe, accelerator):
-    _, _, step, batches = make_step(pipe, accelerator)
+def test_collapse_stops_before_the_weights_are_touched(trained, accelerator):
+    _, _, step, batches = make_step(trained, accelerator)
     batches[0].optimality = torch.full((2,), float("nan"))
-    before = [p.clone() for p in policy_parameters(pipe.transformer)]
+    before = [p.clone() for p in policy_parameters(trained.transformer)]
     with pytest.raises(UserError, match="step 3: the loss is nan.*learning_rate"):
         step(batches, CollapseGuard(2), 3)
-    assert all(map(torch.equal, policy_parameters(pipe.transformer), before))
+    assert all(map(torch.equal, policy_parameters(trained.transformer), before))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
-    cfg, optimization, step, batches = make_step(pipe, accelerator, lr_scheduler="linear")
+def test_step_without_a_finite_loss_or_gradient(trained, accelerator, where):
+    cfg, optimization, step, batches = make_step(trained, accelerator, lr_scheduler="linear")
     optimizer, schedule = optimization.optimizer, optimization.lr_scheduler
-    parameters = policy_parameters(pipe.transformer)
-    good = [noised_batch(pipe, seed=2)]
+    parameters = policy_parameters(trained.transformer)
+    good = [noised_batch(trained, seed=2)]
+    expected, _ = accumulate(accelerator, trained.transformer, good, cfg)
+    trained.transformer.zero_grad()
     if where == "loss":
         batches[0].optimality = torch.full((2,), float("nan"))
     else:
@@ -212,9 +234,8 @@ def test_step_without_a_finite_loss_or_gradient(pipe, accelerator, where):
     if where == "gradient":
         handle.remove()
     # Nothing of it is left for the next step.
-    expected, _ = accumulate(accelerator, policy_pipeline().transformer, good, cfg)
     seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(pipe.transformer)))
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(gradients(trained.transformer)))
     assert step(good, guard, 2)["skipped_steps"] == 0
     norm = torch.cat([g.flatten() for g in expected]).norm()
     torch.testing.assert_close(seen, [g * min(1.0, cfg.max_grad_norm / norm.item()) for g in expected])
@@ -271,7 +292,7 @@ def test_noise_belongs_to_the_sample():
 
 
 def test_dropout_acts_on_the_current_policy_only():
-    pipe = policy_pipeline()
+    pipe = policy_pipeline(num_layers=1, vae_num_res_blocks=0)
     batch = noised_batch(pipe)
     for module in pipe.transformer.modules():
         if hasattr(module, "lora_dropout"):
