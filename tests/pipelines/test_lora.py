@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from tests.layouts.test_lora_modules import difference_key, distilled, matrices, merged, output, write
 from tests.layouts.original_layout import original_names
+from tests.layouts.test_lora_modules import difference_key, distilled, matrices, merged, output, write
 from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 
 
