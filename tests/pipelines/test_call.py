@@ -11,11 +11,12 @@ from tests.tiny_pipeline import tiny_pipeline
 
 
 NUM_FRAMES = 45  # 4 blocks
+SMALL = {"height": 16, "width": 32, "num_layers": 1, "vae_num_res_blocks": 0}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline()
+    return tiny_pipeline(**SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_the_last_block_is_what_the_model_predicts(pipe, whole, step):
     assert torch.equal(first, whole[0][:, :, :3])
     # A video whose second block has only these steps draws the same noise up to there.
     levels = [1.0, 0.75, 0.5, 0.25][: step + 1]
-    short = tiny_pipeline(sigmas=levels, first_block_sigmas=[1.0, 0.75, 0.5, 0.25])
+    short = tiny_pipeline(**SMALL, sigmas=levels, first_block_sigmas=[1.0, 0.75, 0.5, 0.25])
     expected = list(stream(short, 0))[1]
     assert torch.equal(last, expected)
     assert (last - seen[step]).abs().max() > 0.1

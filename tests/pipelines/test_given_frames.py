@@ -14,7 +14,7 @@ from tests.tiny_pipeline import tiny_pipeline
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline()
+    return tiny_pipeline(num_layers=1, vae_num_res_blocks=0)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,14 @@ from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
 STEPS = 4
+# Two tokens a frame, one layer, and little to decode.
+SMALL = {"height": 16, "width": 32, "num_layers": 1, "vae_num_res_blocks": 0}
 
 
 @pytest.fixture(scope="module")
 def pipe():
     """3 latent frames a block, window of 6 with a sink of 1, 9 latent frames: 33 frames in 3 blocks."""
-    return tiny_pipeline(num_frames_per_block=3, local_attn_size=6, sink_size=1, num_frames=33)
+    return tiny_pipeline(**SMALL, num_frames_per_block=3, local_attn_size=6, sink_size=1, num_frames=33)
 
 
 def seeded(*seeds):
@@ -49,17 +51,25 @@ def assert_one_line(error, *words):
 
 
 VARIANTS = {
-    "frame_by_frame": dict(num_frames_per_block=1, local_attn_size=3, sink_size=1, num_frames=25),
-    "pairs": dict(num_frames_per_block=2, num_frames=29, height=48, width=32),
-    "threes": dict(num_frames_per_block=3, local_attn_size=6, sink_size=2, rope_mode="relative", num_frames=45),
-    "patched_vae": dict(num_frames_per_block=3, vae_patch_size=2, num_frames=21, height=64, width=64),
+    "frame_by_frame": dict(num_frames_per_block=1, local_attn_size=3, sink_size=1, num_frames=21, height=32, width=32),
+    "pairs": dict(num_frames_per_block=2, num_frames=21, height=48, width=32),
+    "threes": dict(
+        num_frames_per_block=3,
+        local_attn_size=6,
+        sink_size=2,
+        rope_mode="relative",
+        num_frames=45,
+        height=16,
+        width=32,
+    ),
+    "patched_vae": dict(num_frames_per_block=3, vae_patch_size=2, num_frames=21, height=32, width=64),
     "wan2.2_vae": dict(num_frames_per_block=3, vae_patch_size=2, vae_is_residual=True, height=64, width=32),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stream_equals_call_equals_whole_decode(variant):
-    pipe = tiny_pipeline(**VARIANTS[variant])
+    pipe = tiny_pipeline(**VARIANTS[variant], num_layers=1, sigmas=[1.0, 0.5])
     n, num_frames = pipe.transformer.config.num_frames_per_block, pipe.config.num_frames
     whole = pipe(PROMPTS, generator=seeded(0), output_type="pt").frames
     pieces = list(pipe.stream(PROMPTS, generator=seeded(0), output_type="pt"))
@@ -146,30 +156,31 @@ def test_prompt_matters(pipe):
 
 def test_output_types(pipe):
     def run(output_type, **kwargs):
-        return pipe(PROMPTS, generator=seeded(0), output_type=output_type, **kwargs)
+        return pipe(PROMPTS, generator=seeded(0), num_frames=21, output_type=output_type, **kwargs)
 
-    pt = run("pt").frames
-    assert isinstance(run("pt"), CausalWanPipelineOutput)
-    assert torch.is_tensor(pt) and pt.shape == (2, 33, 3, 32, 48) and 0 <= pt.min() < pt.max() <= 1
+    result = run("pt")
+    assert isinstance(result, CausalWanPipelineOutput)
+    pt = result.frames
+    assert torch.is_tensor(pt) and pt.shape == (2, 21, 3, 16, 32) and 0 <= pt.min() < pt.max() <= 1
     array = run("np").frames
-    assert isinstance(array, np.ndarray) and array.shape == (2, 33, 32, 48, 3)
+    assert isinstance(array, np.ndarray) and array.shape == (2, 21, 16, 32, 3)
     assert np.array_equal(array, pt.permute(0, 1, 3, 4, 2).numpy())
-    assert np.array_equal(pipe(PROMPTS, generator=seeded(0)).frames, array)  # the default
+    assert np.array_equal(pipe(PROMPTS, generator=seeded(0), num_frames=21).frames, array)  # the default
     images = run("pil").frames
-    assert [len(video) for video in images] == [33, 33] and images[0][0].size == (48, 32)
+    assert [len(video) for video in images] == [21, 21] and images[0][0].size == (32, 16)
     assert np.abs(np.asarray(images[1][20]) / 255 - array[1, 20]).max() <= 0.51 / 255
     latents = run("latent").frames
-    assert latents.shape == (2, 4, 9, 4, 6) and latents.dtype == torch.float32
+    assert latents.shape == (2, 4, 6, 2, 4) and latents.dtype == torch.float32
     as_tuple = run("pt", return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], pt)
-    pieces = list(pipe.stream(PROMPTS, generator=seeded(0), output_type="pil"))
-    assert [[len(video) for video in piece] for piece in pieces] == [[9, 9], [12, 12], [12, 12]]
+    pieces = list(pipe.stream(PROMPTS, generator=seeded(0), num_frames=21, output_type="pil"))
+    assert [[len(video) for video in piece] for piece in pieces] == [[9, 9], [12, 12]]
 
 
 def test_streams_in_turns(pipe):
     """Two streams of one pipeline, with other schedules and sizes, and a use of the autoencoder in between."""
     requests = [
-        dict(prompt=PROMPTS, sigmas=[1.0, 0.5], height=32, width=32),
+        dict(prompt=PROMPTS, sigmas=[1.0, 0.5], height=16, width=16),
         dict(prompt=PROMPTS[0], sigmas=[1.0, 0.8, 0.3]),
     ]
     expected = [pipe(**request, generator=seeded(i), output_type="pt").frames for i, request in enumerate(requests)]
@@ -224,7 +235,7 @@ def test_callback_sees_every_step(pipe):
 
     def on_step(callback_pipe, step, timestep, kwargs):
         assert callback_pipe is pipe and pipe.num_timesteps == STEPS
-        assert kwargs["latents"].shape == (2, 4, 3, 4, 6) and kwargs["prompt_embeds"].shape == (2, 16, 32)
+        assert kwargs["latents"].shape == (2, 4, 3, 2, 4) and kwargs["prompt_embeds"].shape == (2, 16, 32)
         seen.append((pipe.current_block, step, round(float(timestep), 2)))
         return {}
 
@@ -243,14 +254,14 @@ def test_callback_sees_every_step(pipe):
 
 def test_callback_changes_latents(pipe):
     """What a callback returns is the block: it is put out, and later blocks see it and nothing of what it replaced."""
-    replacement = torch.randn(2, 4, 3, 4, 6)
+    replacement = torch.randn(2, 4, 3, 2, 4)
 
     def on_step(pipe, step, timestep, kwargs):
         return {"latents": replacement} if (pipe.current_block, step) == (0, STEPS - 1) else {}
 
-    noise = torch.randn(2, 4, 9, 4, 6)
+    noise = torch.randn(2, 4, 9, 2, 4)
     other = noise.clone()
-    other[:, :, :3] = torch.randn(2, 4, 3, 4, 6)
+    other[:, :, :3] = torch.randn(2, 4, 3, 2, 4)
     kwargs = dict(output_type="latent", callback_on_step_end=on_step)
     a = pipe(PROMPTS, generator=seeded(0), latents=noise, **kwargs).frames
     b = pipe(PROMPTS, generator=seeded(0), latents=other, **kwargs).frames
@@ -300,7 +311,7 @@ def test_progress_bar_counts_blocks(pipe, capsys):
 
 
 def test_bfloat16():
-    pipe = tiny_pipeline(num_frames=21)
+    pipe = tiny_pipeline(**SMALL, num_frames=21)
     expected = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
     pipe.to(torch.bfloat16)
     latents = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
@@ -308,19 +319,26 @@ def test_bfloat16():
     assert latents.dtype == torch.float32
     assert (latents - expected).abs().mean() < 0.1 * expected.abs().mean()
     frames = pipe(PROMPTS, generator=seeded(0)).frames
-    assert frames.dtype == np.float32 and frames.shape == (2, 21, 32, 48, 3) and np.isfinite(frames).all()
+    assert frames.dtype == np.float32 and frames.shape == (2, 21, 16, 32, 3) and np.isfinite(frames).all()
 
 
 # Errors, all of them before anything runs
 
 
+@pytest.fixture(scope="module")
+def one_step():
+    return tiny_pipeline(height=16, width=16, num_layers=1, vae_num_res_blocks=0, sigmas=[1.0])
+
+
 @pytest.mark.parametrize("num_frames, rounded", [(240, 237), (20, 9), (22, 21), (32, 21), (np.int64(10), 9)])
-def test_frame_counts_are_rounded_down(num_frames, rounded, caplog):
+def test_frame_counts_are_rounded_down(num_frames, rounded, one_step, caplog):
     """240 and 480 are published; a diffusers pipeline rounds, with a warning."""
-    pipe = tiny_pipeline(height=16, width=16)
-    frames = pipe(PROMPTS[0], num_frames=num_frames, generator=seeded(0), output_type="pt").frames
-    assert torch.equal(frames, pipe(PROMPTS[0], num_frames=rounded, generator=seeded(0), output_type="pt").frames)
-    assert frames.shape[1] == rounded
+    latents, expected = (
+        one_step(PROMPTS[0], num_frames=number, generator=seeded(0), output_type="latent").frames
+        for number in (num_frames, rounded)
+    )
+    assert torch.equal(latents, expected)
+    assert 4 * latents.shape[2] - 3 == rounded
     assert [record.getMessage() for record in caplog.records] == [
         f"`num_frames={num_frames}` is rounded down to {rounded}: a video is whole blocks of 3 latent frames, 9 "
         "frames for the first and 12 for every other."
@@ -330,8 +348,8 @@ def test_frame_counts_are_rounded_down(num_frames, rounded, caplog):
 def test_frame_counts_of_other_blocks():
     assert tiny_pipeline(num_frames_per_block=1).round_num_frames(7) == 5
     # The pipeline's own number, and the noise of the rounded one.
-    pipe = tiny_pipeline(num_frames=40, height=16, width=16)
-    assert pipe(PROMPTS[0], latents=torch.randn(1, 4, 9, 2, 2), output_type="pt").frames.shape[1] == 33
+    pipe = tiny_pipeline(**SMALL, num_frames=40)
+    assert pipe(PROMPTS[0], latents=torch.randn(1, 4, 9, 2, 4), output_type="pt").frames.shape[1] == 33
 
 
 @pytest.mark.parametrize("num_frames", [0, -9, 8, 1, 21.0, "21", float("nan")])
@@ -367,14 +385,14 @@ def test_input_errors(pipe):
         (dict(prompt_embeds=embeds[0]), ("prompt_embeds", "(batch, tokens, 32)", "(16, 32)")),
         (dict(prompt_embeds=embeds[..., :8]), ("prompt_embeds", "(batch, tokens, 32)", "(1, 16, 8)")),
         (dict(prompt_embeds=embeds / 0), ("prompt_embeds", "NaN")),
-        (dict(prompt=PROMPTS, latents=torch.full((2, 4, 9, 4, 6), float("inf"))), ("latents", "infinite")),
+        (dict(prompt=PROMPTS, latents=torch.full((2, 4, 9, 2, 4), float("inf"))), ("latents", "infinite")),
         (dict(prompt=PROMPTS, output_type="mp4"), ("output_type", "np", "pil", "pt", "latent", "mp4")),
         (
             dict(prompt=PROMPTS, callback_on_step_end_tensor_inputs=["latents", "noise"]),
             ("callback_on_step_end_tensor_inputs", "latents", "prompt_embeds", "noise"),
         ),
         (dict(prompt=PROMPTS, generator=seeded(1, 2, 3)), ("generator", 3, 2)),
-        (dict(prompt=PROMPTS, latents=torch.zeros(2, 4, 3, 4, 6)), ("latents", "(2, 4, 9, 4, 6)", "(2, 4, 3, 4, 6)")),
+        (dict(prompt=PROMPTS, latents=torch.zeros(2, 4, 3, 2, 4)), ("latents", "(2, 4, 9, 2, 4)", "(2, 4, 3, 2, 4)")),
     ]
     for arguments, words in cases:
         for method in (pipe, pipe.stream):
@@ -385,11 +403,11 @@ def test_input_errors(pipe):
 
 def test_video_longer_than_the_positions():
     """Said before the first block is computed, not in the middle of the video."""
-    pipe = tiny_pipeline(rope_max_seq_len=8, local_attn_size=6)
+    pipe = tiny_pipeline(**SMALL, rope_max_seq_len=8, local_attn_size=6)
     with pytest.raises(ValueError) as error:
         next(pipe.stream(PROMPTS, num_frames=33))
     assert_one_line(error, 8, "relative")
-    relative = tiny_pipeline(rope_max_seq_len=8, local_attn_size=6, sink_size=1, rope_mode="relative")
+    relative = tiny_pipeline(**SMALL, rope_max_seq_len=8, local_attn_size=6, sink_size=1, rope_mode="relative")
     assert relative(PROMPTS, num_frames=57, output_type="latent").frames.isfinite().all()
 
 
@@ -408,7 +426,7 @@ def test_settings_of_the_pipeline(arguments):
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 def test_generation_stops_at_the_first_block_that_is_not_finite(part):
     """One value of the last layer of each model, here set in mid-video."""
-    pipe = tiny_pipeline(num_frames=33)
+    pipe = tiny_pipeline(**SMALL, num_frames=33)
     stream = pipe.stream(PROMPTS[0], output_type="pt")
     next(stream)
     with torch.no_grad():
@@ -422,7 +440,7 @@ def test_generation_stops_at_the_first_block_that_is_not_finite(part):
 
 
 def test_nothing_is_finite_in_a_lora():
-    pipe = tiny_pipeline(num_frames=33)
+    pipe = tiny_pipeline(**SMALL, num_frames=33)
     pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
     pipe.transformer.blocks[0].attn1.to_q.lora_B["default"].weight.data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="latents of a block"):

@@ -37,14 +37,15 @@ VARIANTS = {
 def build(model, **changes):
     published = PUBLISHED_MODELS[model]
     config = {**published.transformer, **published.pipeline, **changes}
-    return tiny_pipeline(**{**config, "num_frames": 21})
+    small = {"num_frames": 21, "height": 16, "width": 32, "vae_num_res_blocks": 0}
+    return tiny_pipeline(**{**config, **small})
 
 
 @torch.no_grad()
 def expected(pipe, blocks, first, others, context=None, seed=0, **kwargs):
     n = pipe.transformer.config.num_frames_per_block
     steps = [len(others if block else first) for block in range(blocks)]
-    noise, renoise = published_noise(torch.Generator().manual_seed(seed), (1, 4, n * blocks, 4, 6), n, steps)
+    noise, renoise = published_noise(torch.Generator().manual_seed(seed), (1, 4, n * blocks, 2, 4), n, steps)
     reference = ReferenceCausalWan(pipe.transformer.state_dict(), dict(pipe.transformer.config))
     reference.past_weight = pipe.config.past_weight
     text = pipe.encode_prompt(PROMPT)
@@ -57,9 +58,13 @@ def generate(pipe, seed=0, **kwargs):
 
 def test_every_published_model_has_a_recipe():
     assert RECIPES.keys() == PUBLISHED_MODELS.keys()
+    # What is right for one is right for the other, which is not computed again.
+    alike = [PUBLISHED_MODELS[name] for name in ("self-forcing", "causal-forcing-chunkwise")]
+    assert alike[0].transformer == alike[1].transformer and alike[0].pipeline == alike[1].pipeline
+    assert RECIPES["self-forcing"] == RECIPES["causal-forcing-chunkwise"]
 
 
-@pytest.mark.parametrize("variant", [*RECIPES, *VARIANTS])
+@pytest.mark.parametrize("variant", [*(name for name in RECIPES if name != "causal-forcing-chunkwise"), *VARIANTS])
 def test_equals_the_reference(variant):
     model, changes = VARIANTS.get(variant, (variant, {}))
     pipe = build(model, **changes)
@@ -85,8 +90,8 @@ def test_past_weight_matters(model):
 @pytest.mark.parametrize("variant", [name for name in RECIPES if name.endswith("step")])
 def test_few_steps_after_an_image(variant):
     """The first block that is generated takes the four steps, not the given one before it."""
-    pipe, (_, first, others) = build(variant), RECIPES[variant]
-    image = np.random.default_rng(0).random((1, 32, 48, 3)).astype("float32")
+    pipe, (_, first, others) = build(variant, num_layers=1), RECIPES[variant]
+    image = np.random.default_rng(0).random((1, 16, 32, 3)).astype("float32")
     given = encode_video(pipe.vae, torch.from_numpy(image).permute(3, 0, 1, 2)[None] * 2 - 1)
     wanted = expected(pipe, 3, first, others, given=given)
     assert (generate(pipe, image=image, num_frames=13) - wanted).abs().max() <= 1e-5
@@ -102,9 +107,9 @@ def test_noise_is_rounded_once_to_the_dtype_of_the_model():
         sigmas=[1.0, 1.0 - 1e-9],  # in float32 both are 1
         callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
     )
-    noise, renoise = published_noise(torch.Generator().manual_seed(0), (1, 4, 3, 4, 6), 3, [2])
+    noise, renoise = published_noise(torch.Generator().manual_seed(0), (1, 4, 3, 2, 4), 3, [2])
     assert torch.equal(seen[0], renoise[0][0].bfloat16().float()) and not torch.equal(seen[0], renoise[0][0])
-    drawn = pipe.prepare_latents(1, 32, 48, 9, "cpu", torch.Generator().manual_seed(0))
+    drawn = pipe.prepare_latents(1, 16, 32, 9, "cpu", torch.Generator().manual_seed(0))
     assert torch.equal(drawn, noise.bfloat16().float())
 
 
@@ -113,9 +118,9 @@ def test_noise_is_rounded_once_to_the_dtype_of_the_model():
     [("krea-14b", 0.7), ("self-forcing", 0.85), ("krea-14b", 1.0), ("causal-forcing-framewise-2step", 0.7)],
 )
 def test_video_to_video(model, strength):
-    pipe = build(model)
+    pipe = build(model, num_layers=1)
     _, *levels = RECIPES[model]
-    video = np.random.default_rng(0).random((33, 32, 48, 3)).astype("float32")
+    video = np.random.default_rng(0).random((33, 16, 32, 3)).astype("float32")
     result = generate(pipe, video=video, strength=strength)
     first, others = ([int(round(1000 * strength * s, 6)) / 1000 for s in sigmas] for sigmas in levels)
     context = server_context(pipe.vae) if model == "krea-14b" else None
@@ -133,9 +138,9 @@ def test_video_to_video(model, strength):
     "arguments,message",
     [
         ({"strength": 0.5}, "needs a `video`"),
-        ({"strength": 1.5, "video": np.zeros((9, 32, 48, 3))}, r"has to be in \(0, 1\]"),
-        ({"strength": 0.5, "video": np.zeros((9, 32, 48, 3)), "num_frames": 21}, "keeps its 9 frames"),
-        ({"strength": 0.5, "video": np.zeros((10, 32, 48, 3))}, "no whole number of blocks"),
+        ({"strength": 1.5, "video": np.zeros((9, 16, 32, 3))}, r"has to be in \(0, 1\]"),
+        ({"strength": 0.5, "video": np.zeros((9, 16, 32, 3)), "num_frames": 21}, "keeps its 9 frames"),
+        ({"strength": 0.5, "video": np.zeros((10, 16, 32, 3))}, "no whole number of blocks"),
     ],
 )
 def test_what_a_user_gets_wrong(arguments, message):

@@ -14,7 +14,7 @@ from tests.training.helpers import SIZE, make_samples, policy_pipeline, reward_w
 
 @pytest.fixture(scope="module")
 def pipe():
-    return policy_pipeline()
+    return policy_pipeline(num_layers=1, vae_num_res_blocks=0)
 
 
 def test_scores_come_in_the_order_asked_for(pipe):
