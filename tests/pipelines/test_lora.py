@@ -8,11 +8,10 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.layouts.original_layout import original_names
-from tests.layouts.test_lora_modules import difference_key, distilled, matrices, merged, output, write
-from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
+from tests.layouts.test_lora_modules import distilled, matrices, merged, output, write
+from tests.tiny_pipeline import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +36,18 @@ def loaded(files):
     return pipe
 
 
-def summed(lora, whole, weight, plain=(), other=0.0):
-    """W + weight (scale B A + differences) + other B' A'."""
-    lora = {module: (a, b, weight * alpha) for module, (a, b, alpha) in lora.items()}
-    sums = {f"{module}.weight": other * b @ a for module, (a, b, _) in dict(plain).items()}
-    for name, tensor in whole.items():
-        sums[name] = sums.get(name, 0) + weight * tensor
-    return merged(lora, additions=sums)
-
-
 def expected(files, weight, other=0.0):
+    """W + weight (scale B A + differences) + other B' A'."""
     _, lora, whole, _, plain = files
-    return summed(lora, whole, weight, plain, other)
+    lora = {module: (a, b, weight * alpha) for module, (a, b, alpha) in lora.items()}
+    additions = [(name, weight * tensor) for name, tensor in whole.items()]
+    transformer_weights = {}
+    for module, (a, b, _) in plain.items():
+        transformer_weights[f"{module}.weight"] = other * b @ a
+    sums = dict(transformer_weights)
+    for name, tensor in additions:
+        sums[name] = sums.get(name, 0) + tensor
+    return merged(lora, additions=sums)
 
 
 def close(pipe, result, tolerance=1e-5):
@@ -135,24 +134,13 @@ def test_layers_that_are_offloaded(files, base):
     assert close(pipe, base)
 
 
-def test_compiled_blocks(tmp_path):
+def test_compiled_blocks(loaded, files):
     """The repeated blocks are one graph, with whole differences in them and at another scale."""
-    # Blocks that are alike are compiled once.
-    ranks = {"self_attn.q": (4, 2.0), "cross_attn.v": (4, 4.0), "ffn.0": (3, 1.5)}
-    lora = matrices(ranks={f"blocks.{i}.{module}": rank for i in range(2) for module, rank in ranks.items()})
-    differences = ("norm3.weight", "self_attn.norm_q.weight", "modulation", "self_attn.q.bias", "ffn.0.weight")
-    weights, originals = tiny_transformer().state_dict(), original_names(2)
-    names = [f"blocks.{i}.{name}" for i in range(2) for name in differences]
-    whole = {name: 0.2 * torch.randn(weights[originals[name]].shape) for name in names}
-    path = write(tmp_path / "lora", str, "lora_A.weight", "lora_B.weight", lora)
-    save_file(load_file(path) | {difference_key(name): tensor for name, tensor in whole.items()}, path)
-    pipe = tiny_pipeline()
-    pipe.load_lora_weights(path, adapter_name="distilled")
-    transformer = pipe.transformer
-    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-    for weight in (1.0, 0.5):
-        pipe.set_adapters("distilled", weight)
-        assert close(pipe, summed(lora, whole, weight))
+    loaded.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert close(loaded, expected(files, 1))
+    pipe, transformer = loaded, loaded.transformer
+    pipe.set_adapters("distilled", 0.5)
+    assert close(pipe, expected(files, 0.5))
     latents, text = torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 16, 32)
     with torch.no_grad():
         scaled = transformer(latents, torch.ones(1), text, attention_kwargs={"scale": 0.0}).sample
