@@ -101,6 +101,7 @@ class Reader:
         monkeypatch.syspath_prepend(str(folder))
         # A chart takes as long as a short run. The quick start's and those of tests/reporting are drawn.
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
+        monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
 
     def follow(self, page: str) -> Reader:
         for block in blocks(read_page(page), page):

@@ -15,16 +15,25 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from train_nft import main  # noqa: E402
 
 
-pytestmark = pytest.mark.usefixtures("no_charts")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_layout")
 
 
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
 TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
 
 
+# One group of four videos in two batches; what is evaluated is as short as can be.
+SHORT = {"train_batch_size": 2, "batches_per_epoch": 2, "num_eval_prompts": 1, "eval_num_frames": 9}
+
+
+@pytest.fixture
+def no_layout(monkeypatch):
+    """Of charts that nobody sees."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
+
+
 def run(model_folder, folder, **values):
-    # One group of four videos in two batches.
-    assert main(tiny_arguments(model_folder, folder, **{"train_batch_size": 2, "batches_per_epoch": 2} | values)) == 0
+    assert main(tiny_arguments(model_folder, folder, **SHORT | values)) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
