@@ -22,7 +22,7 @@ BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewa
 # One group of two videos in a batch, or of four in two batches; what is evaluated is as short as can be.
 ONE_BATCH = {"train_batch_size": 2, "samples_per_prompt": 2, "num_eval_prompts": 1, "eval_num_frames": 9}
 TWO_BATCHES = {**ONE_BATCH, "samples_per_prompt": 4, "batches_per_epoch": 2}
-TWO_REWARDS = {**TWO_BATCHES, "rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
+TWO_REWARDS = {**TWO_BATCHES, "rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": "", "num_frames": 9}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_every_option_trains_and_changes_the_result(model_folder, tmp_path, plai
 
 
 def test_selective_kl_holds_some_samples(model_folder, tmp_path):
-    values = {**TWO_REWARDS, "selective_kl": True, "num_frames": 9, "max_train_steps": 4, "eval_steps": 4}
+    values = {**TWO_REWARDS, "selective_kl": True, "max_train_steps": 4, "eval_steps": 4}
     metrics = run(model_folder, tmp_path, **values, kl_weight=10.0)
     assert all(0 < record["kl_samples"] < 1 for record in metrics)
     assert metrics[-1]["kl"] > 0 and 0.02 <= metrics[-1]["risk_ratio"] <= 0.2
@@ -84,7 +84,7 @@ def test_selective_kl_holds_some_samples(model_folder, tmp_path):
 def test_the_kl_is_a_mean_over_the_step_or_over_batches(model_folder, tmp_path):
     """One of eight samples is held: over the step its KL counts in full, over two batches, one without, half."""
     values = {**TWO_REWARDS, "selective_kl": True, "risk_ratio": 0.02, "risk_ratio_max": 0.02}
-    values |= {"train_batch_size": 4, "height": 32, "num_frames": 9}
+    values |= {"train_batch_size": 4, "height": 32}
     over_step = run(model_folder, tmp_path / "selected", **values)
     over_batches = run(model_folder, tmp_path / "batch", **values, kl_average="batch")
     # At first the KL is zero, and so is its gradient: in the second step the policies are still the same.
