@@ -127,7 +127,7 @@ class Reader:
             importlib.invalidate_caches()
         else:
             code = block.text.replace('"cuda"', '"cpu"')
-            with short_runs(num_eval_prompts=4):  # where a snippet gives as many, all of them count
+            with short_runs(num_eval_prompts=2):  # where a snippet gives as many, all of them count
                 exec(compile(code, block.place, "exec"), self.namespace)
 
     def follow_bash(self, block):

@@ -207,9 +207,7 @@ def test_table_is_printed(base_alone):
     assert (folder / "table.md").read_text() in output
     for text in ("4 videos (2 prompts x 2 seeds) of 9 frames of 16x32", "1 process on cpu", f"base: {BRIGHTNESS} "):
         assert text in output
-    assert all(
-        str(folder / name) in output for name in ("results.json", "table.md", "scores.png", "side_by_side.mp4")
-    )
+    assert all(str(folder / name) in output for name in ("results.json", "table.md", "scores.png", "side_by_side.mp4"))
 
 
 def test_videos_and_pictures(finished, run):
