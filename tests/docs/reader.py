@@ -101,6 +101,7 @@ class Reader:
         monkeypatch.syspath_prepend(str(folder))
         # A chart takes as long as a short run. The quick start's and those of tests/reporting are drawn.
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
+        monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
 
     def follow(self, page: str) -> Reader:
         for block in blocks(read_page(page), page):
@@ -126,7 +127,7 @@ class Reader:
             importlib.invalidate_caches()
         else:
             code = block.text.replace('"cuda"', '"cpu"')
-            with short_runs(num_eval_prompts=4):  # where a snippet gives as many, all of them count
+            with short_runs(num_eval_prompts=2):  # where a snippet gives as many, all of them count
                 exec(compile(code, block.place, "exec"), self.namespace)
 
     def follow_bash(self, block):

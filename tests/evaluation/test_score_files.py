@@ -1,6 +1,9 @@
+import functools
 import json
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -36,12 +39,20 @@ WORDS = "tests.evaluation.test_score_files:words"
 
 def write(path, gray=128, frames=5, fps=12):
     """A picture of vertical stripes around a gray value, which move."""
-    x = np.arange(48)
-    with VideoWriter(path, 32, 48, fps) as writer:
-        for t in range(frames):
-            row = gray + 40 * np.sin((x - 2 * t) / 4)
-            writer.write(np.broadcast_to(row[None, None, :, None], (1, 32, 48, 3)).round().astype(np.uint8))
+    path.write_bytes(encoded(gray, frames, fps))
     return path
+
+
+@functools.cache
+def encoded(gray, frames, fps):
+    x = np.arange(48)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.mp4")
+        with VideoWriter(path, 32, 48, fps) as writer:
+            for t in range(frames):
+                row = gray + 40 * np.sin((x - 2 * t) / 4)
+                writer.write(np.broadcast_to(row[None, None, :, None], (1, 32, 48, 3)).round().astype(np.uint8))
+        return path.read_bytes()
 
 
 def test_frames_come_as_they_were_written(tmp_path):
@@ -243,8 +254,8 @@ def test_a_reward_that_hangs_ends_the_run_and_keeps_what_there_is(tmp_path, monk
         write(tmp_path / f"{name}.mp4")
     hangs = "tests.training.rewards:hangs_at_dark"
     write(tmp_path / "b.mp4", gray=40)
-    with pytest.raises(UserError, match="a reward has not answered for 2 s") as error:
-        score_videos(str(tmp_path), ScoreConfig(rewards=hangs, prompt="", reward_timeout=2))
+    with pytest.raises(UserError, match="a reward has not answered for 0.5 s") as error:
+        score_videos(str(tmp_path), ScoreConfig(rewards=hangs, prompt="", reward_timeout=0.5))
     assert "2 of 3 videos have no scores" in str(error.value)
     results = json.loads((tmp_path / "scores.json").read_text())
     assert [(video["file"], "scores" in video) for video in results["videos"]] == [("a.mp4", True), ("b.mp4", False)]

@@ -1,5 +1,7 @@
 """Whole evaluations by examples/evaluate.py, in this process, of runs on the random tiny pipeline."""
 
+import contextlib
+import io
 import json
 import math
 import statistics
@@ -23,6 +25,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 from evaluate import main  # noqa: E402
 from train_nft import main as train  # noqa: E402
+
+
+# Those of module fixtures are drawn.
+pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
@@ -63,7 +69,8 @@ def run_scores(folder, step: int) -> dict:
 def run(model_folder, tmp_path_factory):
     """Folder of a run of two steps, evaluated at 0, 1 and 2."""
     folder = tmp_path_factory.mktemp("run") / "bright"
-    assert train(tiny_arguments(model_folder, folder, num_frames=9, **ALL_REPORTS)) == 0
+    values = ALL_REPORTS | {"num_frames": 9, "report_to": "none"}
+    assert train(tiny_arguments(model_folder, folder, **values)) == 0
     return folder
 
 
@@ -92,14 +99,14 @@ def test_figures_are_the_runs_own(finished, run):
 def test_figures_are_the_runs_own_in_bfloat16(model_folder, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        values = dict(eval_seeds=2, num_frames=9, mixed_precision="bf16")
+        values = dict(max_train_steps=1, eval_seeds=2, num_frames=9, mixed_precision="bf16")
         assert train(tiny_arguments(model_folder, tmp_path / "run", **values)) == 0
         lora = tmp_path / "run"
-        assert main(arguments(model_folder, tmp_path / "eval", [lora], mixed_precision="bf16")) == 0
+        assert main(arguments(model_folder, tmp_path / "eval", [lora], num_videos=0, mixed_precision="bf16")) == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     columns = read_results(tmp_path / "eval")["columns"]
-    for name, step in (("base", 0), ("run", 2)):
+    for name, step in (("base", 0), ("run", 1)):
         expected = run_scores(lora, step)
         assert columns[name]["scores"] == {score: expected[score] for score in SCORES}
 
@@ -108,12 +115,12 @@ def test_held_out_prompts_of_a_single_file(model_folder, tmp_path):
     """A run holds some prompts of a file out; an evaluation of as many prompts of that file takes the same ones."""
     prompts = (model_folder / "prompts" / "train.txt").read_text().splitlines()
     (tmp_path / "all.txt").write_text("\n".join(prompts[:5]))
-    values = {"prompts": tmp_path / "all.txt"}
-    run = tiny_arguments(model_folder, tmp_path / "run", **values, max_train_steps=1, eval_seeds=2, num_frames=9)
-    assert train(run) == 0
-    assert main(arguments(model_folder, tmp_path / "eval", [tmp_path / "run"], **values)) == 0
+    values = {"prompts": tmp_path / "all.txt", "num_frames": 9}
+    assert train(tiny_arguments(model_folder, tmp_path / "run", **values, max_train_steps=1)) == 0
+    short = {"seeds": 1, "num_videos": 0}
+    assert main(arguments(model_folder, tmp_path / "eval", [tmp_path / "run"], **values, **short)) == 0
     results = read_results(tmp_path / "eval")
-    assert [video["prompt"] for video in results["videos"]] == 2 * [prompts[0], prompts[2]]
+    assert [video["prompt"] for video in results["videos"]] == [prompts[0], prompts[2]]
     assert results["columns"]["run"]["scores"][BRIGHTNESS] == run_scores(tmp_path / "run", 1)[BRIGHTNESS]
 
 
@@ -145,13 +152,22 @@ def test_lora_whose_b_is_zero_changes_nothing(model_folder, tmp_path):
     assert column["change"] == {score: {"change": 0, "half_width_95": 0} for score in SCORES}
 
 
-def test_base_alone(model_folder, tmp_path):
-    assert main(arguments(model_folder, tmp_path)) == 0
-    results = read_results(tmp_path)
+@pytest.fixture(scope="module")
+def base_alone(model_folder, tmp_path_factory):
+    """Folder of an evaluation without a LoRA, and what it printed."""
+    folder = tmp_path_factory.mktemp("base-alone")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(arguments(model_folder, folder)) == 0
+    return folder, output.getvalue()
+
+
+def test_base_alone(base_alone):
+    folder, _ = base_alone
+    results = read_results(folder)
     assert list(results["columns"]) == ["base"]
     mean = results["columns"]["base"]["mean"][BRIGHTNESS]
-    assert (tmp_path / "table.md").read_text().splitlines()[2].split() == ["|", BRIGHTNESS, "|", f"{mean:.4f}", "|"]
-    assert (tmp_path / "side_by_side.png").exists()
+    assert (folder / "table.md").read_text().splitlines()[2].split() == ["|", BRIGHTNESS, "|", f"{mean:.4f}", "|"]
+    assert (folder / "side_by_side.png").exists()
 
 
 def test_results_say_what_was_measured(finished, model_folder, run):
@@ -186,15 +202,12 @@ def test_table_follows_from_the_scores(finished):
             assert numbers == pytest.approx([center, center - half, center + half], abs=6e-5)
 
 
-def test_table_is_printed(model_folder, tmp_path, capsys):
-    assert main(arguments(model_folder, tmp_path)) == 0
-    output = capsys.readouterr().out
-    assert (tmp_path / "table.md").read_text() in output
+def test_table_is_printed(base_alone):
+    folder, output = base_alone
+    assert (folder / "table.md").read_text() in output
     for text in ("4 videos (2 prompts x 2 seeds) of 9 frames of 16x32", "1 process on cpu", f"base: {BRIGHTNESS} "):
         assert text in output
-    assert all(
-        str(tmp_path / name) in output for name in ("results.json", "table.md", "scores.png", "side_by_side.mp4")
-    )
+    assert all(str(folder / name) in output for name in ("results.json", "table.md", "scores.png", "side_by_side.mp4"))
 
 
 def test_videos_and_pictures(finished, run):
@@ -219,7 +232,7 @@ def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_
     two = arguments(model_folder, tmp_path / "two", [run], batch_size=2, seeds=3)
     code, output = Torchrun("examples/evaluate.py", *two).finish()
     assert code == 0 and "2 processes on cpu" in output, output
-    assert main(arguments(model_folder, tmp_path / "one", [run], batch_size=2, seeds=3)) == 0
+    assert main(arguments(model_folder, tmp_path / "one", [run], batch_size=2, seeds=3, num_videos=0)) == 0
     two, one = read_results(tmp_path / "two"), read_results(tmp_path / "one")
     assert two["columns"] == one["columns"] and two["videos"] == one["videos"]
     assert (tmp_path / "two" / "table.md").read_text() == (tmp_path / "one" / "table.md").read_text()

@@ -15,16 +15,24 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from train_nft import main  # noqa: E402
 
 
-pytestmark = pytest.mark.usefixtures("no_charts")
+pytestmark = pytest.mark.usefixtures("no_charts", "no_layout")
 
 
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
-TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": ""}
+# One group of two videos in a batch, or of four in two batches; what is evaluated is as short as can be.
+ONE_BATCH = {"train_batch_size": 2, "samples_per_prompt": 2, "num_eval_prompts": 1, "eval_num_frames": 9}
+TWO_BATCHES = {**ONE_BATCH, "samples_per_prompt": 4, "batches_per_epoch": 2}
+TWO_REWARDS = {**TWO_BATCHES, "rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": "", "num_frames": 9}
+
+
+@pytest.fixture
+def no_layout(monkeypatch):
+    """Of charts that nobody sees."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
 
 
 def run(model_folder, folder, **values):
-    # One group of four videos in two batches.
-    assert main(tiny_arguments(model_folder, folder, **{"train_batch_size": 2, "batches_per_epoch": 2} | values)) == 0
+    assert main(tiny_arguments(model_folder, folder, **ONE_BATCH | values)) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -56,7 +64,7 @@ def plain(model_folder, tmp_path_factory):
         {**TWO_REWARDS, "selective_kl": True},
         {**TWO_REWARDS, "selective_kl": True, "risk_rule": "released", "kl_average": "batch"},
     ],
-    ids=lambda values: " ".join(f"{k}={str(v).split(':')[-1]}" for k, v in values.items()),
+    ids=lambda values: " ".join(f"{k}={str(v).split(':')[-1]}" for k, v in values.items() if k not in TWO_REWARDS),
 )
 def test_every_option_trains_and_changes_the_result(model_folder, tmp_path, plain, values):
     metrics = run(model_folder, tmp_path, **values)
@@ -67,15 +75,16 @@ def test_every_option_trains_and_changes_the_result(model_folder, tmp_path, plai
 
 
 def test_selective_kl_holds_some_samples(model_folder, tmp_path):
-    metrics = run(model_folder, tmp_path, **TWO_REWARDS, selective_kl=True, kl_weight=10.0, max_train_steps=4)
+    values = {**TWO_REWARDS, "selective_kl": True, "max_train_steps": 4, "eval_steps": 4}
+    metrics = run(model_folder, tmp_path, **values, kl_weight=10.0)
     assert all(0 < record["kl_samples"] < 1 for record in metrics)
     assert metrics[-1]["kl"] > 0 and 0.02 <= metrics[-1]["risk_ratio"] <= 0.2
 
 
 def test_the_kl_is_a_mean_over_the_step_or_over_batches(model_folder, tmp_path):
     """One of eight samples is held: over the step its KL counts in full, over two batches, one without, half."""
-    values = {"selective_kl": True, "risk_ratio": 0.02, "risk_ratio_max": 0.02, "train_batch_size": 4, "height": 32}
-    values |= TWO_REWARDS
+    values = {**TWO_REWARDS, "selective_kl": True, "risk_ratio": 0.02, "risk_ratio_max": 0.02}
+    values |= {"train_batch_size": 4, "height": 32}
     over_step = run(model_folder, tmp_path / "selected", **values)
     over_batches = run(model_folder, tmp_path / "batch", **values, kl_average="batch")
     # At first the KL is zero, and so is its gradient: in the second step the policies are still the same.
@@ -86,9 +95,9 @@ def test_the_kl_is_a_mean_over_the_step_or_over_batches(model_folder, tmp_path):
 
 def test_the_reference_moves(model_folder, tmp_path):
     """Older than one epoch it becomes the current policy: right after, the KL is that of one step."""
-    values = {"max_train_steps": 4, "checkpointing_steps": 4, "learning_rate": 1e-2, "num_frames": 9}
+    values = {"max_train_steps": 3, "checkpointing_steps": 4, "eval_steps": 4, "learning_rate": 1e-2, "num_frames": 9}
     fixed = run(model_folder, tmp_path / "fixed", **values)
-    moving = run(model_folder, tmp_path / "moving", **values, reference_reset_epochs=1)
+    moving = run(model_folder, tmp_path / "moving", **values | {"max_train_steps": 4}, reference_reset_epochs=1)
     assert [record["reference_age"] for record in moving] == [1, 0, 1, 0]
     assert moving[1]["kl"] == pytest.approx(fixed[1]["kl"], rel=1e-4)
     assert moving[2]["kl"] == pytest.approx(0, abs=1e-9) and fixed[2]["kl"] > 1e-6
@@ -103,6 +112,7 @@ def test_the_moving_threshold_is_that_of_the_run_that_is_resumed(model_folder, t
         "reference_reset_kl_step": 1.0,
         "max_train_steps": 3,
         "checkpointing_steps": 2,
+        "eval_steps": 3,
         "num_frames": 9,
     }
     records = run(model_folder, tmp_path, **values, learning_rate=1e-2)
@@ -112,7 +122,7 @@ def test_the_moving_threshold_is_that_of_the_run_that_is_resumed(model_folder, t
 
 
 def test_the_average_is_judged_and_saved(model_folder, tmp_path):
-    values = {"max_train_steps": 3, "learning_rate": 1e-2, "checkpointing_steps": 1}
+    values = {"max_train_steps": 3, "learning_rate": 1e-2, "checkpointing_steps": 1, "num_frames": 9}
     run(model_folder, tmp_path, **values, ema_decay=0.75)
     steps = [adapter(tmp_path / "checkpoints" / f"checkpoint-{step}") for step in (1, 2, 3)]
     saved = adapter(tmp_path)

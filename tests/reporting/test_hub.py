@@ -61,8 +61,9 @@ def test_a_run_that_is_pushed_loads_as_its_card_says(hub, model_folder, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     Path(model_folder.name).symlink_to(model_folder)
-    arguments = tiny_arguments(model_folder.name, "my-lora", **ALL_REPORTS, push_to_hub=True, hub_license="apache-2.0")
-    assert main(arguments) == 0
+    values = ALL_REPORTS | {"num_frames": 9, "eval_steps": 2, "eval_seeds": 1, "checkpointing_steps": 2}
+    values |= {"push_to_hub": True, "hub_license": "apache-2.0"}
+    assert main(tiny_arguments(model_folder.name, "my-lora", **values)) == 0
     assert f"pushed to {hub.url}/someone/my-lora" in capsys.readouterr().out
     (code,) = re.findall("```python\n(.*?)```", Path("my-lora/README.md").read_text(), re.S)
     loaded = []

@@ -14,6 +14,7 @@ from tests.training.helpers import ALL_REPORTS, BRIGHTNESS, tiny_settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "logged_metrics.md"
 CONTRAST, FLICKER = "tests.training.rewards:contrast", "flicker"
+SHORT = {"num_frames": 9, "max_train_steps": 1, "checkpointing_steps": 10}
 TRAINED = ("reward", BRIGHTNESS, CONTRAST, *(f"{BRIGHTNESS}/{color}" for color in ("red", "green", "blue")))
 
 
@@ -40,7 +41,7 @@ def flat(record, prefix=""):
 
 
 def train(kind, config_class, model, folder, **values):
-    settings = tiny_settings(model, folder, **ALL_REPORTS | {"max_train_steps": 1, "checkpointing_steps": 10} | values)
+    settings = tiny_settings(model, folder, **ALL_REPORTS | SHORT | values)
     settings["rewards"] = {BRIGHTNESS: 1, CONTRAST: 1}
     kind(config=config_class(**settings)).train()
 

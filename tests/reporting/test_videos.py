@@ -38,11 +38,11 @@ def test_gif_moves():
 
 
 def test_small_gif_keeps_the_pace():
-    images = video_images(torch.rand(16, 3, 100, 800))
+    images = video_images(torch.rand(6, 3, 100, 800))
     gif = Image.open(io.BytesIO(small_gif_bytes(images, 16)))
-    assert (gif.size, gif.n_frames, gif.info["duration"]) == ((640, 80), 8, 120)  # hundredths of a second, rounded
-    small = Image.open(io.BytesIO(small_gif_bytes(images[:4], 8, max_width=1000)))
-    assert (small.size, small.n_frames) == ((800, 100), 4)
+    assert (gif.size, gif.n_frames, gif.info["duration"]) == ((640, 80), 3, 120)  # hundredths of a second, rounded
+    small = Image.open(io.BytesIO(small_gif_bytes(images[:2], 8, max_width=1000)))
+    assert (small.size, small.n_frames) == ((800, 100), 2)
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -4,7 +4,7 @@ import re
 
 
 SIZES = ["--samples_per_prompt", "2", "--batches_per_epoch", "2", "--num_train_epochs", "2"]
-SMALL = ["--height", "32", "--width", "32", "--num_frames", "9", "--rank", "4", "--mixed_precision", "no"]
+SMALL = ["--height", "16", "--width", "32", "--num_frames", "9", "--rank", "4", "--mixed_precision", "no"]
 
 
 def test_sizes_and_rewards_are_those_of_the_published_run(model_folder, capsys):
@@ -16,7 +16,7 @@ def test_sizes_and_rewards_are_those_of_the_published_run(model_folder, capsys):
     output = capsys.readouterr().out
     assert code == 0, output
     assert "self_forcing_video_hpsv3 on 1 process: batches of 3, groups of 2, 6 samples an epoch, as given" in output
-    assert "step 2/2" in output and "9 frames of 32x32" in output
+    assert "step 2/2" in output and "9 frames of 16x32" in output
     figures = re.search(r"^seconds_sampling \S+  seconds_scoring \S+  seconds_training \S+", output, re.MULTILINE)
     assert figures and re.search(r"^process 0: peak memory \S+ GB, LoRA [0-9a-f]{12}$", output, re.MULTILINE)
 
