@@ -52,4 +52,5 @@ def diffusers_norm(monkeypatch):
 @pytest.fixture
 def no_charts(monkeypatch):
     """A chart takes as long as a step of a tiny run, which others draw."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from train_nft import main  # noqa: E402
 
 
-pytestmark = pytest.mark.usefixtures("no_charts", "no_layout")
+pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
@@ -23,12 +23,6 @@ BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewa
 ONE_BATCH = {"train_batch_size": 2, "samples_per_prompt": 2, "num_eval_prompts": 1, "eval_num_frames": 9}
 TWO_BATCHES = {**ONE_BATCH, "samples_per_prompt": 4, "batches_per_epoch": 2}
 TWO_REWARDS = {**TWO_BATCHES, "rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": "", "num_frames": 9}
-
-
-@pytest.fixture
-def no_layout(monkeypatch):
-    """Of charts that nobody sees."""
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
 
 
 def run(model_folder, folder, **values):
