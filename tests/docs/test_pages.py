@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.cli.main import COMMANDS
 from astrolabe_diffusers.cli.main import main as astrolabe
-from astrolabe_diffusers.models.transformer_causal_wan import CausalWanTransformer3DModel
 from astrolabe_diffusers.registration import register_with_diffusers
 from astrolabe_diffusers.rewards.reward_set import PLACEMENTS, check_placement
 from astrolabe_diffusers.training import NFTConfig
@@ -27,32 +25,11 @@ from .pages import PAGES, ROOT, blocks, inline_code, read_page, section
 from .reader import QUICK_START, Reader, short_runs
 
 
-# Elsewhere than on this page two of the embedded model's six layers do: nothing is asked of what they make or learn.
-WHOLE_MODEL = "docs/customise.md"
-
-
-def load_two_layers(cls, *args, **kwargs):
-    model = load_all_layers(cls, *args, **kwargs)
-    del model.blocks[2:]
-    model.register_to_config(num_layers=2)
-    return model
-
-
-load_all_layers = CausalWanTransformer3DModel.from_pretrained.__func__
-
-
-@contextmanager
-def two_layers():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CausalWanTransformer3DModel, "from_pretrained", classmethod(load_two_layers))
-        yield
-
-
 @pytest.fixture(scope="module")
 def quick_start(tmp_path_factory):
     """The folder of README's training run, made short; with the checkpoint of half of its steps."""
     folder = tmp_path_factory.mktemp("quick-start") / "nft-tiny-shapes"
-    with two_layers(), short_runs(num_eval_videos=1):
+    with short_runs(num_eval_videos=1):
         assert astrolabe(["train", *QUICK_START, "--output_dir", str(folder)]) == 0
     (folder / "checkpoints" / "checkpoint-1").rename(folder / "checkpoints" / "checkpoint-40")
     return folder
@@ -65,8 +42,7 @@ def follow(quick_start, tmp_path_factory):
     @functools.cache
     def follow(page):
         folder = tmp_path_factory.mktemp(Path(page).stem)
-        model = nullcontext if page == WHOLE_MODEL else two_layers
-        with model(), pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             try:
                 return Reader(folder, quick_start, patch).follow(page).folder
             finally:
