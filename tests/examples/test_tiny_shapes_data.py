@@ -80,7 +80,7 @@ def test_the_same_generator_gives_the_same_batch():
 
 
 def test_caption_noise_replaces_each_attribute_on_its_own_and_says_only_training_captions():
-    batch = data.sample_batch(3000, 1, generator(), caption_noise=0.15)
+    batch = data.sample_batch(6000, 1, generator(), caption_noise=0.15)
     assert set(data.captions(batch["caption_attributes"])) <= set(data.captions(data.split("train")))
     wrong = batch["caption_attributes"] != batch["attributes"]
     torch.testing.assert_close(wrong.float().mean(0), torch.full((4,), 0.15), atol=0.015, rtol=0)

@@ -19,14 +19,13 @@ pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 BRIGHTNESS, CONTRAST = "tests.training.rewards:brightness", "tests.training.rewards:contrast"
-# One group of two videos in a batch, or of four in two batches; what is evaluated is as short as can be.
-ONE_BATCH = {"train_batch_size": 2, "samples_per_prompt": 2, "num_eval_prompts": 1, "eval_num_frames": 9}
-TWO_BATCHES = {**ONE_BATCH, "samples_per_prompt": 4, "batches_per_epoch": 2}
-TWO_REWARDS = {**TWO_BATCHES, "rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": "", "num_frames": 9}
+# One group of four videos in two batches; what is evaluated is as short as can be.
+SIZES = {"train_batch_size": 2, "batches_per_epoch": 2, "num_eval_prompts": 1, "eval_num_frames": 9}
+TWO_REWARDS = {"rewards": f"{BRIGHTNESS}=1,{CONTRAST}=0.5", "eval_rewards": "", "num_frames": 9}
 
 
 def run(model_folder, folder, **values):
-    assert main(tiny_arguments(model_folder, folder, **ONE_BATCH | values)) == 0
+    assert main(tiny_arguments(model_folder, folder, **SIZES | values)) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
