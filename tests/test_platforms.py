@@ -20,7 +20,8 @@ from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
-OVERRIDES = dict(local_attn_size=5, sink_size=1, rope_mode="relative", num_frames=33, sigmas=(1.0, 0.6, 0.2))
+OVERRIDES = dict(local_attn_size=5, sink_size=1, rope_mode="relative", num_frames=21, sigmas=(1.0, 0.6, 0.2))
+OVERRIDES |= dict(height=16, width=32)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 # Generates without and with a LoRA, imports every module, and generates and scores a video.

@@ -30,6 +30,8 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from train_nft import main  # noqa: E402
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")  # but for the run of `finished`
+
 BRIGHTNESS = "tests.training.rewards:brightness"
 FOUR_STEPS = dict(max_train_steps=4, checkpointing_steps=2, eval_steps=2, eval_seeds=2, seed=3)
 # A step is the sum over two batches.
