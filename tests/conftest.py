@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests import fast_norm
-from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_pipeline import SMALL, save_tiny_pipeline
 
 
 # The tensors are tiny: a second thread only waits, and with other work on the machine it waits for long.
@@ -34,7 +34,7 @@ def pytest_collection_finish(session):
 def model_folder(tmp_path_factory):
     """The random tiny pipeline as a Diffusers folder, with prompts: one layer, videos of 16x32 pixels."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    return save_tiny_pipeline(folder, height=16, width=32, num_layers=1, vae_num_res_blocks=0)
+    return save_tiny_pipeline(folder, **SMALL, num_layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,12 @@ def diffusers_norm(monkeypatch):
     monkeypatch.setattr(fast_norm.WanRMS_norm, "forward", fast_norm.diffusers_forward)
 
 
-@pytest.fixture
-def no_charts(monkeypatch):
-    """A chart takes as long as a step of a tiny run, which others draw."""
+def skip_charts(monkeypatch):
+    """A chart takes as long as a step of a tiny run: for runs whose charts nobody looks at."""
     monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    skip_charts(monkeypatch)

@@ -10,19 +10,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
+from tests.pipelines.test_loading import OVERRIDES, PROMPTS, generate, save_lora
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 
 ROOT = Path(__file__).parents[1]
-PROMPTS = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
-OVERRIDES = dict(local_attn_size=5, sink_size=1, rope_mode="relative", num_frames=21, sigmas=(1.0, 0.6, 0.2))
-OVERRIDES |= dict(height=16, width=32)
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 # Generates without and with a LoRA, imports every module, and generates and scores a video.
 FRESH_PROCESS = """
@@ -77,47 +71,30 @@ assert 0.1 < peak_memory_gb(torch.device("cpu")) < 50
 """
 
 
-def generate(pipe):
-    return pipe(PROMPTS, generator=torch.Generator().manual_seed(0), output_type="pt").frames
-
-
 @pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    """A folder with LoRA weights whose alpha is not their rank, and the frames that they give."""
-    path = tmp_path_factory.mktemp("lora")
-    pipe = tiny_pipeline(**OVERRIDES)
-    torch.manual_seed(7)
-    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS, init_lora_weights=False))
-    CausalWanPipeline.save_lora_weights(
-        path,
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        **_collate_lora_metadata({"transformer": pipe.transformer}),
-    )
-    return path, generate(pipe)
-
-
-@pytest.fixture(scope="module")
-def fresh_process(lora, tmp_path_factory):
-    """The folder that the process has written into."""
+def fresh_process(tmp_path_factory):
+    """The folder that the process has written into, and the frames of its LoRA as they are in this process."""
     folder = tmp_path_factory.mktemp("fresh")
+    lora_frames = save_lora(folder / "lora")
     model_folder = save_tiny_pipeline(folder / "model", **OVERRIDES)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", FRESH_PROCESS % PROMPTS, str(model_folder), str(lora[0]), str(folder)]
+    command = [sys.executable, "-c", FRESH_PROCESS % PROMPTS, str(model_folder), str(folder / "lora"), str(folder)]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
-    return folder
+    return folder, lora_frames
 
 
-def test_it_generates_as_this_process_does(fresh_process, lora, diffusers_norm):
-    result = torch.load(fresh_process / "out.pt")
+def test_it_generates_as_this_process_does(fresh_process, diffusers_norm):
+    folder, lora_frames = fresh_process
+    result = torch.load(folder / "out.pt")
     assert result["class"] == "CausalWanPipeline"
     assert torch.equal(result["plain"], generate(tiny_pipeline(**OVERRIDES)))
-    assert (result["lora"] - lora[1]).abs().max() <= 1e-5
+    assert (result["lora"] - lora_frames).abs().max() <= 1e-5
     assert (result["lora"] - result["plain"]).abs().max() > 1e-2
 
 
 def test_it_runs_without_the_modules_of_posix(fresh_process):
-    folder = fresh_process / "videos"
+    folder = fresh_process[0] / "videos"
     (line,) = (folder / "manifest.jsonl").read_text().splitlines()
     # No lock is left either.
     assert {path.name for path in folder.iterdir()} == {"manifest.jsonl", json.loads(line)["file"]}

@@ -51,6 +51,10 @@ def write_prompt_folder(folder: str | Path, num_train: int = 8, num_test: int = 
     return folder
 
 
+# Two tokens a frame, and little to decode: for tests that speak of neither.
+SMALL = {"height": 16, "width": 32, "vae_num_res_blocks": 0}
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = {word for caption in tiny_shapes_captions() for word in caption.split()}
     vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}

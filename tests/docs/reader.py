@@ -33,6 +33,7 @@ from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.training.config import OnlineConfig
+from tests.conftest import skip_charts
 from tests.layouts.original_layout import original_names, original_weights
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
 
@@ -99,9 +100,8 @@ class Reader:
         self.modules: list[str] = []
         monkeypatch.chdir(folder)
         monkeypatch.syspath_prepend(str(folder))
-        # A chart takes as long as a short run. The quick start's and those of tests/reporting are drawn.
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
-        monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
+        # The quick start's and those of tests/reporting are drawn.
+        skip_charts(monkeypatch)
 
     def follow(self, page: str) -> Reader:
         for block in blocks(read_page(page), page):

@@ -7,13 +7,11 @@ from diffusers import DiffusionPipeline
 
 from astrolabe_diffusers.models.vae_streaming import decode_latents, encode_video
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
 PROMPT = "a red circle moves up on a white background"
 STEPS = [1.0, 0.5, 0.0]
-# Two tokens a frame: the reference computes each of them by itself.
-SMALL = {"height": 16, "width": 32, "vae_num_res_blocks": 0}
 
 
 def server_context(vae, num_frames=3, num_given=0):

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tests.pipelines.test_scenes import A, B, seeded
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
 NUM_FRAMES = 45  # 4 blocks
-SMALL = {"height": 16, "width": 32, "num_layers": 1, "vae_num_res_blocks": 0}
+ONE_LAYER = {**SMALL, "num_layers": 1}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline(**SMALL)
+    return tiny_pipeline(**ONE_LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_the_last_block_is_what_the_model_predicts(pipe, whole, step):
     assert torch.equal(first, whole[0][:, :, :3])
     # A video whose second block has only these steps draws the same noise up to there.
     levels = [1.0, 0.75, 0.5, 0.25][: step + 1]
-    short = tiny_pipeline(**SMALL, sigmas=levels, first_block_sigmas=[1.0, 0.75, 0.5, 0.25])
+    short = tiny_pipeline(**ONE_LAYER, sigmas=levels, first_block_sigmas=[1.0, 0.75, 0.5, 0.25])
     expected = list(stream(short, 0))[1]
     assert torch.equal(last, expected)
     assert (last - seen[step]).abs().max() > 0.1

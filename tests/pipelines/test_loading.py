@@ -21,22 +21,14 @@ from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import find_lora, load_from, load_loras, weights_digest
 from astrolabe_diffusers.training.adapter_files import save_adapter
-from tests.tiny_pipeline import model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
+from tests.tiny_pipeline import SMALL, model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
 from tests.training.helpers import policy_pipeline
 from tests.training.test_checkpoints import plant
 
 
 PROMPTS = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
-OVERRIDES = dict(
-    local_attn_size=5,
-    sink_size=1,
-    rope_mode="relative",
-    num_frames=21,
-    sigmas=(1.0, 0.6, 0.2),
-    height=16,
-    width=32,
-    vae_num_res_blocks=0,
-)
+OVERRIDES = dict(local_attn_size=5, sink_size=1, rope_mode="relative", num_frames=21, sigmas=(1.0, 0.6, 0.2))
+OVERRIDES |= SMALL
 RANK, ALPHA = 4, 10
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
@@ -51,10 +43,8 @@ def folder(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"), **OVERRIDES)
 
 
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    """A folder with LoRA weights (alpha != rank), and the frames that they give."""
-    path = tmp_path_factory.mktemp("lora")
+def save_lora(path):
+    """LoRA weights (alpha != rank) into a folder; the frames that they give."""
     pipe = tiny_pipeline(**OVERRIDES)
     torch.manual_seed(7)
     pipe.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False))
@@ -63,7 +53,14 @@ def lora(tmp_path_factory):
         transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
         **_collate_lora_metadata({"transformer": pipe.transformer}),
     )
-    return path, generate(pipe)
+    return generate(pipe)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """The folder and the frames of a LoRA."""
+    path = tmp_path_factory.mktemp("lora")
+    return path, save_lora(path)
 
 
 @pytest.fixture

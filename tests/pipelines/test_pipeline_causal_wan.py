@@ -8,19 +8,18 @@ from peft import LoraConfig
 
 from astrolabe_diffusers import CausalWanPipelineOutput
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
 PROMPTS = ["a red circle moves left on a black background", "a green cross moves up on a white background"]
 STEPS = 4
-# Two tokens a frame, one layer, and little to decode.
-SMALL = {"height": 16, "width": 32, "num_layers": 1, "vae_num_res_blocks": 0}
+ONE_LAYER = {**SMALL, "num_layers": 1}
 
 
 @pytest.fixture(scope="module")
 def pipe():
     """3 latent frames a block, window of 6 with a sink of 1, 9 latent frames: 33 frames in 3 blocks."""
-    return tiny_pipeline(**SMALL, num_frames_per_block=3, local_attn_size=6, sink_size=1, num_frames=33)
+    return tiny_pipeline(**ONE_LAYER, num_frames_per_block=3, local_attn_size=6, sink_size=1, num_frames=33)
 
 
 def seeded(*seeds):
@@ -311,7 +310,7 @@ def test_progress_bar_counts_blocks(pipe, capsys):
 
 
 def test_bfloat16():
-    pipe = tiny_pipeline(**SMALL, num_frames=21)
+    pipe = tiny_pipeline(**ONE_LAYER, num_frames=21)
     expected = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
     pipe.to(torch.bfloat16)
     latents = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
@@ -348,7 +347,7 @@ def test_frame_counts_are_rounded_down(num_frames, rounded, one_step, caplog):
 def test_frame_counts_of_other_blocks():
     assert tiny_pipeline(num_frames_per_block=1).round_num_frames(7) == 5
     # The pipeline's own number, and the noise of the rounded one.
-    pipe = tiny_pipeline(**SMALL, num_frames=40)
+    pipe = tiny_pipeline(**ONE_LAYER, num_frames=40)
     assert pipe(PROMPTS[0], latents=torch.randn(1, 4, 9, 2, 4), output_type="pt").frames.shape[1] == 33
 
 
@@ -403,11 +402,11 @@ def test_input_errors(pipe):
 
 def test_video_longer_than_the_positions():
     """Said before the first block is computed, not in the middle of the video."""
-    pipe = tiny_pipeline(**SMALL, rope_max_seq_len=8, local_attn_size=6)
+    pipe = tiny_pipeline(**ONE_LAYER, rope_max_seq_len=8, local_attn_size=6)
     with pytest.raises(ValueError) as error:
         next(pipe.stream(PROMPTS, num_frames=33))
     assert_one_line(error, 8, "relative")
-    relative = tiny_pipeline(**SMALL, rope_max_seq_len=8, local_attn_size=6, sink_size=1, rope_mode="relative")
+    relative = tiny_pipeline(**ONE_LAYER, rope_max_seq_len=8, local_attn_size=6, sink_size=1, rope_mode="relative")
     assert relative(PROMPTS, num_frames=57, output_type="latent").frames.isfinite().all()
 
 
@@ -426,7 +425,7 @@ def test_settings_of_the_pipeline(arguments):
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 def test_generation_stops_at_the_first_block_that_is_not_finite(part):
     """One value of the last layer of each model, here set in mid-video."""
-    pipe = tiny_pipeline(**SMALL, num_frames=33)
+    pipe = tiny_pipeline(**ONE_LAYER, num_frames=33)
     stream = pipe.stream(PROMPTS[0], output_type="pt")
     next(stream)
     with torch.no_grad():
@@ -440,7 +439,7 @@ def test_generation_stops_at_the_first_block_that_is_not_finite(part):
 
 
 def test_nothing_is_finite_in_a_lora():
-    pipe = tiny_pipeline(**SMALL, num_frames=33)
+    pipe = tiny_pipeline(**ONE_LAYER, num_frames=33)
     pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
     pipe.transformer.blocks[0].attn1.to_q.lora_B["default"].weight.data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="latents of a block"):

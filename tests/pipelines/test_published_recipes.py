@@ -8,7 +8,7 @@ from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import encode_video
 from tests.pipelines.test_block_generation import server_context
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
 PROMPT = "a red circle moves up on a white background"
@@ -37,8 +37,7 @@ VARIANTS = {
 def build(model, **changes):
     published = PUBLISHED_MODELS[model]
     config = {**published.transformer, **published.pipeline, **changes}
-    small = {"num_frames": 21, "height": 16, "width": 32, "vae_num_res_blocks": 0}
-    return tiny_pipeline(**{**config, **small})
+    return tiny_pipeline(**{**config, **SMALL, "num_frames": 21})
 
 
 @torch.no_grad()

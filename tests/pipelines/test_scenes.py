@@ -5,20 +5,19 @@ import torch
 
 from astrolabe_diffusers.models.vae_streaming import decode_latents
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
 A = "a red circle moves up on a white background"
 B = "a blue cross moves left on a gray background"
 C = "a green square moves down on a black background"
 N = 3
-# Two tokens a frame: the reference computes each of them by itself.
-SMALL = {"height": 16, "width": 32, "sigmas": [1.0, 0.5], "vae_num_res_blocks": 0}
+TWO_STEPS = {**SMALL, "sigmas": [1.0, 0.5]}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline(**SMALL, local_attn_size=9, sink_size=3, rope_mode="relative")
+    return tiny_pipeline(**TWO_STEPS, local_attn_size=9, sink_size=3, rope_mode="relative")
 
 
 def seeded(seed=0):
@@ -73,7 +72,7 @@ def test_nothing_passes_a_hard_cut(pipe):
 )
 def test_what_begins_takes_the_steps_of_the_first_block(prompt, video, steps):
     """At the beginning, after given frames and after a cut; a model of two steps makes it in four."""
-    pipe, seen = tiny_pipeline(**SMALL, first_block_sigmas=[1.0, 0.75, 0.5, 0.25]), []
+    pipe, seen = tiny_pipeline(**TWO_STEPS, first_block_sigmas=[1.0, 0.75, 0.5, 0.25]), []
 
     def count(pipe, step, timestep, values):
         seen[pipe.current_block :] = [pipe.num_timesteps]
@@ -109,7 +108,7 @@ def test_every_video_has_its_own_scenes(pipe):
 def test_parted_videos_keep_their_own_past():
     """A window that has been full, a re-encoded context: what is parted is as good as alone."""
     for config in ({"local_attn_size": 6, "sink_size": 3, "rope_mode": "relative"}, {"num_context_frames": 3}):
-        pipe = tiny_pipeline(**SMALL, **config)
+        pipe = tiny_pipeline(**TWO_STEPS, **config)
         prompts = [f"{A}[2.3s] | {B}[2.3s]", f"{A}[2.3s#] | {B}[2.3s]"]
         latents = generate(pipe, prompts, generator=[seeded(0), seeded(1)])
         for seed, prompt in enumerate(prompts):
@@ -129,7 +128,7 @@ def test_length(pipe):
 
 
 def test_positions_count_from_the_cut():
-    pipe = tiny_pipeline(**SMALL, rope_max_seq_len=9)
+    pipe = tiny_pipeline(**TWO_STEPS, rope_max_seq_len=9)
     with pytest.raises(ValueError, match="9 absolute positions: at most 33 frames without a cut"):
         generate(pipe, f"{A}[3s] | {B}[1.5s]")
     assert generate(pipe, f"{A}[2.25s#] | {B}[2.25s]").shape[2] == 18

@@ -7,11 +7,10 @@ from PIL import Image
 
 from astrolabe_diffusers.models.vae_streaming import encode_video
 from tests.reference_causal_wan import published_noise
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
-# Two tokens a frame, and few steps.
-SMALL = {"height": 16, "width": 32, "sigmas": [1.0, 0.5], "vae_num_res_blocks": 0}
+TWO_STEPS = {**SMALL, "sigmas": [1.0, 0.5]}
 PROMPTS = ["a red circle moves up on a white background", "a blue cross moves left on a gray background"]
 
 
@@ -47,7 +46,7 @@ def continued(pipe, given, num_frames, seed=0):
 @pytest.mark.parametrize("num_given", [9, 33])
 @pytest.mark.parametrize("config", [{}, {"sink_size": 3, "local_attn_size": 6}])
 def test_a_video_goes_on(config, num_given):
-    pipe, video = tiny_pipeline(**SMALL, **config), frames(num_given)
+    pipe, video = tiny_pipeline(**TWO_STEPS, **config), frames(num_given)
     given = encode_video(pipe.vae, torch.from_numpy(video).permute(3, 0, 1, 2)[None] * 2 - 1)
     first, total = given.shape[2], given.shape[2] + 9
     num_frames = num_given + 36
@@ -60,7 +59,7 @@ def test_a_video_goes_on(config, num_given):
 
 
 def test_an_image_starts_a_video():
-    pipe, image = tiny_pipeline(**SMALL, num_frames_per_block=1), frames(1)
+    pipe, image = tiny_pipeline(**TWO_STEPS, num_frames_per_block=1), frames(1)
     given = encode_video(pipe.vae, torch.from_numpy(image).permute(3, 0, 1, 2)[None] * 2 - 1)
     expected = continued(pipe, given, 4)
     assert (generate(pipe, image=image, num_frames=13) - expected).abs().max() < 1e-4
@@ -71,7 +70,7 @@ def test_an_image_starts_a_video():
 
 
 def test_one_start_a_prompt_or_one_for_all():
-    pipe, videos = tiny_pipeline(**SMALL), [frames(9, seed) for seed in (0, 1)]
+    pipe, videos = tiny_pipeline(**TWO_STEPS), [frames(9, seed) for seed in (0, 1)]
     latents = torch.randn(2, 4, 3, 2, 4, generator=torch.Generator().manual_seed(7))
 
     def run(prompts, videos, latents):
@@ -88,7 +87,7 @@ def test_one_start_a_prompt_or_one_for_all():
 
 
 def test_streamed_pieces_are_the_whole_video():
-    pipe, video = tiny_pipeline(**SMALL), frames(9)
+    pipe, video = tiny_pipeline(**TWO_STEPS), frames(9)
     arguments = dict(video=video, num_frames=33, output_type="pt")
     pieces = list(pipe.stream(PROMPTS[0], generator=torch.Generator().manual_seed(0), **arguments))
     assert [piece.shape[1] for piece in pieces] == [9, 12, 12]
@@ -109,4 +108,4 @@ def test_streamed_pieces_are_the_whole_video():
 )
 def test_what_a_user_gets_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
-        generate(tiny_pipeline(**SMALL), **arguments)
+        generate(tiny_pipeline(**TWO_STEPS), **arguments)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.pipelines.test_block_generation import server_context
-from tests.pipelines.test_scenes import SMALL, A, B, C, N, generate, reference, seeded
+from tests.pipelines.test_scenes import TWO_STEPS, A, B, C, N, generate, reference, seeded
 from tests.tiny_pipeline import tiny_pipeline
 
 
-WINDOW = {**SMALL, "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"}
+WINDOW = {**TWO_STEPS, "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_recache_equals_the_reference(at, rope_mode):
 
 
 def test_recache_of_a_model_that_remembers_all():
-    pipe = tiny_pipeline(**SMALL)
+    pipe = tiny_pipeline(**TWO_STEPS)
     result = switched(pipe, 2, B, blocks=4, transition="recache")
     assert (result - reference(pipe, [A, A, B, B], recache_at=2)).abs().max() <= 1e-5
 
@@ -71,7 +71,7 @@ SHARES = {1: [1, 1], 2: [0, 1, 1], 3: [0, 1 / 2, 1, 1], 4: [0, 1 / 3, 2 / 3, 1]}
 @pytest.mark.parametrize("config", [WINDOW, {"num_context_frames": 3}])
 @pytest.mark.parametrize("num_blocks", SHARES)
 def test_text_may_change_over_several_blocks(num_blocks, config):
-    pipe = tiny_pipeline(**{**SMALL, **config})
+    pipe = tiny_pipeline(**{**TWO_STEPS, **config})
     old, new = pipe.encode_prompt(A), pipe.encode_prompt(B)
     texts = [old, *((1 - share) * old + share * new for share in SHARES[num_blocks])]
     context = {"encode_context": server_context(pipe.vae)} if "num_context_frames" in config else {}
@@ -81,7 +81,7 @@ def test_text_may_change_over_several_blocks(num_blocks, config):
 
 def test_a_context_that_is_encoded_anew_has_the_prompt_of_its_block():
     """Krea: the block after the change still sees the old frames under the old prompt."""
-    pipe = tiny_pipeline(**SMALL, num_context_frames=3)
+    pipe = tiny_pipeline(**TWO_STEPS, num_context_frames=3)
     result = switched(pipe, 1, B, blocks=2)
     wanted = reference(pipe, [A, B], encode_context=lambda video: video)
     assert (result - wanted).abs().max() <= 1e-5
@@ -190,7 +190,7 @@ def test_models_that_have_an_end():
     for config in ({}, {"rope_mode": "relative"}, {"local_attn_size": 9}):
         with pytest.raises(ValueError, match="num_frames=inf` needs a model whose memory is bounded"):
             tiny_pipeline(**config).stream(A, num_frames=math.inf)
-    next(tiny_pipeline(**SMALL, num_context_frames=3).stream(A, num_frames=math.inf))
+    next(tiny_pipeline(**TWO_STEPS, num_context_frames=3).stream(A, num_frames=math.inf))
     with pytest.raises(ValueError, match="use `stream`"):
         tiny_pipeline(**WINDOW)(A, num_frames=math.inf)
     with pytest.raises(ValueError, match="drawn block by block"):

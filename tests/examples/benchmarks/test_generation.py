@@ -7,10 +7,10 @@ import torch
 
 from astrolabe_diffusers import CausalWanPipeline
 from astrolabe_diffusers.errors import UserError
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
-SMALL = {"height": 16, "width": 32, "num_layers": 1, "vae_num_res_blocks": 0}
+ONE_LAYER = {**SMALL, "num_layers": 1}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def streams(monkeypatch):
 def test_parts_add_up(streams):
     from generation import measure
 
-    result = measure(tiny_pipeline(**SMALL), repetitions=2, prompt="a [.75s] | b [1.5s]")
+    result = measure(tiny_pipeline(**ONE_LAYER), repetitions=2, prompt="a [.75s] | b [1.5s]")
     assert all(value > 0 for name, value in dataclasses.asdict(result).items() if name != "gpu_memory")
     assert result.denoise > result.first_block + result.block and result.decode > result.decode_block
     # One to compile; then twice with decoding, twice without.
@@ -49,7 +49,7 @@ def test_parts_add_up(streams):
 def test_streams_take_turns(streams):
     from generation import measure_streams
 
-    result = measure_streams(tiny_pipeline(**SMALL), 3, prompt="a", num_frames=57)
+    result = measure_streams(tiny_pipeline(**ONE_LAYER), 3, prompt="a", num_frames=57)
     assert streams == [2, 5, 5, 5]
     # Twelve frames a block.
     assert result.frames_per_second == pytest.approx(12 / result.block)
@@ -63,7 +63,7 @@ def test_a_folder_or_a_recipe(model_folder, monkeypatch, tmp_path, capsys):
         result = generation.main([flag, str(model_folder), "--dtype", "float32", *sizes])
         assert f"first_frames {result.first_frames:.3f}  " in capsys.readouterr().out and result.decode > 0
     # A published model is a recipe, also under the flag that it once had; a folder of its name is the folder.
-    monkeypatch.setattr(generation, "random_pipeline", lambda recipe, *_: print(recipe) or tiny_pipeline(**SMALL))
+    monkeypatch.setattr(generation, "random_pipeline", lambda recipe, *_: print(recipe) or tiny_pipeline(**ONE_LAYER))
     for flag in ("--recipe", "--model"):
         generation.main([flag, "longlive", *sizes])
         assert capsys.readouterr().out.startswith("longlive\n")
