@@ -5,7 +5,7 @@ import torch
 from tests.rewards.drawn_clips import SIZE, draw_mask, draw_masks, draw_scene, paint
 
 
-FRAMES = 21
+FRAMES = 13
 
 
 def changed(scene, field, values):
@@ -75,7 +75,7 @@ def dots(scene, motions):
 
 
 def two_colored(scene, motions):
-    """The right half of each object, or what is beyond its first quarter, has the colour of the next one."""
+    """The right half of each object has the colour of the next one, or of none that the caption has."""
     clip, colors = scene.background, [o.color for o in scene.objects]
     others = [*colors[1:], colors[0]] if len(colors) > 1 else [spare_color(scene)]
     for o, m, other, mask in zip(scene.objects, motions, others, masks_of(scene, motions)):
