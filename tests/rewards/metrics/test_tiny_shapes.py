@@ -1,6 +1,5 @@
 """The prompt-match reward, on clips that were drawn point by point."""
 
-import itertools
 import random
 
 import pytest
