@@ -24,7 +24,7 @@ RECACHED_SHARE = 0.25
 # Most noise on a context.
 CONTEXT_NOISE = 0.15
 # First blocks for each whole clip. They alone are made from noise and the caption; one is an eighth of the work.
-FIRST_BLOCKS = 12
+FIRST_BLOCKS = 8
 STEP_SIGMAS = (1.0, 0.75, 0.5, 0.25)
 # Of the teacher's ODE.
 ODE_STEPS = 24
@@ -74,6 +74,8 @@ class Denoiser(nn.Module):
         self.processor = SceneAttnProcessor()
         for block in transformer.blocks:
             block.attn2.set_processor(self.processor)
+        if torch.cuda.is_available():
+            transformer.compile_repeated_blocks()
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         mask = (input_ids != self.text_encoder.config.pad_token_id).long()

@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--distill_steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--switch_prob", type=float, default=0.4, help="share of clips that change scene")
-    parser.add_argument("--num_eval", type=int, default=256, help="held-out videos for each figure")
+    parser.add_argument("--num_eval", type=int, default=128, help="held-out videos for each figure")
     return parser.parse_args(argv)
 
 
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         done("distillation", began)
 
     if not (output / "figures.json").is_file():
-        write_figures(output, device, args.num_eval, args.seed, took)
+        write_figures(output, output, number=args.num_eval)
 
 
 if __name__ == "__main__":
