@@ -104,7 +104,7 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict
             settings |= {"output_dir": folder / kind, "eval_split": split, "num_videos": 0}
             start("evaluate.py", settings, folder / "log.txt", number)
         if results.is_file():
-            changes[kind] = json.loads(results.read_text())["columns"]["lora"]["change"][MATCH]["mean"]
+            changes[kind] = json.loads(results.read_text())["columns"]["lora"]["change"][MATCH]["change"]
     return changes
 
 
