@@ -27,9 +27,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder_steps", type=int, default=20000)
-    parser.add_argument("--num_clips", type=int, default=65536)
-    parser.add_argument("--flow_steps", type=int, default=8000)
-    parser.add_argument("--num_trajectories", type=int, default=12288)
+    parser.add_argument("--num_clips", type=int, default=40960)
+    parser.add_argument("--flow_steps", type=int, default=9000)
+    parser.add_argument("--num_trajectories", type=int, default=10240)
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the trajectories that are distilled")
     parser.add_argument("--distill_steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         vae = AutoencoderKLWan.from_pretrained(output / "vae").to(device).requires_grad_(False)
     else:
         vae, resume = build_autoencoder(), output / "autoencoder.pt"
-        clips = args.num_clips // 5
+        clips = args.num_clips // 3
         train_autoencoder(vae, clips, args.autoencoder_steps, args.batch_size, device, args.seed + 1, resume)
         measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
         vae.save_pretrained(output / "vae")
