@@ -29,9 +29,9 @@ TEXT_DIM = 32
 
 
 def tiny_shapes_captions() -> list[str]:
-    """All captions of the tiny_shapes grammar (object and background colour differ), in a fixed order."""
+    """All captions of tiny_shapes with one object (its colour and the background's differ), in a fixed order."""
     return [
-        f"a {color} {shape} moves {direction} on a {background} background"
+        f"{'an' if color == 'orange' else 'a'} {color} {shape} moves {direction} on a {background} background"
         for color in COLORS
         for shape in SHAPES
         for direction in DIRECTIONS

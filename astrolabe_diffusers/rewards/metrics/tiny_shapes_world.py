@@ -1,4 +1,4 @@
-"""The world of the embedded model: one to three coloured shapes that move over a plain background, and its captions."""
+"""The world of the embedded model: one to three coloured shapes move over a plain background; and its captions."""
 
 import re
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def _article(word: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """"a red circle moves left, an orange square moves up and a blue cross moves down on a white background"."""
+    """ "a red circle moves left, an orange square moves up and a blue cross moves down on a white background"."""
     objects = [f"{_article(o.color)} {o.color} {o.shape} moves {o.direction}" for o in scene.objects]
     listed = " and ".join(filter(None, [", ".join(objects[:-1]), objects[-1]]))
     return f"{listed} on {_article(scene.background)} {scene.background} background"
