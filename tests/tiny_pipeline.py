@@ -31,7 +31,8 @@ TEXT_DIM = 32
 def tiny_shapes_captions() -> list[str]:
     """Captions of all scenes of tiny_shapes with one object, in a fixed order.
 
-    They have no "an", which is read as "a" is: the random weights, and what tests know of them, hang on the vocabulary.
+    They have no "an", for which "a" is read as well: the random weights, and what tests know of them, hang on the
+    vocabulary.
     """
     return [
         f"a {color} {shape} moves {direction} on a {background} background"

@@ -119,7 +119,7 @@ def write_figures(output: Path, model: str | Path, split: str = "test", number: 
         print(kind, {name: round(value, 3) for name, value in figures[kind].items()}, flush=True)
         shown.append(videos[:8])
         texts += prompts[:8]
-    mixed = [*texts]
+    mixed = [p for i in range(8) for p in texts[i::8]]
     sheet(torch.cat(shown), output / "held_out.png", every=2)
 
     for kind, (old, new) in switches(number, seed).items():
