@@ -118,7 +118,8 @@ def write_figures(output: Path, model: str | Path, split: str = "test", number: 
         figures[kind] = match(videos := generate(pipe, prompts, seed), prompts)
         print(kind, {name: round(value, 3) for name, value in figures[kind].items()}, flush=True)
         shown.append(videos[:8])
-        texts += [*prompts[:8]]
+        texts += prompts[:8]
+    mixed = [p for i in range(8) for p in texts[i::8]]
     sheet(torch.cat(shown), output / "held_out.png", every=2)
 
     for kind, (old, new) in switches(number, seed).items():
@@ -131,7 +132,6 @@ def write_figures(output: Path, model: str | Path, split: str = "test", number: 
             if transition == "roll":
                 sheet(videos[:12].flatten(1, 2), output / f"{kind}_roll.png", every=6)
                 texts += [f"{a} | {b}" for a, b in zip(old[:12], new[:12])]
-    mixed = [p for i in range(8) for p in texts[i:24:8]]
     figures["minute"] = minute(pipe, mixed, seed)
     print("minute", [round(value, 3) for value in figures["minute"]], flush=True)
     (output / "sheets.txt").write_text("\n".join(texts) + "\n")

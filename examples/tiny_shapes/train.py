@@ -19,6 +19,7 @@ from transformers import UMT5EncoderModel
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.cli.arguments import ArgumentParser
+from astrolabe_diffusers.models.vae_streaming import use_channels_last
 from astrolabe_diffusers.training import exit_code
 
 
@@ -82,21 +83,23 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{stage}: {took[stage]} s", flush=True)
 
     began = time.time()
-    if (output / "vae").is_dir():
-        vae = AutoencoderKLWan.from_pretrained(output / "vae").to(device).requires_grad_(False)
-    else:
+    if not (output / "vae").is_dir():
         vae, resume = build_autoencoder(), output / "autoencoder.pt"
         clips = args.num_clips // 3
         train_autoencoder(vae, clips, args.autoencoder_steps, args.batch_size, device, args.seed + 1, resume)
         measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
         vae.save_pretrained(output / "vae")
         done("autoencoder", began)
+    # Also after training: what is encoded later shall be the same, whether or not this stage was run again.
+    vae = AutoencoderKLWan.from_pretrained(output / "vae").to(device).requires_grad_(False)
+    use_channels_last(vae)
 
     def bank():
         return encode_clips(vae, build_tokenizer(), args.num_clips, args.switch_prob, device, args.seed + 3)
 
     began, clips = time.time(), None
     if not (output / "teacher").is_dir():
+        torch.manual_seed(args.seed + 4)  # the weights to begin with
         pipe, model = assemble(vae, None, device)
         clips = bank()
         train_flow_matching(model, clips, args.flow_steps, args.batch_size, args.seed + 4, output / "flow_matching.pt")
