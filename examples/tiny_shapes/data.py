@@ -102,21 +102,26 @@ def training_scenes(number: int, draws: Draws) -> torch.Tensor:
 def edited_scenes(scenes: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Scenes [N, 10] one edit away: another value in one place, an object more or the last object less.
 
-    Where such a scene would be held out or none at all, another one that has nothing to do with it stands instead.
+    Of the three kinds one that gives a scene of training is taken; where none does, any other scene.
     """
     number, width = scenes.shape
-    other = training_scenes(number, draws)
+    whole = draw_scenes(number, draws, torch.full((number,), MAX_OBJECTS, device=scenes.device))
     columns = torch.arange(width, device=scenes.device)
-    differs = (scenes >= 0) & (other >= 0) & (scenes != other)
+    differs = (scenes >= 0) & (scenes != whole)
     place = draws.uniform(number, width).masked_fill(~differs, -1).argmax(1, keepdim=True)
-    changed = torch.where(columns == place, other, scenes)
     count = (scenes[:, :-1:3] >= 0).sum(1, keepdim=True)
-    slots = torch.where(columns < width - 1, columns // 3, MAX_OBJECTS)
-    added = torch.where((slots == count) & (columns < width - 1), other[:, columns % 3], scenes)
-    removed = torch.where(slots == count - 1, -1, scenes)
-    edited = torch.stack([changed, added, removed])[draws.below(3, number), torch.arange(number, device=scenes.device)]
-    good = is_scene(edited) & ~held_out(edited) & (edited != scenes).any(1)
-    return torch.where(good[:, None], edited, other)
+    slots = torch.where(columns < width - 1, columns // 3, -1)
+    edits = torch.stack(
+        [
+            torch.where(columns == place, whole, scenes),
+            torch.where(slots == count, whole, scenes),
+            torch.where(slots == count - 1, -1, scenes),
+        ]
+    )
+    good = torch.stack([is_scene(edit) & ~held_out(edit) & (edit != scenes).any(1) for edit in edits])
+    kind = draws.uniform(len(edits), number).masked_fill(~good, -1).argmax(0)
+    edited = edits[kind, torch.arange(number, device=scenes.device)]
+    return torch.where(good.any(0)[:, None], edited, training_scenes(number, draws))
 
 
 def is_scene(rows: torch.Tensor) -> torch.Tensor:
@@ -198,7 +203,7 @@ def sample_batch(
     if switch_prob > 0:
         frames = switch_frames(num_frames)
         if not frames:
-            raise ValueError(f"{num_frames} frames are a single block; a scene switch needs at least 21.")
+            raise ValueError(f"{num_frames} frames are a single block; a scene switch needs at least 13.")
         at = torch.tensor(frames, device=device)[draws.below(len(frames), batch_size)]
         switch_frame = torch.where(draws.uniform(batch_size) < switch_prob, at, 0)
     switched = switch_frame > 0

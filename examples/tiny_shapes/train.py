@@ -82,8 +82,12 @@ def main(argv: list[str] | None = None) -> None:
         (output / f"{stage}.pt").unlink(missing_ok=True)
         print(f"{stage}: {took[stage]} s", flush=True)
 
+    def missing(stage: str, result: str) -> bool:
+        """A folder alone may be half written."""
+        return stage not in took or not (output / result).exists()
+
     began = time.time()
-    if not (output / "vae").is_dir():
+    if missing("autoencoder", "vae"):
         vae, resume = build_autoencoder(), output / "autoencoder.pt"
         clips = args.num_clips // 3
         train_autoencoder(vae, clips, args.autoencoder_steps, args.batch_size, device, args.seed + 1, resume)
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         return encode_clips(vae, build_tokenizer(), args.num_clips, args.switch_prob, device, args.seed + 3)
 
     began, clips = time.time(), None
-    if not (output / "teacher").is_dir():
+    if missing("flow_matching", "teacher"):
         torch.manual_seed(args.seed + 4)  # the weights to begin with
         pipe, model = assemble(vae, None, device)
         clips = bank()
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         done("flow_matching", began)
 
     began = time.time()
-    if not (output / "model_index.json").is_file():
+    if missing("distillation", "model_index.json"):
         pipe, model = assemble(vae, output / "teacher", device)
         clips = clips or bank()
         trajectories = solve_trajectories(model, clips, args.num_trajectories, args.guidance_scale, args.seed + 5)
@@ -117,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         # Half the size, and as good; what loads it computes in float32 unless told otherwise.
         pipe.transformer.bfloat16()
         write_prompts(output / "prompts")
+        (output / "figures.json").unlink(missing_ok=True)
         pipe.save_pretrained(output)
         done("distillation", began)
 
