@@ -5,12 +5,14 @@ import threading
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, unpatchify
 from torch import nn
 
 
 # Latent frames before a frame that it depends on, by all the convolutions of Wan's decoder in time, rounded up.
 DECODER_MEMORY = 40
+# Positions of a frame times latent frames that are decoded together: more would only take more memory.
+LATENTS_AT_ONCE = 1024
 # `AutoencoderKLWan` keeps what its encoder remembers in itself, where two threads would mix their videos.
 _ENCODING = threading.Lock()
 
@@ -62,6 +64,31 @@ def use_channels_last(module: nn.Module):
             layer.__class__ = FusedWanRMSNorm
 
 
+class FlatWanCausalConv3d(WanCausalConv3d):
+    """`WanCausalConv3d` of a single video as a convolution of images, whose channels are those of the frames that a
+    frame is made from: on a CPU torch has no fast convolution of one small video in three dimensions."""
+
+    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        if len(x) > 1:
+            return super().forward(x, cache_x)
+        if cache_x is not None and self._padding[4]:
+            x = torch.cat([cache_x, x], dim=2)
+        missing = self._padding[4] - (0 if cache_x is None else cache_x.shape[2])
+        frames = F.pad(x, (0, 0, 0, 0, max(missing, 0), 0))[0].transpose(0, 1)  # (F, C, H, W)
+        size = self.kernel_size[0]
+        stacked = torch.cat([frames[i : len(frames) - size + 1 + i] for i in range(size)], dim=1)
+        weight = self.weight.transpose(1, 2).flatten(1, 2)
+        # Of height and width; the padding is given in the order of `F.pad`.
+        padding = (self._padding[2], self._padding[0])
+        return F.conv2d(stacked, weight, self.bias, padding=padding).transpose(0, 1).unsqueeze(0)
+
+
+def flatten_convolutions(module: nn.Module):
+    for layer in module.modules():
+        if type(layer) is WanCausalConv3d:
+            layer.__class__ = FlatWanCausalConv3d
+
+
 class StreamingVAEDecoder:
     """Decodes a video piece by piece, with the result of decoding it whole.
 
@@ -71,8 +98,7 @@ class StreamingVAEDecoder:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
-        if vae.device.type == "cuda":
-            use_channels_last(vae.decoder)
+        {"cuda": use_channels_last, "cpu": flatten_convolutions}.get(vae.device.type, lambda module: None)(vae.decoder)
         self.reset()
 
     def reset(self):
@@ -106,13 +132,17 @@ class StreamingVAEDecoder:
     def _decode_tile(self, latents: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
         vae = self.vae
         hidden_states = vae.post_quant_conv(latents)
+        first = corner not in self._features
+        features = self._features.setdefault(corner, [None] * vae._cached_conv_counts["decoder"])
+        # Small frames together: launching the kernels takes longer than running them. The video's first latent frame
+        # by itself, as it is not doubled in time.
+        together = max(1, LATENTS_AT_ONCE // hidden_states[0, 0, 0].numel())
         frames = []
-        for i in range(hidden_states.shape[2]):
-            first = corner not in self._features
-            features = self._features.setdefault(corner, [None] * vae._cached_conv_counts["decoder"])
-            # One latent frame at a time, as AutoencoderKLWan does: its temporal upsampling depends on it.
-            frame = hidden_states[:, :, i : i + 1]
-            frames.append(vae.decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=first))
+        while hidden_states.shape[2]:
+            count = 1 if first else together
+            piece, hidden_states = hidden_states[:, :, :count], hidden_states[:, :, count:]
+            frames.append(vae.decoder(piece, feat_cache=features, feat_idx=[0], first_chunk=first))
+            first = False
         return torch.cat(frames, dim=2)
 
     def _decode_tiles(self, latents: torch.Tensor, tile_height: int, tile_width: int) -> torch.Tensor:

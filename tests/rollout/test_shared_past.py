@@ -75,7 +75,7 @@ def test_the_decoder_is_warm():
         whole = (decode_latents(vae, latents).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
     window = decode_videos(vae, latents, Past(42))
     assert window.shape == (3, 24, 3, 32, 32)
-    assert (window - whole[:, -24:]).abs().max() < 1e-5
+    assert (window - whole[:, -24:]).abs().max() < 1e-4
     cold = decode_videos(vae, latents[:, :, 42:])
     assert (cold[:, -20:] - whole[:, -20:]).abs().max() > 1e-3
 
