@@ -65,11 +65,12 @@ def use_channels_last(module: nn.Module):
 
 
 class FlatWanCausalConv3d(WanCausalConv3d):
-    """`WanCausalConv3d` of a single video as a convolution of images, whose channels are those of the frames that a
-    frame is made from: on a CPU torch has no fast convolution of one small video in three dimensions."""
+    """`WanCausalConv3d`, without strides, of one small video as a convolution of images, whose channels are those of
+    the frames that a frame is made from: for it alone torch has no fast convolution in three dimensions on a CPU."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-        if len(x) > 1:
+        # torch's own limit, channels times frames times height; beyond, the copies would only take memory.
+        if len(x) > 1 or x[0, ..., 0].numel() > 20480:
             return super().forward(x, cache_x)
         if cache_x is not None and self._padding[4]:
             x = torch.cat([cache_x, x], dim=2)
@@ -90,7 +91,7 @@ def flatten_convolutions(module: nn.Module):
 
 
 class StreamingVAEDecoder:
-    """Decodes a video piece by piece, with the result of decoding it whole.
+    """Decodes a video piece by piece, with the result of decoding it whole, but for rounding.
 
     Wan's decoder is causal in time and remembers the last frames of every convolution. That memory is kept here, not
     in the autoencoder, so that several streams, and other uses of the same autoencoder, do not disturb each other.
@@ -98,7 +99,10 @@ class StreamingVAEDecoder:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
-        {"cuda": use_channels_last, "cpu": flatten_convolutions}.get(vae.device.type, lambda module: None)(vae.decoder)
+        if vae.device.type == "cuda":
+            use_channels_last(vae.decoder)
+        elif vae.device.type == "cpu":
+            flatten_convolutions(vae.decoder)
         self.reset()
 
     def reset(self):
