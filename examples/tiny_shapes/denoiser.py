@@ -90,7 +90,9 @@ class Denoiser(nn.Module):
             text = torch.cat([self.embed(clips.before), self.embed(clips.after)], dim=1)
             context = clips.context
             late = torch.cat([per_frame(clips.late_context), per_frame(clips.late)], dim=1)
-            self.processor.late = late.repeat_interleave(noisy.shape[3] * noisy.shape[4], dim=1)[..., None]
+            _, height, width = self.transformer.config.patch_size
+            tokens = noisy.shape[3] * noisy.shape[4] // (height * width)  # of a frame
+            self.processor.late = late.repeat_interleave(tokens, dim=1)[..., None]
         # A graph cannot be captured with autocast's cache of cast weights.
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda, cache_enabled=False):
             flow = self.transformer(noisy, sigmas * 1000, text, clean_hidden_states=context).sample.float()
