@@ -32,13 +32,13 @@ DETAIL = "experiments:plain_detail"
 EASIER = ("two_objects", "one_object")
 # 97.5 % quantile of Student's t with two degrees of freedom, three seeds.
 STUDENT = 4.303
-HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 5e-4}
+HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 8e-3}
 # The same beside the one that is meant.
 TEMPTED = {**HACKED, "rewards": f"{DETAIL}=2,{MATCH}=1"}
 TWO_BLOCKS = {"num_frames": 21}
 LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
 WINDOWS = {**LONG, "window_size": 3, "sample_frames": 9}
-SHARED_PAST = {"shared_past": True, "train_batch_size": 8, "batches_per_epoch": 8}
+SHARED_PAST = {"shared_past": True, "train_batch_size": 16, "batches_per_epoch": 4}
 UNIFORM = {"kl_weight": 0.03}
 SELECTIVE = {**UNIFORM, "selective_kl": True}
 MOVING = {**SELECTIVE, "reference_reset_kl": 0.15, "reference_reset_epochs": 15}

@@ -312,6 +312,7 @@ def short_runs(**values):
     check = OnlineConfig.__post_init__
 
     def shorten(self):
+        check(self)  # as they are on the page
         for name, value in (SHORT | values).items():
             setattr(self, name, value)
         check(self)
