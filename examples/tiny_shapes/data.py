@@ -229,8 +229,8 @@ def write_prompts(folder: str | Path, number: int = 320, num_held_out: int = 64)
     """Writes captions, one a line: of three objects `train.txt`, `validation.txt`, with which settings are tuned, and
     `test.txt`; and the same of one and two objects in `one_object` and `two_objects`. The last two are held out.
 
-    Half of the first `train.txt` has one or two objects: trained on three alone, the model soon draws three whatever is
-    asked for.
+    Half of the first `train.txt` has one or two objects: trained on three alone, the model soon draws three whatever
+    is asked for.
     """
     draws = Draws(torch.Generator().manual_seed(0), "cpu")
     train = {}
