@@ -116,6 +116,7 @@ OTHERS = {
     "--no-deps",
     "--logdir",
     "--num_streams",
+    "--number",
     "--pipeline",
     "--jobs",
     "--risk_ratio",

@@ -229,5 +229,8 @@ def test_write_prompts(tmp_path):
         for split, texts in lines.items():
             scenes = torch.tensor([row(parse_caption(text)) for text in texts])
             assert data.captions(scenes) == texts
-            assert (num_objects(scenes) == count).all()
+            # Half of what the quick start trains on is easier than what it is judged on.
+            mixed = (folder, split) == (".", "train")
+            expected = [80, 80, 160] if mixed else [0] * (count - 1) + [len(texts)]
+            assert num_objects(scenes).bincount()[1:].tolist() == expected
             assert (data.held_out(scenes) == (split != "train")).all()
