@@ -29,7 +29,11 @@ TEXT_DIM = 32
 
 
 def tiny_shapes_captions() -> list[str]:
-    """All captions of the tiny_shapes grammar (object and background colour differ), in a fixed order."""
+    """Captions of all scenes of tiny_shapes with one object, in a fixed order.
+
+    They have no "an", for which "a" is read as well: the random weights, and what tests know of them, hang on the
+    vocabulary.
+    """
     return [
         f"a {color} {shape} moves {direction} on a {background} background"
         for color in COLORS

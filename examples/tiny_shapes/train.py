@@ -1,4 +1,7 @@
-"""Makes the embedded pipeline: `python examples/tiny_shapes/train.py --output_dir DIR`, on one GPU."""
+"""Makes the embedded pipeline: `python examples/tiny_shapes/train.py --output_dir DIR`, on one GPU.
+
+Stages whose results are in the folder are not run again, and one that was interrupted goes on where it was.
+"""
 
 import argparse
 import json
@@ -7,74 +10,45 @@ from pathlib import Path
 
 import torch
 from autoencoder import LATENT_CHANNELS, build_autoencoder, measure_latents, train_autoencoder
-from data import write_prompts
+from data import SIZE, write_prompts
 from denoiser import Denoiser, build_transformer, distill, encode_clips, solve_trajectories, train_flow_matching
 from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler
-from PIL import Image
-from text import MAX_SEQUENCE_LENGTH, CaptionTokens, build_text_encoder, build_tokenizer
+from figures import write_figures
+from text import MAX_SEQUENCE_LENGTH, build_text_encoder, build_tokenizer
 from transformers import UMT5EncoderModel
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.cli.arguments import ArgumentParser
-from astrolabe_diffusers.rewards import get_reward
+from astrolabe_diffusers.models.vae_streaming import use_channels_last
 from astrolabe_diffusers.training import exit_code
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder", help="a pipeline folder whose autoencoder is used instead of training one")
-    parser.add_argument("--teacher", help="a teacher/ folder of an earlier run: only the distillation is run again")
-    parser.add_argument("--autoencoder_steps", type=int, default=4000)
-    parser.add_argument("--num_clips", type=int, default=32768)
-    parser.add_argument("--flow_steps", type=int, default=8500)
-    parser.add_argument("--num_trajectories", type=int, default=16384)
-    parser.add_argument("--guidance_scale", type=float, default=0.85, help="of the trajectories that are distilled")
-    parser.add_argument("--distill_steps", type=int, default=4000)
+    parser.add_argument("--autoencoder_steps", type=int, default=20000)
+    parser.add_argument("--num_clips", type=int, default=40960)
+    parser.add_argument("--flow_steps", type=int, default=14000)
+    parser.add_argument("--num_trajectories", type=int, default=10240)
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the trajectories that are distilled")
+    parser.add_argument("--distill_steps", type=int, default=9000)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--caption_noise", type=float, default=0.1, help="share of wrong words an attribute")
-    parser.add_argument("--switch_prob", type=float, default=0.25, help="share of clips that change scene")
-    parser.add_argument("--num_eval", type=int, default=256, help="held-out videos for each figure")
+    parser.add_argument("--switch_prob", type=float, default=0.4, help="share of clips that change scene")
+    parser.add_argument("--num_eval", type=int, default=128, help="held-out videos for each figure")
     return parser.parse_args(argv)
 
 
-@torch.no_grad()
-def evaluate(pipe: CausalWanPipeline, prompts: list[str], seed: int, sheet: Path, **kwargs) -> dict:
-    """Prompt match over prompts, and a contact sheet of the first 12: a row a prompt, every second frame."""
-    generators = [torch.Generator("cpu").manual_seed(seed * 100_003 + i) for i in range(len(prompts))]
-    videos = pipe(prompts, generator=generators, output_type="pt", **kwargs).frames.cpu()
-    output = get_reward("tiny_shapes_prompt_match").score(videos, prompts, None)
-    rows = videos[:12, ::2].permute(0, 3, 1, 4, 2).flatten(2, 3)  # (rows, H, frames * W, 3)
-    Image.fromarray((rows.flatten(0, 1).numpy() * 255).round().astype("uint8")).save(sheet)
-    return {"prompt_match": output.scores.mean().item()} | {k: v.mean().item() for k, v in output.info.items()}
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    began = time.time()
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-
-    if folder := args.autoencoder or args.teacher:
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae").to(device).requires_grad_(False)
-    else:
-        vae = build_autoencoder()
-        train_autoencoder(vae, args.num_clips // 4, args.autoencoder_steps, args.batch_size, device, args.seed + 1)
-        measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
-        vae.save_pretrained(args.output_dir / "vae")
-
+def assemble(vae: AutoencoderKLWan, folder: Path | None, device: torch.device) -> tuple[CausalWanPipeline, Denoiser]:
+    """The pipeline around the autoencoder: text encoder and transformer of `folder`, or new ones."""
     tokenizer = build_tokenizer()
-    if args.teacher:
-        text_encoder = UMT5EncoderModel.from_pretrained(args.teacher, subfolder="text_encoder")
-        transformer = CausalWanTransformer3DModel.from_pretrained(args.teacher, subfolder="transformer")
-    else:
+    if folder is None:
         text_encoder = build_text_encoder(tokenizer)
         transformer = build_transformer(text_encoder.config.d_model, LATENT_CHANNELS)
-    model = Denoiser(text_encoder, transformer).to(device).train()
-    tokens = CaptionTokens(tokenizer, device)
+    else:
+        text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder")
+        transformer = CausalWanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    model = Denoiser(text_encoder.float(), transformer.float()).to(device).train()
     pipe = CausalWanPipeline(
         tokenizer,
         model.text_encoder,
@@ -82,39 +56,77 @@ def main(argv: list[str] | None = None) -> None:
         FlowMatchLCMScheduler(shift=5.0),
         model.transformer,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
-        height=64,
-        width=64,
+        height=SIZE,
+        width=SIZE,
         num_frames=21,
         frame_rate=16,
     )
-    pipe.to(device).set_progress_bar_config(disable=True)
-    write_prompts(args.output_dir / "prompts")
-    held_out = (args.output_dir / "prompts" / "test.txt").read_text().splitlines()
-    held_out = (held_out * (args.num_eval // len(held_out) + 1))[: args.num_eval]
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, model
 
-    bank = encode_clips(vae, args.num_clips, args.caption_noise, args.switch_prob, device, args.seed + 3)
-    print(f"encoded {len(bank.latents)} clips, {time.time() - began:.0f} s", flush=True)
-    figures = {}
 
-    def report(name: str, **kwargs) -> None:
-        figures[name] = evaluate(pipe, held_out, args.seed, args.output_dir / f"{name}.png", **kwargs)
-        print(name, {k: round(v, 3) for k, v in figures[name].items()}, f"{time.time() - began:.0f} s", flush=True)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output = args.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    seconds = output / "seconds.json"
+    took = json.loads(seconds.read_text()) if seconds.is_file() else {}
 
-    if not args.teacher:
-        train_flow_matching(model, bank, tokens, args.flow_steps, args.batch_size, args.seed + 4)
-        pipe.save_pretrained(args.output_dir / "teacher")
-    report("teacher_24_steps", sigmas=[1 - i / 24 for i in range(24)])
-    report("teacher_4_steps")
-    trajectories = solve_trajectories(model, bank, tokens, args.num_trajectories, args.guidance_scale, args.seed + 5)
-    print(f"solved {len(trajectories)} trajectories, {time.time() - began:.0f} s", flush=True)
-    distill(model, bank, trajectories, tokens, args.distill_steps, args.batch_size, args.seed + 6)
-    pipe.save_pretrained(args.output_dir)
-    report("student_4_steps")
-    report("student_4_steps_93_frames", num_frames=93)
+    def done(stage: str, began: float) -> None:
+        """A resumed stage counts the time after it was resumed."""
+        took[stage] = round(time.time() - began)
+        seconds.write_text(json.dumps(took))
+        (output / f"{stage}.pt").unlink(missing_ok=True)
+        print(f"{stage}: {took[stage]} s", flush=True)
 
-    figures["seconds"] = time.time() - began
-    figures["arguments"] = {k: v for k, v in vars(args).items() if k != "output_dir"}
-    (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    def missing(stage: str, result: str) -> bool:
+        """A folder alone may be half written."""
+        return stage not in took or not (output / result).exists()
+
+    began = time.time()
+    if missing("autoencoder", "vae"):
+        vae, resume = build_autoencoder(), output / "autoencoder.pt"
+        clips = args.num_clips // 3
+        train_autoencoder(vae, clips, args.autoencoder_steps, args.batch_size, device, args.seed + 1, resume)
+        measure_latents(vae, args.num_clips // 32, device, args.seed + 2)
+        vae.save_pretrained(output / "vae")
+        done("autoencoder", began)
+    # Also after training: what is encoded later shall be the same, whether or not this stage was run again.
+    vae = AutoencoderKLWan.from_pretrained(output / "vae").to(device).requires_grad_(False)
+    use_channels_last(vae)
+
+    def bank():
+        return encode_clips(vae, build_tokenizer(), args.num_clips, args.switch_prob, device, args.seed + 3)
+
+    began, clips = time.time(), None
+    if missing("flow_matching", "teacher"):
+        torch.manual_seed(args.seed + 4)  # the weights to begin with
+        pipe, model = assemble(vae, None, device)
+        clips = bank()
+        train_flow_matching(model, clips, args.flow_steps, args.batch_size, args.seed + 4, output / "flow_matching.pt")
+        pipe.save_pretrained(output / "teacher")
+        done("flow_matching", began)
+
+    began = time.time()
+    if missing("distillation", "model_index.json"):
+        pipe, model = assemble(vae, output / "teacher", device)
+        clips = clips or bank()
+        trajectories = solve_trajectories(model, clips, args.num_trajectories, args.guidance_scale, args.seed + 5)
+        print(f"solved {len(trajectories)} trajectories, {time.time() - began:.0f} s", flush=True)
+        resume = output / "distillation.pt"
+        distill(model, clips, trajectories, args.distill_steps, args.batch_size, args.seed + 6, resume)
+        # Half the size, and as good; what loads it computes in float32 unless told otherwise.
+        pipe.transformer.bfloat16()
+        write_prompts(output / "prompts")
+        (output / "figures.json").unlink(missing_ok=True)
+        pipe.save_pretrained(output)
+        done("distillation", began)
+
+    if not (output / "figures.json").is_file():
+        write_figures(output, output, number=args.num_eval)
 
 
 if __name__ == "__main__":

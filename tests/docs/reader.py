@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,7 @@ def short_runs(**values):
     check = OnlineConfig.__post_init__
 
     def shorten(self):
+        check(copy(self))  # as they are on the page
         for name, value in (SHORT | values).items():
             setattr(self, name, value)
         check(self)

@@ -72,8 +72,8 @@ def test_front_page(follow):
     folder = follow("README.md")
     assert (folder / "after.mp4").stat().st_size > 1000
     scores = json.loads((folder / "my-bright-lora" / "results.json").read_text())["scores"]
-    # The embedded model's videos are neither black nor white, and the weighted sum is of weight 1.
-    assert 0.1 < scores["my_rewards:brightness"]["before"] < 0.9
+    # Objects on black are 0.05 to 0.2; and the weighted sum is of weight 1.
+    assert 0.03 < scores["my_rewards:brightness"]["before"] < 0.9
     assert scores["reward"] == scores["my_rewards:brightness"]
     assert json.loads((folder / "my-crosses" / "results.json").read_text())["scores"]["tiny_shapes_prompt_match"]
 
@@ -116,6 +116,7 @@ OTHERS = {
     "--no-deps",
     "--logdir",
     "--num_streams",
+    "--number",
     "--pipeline",
     "--jobs",
     "--risk_ratio",
@@ -226,7 +227,7 @@ def test_own_pipeline(follow):
     base = DiffusionPipeline.from_pretrained(TINY_SHAPES)
     # Without new noise in the steps, a video is decided by the noise that it starts from.
     config = base.transformer.config
-    noise = torch.randn(1, config.in_channels, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, config.in_channels, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     call = dict(prompt="a red circle", num_frames=9, latents=noise, output_type="latent")
     for pipe in (own, base):
         pipe.set_progress_bar_config(disable=True)

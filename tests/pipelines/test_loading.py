@@ -1,6 +1,7 @@
 """Folders and LoRA files: saved and loaded."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
+from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline, CausalWanTransformer3DModel
+from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import find_lora, load_from, load_loras, weights_digest
 from astrolabe_diffusers.training.adapter_files import save_adapter
@@ -325,6 +328,24 @@ def test_another_models_lora_is_refused(tmp_path):
     save_adapter(policy_pipeline(num_attention_heads=4).transformer, tmp_path)
     with pytest.raises(UserError, match="cannot load the LoRA .*another model's"):
         load_loras(tiny_pipeline(), {str(tmp_path): 1.0})
+
+
+def test_a_lora_of_an_earlier_embedded_model_is_refused(tmp_path, capsys):
+    """That one had six layers of width 128."""
+    tensors = {}
+    for module in (f"blocks.{i}.attn1.{name}" for i in range(6) for name in ("to_q", "to_k", "to_v", "to_out.0")):
+        tensors[f"transformer.{module}.lora_A.weight"] = torch.ones(8, 128)
+        tensors[f"transformer.{module}.lora_B.weight"] = torch.ones(128, 8)
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    words = r"another model's: at blocks.0.attn1.to_k it is 128 x 128, in .* width 256, 4 layers that is 256 x 256\.$"
+    with pytest.raises(ValueError, match=words):
+        DiffusionPipeline.from_pretrained(TINY_SHAPES).load_lora_weights(tmp_path)
+    command = ["generate", "--prompt", PROMPTS[0], "--lora", str(tmp_path), "--output_dir", str(tmp_path / "videos")]
+    capsys.readouterr()
+    assert astrolabe(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot load the LoRA {tmp_path}: ") and error.count("\n") == 1
+    assert re.search(words, error)
 
 
 def test_another_pipeline_is_refused(tmp_path):

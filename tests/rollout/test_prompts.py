@@ -51,10 +51,10 @@ def test_single_file_is_split_without_overlap(tmp_path):
 
 
 def test_dataset(dataset_cache):
-    """The embedded prompts are a text dataset of two splits with one column, called `text`."""
-    folder = Path(TINY_SHAPES) / "prompts"
+    """A folder of embedded prompts is a text dataset of three splits with one column, called `text`."""
+    folder = Path(TINY_SHAPES) / "prompts" / "two_objects"
     expected = texts(read_prompts(folder / "test.txt"))
-    source = PromptSource(TINY_SHAPES, data_dir="prompts")
+    source = PromptSource(TINY_SHAPES, data_dir="prompts/two_objects")
     assert texts(source.read("test")) == expected
     assert texts(PromptSource(str(folder)).read("test[:3]")) == expected[:3]
     train, test = train_and_eval_prompts(source, 5, "train[:20]", "test")
@@ -84,9 +84,9 @@ def test_empty_rows_of_a_dataset_do_not_count(dataset_cache, tmp_path):
 
 def test_wrong_column_and_split(dataset_cache):
     with pytest.raises(UserError, match="no column 'prompt'; its columns: text"):
-        PromptSource(TINY_SHAPES, "prompts", "prompt").read("test")
-    with pytest.raises(UserError, match="Should be one of .'train', 'test'"):
-        PromptSource(TINY_SHAPES, "prompts").read("tset")
+        PromptSource(TINY_SHAPES, "prompts/two_objects", "prompt").read("test")
+    with pytest.raises(UserError, match="Should be one of .'train', 'validation', 'test'"):
+        PromptSource(TINY_SHAPES, "prompts/two_objects").read("tset")
 
 
 @pytest.mark.parametrize(

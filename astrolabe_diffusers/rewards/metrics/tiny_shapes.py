@@ -1,93 +1,21 @@
-"""The world of the embedded model, one coloured shape that moves, and a reward for how well a clip fits a caption."""
+"""A reward of the tiny_shapes world: how well a clip of moving coloured shapes fits its caption."""
 
-import re
-from functools import cache
+import itertools
+from typing import NamedTuple
 
 import torch
 
 from ..registry import register_reward
 from ..reward import Reward, RewardOutput
+from .tiny_shapes_outlines import SIDE, centroid, complete, overlap, patches, templates
+from .tiny_shapes_world import BACKGROUNDS, COLORS, DIRECTIONS, MAX_OBJECTS, SHAPES, Scene, parse_caption, shortest
 
 
-# RGB in [0, 1]. Any two differ by at least 0.45 (Euclidean), an object and its background by at least 0.57.
-COLORS = {
-    "red": (0.90, 0.05, 0.10),
-    "green": (0.05, 0.70, 0.20),
-    "blue": (0.10, 0.20, 0.95),
-    "yellow": (1.00, 0.95, 0.10),
-    "purple": (0.70, 0.00, 0.85),
-    "orange": (1.00, 0.50, 0.00),
-}
-SHAPES = ("circle", "square", "triangle", "cross")
-BACKGROUNDS = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5), "blue": COLORS["blue"]}
 _ALL_COLORS = {**COLORS, **BACKGROUNDS}
-# Unit vectors (x, y) of the image plane: x to the right, y down.
-DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-
-# The attributes of a caption, in the order in which every index tensor holds them.
-ATTRIBUTES = {
-    "color": tuple(COLORS),
-    "shape": SHAPES,
-    "background": tuple(BACKGROUNDS),
-    "direction": tuple(DIRECTIONS),
-}
-
-
-def caption(color: str, shape: str, background: str, direction: str) -> str:
-    return f"a {color} {shape} moves {direction} on a {background} background"
-
-
-_CAPTION = re.compile(
-    caption(**{name: f"(?P<{name}>{'|'.join(values)})" for name, values in ATTRIBUTES.items()}), re.IGNORECASE
-)
-
-
-def parse_caption(prompt: str) -> dict[str, str]:
-    """The value that a caption names of each of `ATTRIBUTES`; `ValueError` if it is none of tiny_shapes."""
-    match = _CAPTION.fullmatch(prompt.strip().rstrip("."))
-    if match is None:
-        choices = "; ".join(f"{name} {' '.join(values)}" for name, values in ATTRIBUTES.items())
-        form = caption("COLOR", "SHAPE", "BACKGROUND", "DIRECTION")
-        raise ValueError(f"{prompt!r} is no tiny_shapes caption; the form is {form!r} with {choices}.")
-    return {name: match[name].lower() for name in ATTRIBUTES}
-
-
-def _offsets(size: int, position: torch.Tensor) -> torch.Tensor:
-    """[..., size]: how far the pixels of an axis whose ends meet are from each `position` [...]."""
-    pixels = torch.arange(size, dtype=position.dtype, device=position.device) + 0.5
-    return _shortest(pixels - position[..., None], size)
-
-
-def _shortest(way: torch.Tensor, size: int | torch.Tensor) -> torch.Tensor:
-    return (way + size / 2).remainder(size) - size / 2
-
-
-def shape_mask(
-    shape: torch.Tensor, center: torch.Tensor, radius: torch.Tensor, height: int = 64, width: int = 64
-) -> torch.Tensor:
-    """
-    Draws shapes on a plane whose opposite borders meet: [N, height, width] in [0, 1], antialiased.
-
-    Args:
-        shape: long tensor [N], indices into `SHAPES`.
-        center: float tensor [N, 2], the centroid (x, y) in pixels; pixel i covers [i, i + 1).
-        radius: float tensor [N] in pixels: of the circle; the other shapes have about the same area.
-    """
-    x, y = _offsets(width, center[:, 0])[:, None, :], _offsets(height, center[:, 1])[:, :, None]
-    ax, ay, r = x.abs(), y.abs(), radius[:, None, None]
-    # Signed distance to the outline, negative inside.
-    distances = (
-        (x.square() + y.square()).sqrt() - r,
-        torch.maximum(ax, ay) - 0.89 * r,
-        # Equilateral, tip up; the circumradius is twice the distance of a side from the centroid.
-        torch.maximum(y, 0.75**0.5 * ax - 0.5 * y) - 0.7 * r,
-        torch.minimum(torch.maximum(ax - 1.15 * r, ay - 0.38 * r), torch.maximum(ax - 0.38 * r, ay - 1.15 * r)),
-    )
-    shape = shape[:, None, None]
-    distance = distances[0]
-    for index in range(1, len(SHAPES)):
-        distance = torch.where(shape == index, distances[index], distance)
-    return (0.5 - distance).clamp_(0, 1)
+# Of the frame: less of a colour is nothing.
+_LEAST = 0.005
+# The share of the time in which a hidden object must be seen at least to count in full.
+_SEEN = 1 / 3
 
 
 def _ramp(x: torch.Tensor, start: float, end: float) -> torch.Tensor:
@@ -95,170 +23,266 @@ def _ramp(x: torch.Tensor, start: float, end: float) -> torch.Tensor:
     return ((x - start) / (end - start)).clamp(0, 1)
 
 
-# Side of the patch to which an object is brought before it is compared with the templates, and the side of a square
-# of the object's area inside it. The patch is large enough for the widest shape.
-_PATCH, _SIDE = 28, 14
-
-
-@cache
-def _templates(device: torch.device) -> torch.Tensor:
-    """[len(SHAPES), _PATCH**2]: every shape at the area _SIDE**2, centred."""
-    fine = 8
-    index = torch.arange(len(SHAPES))
-    center = torch.full((len(SHAPES), 2), _PATCH * fine / 2)
-    radius = torch.full((len(SHAPES),), _SIDE * fine / 2.0)
-    for _ in range(5):
-        masks = shape_mask(index, center, radius, _PATCH * fine, _PATCH * fine)
-        radius *= _SIDE * fine / masks.sum((1, 2)).sqrt()
-    return torch.nn.functional.avg_pool2d(masks[:, None], fine).flatten(1).to(device)
-
-
-def _resample(size: int, center: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[N, _PATCH, size]: linear interpolation along one axis that wraps around, `scale` pixels a step."""
-    steps = torch.arange(_PATCH, dtype=center.dtype, device=center.device) + 0.5 - _PATCH / 2
-    offset = _offsets(size, center[:, None] + steps * scale[:, None])
-    reach = scale.clamp(min=1.0)[:, None, None]
-    weight = (1 - offset.abs() / reach).clamp_(min=0)
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def _circular_centroid(profile: torch.Tensor) -> torch.Tensor:
-    """Centroid [N] in pixels of a profile [N, size] whose ends meet."""
-    size = profile.shape[1]
-    pixels = torch.arange(size, dtype=profile.dtype, device=profile.device) + 0.5
-    angle = pixels * (2 * torch.pi / size)
-    center = torch.atan2(profile @ angle.sin(), profile @ angle.cos()) * (size / (2 * torch.pi))
-    # The circular mean of a lopsided profile is not its mean: one step to the mean around it.
-    return center + (profile * _offsets(size, center)).sum(1) / profile.sum(1).clamp(min=1e-6)
-
-
 @register_reward("tiny_shapes_prompt_match")
 class TinyShapesPromptMatch(Reward):
     """
-    How well a clip shows what its caption says, measured from the pixels. The score is the mean of four parts, each in
-    [0, 1], continuous, and logged on its own:
+    How well a clip shows what its caption says, measured from the pixels. One object is looked for in each colour of
+    this world, whatever the caption says, and the found ones are assigned to the caption's objects such that the score
+    is the highest. Four parts, each in [0, 1], are logged on their own, the first three as means over the caption's
+    objects:
 
     - `color`: how close the object's pixels are to the colour, against all other colours of this world.
     - `shape`: overlap of the object with the shape's outline at the object's place and size, against the other shapes.
-    - `background`: how close the pixels beside the object are to the background colour.
-    - `direction`: the share of the motion that goes the right way.
+    - `direction`: the share of the motion that goes the right way. Below 0.75 / 64 of the frame a frame, motion is too
+      slow to count in full.
+    - `background`: how close the pixels beside the objects are to the background colour.
 
     Each is measured frame by frame (the direction over a few frames) and averaged, so a clip that is right half of the
-    time gets half. Colour, shape and direction count only as far as there is one object: something that stands out
-    from the background, covers 2.5 to 20 % of the frame and is compact. A prompt that is no caption raises
-    `ValueError`.
+    time gets half. Colour, shape and direction count only as far as there is one object of that colour: something that
+    covers 2 to 20 % of the frame and is compact. Where another object hides a part of it, it is completed; frames that
+    hide most of it count less, as long as it is seen in a third of the time.
+
+    The score, in [0, 1] and continuous, is not the mean of the parts: it is the mean over the caption's objects of
+    mean(parts) * (0.3 + 0.7 * min(1, 2 * the smallest part)), times the share of objects that the caption asked for.
+    Two objects that swapped their colours have three parts of four, but are not three quarters of what was asked for.
+    A prompt that is no caption raises `ValueError`.
     """
 
     def score(self, videos, prompts, metadata=None):
-        names = [parse_caption(prompt) for prompt in prompts]
-        wanted = {
-            name: torch.tensor([values.index(n[name]) for n in names], device=videos.device)
-            for name, values in ATTRIBUTES.items()
-        }
-        parts = {name: part.float().cpu() for name, part in measure(videos.float(), wanted).items()}
-        return RewardOutput(torch.stack(list(parts.values())).mean(0), parts)
+        wanted = _wanted([parse_caption(prompt) for prompt in prompts], videos.device)
+        # Some clips at a time: about 72 frames need little memory and are enough for a GPU.
+        tracks = [_measure(clips.float()) for clips in videos.split(max(1, 72 // videos.shape[1]))]
+        scores, parts = _match(_Tracks(*map(torch.cat, zip(*tracks))), wanted)
+        return RewardOutput(scores.cpu(), {name: part.cpu() for name, part in parts.items()})
 
 
-def measure(videos: torch.Tensor, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The four parts of the reward, [B] each, of float videos [B, F, 3, H, W] in [0, 1]; `wanted` has for each
-    attribute a long tensor [B] of indices into `ATTRIBUTES[name]`."""
+class _Wanted(NamedTuple):
+    """What captions say, as indices: of objects [B, MAX_OBJECTS], as far as they are `real`, and background [B]."""
+
+    real: torch.Tensor
+    color: torch.Tensor
+    shape: torch.Tensor
+    direction: torch.Tensor
+    background: torch.Tensor
+
+
+def _wanted(scenes: list[Scene], device: torch.device) -> _Wanted:
+    vocabulary = tuple(COLORS), SHAPES, tuple(DIRECTIONS)
+    rows = []
+    for scene in scenes:
+        row = [(1, *(words.index(word) for words, word in zip(vocabulary, o))) for o in scene.objects]
+        rows.append(row + [(0, 0, 0, 0)] * (MAX_OBJECTS - len(row)))
+    background = torch.tensor([tuple(BACKGROUNDS).index(scene.background) for scene in scenes], device=device)
+    return _Wanted(*torch.tensor(rows, device=device).unbind(-1), background)
+
+
+class _Tracks(NamedTuple):
+    """What clips show, in [0, 1]: of the object of each colour (6) and of the background, averaged over time."""
+
+    color: torch.Tensor  # [B, 6]
+    shape: torch.Tensor  # [B, 6, 4], of each shape
+    direction: torch.Tensor  # [B, 6, 4], of each direction
+    present: torch.Tensor  # [B, 6]: whether something of this colour is there, be it an object or not
+    background: torch.Tensor  # [B, 4], of each background
+
+
+def _match(tracks: _Tracks, wanted: _Wanted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Scores [B] and parts, [B] each, under the best assignment of tracks to the caption's objects."""
+    device = tracks.color.device
+
+    def of(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # [B, MAX_OBJECTS, 6]
+        return values.transpose(1, 2).gather(1, index[..., None].expand(-1, -1, len(COLORS)))
+
+    same_color = wanted.color[..., None] == torch.arange(len(COLORS), device=device)
+    background = tracks.background.gather(1, wanted.background[:, None])
+    pairs = {
+        "color": same_color * tracks.color[:, None],
+        "shape": of(tracks.shape, wanted.shape),
+        "direction": of(tracks.direction, wanted.direction),
+        "background": background[..., None].expand(same_color.shape),
+    }
+    every = torch.stack(list(pairs.values()))
+    match = every.mean(0) * (0.3 + 0.7 * (2 * every.amin(0)).clamp(max=1)) * wanted.real[..., None]
+
+    maps = torch.tensor(list(itertools.permutations(range(len(COLORS)), MAX_OBJECTS)), device=device)
+    total, best = match[:, torch.arange(MAX_OBJECTS, device=device), maps].sum(-1).max(1)
+    chosen, count = maps[best][..., None], wanted.real.sum(1)
+    parts = {name: (part.gather(2, chosen)[..., 0] * wanted.real).sum(1) / count for name, part in pairs.items()}
+    # Objects that nobody asked for.
+    return total / torch.maximum(count, tracks.present.sum(1)), parts
+
+
+def _measure(videos: torch.Tensor) -> _Tracks:
+    """Tracks of float videos [B, F, 3, H, W] in [0, 1]."""
     batch, frames, _, height, width = videos.shape
-    wanted = {name: index[:, None].expand(batch, frames).flatten() for name, index in wanted.items()}
     # Contiguous for speed, and because `median` misreads a tensor that was expanded.
     pixels = videos.reshape(batch * frames, 3, height, width).contiguous()
+    layers, distances = (values.unflatten(0, (batch, frames)) for values in _layers(pixels))
+    area = layers.sum((3, 4))
+    fraction = area / (height * width)
+    plain = _find(layers, area)
+    objects, visible = _complete_hidden(layers, area, plain)
 
+    present = _present(objects, layers, area)
+    seen = _ramp(visible, 0.3, 0.6)
+    own, rest = distances[:, :, : len(COLORS)], distances[:, :, len(COLORS)]
+    color = _closeness(own, tuple(COLORS)).diagonal(dim1=2, dim2=3)
+    shape = (objects.overlap / 0.02).softmax(-1) * _ramp(objects.overlap, 0.5, 0.85)
+    background = _closeness(rest, tuple(BACKGROUNDS)) * _ramp(fraction.sum(2), 0.7, 0.3)[..., None]
+    return _Tracks(
+        color=_over_time(present * color, seen),
+        shape=_over_time(present[..., None] * shape, seen[..., None]),
+        direction=_direction(objects.center, present, seen, height, width),
+        present=_ramp(fraction, 0.015, 0.03).mean(1),
+        background=background.mean(1),
+    )
+
+
+class _Objects(NamedTuple):
+    """Of the object of each colour in each frame: overlap with each shape [B, F, 6, 4] in [0, 1], centre (x, y)
+    [B, F, 6, 2] and area [B, F, 6] in pixels."""
+
+    overlap: torch.Tensor
+    center: torch.Tensor
+    area: torch.Tensor
+
+
+def _present(objects: _Objects, layers: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """[B, F, 6]: how far there is one compact object of an object's size, in [0, 1], of the visible `area`."""
+    pixels = layers[0, 0, 0].numel()
+    fraction = objects.area / pixels
+    size = _ramp(area / pixels, _LEAST, 2 * _LEAST) * _ramp(fraction, 0.01, 0.02) * _ramp(fraction, 0.3, 0.2)
+    return size * _ramp(objects.overlap.amax(-1), 0.5, 0.7)
+
+
+def _over_time(values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Mean of values [B, F, ...] over the frames, each as far as it is `seen` [B, F, ...]."""
+    return (values * seen).mean(1) / seen.mean(1).clamp(min=_SEEN)
+
+
+def _layers(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Takes frames [N, 3, H, W] apart by colour: how far the object of each colour covers each pixel, [N, 6, H, W] in
+    [0, 1]; and mean squared distances of the pixels of each layer, and of those of none, from all colours, [N, 7, 9].
+    """
+    count, _, height, width = pixels.shape
     # The background is what most pixels show; every 4th row and column is enough to tell.
     background = pixels[:, :, ::4, ::4].flatten(2).median(-1).values
-    pixels = pixels.flatten(2)
-    squared = torch.zeros_like(pixels[:, 0])
-    for channel in range(3):
-        squared.add_((pixels[:, channel] - background[:, channel, None]).square_())
-    distance = squared.sqrt()
-    # Mean distance of the object's pixels: the squares keep the many near ones of the background out of it.
-    contrast = (squared[:, None] @ distance[:, :, None]).flatten() / squared.sum(1).clamp(min=1e-6)
-    # Coverage of a pixel by the object, its two soft ends cut off.
-    mask = distance.mul_(2 / contrast.clamp(min=0.2)[:, None]).sub_(0.5).clamp_(0, 1)
-    area = mask.sum(1)
+    offset = pixels.flatten(2) - background[:, :, None]
+    way = torch.tensor(list(COLORS.values()), device=pixels.device) - background[:, None]
+    squared_way = way.square().sum(-1, keepdim=True)
+    # A pixel between background and colour is at the edge of that colour, and of none that lies beside.
+    cover = way @ offset
+    share = cover * 2
+    cover.div_(squared_way.clamp(min=0.01)).clamp_(0, 1)
+    # Squared distance from the way, less what is the same for all colours.
+    share = share.addcmul_(cover, squared_way, value=-1).mul_(cover).div_(0.02).softmax(1)
+    # A colour that the background has is no object's.
+    cover.mul_(share).mul_(_ramp(squared_way, 0.04, 0.16))
+    # How much of the colour its pixels have; the squares keep the many faint pixels of the background out of it.
+    coarse = cover.view(count, -1, height, width)[..., ::2, ::2].flatten(2)
+    squares = coarse.square()
+    contrast = (squares * coarse).sum(2, keepdim=True) / squares.sum(2, keepdim=True).clamp(min=1e-6)
+    # The two soft ends are cut off.
+    layers = cover.mul_(2 / contrast.clamp(min=0.6)).sub_(0.5).clamp_(0, 1)
 
-    grid = mask.view(-1, height, width)
-    center = torch.stack([_circular_centroid(grid.sum(1)), _circular_centroid(grid.sum(2))], dim=1)
-    overlap = _template_overlap(grid, center, area)
-
-    fraction = area / (height * width)
-    one_object = (
-        _ramp(contrast, 0.15, 0.35)
-        * _ramp(fraction, 0.01, 0.025)
-        * _ramp(fraction, 0.3, 0.2)
-        * _ramp(overlap.max(1).values, 0.5, 0.7)
-    )
-
-    target = overlap.gather(1, wanted["shape"][:, None])[:, 0]
-    among_shapes = (overlap / 0.025).softmax(1).gather(1, wanted["shape"][:, None])[:, 0]
-    weights = torch.stack([mask.square(), 1 - mask], dim=1)
-    of_object, of_rest = _color_distances(pixels, squared, background, weights).unbind(1)
-    parts = {
-        "color": one_object * _color_match(of_object, COLORS, wanted["color"]),
-        "shape": one_object * among_shapes * _ramp(target, 0.5, 0.85),
-        "background": _ramp(fraction, 0.7, 0.3) * _color_match(of_rest, BACKGROUNDS, wanted["background"]),
-    }
-    parts = {name: part.view(batch, frames).mean(1) for name, part in parts.items()}
-    vector = torch.tensor(list(DIRECTIONS.values()), device=videos.device)[wanted["direction"][::frames]]
-    parts["direction"] = _direction_match(
-        center.view(batch, frames, 2), one_object.view(batch, frames), vector, height, width
-    )
-    return parts
+    rest = (1 - layers.sum(1, keepdim=True)).clamp_(min=0)
+    features = torch.cat([offset, offset.square().sum(1, keepdim=True), torch.ones_like(rest)], dim=1)
+    sums = torch.cat([layers.square(), rest], dim=1) @ features.transpose(1, 2)
+    mean = sums[..., :4] / sums[..., 4:].clamp(min=1e-6)
+    # The distance is averaged, not the pixels: half red and half yellow is not orange.
+    shift = background[:, None] - torch.tensor(list(_ALL_COLORS.values()), device=pixels.device)
+    distances = mean[..., 3:] + 2 * mean[..., :3] @ shift.transpose(1, 2) + shift.square().sum(-1)[:, None]
+    return layers.view(count, -1, height, width), distances.clamp(min=0)
 
 
-def _color_distances(
-    pixels: torch.Tensor, squared: torch.Tensor, background: torch.Tensor, weights: torch.Tensor
+def _closeness(distances: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+    """[..., len(names)]: closeness to colours, against all colours, of mean squared distances [..., 9]."""
+    columns = [list(_ALL_COLORS).index(name) for name in names]
+    return (-distances / 0.04).softmax(-1)[..., columns] * _ramp(distances[..., columns].sqrt(), 0.5, 0.2)
+
+
+def _find(layers: torch.Tensor, area: torch.Tensor) -> _Objects:
+    """Objects of layers [B, F, 6, H, W] as they are; 0 where there is too little of a colour."""
+    index = (area > _LEAST * layers[0, 0, 0].numel()).nonzero(as_tuple=True)
+    masks, found = layers[index], area[index]
+    center = centroid(masks)
+    patch = patches(masks, center[:, None], found[:, None])
+    fit = overlap(patch, found, found[:, None], torch.zeros_like(patch))
+    return _Objects(*(v.new_zeros(*area.shape, *v.shape[1:]).index_put(index, v) for v in (fit, center, found)))
+
+
+def _expected(objects: _Objects, sure: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where objects would be, [B, F, 6, 2], if they moved steadily through the frames in which they are found for
+    `sure` [B, F, 6], and their area there, [B, F, 6]."""
+    size = torch.tensor([width, height], device=sure.device)
+    time = torch.arange(sure.shape[1], dtype=sure.dtype, device=sure.device)
+    pair = sure[:, 1:] * sure[:, :-1]
+    step = (pair[..., None] * shortest(objects.center.diff(dim=1), size)).sum(1)
+    step = step / pair.sum(1).clamp(min=1e-6)[..., None]
+    moved = time[:, None, None] * step[:, None]
+    # Where an object would have begun, to go by the sure frames nearby; a circular mean.
+    angle = (objects.center - moved) * (2 * torch.pi / size)
+    nearby = (time - time[:, None]).abs().neg().exp()
+    waves = sure[..., None] * torch.stack([angle.sin(), angle.cos()])
+    begin = torch.atan2(*torch.einsum("fg,wbgkd->wbfkd", nearby, waves)) * (size / (2 * torch.pi))
+    area = (sure * objects.area).sum(1) / sure.sum(1).clamp(min=1e-6)
+    return begin + moved, area[:, None].expand_as(sure)
+
+
+def _complete_hidden(layers: torch.Tensor, area: torch.Tensor, plain: _Objects) -> tuple[_Objects, torch.Tensor]:
+    """Completes objects that others may hide in part, beginning where they are to be expected, and says which share of
+    each is visible, [B, F, 6] in [0, 1]."""
+    # What has a shape as it is, is hidden by nothing; what never has one, is not completed to one.
+    whole_shape = _ramp(plain.overlap.amax(-1), 0.9, 0.95)
+    sure = _present(plain, layers, area) * whole_shape
+    evidence = sure.sum(1, keepdim=True).clamp(max=1).expand_as(sure)
+    expected, expected_area = _expected(plain, sure, *layers.shape[3:])
+
+    # Only what is also there when an object is seen can hide it: another colour in its place is no other object.
+    there = _ramp(area / layers[0, 0, 0].numel(), _LEAST, 2 * _LEAST)
+    hiding = 2 * torch.einsum("bfk,bfj->bkj", sure, there) / sure.sum(1).clamp(min=1e-6)[..., None]
+    hiding = hiding.clamp(max=1) * (1 - torch.eye(len(COLORS), device=area.device))
+
+    doubt = (1 - whole_shape) * evidence
+    others = area.sum(2, keepdim=True) - area
+    index = ((doubt > 0) & (others > 0)).nonzero(as_tuple=True)
+    masks = layers[index]
+    beside = (hiding[index[0], index[2], None] @ layers[index[:2]].flatten(2)).view_as(masks)
+    seen, center, trust = area[index], plain.center[index], evidence[index]
+    # The first shape stands for all.
+    around = patches(beside, expected[index][:, None], expected_area[index][:, None])[:, 0]
+    visible = 1 - trust * (around.clamp(0, 1) @ templates(area.device)[0] / SIDE**2)
+
+    size = torch.tensor(layers.shape[:2:-1], device=area.device)
+    shift = (trust[:, None] * shortest(expected[index] - center, size))[:, None].expand(-1, len(SHAPES), -1)
+    whole = torch.maximum(seen, torch.lerp(seen, expected_area[index], trust))[:, None].expand(-1, len(SHAPES))
+    fit, shift, whole = complete(masks, beside, center, seen, shift, whole)
+    weight = (fit / 0.025).softmax(1)
+    found = _Objects(fit, center + (weight[..., None] * shift).sum(1), (weight * whole).sum(1))
+
+    changes = (doubt[index].view(-1, *(1,) * (new.dim() - 1)) * (new - old[index]) for new, old in zip(found, plain))
+    objects = _Objects(*(old.index_put(index, change, accumulate=True) for old, change in zip(plain, changes)))
+    present = _present(objects, layers, area)[index]
+    visible = torch.lerp(visible, seen / objects.area[index].clamp(min=1), present)
+    return objects, torch.ones_like(area).index_put(index, visible.clamp(0, 1))
+
+
+def _direction(
+    center: torch.Tensor, present: torch.Tensor, seen: torch.Tensor, height: int, width: int
 ) -> torch.Tensor:
-    """[N, W, 9]: mean squared distance of the pixels [N, 3, P] from all colours under each of the weights [N, W, P];
-    `squared` [N, P] is that from `background` [N, 3]. The distance is averaged, not the pixels: half red and half
-    yellow is not orange."""
-    colors = torch.tensor(list(_ALL_COLORS.values()), device=pixels.device)
-    total = weights.sum(-1, keepdim=True).clamp(min=1e-6)
-    shift = background[:, None] - colors
-    offset = weights @ pixels.transpose(1, 2) / total - background[:, None]
-    spread = weights @ squared[:, :, None] / total
-    return (spread + 2 * offset @ shift.transpose(1, 2) + shift.square().sum(-1)[:, None]).clamp_(min=0)
-
-
-def _color_match(distances: torch.Tensor, palette: dict, wanted: torch.Tensor) -> torch.Tensor:
-    """[N]: closeness to colour `wanted` [N] of the palette, against all colours, of mean squared distances [N, 9]."""
-    column = torch.tensor([list(_ALL_COLORS).index(name) for name in palette], device=wanted.device)[wanted][:, None]
-    among_colors = (-distances / 0.04).softmax(1).gather(1, column)[:, 0]
-    return among_colors * _ramp(distances.gather(1, column)[:, 0].sqrt(), 0.5, 0.2)
-
-
-def _template_overlap(mask: torch.Tensor, center: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
-    """[N, len(SHAPES)]: intersection over union of masks [N, H, W] with each shape of the same centroid and area."""
-    height, width = mask.shape[1:]
-    scale = area.clamp(min=4.0).sqrt() / _SIDE
-    rows, columns = _resample(height, center[:, 1], scale), _resample(width, center[:, 0], scale)
-    patch = torch.bmm(torch.bmm(rows, mask), columns.transpose(1, 2)).flatten(1)
-    templates = _templates(mask.device)
-    shared = patch @ templates.T
-    # What lies outside the patch belongs to the union too.
-    outside = (area / scale.square() - patch.sum(1)).clamp(min=0)
-    return shared / (patch.square().sum(1)[:, None] + templates.square().sum(1) - shared + outside[:, None])
-
-
-def _direction_match(
-    center: torch.Tensor, present: torch.Tensor, vector: torch.Tensor, height: int, width: int
-) -> torch.Tensor:
-    """[B]: share of the squared motion of centroids [B, F, 2] that goes along `vector` [B, 2]; 0 if still."""
+    """[B, 6, 4]: share of the squared motion of centroids [B, F, 6, 2] that goes along each direction; 0 if still."""
     frames = center.shape[1]
     if frames == 1:
-        return torch.zeros_like(present[:, 0])
+        return present.new_zeros(len(present), len(COLORS), len(DIRECTIONS))
     unit = min(height, width) / 64
-    size = torch.tensor([width, height], device=center.device)
-    step = _shortest(center[:, 1:] - center[:, :-1], size)
+    step = shortest(center.diff(dim=1), torch.tensor([width, height], device=center.device))
     length = step.norm(dim=-1)
-    # A jump is no motion, and neither is what an object does that is not there.
-    weight = torch.minimum(present[:, 1:], present[:, :-1]) * _ramp(length, 10 * unit, 6 * unit)
-    along = weight * (step * vector[:, None]).sum(-1)
+    # A jump is no motion, and neither is what an object does that is not there, or not seen.
+    seen, present = (torch.minimum(values[:, 1:], values[:, :-1]) for values in (seen, present))
+    weight = seen * present * _ramp(length, 10 * unit, 6 * unit)
+    along = weight[..., None] * (step @ torch.tensor(list(DIRECTIONS.values()), device=center.device).T)
     span = min(4, frames - 1)
-    net, path, present = (values.unfold(1, span, 1).mean(-1) for values in (along, weight * length, weight))
-    # Below 0.75 pixels a frame (of 64) the motion is too slow to count in full.
-    share = net.clamp(min=0) / torch.maximum(path, 0.75 * unit * present).clamp(min=1e-6)
-    return (share.square() * present).mean(1)
+    net, path, weight, seen = (values.unfold(1, span, 1).mean(-1) for values in (along, weight * length, weight, seen))
+    share = net.clamp(min=0) / torch.maximum(path, 0.75 * unit * weight).clamp(min=1e-6)[..., None]
+    return (share.square() * weight[..., None]).mean(1) / seen.mean(1).clamp(min=_SEEN)[..., None]

@@ -42,7 +42,7 @@ class AWMTrainer(OnlineTrainer):
     config: AWMConfig
 
     def prepare(self):
-        self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps)
+        self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
         super().prepare()
 
     def accumulate_gradients(

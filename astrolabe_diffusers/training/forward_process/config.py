@@ -23,6 +23,9 @@ class ForwardProcessConfig(OnlineConfig):
         "noise levels that are trained: the sampler's own, or those before its shift (1000 750 500 250)",
         choices=("warped", "raw"),
     )
+    train_steps: list[int] = option(
+        [], "which of the sampler's steps are trained, from 0, where all is noise; all if not given"
+    )
     adv_clip_max: float = option(5.0, "advantages are clipped to +-this", above=0)
 
     def __post_init__(self):

@@ -1,9 +1,11 @@
 """The forward process: sampled videos with noise, and clean ones predicted from them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ...errors import UserError
 from ...rollout.past import Past
 from ...rollout.samples import VideoBatch
 from ...rollout.seeds import seeded_generator
@@ -21,17 +23,19 @@ class NoisedBatch:
     past: Past = Past()  # what is before the window
 
 
-def training_sigmas(pipeline, train_timesteps: str) -> torch.Tensor:
-    """Noise levels `(steps,)` in (0, 1] that are trained.
+def training_sigmas(pipeline, train_timesteps: str, train_steps: Sequence[int] = ()) -> torch.Tensor:
+    """Noise levels `(steps,)` in (0, 1] that are trained, of the sampler's steps `train_steps` or of all.
 
     `"warped"`: those of the sampler. `"raw"`: those before its shift, as the code released with Astrolabe has it.
     """
-    sigmas = list(pipeline.config.sigmas)
-    if train_timesteps == "raw":
-        return torch.tensor(sigmas, dtype=torch.float32)
-    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(sigmas=sigmas)
-    return scheduler.sigmas[:-1].float()
+    sigmas = torch.tensor(list(pipeline.config.sigmas), dtype=torch.float32)
+    if train_timesteps == "warped":
+        scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(sigmas=sigmas.tolist())
+        sigmas = scheduler.sigmas[:-1].float()
+    if unknown := set(train_steps) - set(range(len(sigmas))):
+        raise UserError(f"train_steps={min(unknown)}: the sampler has the steps 0 to {len(sigmas) - 1}.")
+    return sigmas[list(train_steps)] if train_steps else sigmas
 
 
 def noise_batch(batch: VideoBatch, sigmas: torch.Tensor) -> NoisedBatch:

@@ -37,7 +37,7 @@ class NFTTrainer(OnlineTrainer):
 
     def prepare(self):
         self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
-        self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps)
+        self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
         super().prepare()
 
     def make_state(self):

@@ -70,9 +70,10 @@ def test_gradient_by_finite_differences(kl_weight):
 
 def test_a_run(model_folder, tmp_path):
     """From the command line's settings to the adapter; no adapter of an old policy is made."""
-    trainer = AWMTrainer(config=AWMConfig(**tiny_settings(model_folder, tmp_path)))
+    trainer = AWMTrainer(config=AWMConfig(**tiny_settings(model_folder, tmp_path, train_steps=[1])))
     assert list(trainer.transformer.peft_config) == ["default"]
     results = trainer.train()
+    assert trainer.sigmas.tolist() == [0.9375]
     assert results["steps"] == 2
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(record["grad_norm"] > 0 and np.isfinite(record["loss"]) for record in metrics)

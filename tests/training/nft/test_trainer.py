@@ -269,6 +269,10 @@ def test_training_sigmas_are_the_samplers(pipe):
     torch.testing.assert_close(1000 * training_sigmas(pipe, "warped"), torch.tensor(steps))
     assert steps == pytest.approx([1000, 937.5, 833.333, 625])
     assert training_sigmas(pipe, "raw").tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert training_sigmas(pipe, "warped", [3, 1]).tolist() == pytest.approx([0.625, 0.9375])
+    for step in (-1, 4):
+        with pytest.raises(UserError, match=f"train_steps={step}: the sampler has the steps 0 to 3"):
+            training_sigmas(pipe, "warped", [2, step])
 
 
 def test_noise_belongs_to_the_sample():
