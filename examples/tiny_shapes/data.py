@@ -27,8 +27,8 @@ SIZE = 96
 # In pixels, by the number of objects; and in pixels a frame.
 RADIUS = {1: (16.0, 24.0), 2: (13.0, 18.0), 3: (11.0, 15.0)}
 SPEED = (1.6, 3.2)
-# Three are rare, as hard captions are: the model draws them as well, but takes an attribute for another's or leaves an
-# object out, which is what reinforcement learning mends.
+# Three are rare, as hard captions are: the model draws them as well, but leaves one out or melts two into one, which
+# is what reinforcement learning mends.
 OBJECT_SHARES = (0.4, 0.59, 0.01)
 # Of the clips that change: those whose objects jump; and those whose scenes are one edit apart.
 HARD_SHARE, EDIT_SHARE = 0.25, 0.5

@@ -48,6 +48,7 @@ def assemble(vae: AutoencoderKLWan, folder: Path | None, device: torch.device) -
     else:
         text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder")
         transformer = CausalWanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+        transformer.register_to_config(_name_or_path="")  # else saved, a path of this machine
     model = Denoiser(text_encoder.float(), transformer.float()).to(device).train()
     pipe = CausalWanPipeline(
         tokenizer,

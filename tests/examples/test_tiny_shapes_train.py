@@ -178,6 +178,8 @@ def test_recipe_makes_a_pipeline(tmp_path, monkeypatch, capsys):
         assert len((output / "prompts" / folder / "test.txt").read_text().splitlines()) == number
     assert json.loads((output / "seconds.json").read_text()).keys() == {"autoencoder", "flow_matching", "distillation"}
     assert not list(output.glob("*.pt"))
+    for path in output.rglob("*.json"):
+        assert str(output) not in path.read_text(), path  # the folder is published
 
     pipe = DiffusionPipeline.from_pretrained(output)
     pipe.set_progress_bar_config(disable=True)
