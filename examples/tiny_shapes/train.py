@@ -48,7 +48,8 @@ def assemble(vae: AutoencoderKLWan, folder: Path | None, device: torch.device) -
     else:
         text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder")
         transformer = CausalWanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-        transformer.register_to_config(_name_or_path="")  # else saved, a path of this machine
+    for part in (vae, transformer):
+        part.register_to_config(_name_or_path="")  # a path of this machine, which would be saved
     model = Denoiser(text_encoder.float(), transformer.float()).to(device).train()
     pipe = CausalWanPipeline(
         tokenizer,
