@@ -49,7 +49,8 @@ def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str,
         raise SystemExit(0)
     run = given.config and find_published_run(given.config)
     settings = run.settings if run else _read_recipe(given.config)
-    algorithm = given.algorithm or settings.get("algorithm", DEFAULT_ALGORITHM)
+    written_for = settings.get("algorithm", DEFAULT_ALGORITHM)
+    algorithm = given.algorithm or written_for
     config_class = get_config_class(algorithm)
 
     help = f"a YAML file, {_recipe_names()}, the name of a published run, or `list`, which prints these names"
@@ -65,7 +66,11 @@ def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str,
         settings = _for_processes(run, config_class, recommended, arguments)
     elif recommended:
         raise UserError("--recommended goes with the name of a published run; --config list prints them.")
-    return algorithm, _check_names(settings, config_class, given.config), arguments
+    settings = _check_names(settings, get_config_class(written_for), config_class, given.config)
+    names = [f.name for f in fields(config_class)]
+    if (without_use := [name for name in settings if name not in names]) and _is_main():
+        print(f"--config {given.config}: {algorithm} has no {', '.join(without_use)}, which {written_for} has")
+    return algorithm, {name: value for name, value in settings.items() if name in names}, arguments
 
 
 def _is_main() -> bool:
@@ -107,15 +112,18 @@ def _read_recipe(config: str | None) -> dict[str, Any]:
     return values
 
 
-def _check_names(values: dict[str, Any], config_class: type[Config], config: str | None) -> dict[str, Any]:
-    """The settings by the present names of fields, of which each is one."""
+def _check_names(
+    values: dict[str, Any], written_for: type[Config], config_class: type[Config], config: str | None
+) -> dict[str, Any]:
+    """The settings by the present names of fields, of which each is one of the algorithm that they are for, or of the
+    one that they were written for."""
     values = {name: value for name, value in values.items() if name != "algorithm"}
     for old, new in config_class.aliases.items():
         if old in values:
             if new in values:
                 raise UserError(f"--config {config}: {old} is an older name of {new}, and both are given.")
             values[new] = values.pop(old)
-    names = [f.name for f in fields(config_class)]
+    names = list({f.name: None for f in (*fields(config_class), *fields(written_for))})
     unknown = [name for name in values if name not in names]
     if unknown:
         removed = {name: f" ({advice})" for name, advice in config_class.removed.items()}

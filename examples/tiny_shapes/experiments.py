@@ -32,22 +32,27 @@ DETAIL = "experiments:plain_detail"
 EASIER = ("two_objects", "one_object")
 # 97.5 % quantile of Student's t with two degrees of freedom, three seeds.
 STUDENT = 4.303
-HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 8e-3}
+HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker"}
 # The same beside the one that is meant.
 TEMPTED = {**HACKED, "rewards": f"{DETAIL}=2,{MATCH}=1"}
 TWO_BLOCKS = {"num_frames": 21}
 LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
 WINDOWS = {**LONG, "window_size": 3, "sample_frames": 9}
 SHARED_PAST = {"shared_past": True, "train_batch_size": 16, "batches_per_epoch": 4}
+LAGGING = {"old_policy_decay_rate": 0.05, "old_policy_decay_max": 0.5}
 UNIFORM = {"kl_weight": 0.03}
 SELECTIVE = {**UNIFORM, "selective_kl": True}
 MOVING = {**SELECTIVE, "reference_reset_kl": 0.15, "reference_reset_epochs": 15}
 EXPERIMENTS: dict[str, dict] = {
     "NFT": {},
-    "AWM": {"algorithm": "awm"},
-    "NFT, beta 0.1": {"beta": 0.1},
-    # The loss is then adv_clip_max / beta = 5 times as large: the KL keeps its share with 5 times its weight.
-    "adaptive loss weights": {"loss_weighting": "adaptive", "kl_weight": 0.15},
+    # With the recipe's epsilon AdamW steps in proportion to the gradient. That of these losses is larger, by
+    # 5 / sigma^2 and by 5 over the mean distance, or smaller, by beta: rates and KL weights make up for it.
+    "AWM": {"algorithm": "awm", "learning_rate": 3.5e-3, "kl_weight": 0.05},
+    "an old policy that lags": LAGGING,
+    "an old policy that lags, beta 0.1": {**LAGGING, "beta": 0.1, "learning_rate": 0.25, "kl_weight": 0.001},
+    "adaptive loss weights": {"loss_weighting": "adaptive", "learning_rate": 1.5e-3, "kl_weight": 0.17},
+    "all noise levels": {"train_steps": [0, 1, 2, 3]},
+    "AdamW with its usual epsilon": {"adam_epsilon": 1e-8, "learning_rate": 1e-3},
     "no KL": {"kl_weight": 0},
     "two blocks, clean context, the old policy's": TWO_BLOCKS,
     "two blocks, clean context, each policy's own": {**TWO_BLOCKS, "context_policy": "own"},
@@ -74,7 +79,8 @@ def plain_detail(videos, prompts, metadata):
 def start(script: str, settings: dict, log: Path, number: int) -> None:
     """Runs an example, the `number`th of all: with several GPUs, on one of them."""
     command = [sys.executable, str(EXAMPLES / script)]
-    command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    for key, value in settings.items():
+        command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     if gpus := torch.cuda.device_count():
@@ -88,9 +94,10 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict
     folder = output_dir / f"{list(EXPERIMENTS).index(name):02d}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "results.json").is_file():
-        # Judged before and after, with no videos to look at.
+        # Judged before and after on two blocks, with no videos to look at.
         settings = {"config": "tiny_shapes", "seed": seed, "output_dir": folder, "eval_split": split}
-        settings |= {"eval_steps": 10_000, "checkpointing_steps": 10_000, "num_eval_videos": 0, "report_to": "none"}
+        settings |= {"eval_num_frames": 21, "eval_steps": 10_000, "num_eval_videos": 0}
+        settings |= {"checkpointing_steps": 10_000, "report_to": "none"}
         settings |= {"eval_rewards": DETAIL} | EXPERIMENTS[name]
         start("train_nft.py", settings, folder / "log.txt", number)
     changes = {}

@@ -43,12 +43,21 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         (["--algorithm", "amw"], "unknown algorithm 'amw' .did you mean awm"),
         (["--algorithm", "awm", "--beta", "1"], "unknown argument --beta"),
         (["--algorithm", "awm", "--algorithm", "nft"], "--algorithm is given twice"),
-        (["--algorithm", "awm", "--config", "longlive_video_hpsv3"], "unknown fields .*beta"),
     ],
 )
 def test_mistakes(arguments, words):
     with pytest.raises(UserError, match=words):
         parse_args(arguments)
+
+
+def test_settings_of_another_algorithm_are_left_out_and_named(tmp_path, capsys):
+    config = parse_args(["--algorithm", "awm", "--config", "tiny_shapes"])
+    assert type(config) is AWMConfig and config.rank == parse_args(["--config", "tiny_shapes"]).rank
+    assert "--config tiny_shapes: awm has no old_policy_decay_max, which nft has\n" in capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text("algorithm: awm\nbeta: 1\n")
+    with pytest.raises(UserError, match="unknown field beta"):
+        parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert parse_args(["--config", str(tmp_path / "run.yaml"), "--algorithm", "nft"]).beta == 1
 
 
 def test_older_names_of_fields(tmp_path):

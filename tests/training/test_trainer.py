@@ -6,8 +6,9 @@ from astrolabe_diffusers.rollout.sampling import Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.training import NFTTrainer
 from astrolabe_diffusers.training.adapter_files import save_adapter
+from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor
 from astrolabe_diffusers.training.policies import use_policy
-from tests.training.helpers import randomize_adapters, tiny_arguments
+from tests.training.helpers import numbers_of_run, randomize_adapters, tiny_arguments
 
 
 pytestmark = pytest.mark.usefixtures("no_charts")
@@ -70,6 +71,31 @@ def test_old_policy_decay_follows_the_steps(trainer):
         decays.append(trainer.old_policy_decay)
     trainer.step = 0
     assert decays == pytest.approx([0, 0.1, 0.5, 0.5])
+
+
+def test_old_policy_that_follows_at_once_needs_no_pass_in_the_first_step(model_folder, tmp_path, monkeypatch):
+    predict_as = BlockwisePredictor.predict_as
+
+    def run(name, **values):
+        policies = []
+
+        def counted(predictor, policy, frames):
+            policies.append(policy)
+            return predict_as(predictor, policy, frames)
+
+        steps = {"batches_per_epoch": 2, "gradient_accumulation_steps": 1, "max_train_steps": 4}
+        config = parse_args(tiny_arguments(model_folder, tmp_path / name, **steps, **values))
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockwisePredictor, "predict_as", counted)
+            NFTTrainer(config=config).train()
+        return policies.count("old"), numbers_of_run(tmp_path / name)["pytorch_lora_weights.safetensors"]
+
+    passes, weights = run("skipped", old_policy_decay_max=0)
+    with_dropout, _ = run("dropout", old_policy_decay_max=0, lora_dropout=0.1)
+    monkeypatch.setattr(NFTTrainer, "old_is_current", False)
+    all_passes, expected = run("all", old_policy_decay_rate=0)
+    assert weights == expected
+    assert (passes, with_dropout, all_passes) == (4, 8, 8)  # two blocks, four steps
 
 
 def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path_factory):

@@ -22,6 +22,7 @@ class NFTBatch(NoisedBatch):
     weight: torch.Tensor  # `(B,)`, of the sample's loss; 0 if it is skipped
     kl_weight: torch.Tensor  # `(B,)`, of its distance to the reference; 0 if it is not held to it
     use_reference: bool = True  # whether a sample of this batch has a `kl_weight`, here or on another process
+    old_is_current: bool = False  # whether the old policy's weights are the current one's
 
 
 class NFTTrainer(OnlineTrainer):
@@ -71,7 +72,7 @@ class NFTTrainer(OnlineTrainer):
     def accumulate_gradients(
         self, batch: VideoBatch, values: dict[str, torch.Tensor], samples_per_step: int, synchronize: bool
     ) -> dict[str, torch.Tensor]:
-        values = values | {"use_reference": bool(values["use_reference"].any())}
+        values = values | {"use_reference": bool(values["use_reference"].any()), "old_is_current": self.old_is_current}
         batch = NFTBatch(**vars(noise_batch(batch, self.sigmas)), **values)
         return accumulate_gradients(self.accelerator, self.model, batch, self.config, samples_per_step, synchronize)
 
@@ -79,6 +80,13 @@ class NFTTrainer(OnlineTrainer):
         follow_current(self.transformer, OLD, self.old_policy_decay)
         if self.reference.step(sum(s["kl"] for s in statistics) / len(statistics)):
             follow_current(self.transformer, REFERENCE, decay=0.0)
+
+    @property
+    def old_is_current(self) -> bool:
+        """Whether both predict the same: in an epoch's first step, if the old policy follows at once."""
+        config = self.config
+        follows = not (config.old_policy_decay_rate and config.old_policy_decay_max)
+        return follows and not config.lora_dropout and self.step % config.steps_per_epoch == 0
 
     @property
     def old_policy_decay(self) -> float:
@@ -101,7 +109,7 @@ def accumulate_gradients(
     predictions of current and old policy, and of `x0_norm`, the current one's predictions."""
     transformer = accelerator.unwrap_model(model)
     predictor_class = PREDICTORS[config.context]
-    frozen = ["old"] + ["reference"] * bool(batch.use_reference and config.kl_weight)
+    frozen = ["old"] * (not batch.old_is_current) + ["reference"] * bool(batch.use_reference and config.kl_weight)
     # One past for all policies, and one cache; or each its own, one after the other, and one cache at a time.
     shared = config.context_policy == "old"
     own = {} if shared else {policy: predictor_class(transformer, batch, policy).predict_window() for policy in frozen}
@@ -113,9 +121,10 @@ def accumulate_gradients(
         return {policy: predictions[frames.start] for policy, predictions in own.items()}
 
     def losses(current: torch.Tensor, frozen: dict[str, torch.Tensor], frames: slice) -> dict[str, torch.Tensor]:
+        old = frozen.get("old", current.detach())
         policy_loss = nft_loss(
             current,
-            frozen["old"],
+            old,
             batch.clean[:, :, frames],
             batch.optimality,
             config.beta,
@@ -128,7 +137,7 @@ def accumulate_gradients(
             "loss": batch.weight * policy_loss + config.kl_weight * kl,
             "policy_loss": policy_loss,
             "kl": kl,
-            "deviation": squared_distance(current.detach(), frozen["old"]),
+            "deviation": squared_distance(current.detach(), old),
             "x0_norm": current.detach().square().flatten(1).mean(1),
         }
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,10 @@ from accelerate import Accelerator
 
 from astrolabe_diffusers.training.awm import AWMConfig, AWMTrainer
 from astrolabe_diffusers.training.awm.trainer import AWMBatch, accumulate_gradients, awm_loss
-from astrolabe_diffusers.training.policies import policy_parameters, use_policy
+from astrolabe_diffusers.training.nft import NFTConfig
+from astrolabe_diffusers.training.nft.loss import optimality
+from astrolabe_diffusers.training.nft.trainer import accumulate_gradients as accumulate_nft_gradients
+from astrolabe_diffusers.training.policies import OLD, follow_current, policy_parameters, use_policy
 from tests.training.helpers import BRIGHTNESS, noised_batch, policy_pipeline, tiny_settings
 
 
@@ -66,6 +70,26 @@ def test_gradient_by_finite_differences(kl_weight):
                 parameter.add_(step * direction)
             values.append(plain_loss(pipe.transformer, batch, cfg).double())
     torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-3, rtol=2e-2, atol=0)
+
+
+def test_gradient_is_that_of_nft_where_the_old_policy_is_the_current_one():
+    """But for the scale of the advantages and of the distances: `(2 r - 1) beta` of NFT's is `A beta / A_max`."""
+    pipe, limit, beta = policy_pipeline(), 5.0, 0.7
+    batch, parameters = awm_batch(pipe), policy_parameters(pipe.transformer)
+    follow_current(pipe.transformer, OLD, decay=0.0)
+    accelerator = Accelerator(mixed_precision="no")
+    accumulate_gradients(accelerator, pipe.transformer, batch, config(kl_weight=0.0), 2, True)
+    expected = [parameter.grad.clone() for parameter in parameters]
+    pipe.transformer.zero_grad()
+    nft_batch = replace(
+        noised_batch(pipe),
+        optimality=optimality(ADVANTAGES, limit),
+        weight=limit / beta / batch.sigma.square(),
+        old_is_current=True,
+    )
+    cfg = NFTConfig(rewards={BRIGHTNESS: 1.0}, beta=beta, kl_weight=0.0)
+    accumulate_nft_gradients(accelerator, pipe.transformer, nft_batch, cfg, 2, True)
+    torch.testing.assert_close([p.grad for p in parameters], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_a_run(model_folder, tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from astrolabe_diffusers.training.forward_process.predictors import BlockwisePre
 from astrolabe_diffusers.training.nft.loss import nft_loss
 from astrolabe_diffusers.training.nft.trainer import accumulate_gradients
 from astrolabe_diffusers.training.optimization import CollapseGuard, Optimization, make_optimizer
-from astrolabe_diffusers.training.policies import OLD, policy_parameters, use_policy
+from astrolabe_diffusers.training.policies import OLD, follow_current, policy_parameters, use_policy
 from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
 
 
@@ -145,6 +147,18 @@ def test_reference_pass_is_skipped_without_kl(pipe, accelerator):
     hook.remove()
     # Two blocks: two predictions a policy, and one clean pass.
     assert (with_kl, len(calls) - with_kl) == (7, 5)
+
+
+def test_old_policy_has_no_pass_of_its_own_where_it_is_the_current_one(trained, accelerator):
+    follow_current(trained.transformer, OLD, decay=0.0)
+    batch, calls = noised_batch(trained), []
+    hook = trained.transformer.register_forward_hook(lambda *_: calls.append(1))
+    expected = accumulate(accelerator, trained.transformer, [batch], config())
+    both = len(calls)
+    actual = accumulate(accelerator, trained.transformer, [replace(batch, old_is_current=True)], config())
+    hook.remove()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert (both, len(calls) - both) == (7, 5)
 
 
 def test_statistics(pipe, accelerator):
