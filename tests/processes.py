@@ -32,6 +32,8 @@ PRELOADED = (
     "tests.fast_norm",
 )
 
+# A process has one server, which the processes of rewards are forked from too: see `ProcessRewards`.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(list(PRELOADED))
 

@@ -32,9 +32,10 @@ DETAIL = "experiments:plain_detail"
 EASIER = ("two_objects", "one_object")
 # 97.5 % quantile of Student's t with two degrees of freedom, three seeds.
 STUDENT = 4.303
-HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker"}
+# At the recipe's rate the videos collapse before the run ends.
+HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 8e-3}
 # The same beside the one that is meant.
-TEMPTED = {**HACKED, "rewards": f"{DETAIL}=2,{MATCH}=1"}
+TEMPTED = {"rewards": f"{DETAIL}=2,{MATCH}=1", "eval_rewards": "flicker"}
 TWO_BLOCKS = {"num_frames": 21}
 LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
 WINDOWS = {**LONG, "window_size": 3, "sample_frames": 9}
