@@ -321,7 +321,9 @@ class PublishedWay:
         """The frames of latent blocks, decoded in one go."""
         with torch.no_grad():
             self.decoder.reset()
-            return self.decoder.decode(torch.cat(list(blocks), dim=2))
+            frames = self.decoder.decode(torch.cat(list(blocks), dim=2))
+            self.decoder.reset()  # which frees what it remembers
+            return frames
 
     def _blocks(self, text, num_frames, size, generator, decode) -> Iterator[torch.Tensor]:
         transformer, n, num_context = self.transformer, self.block_frames, self.config.num_context_frames
