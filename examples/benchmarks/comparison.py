@@ -42,6 +42,11 @@ class Column:
     pipe: CausalWanPipeline
     yardstick: PublishedWay | None = None  # the published way, or ours
 
+    @property
+    def streams(self) -> bool:
+        """Whether a block is decoded before the next one is made, which begins with frames of it (Krea)."""
+        return self.pipe.config.num_context_frames is not None
+
     def denoise(self, clip: Clip, prompt_embeds: torch.Tensor) -> Iterator[torch.Tensor]:
         """The latents of each block."""
         prompt_embeds = prompt_embeds.expand(clip.batch_size, -1, -1)
@@ -73,11 +78,13 @@ class Column:
         for block in self.denoise(clip, prompt_embeds):
             latents.append(block)
             yield block
-        yield self.yardstick.whole(latents)
+        if not self.streams:
+            yield self.yardstick.whole(latents)
 
 
 def measure_published(column: Column, clip: Clip, prompt: str, repetitions: int) -> Measurement:
-    """As [`measure`]. The first frames are there when all are; those a second are of a block's steps and decoding."""
+    """As [`measure`]. The first frames are there when all are, but for Krea's; those a second are of a block's passes
+    and its decoding."""
     pipe, yardstick = column.pipe, column.yardstick
 
     def run(latents: list[torch.Tensor]) -> list[float]:
@@ -97,16 +104,14 @@ def measure_published(column: Column, clip: Clip, prompt: str, repetitions: int)
     block = median(times[-2] for times in runs)
     decode_block = median(timed(column.decode(latents[:3]))[-1] for _ in range(repetitions))
     num_frames = clip.batch_size * latents[-1].shape[2] * pipe.vae.config.scale_factor_temporal
-    # Where the context is encoded anew a block has been decoded already.
-    turn = block if pipe.config.num_context_frames else block + decode_block
     return Measurement(
-        first_frames=median(sum(times) for times in runs),
+        first_frames=median(sum(times[:2] if column.streams else times) for times in runs),
         first_block=median(times[1] for times in runs),
         block=block,
         denoise=median(sum(times[1:-1]) for times in runs),
         decode_block=decode_block,
         decode=median(times[-1] for times in runs),
-        frames_per_second=num_frames / turn,
+        frames_per_second=num_frames / (block if column.streams else block + decode_block),
         gpu_memory=gpu_memory,
         host_memory=peak_memory_gb(torch.device("cpu")),
     )
