@@ -1,14 +1,14 @@
 """What `generation.py --baseline` prints: the published way, ours and ours compiled, on one card in one process."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from kernel_time import kernel_times
+from kernel_time import KernelTime, kernel_times
 from measuring import Measurement, clock, forget_peak, gpu_peak, measure, timed
-from operations import KERNELS, Work, decoding, denoising, peak_rate
+from operations import Work, attention_kernels, decoding, denoising, peak_rate
 from published_way import PublishedWay
 
 from astrolabe_diffusers import CausalWanPipeline
@@ -145,9 +145,16 @@ class Row:
 
 
 def rows_of(
-    clip: Clip, results: list[Measurement], blocks: list[Work], latents: list[Work], device, dtype, peak: float
+    clip: Clip,
+    results: list[Measurement],
+    blocks: list[Work],
+    latents: list[Work],
+    device: torch.device,
+    dtype: torch.dtype,
+    peak: float,
 ) -> list[Row]:
-    """The table's, of the columns' `results`; `blocks` and `latents` are what the floor has to compute."""
+    """The table's, of the columns' `results`. `blocks` and `latents` are what has to be computed for each of the clip,
+    `peak` is in operations a second."""
 
     def values(name: str) -> list[float]:
         return [getattr(result, name) for result in results]
@@ -208,7 +215,7 @@ def compare(
     dtype = pipe.transformer.dtype
     prompt_embeds = pipe.encode_prompt(prompt)
     pipe.maybe_free_model_hooks()
-    kernels = KERNELS if device.type == "cuda" and dtype != torch.float32 else {"torch": None}
+    kernels = attention_kernels(pipe.transformer.config.attention_head_dim, device, dtype)
     results: dict[str, Measurement] = {}
     scaling: dict[str, list[float | None]] = {}
     profiles: dict[str, str] = {}
@@ -259,6 +266,7 @@ def _seconds(column: Column, clip: Clip, prompt_embeds: torch.Tensor) -> float |
     config = column.pipe.transformer.config
     # For the first time to choose kernels, which are others as long as the window grows.
     grows = None if config.local_attn_size == -1 else config.local_attn_size // config.num_frames_per_block + 2
+    forget_peak()
     try:
         for _ in itertools.islice(column.generate(clip, prompt_embeds), grows):
             pass
@@ -272,16 +280,15 @@ def _profile(column: Column, clip: Clip, prompt_embeds: torch.Tensor) -> str:
     latents = list(column.denoise(clip, prompt_embeds))
     denoised = kernel_times(iter(column.denoise(clip, prompt_embeds)), len(latents))
     decoded = kernel_times(column.decode(latents), len(latents))
-    kinds = [kind for kind in denoised if denoised[kind].number or decoded[kind].number]
     number = "launches" if column.pipe.device.type == "cuda" else "operators"
-    head = ["", "last block, ms", number, "decoding it, ms", number]
-    rows = [
-        [kind, *(text for times in (denoised, decoded) for text in (f"{times[kind].ms:.1f}", str(times[kind].number)))]
-        for kind in kinds
-    ]
-    total = [
-        text
-        for times in (denoised, decoded)
-        for text in (f"{sum(t.ms for t in times.values()):.1f}", str(sum(t.number for t in times.values())))
-    ]
-    return markdown_table([head, *rows, ["all", *total]])
+    rows = [["", "last block, ms", number, "decoding it, ms", number]]
+    for kind in denoised:
+        if denoised[kind].number or decoded[kind].number:
+            rows.append([kind, *_cells([denoised[kind]]), *_cells([decoded[kind]])])
+    rows.append(["all", *_cells(denoised.values()), *_cells(decoded.values())])
+    return markdown_table(rows)
+
+
+def _cells(times: Iterable[KernelTime]) -> list[str]:
+    times = list(times)
+    return [f"{sum(time.ms for time in times):.1f}", str(sum(time.number for time in times))]

@@ -131,6 +131,19 @@ def fastest(kernel: Linear | Attention | Convolution, device: torch.device, dtyp
     return min(seconds)
 
 
+def attention_kernels(head_dim: int, device: torch.device, dtype: torch.dtype) -> dict[str, SDPBackend | None]:
+    """Of `KERNELS`, those that this device has for such heads; otherwise torch's choice."""
+    x, found = torch.zeros(1, 1, 64, head_dim, device=device, dtype=dtype), {}
+    for name, kernel in KERNELS.items() if device.type == "cuda" else ():
+        try:
+            with sdpa_kernel(kernel):
+                F.scaled_dot_product_attention(x, x, x)
+        except RuntimeError:
+            continue
+        found[name] = kernel
+    return found or {"torch": None}
+
+
 def _seconds(way: Callable[[], Any]) -> float:
     with torch.no_grad():
         way()  # chooses its kernel
