@@ -110,15 +110,19 @@ def flags():
 # Flags of others: launchers, pip, tensorboard, pytest, the benchmarks; and a family of ours.
 OTHERS = {
     "--any_field",
+    "--baseline",
+    "--batch_sizes",
     "--config_file",
     "--cpu",
     "--num_processes",
     "--no-deps",
+    "--lengths",
     "--logdir",
     "--num_streams",
     "--number",
     "--pipeline",
     "--jobs",
+    "--profile",
     "--risk_ratio",
 }
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.errors import UserError
-from tests.tiny_pipeline import SMALL, tiny_pipeline
+from tests.tiny_pipeline import SMALL, save_tiny_pipeline, tiny_pipeline
 
 
 ONE_LAYER = {**SMALL, "num_layers": 1}
@@ -89,3 +89,104 @@ def test_random_weights_are_of_the_recipe(monkeypatch):
     weight = pipe.transformer.blocks[0].attn1.to_q.weight.float()
     assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
     assert all((p == 1).all() for name, p in pipe.transformer.named_parameters() if name.endswith("norm_q.weight"))
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table(model_folder, monkeypatch, capsys):
+    import generation
+    import operations
+
+    monkeypatch.setattr(operations, "SECONDS_A_KERNEL", 0)
+    compiled_with = []  # nothing is compiled, which would take half a minute
+    monkeypatch.setattr(
+        CausalWanTransformer3DModel, "compile_repeated_blocks", lambda _, **kwargs: compiled_with.append(kwargs)
+    )
+    flags = ["--model", str(model_folder), "--dtype", "float32", "--device", "cpu", "--repetitions", "1", "--baseline"]
+    clip = ["--num_frames", "21", "--height", "16", "--width", "32"]
+    results = generation.main([*flags, *clip, "--batch_sizes", "1", "2", "--lengths", "33", "--profile"])
+    about, _, *lines = capsys.readouterr().out.splitlines()
+    assert "float32, 1 x 21 frames of 16x32" in about and " TFLOP/s; the clip takes " in about
+    columns = ["published way, torch", "ours", "ours, compiled"]
+    assert list(results) == columns and cells(lines[0]) == ["", *columns, "times faster", "floor"]
+    rows = {label: values for label, *values in map(cells, lines[2 : lines.index("")])}
+    assert list(rows) == [
+        "denoising 21 frames, s",
+        "its last block, s",
+        "decoding 21 frames, s",
+        "decoding a block, s",
+        "first frames, text included, s",
+        "frames/s of a stream at its end",
+        "denoising, TFLOP/s",
+        "denoising, % of the peak",
+        "decoding, TFLOP/s",
+        "decoding, % of the peak",
+    ]
+    published, _, compiled = results.values()
+    assert rows["denoising 21 frames, s"][:3] == [f"{result.denoise:.3f}" for result in results.values()]
+    assert rows["decoding 21 frames, s"][3] == f"{published.decode / compiled.decode:.2f}"
+    assert rows["frames/s of a stream at its end"][3] == (
+        f"{compiled.frames_per_second / published.frames_per_second:.2f}"
+    )
+    assert compiled_with == [{"fullgraph": True}]
+    # The published code shows nothing before it has all.
+    assert published.first_frames > published.denoise + published.decode
+    # Twelve frames a block.
+    assert published.frames_per_second == pytest.approx(12 / (published.block + published.decode_block))
+
+    scaling = lines[lines.index("") + 1 :]
+    assert cells(scaling[0])[0] == "denoised and decoded"
+    assert [cells(line)[0] for line in scaling[2:5]] == [
+        f"{size} frames, s" for size in ("1 x 21", "2 x 21", "1 x 33")
+    ]
+    assert all(float(cell) > 0 for line in scaling[2:5] for cell in cells(line)[1:])
+    profiles = "\n".join(scaling[5:])
+    for name in columns:
+        assert f"\n{name}\n\n|" in profiles
+    number = [int(cells(line)[2]) for line in scaling if line.startswith("| all")]
+    assert len(number) == 3 and number[0] > number[1] == number[2] > 0
+
+
+@pytest.mark.gpu
+def test_the_table_of_a_gpu(tmp_path, capsys):
+    """Compiled in earnest; heads of 64 are for both of the kernels that the published way is measured with."""
+    import generation
+
+    folder = save_tiny_pipeline(tmp_path, **SMALL, num_layers=1, attention_head_dim=64)
+    clip = ["--num_frames", "33", "--height", "16", "--width", "32"]
+    results = generation.main(["--model", str(folder), *clip, "--repetitions", "1", "--baseline", "--profile"])
+    assert list(results) == ["published way, flash", "published way, cuDNN", "ours", "ours, compiled"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "Compiling took 0.0 s" not in lines[0]
+    assert any(line.startswith("| peak memory, GB") for line in lines)
+    assert any(line.startswith("| compiled ") for line in lines[-8:])
+
+
+def test_flags_of_the_table():
+    from generation import main
+
+    with pytest.raises(UserError, match="belong to --baseline"):
+        main(["--recipe", "self-forcing", "--lengths", "81"])
+    with pytest.raises(UserError, match="keeps all models on the device"):
+        main(["--recipe", "self-forcing", "--baseline", "--offload", "model"])
+
+
+def test_kinds_of_kernels():
+    from kernel_time import kind_of
+
+    for kernel, kind in {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>": "attention",
+        "sm80_xmma_fprop_implicit_gemm_bf16f32_bf16f32_f32_nhwckrsc_nhwc_tilesize256x32x32": "convolutions",
+        "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_256x128>": "convolutions",
+        "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_bias_TNT": "products of matrices",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64": "products of matrices",
+        "void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float, false, true>": "copies",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>, 4>": "copies",
+        "Memcpy DtoH (Device -> Pageable)": "copies",
+        "triton_poi_fused_cat_convolution_copy_0": "compiled",
+        "void at::native::vectorized_layer_norm_kernel<float, float>": "other",
+    }.items():
+        assert kind_of(kernel) == kind, kernel
