@@ -128,7 +128,8 @@ class BlockGenerator:
         config = pipe.transformer.config
         max_frames = num_context + config.num_frames_per_block if num_context else self.sampling.max_frames
         self.kv_cache = pipe.transformer.new_kv_cache(max_frames, pipe.config.past_weight)
-        self.kv_cache.state.packs_blocks = packs_blocks(pipe.transformer) and not num_context
+        plain = num_context or pipe.config.past_weight != 1
+        self.kv_cache.state.packs_blocks = packs_blocks(pipe.transformer) and not plain
         self.decoder = StreamingVAEDecoder(pipe.vae)
         self.context = ReencodedContext(pipe.vae, num_context) if num_context else None
         # The last block, which enters the cache only when another follows, and the prompt it was made with.
