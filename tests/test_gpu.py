@@ -168,7 +168,7 @@ def test_an_ended_stream_leaves_no_memory():
 
 @torch.no_grad()
 def test_denoising_never_waits_for_the_device():
-    """Neither reading nor writing the cache synchronises, nor both in one, rolling and the shift of the sink included."""
+    """Reading and writing the cache, in two passes or one, with rolling and the shift of the sink."""
     pipe = load(torch.bfloat16).to("cuda")
     transformer, n = pipe.transformer, pipe.transformer.config.num_frames_per_block
     text = pipe.encode_prompt(PROMPT)

@@ -176,7 +176,7 @@ class CausalWanKVLayerCache:
         self._seen = growing(self.key[:, seen]), growing(self.value[:, seen])
         if self._only_first:
             for x, buffer in zip(self._seen, (self.key, self.value)):
-                x[:, : self._only_first] = buffer[:, leaving]
+                x[:, : self._only_first] = buffer.index_select(1, leaving)
 
     def extend_pair(self, key: torch.Tensor, value: torch.Tensor) -> tuple[KeyValue, KeyValue]:
         """Store the first, clean block of a pair `(batch, 2 * tokens, heads, dim)`. What the first sees and what the
