@@ -167,8 +167,6 @@ class CausalWanKVLayerCache:
     def begin_pair(self, seen: slice, places: torch.Tensor, leaving: torch.Tensor):
         """`seen` is a slice of the buffers, `places` are the pair's tokens in it; `leaving`, for the margin, are those
         tokens of the buffers that only the first block sees."""
-        if self.key is None:
-            return
         places, leaving = places.to(self.key.device), leaving.to(self.key.device)
         self._places, self._only_first = places, len(leaving)
         # As many as the first sees in the margin, the second does in the slots and the workspace.
@@ -372,7 +370,7 @@ class CausalWanKVCache:
                 f"these blocks of {num_frames} latent frames need a pass each: `kv_cache.can_pair` tells beforehand."
             )
         if buffer is None:
-            return
+            return  # the first pair of a video: there is nothing to see yet
         entering = self._entering(num_frames, state.slots)
         leaving = []
         if entering[0] < state.num_cached:
