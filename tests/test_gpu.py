@@ -168,19 +168,24 @@ def test_an_ended_stream_leaves_no_memory():
 
 @torch.no_grad()
 def test_denoising_never_waits_for_the_device():
-    """Neither reading nor writing the cache synchronises, rolling and the shift of the sink included."""
+    """Reading and writing the cache, in two passes or one, with rolling and the shift of the sink."""
     pipe = load(torch.bfloat16).to("cuda")
     transformer, n = pipe.transformer, pipe.transformer.config.num_frames_per_block
     text = pipe.encode_prompt(PROMPT)
     latents = torch.randn(1, transformer.config.in_channels, n, 6, 6, device="cuda", dtype=torch.bfloat16)
-    cache = CausalWanKVCache(transformer.config.num_layers)
     timestep = torch.full((1,), 625.0, device="cuda")
+    inputs = {"read": latents, "write": latents, "store+read": torch.cat([latents, latents], dim=2)}
     try:
-        for block in range(6):
-            # The first blocks allocate the slots and compile kernels.
-            torch.cuda.set_sync_debug_mode("error" if block > 1 else "default")
-            for mode in ("read", "write"):
-                transformer(latents, timestep, text, kv_cache=cache, kv_cache_mode=mode, frame_offset=block * n)
+        for modes in (("read", "write"), ("read", "store+read")):
+            cache = CausalWanKVCache(transformer.config.num_layers)
+            cache.state.packs_blocks = True
+            for block in range(8):
+                # The first blocks allocate the slots and compile kernels.
+                torch.cuda.set_sync_debug_mode("error" if block > 1 else "default")
+                for mode in modes:
+                    arguments = dict(kv_cache=cache, kv_cache_mode=mode, frame_offset=block * n)
+                    transformer(inputs[mode], timestep, text, **arguments)
+            torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

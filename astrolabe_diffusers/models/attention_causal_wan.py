@@ -106,13 +106,26 @@ def _project(
     return [x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value)]
 
 
+def _project_past(attn: WanAttention, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values alone."""
+    if attn.fused_projections:
+        return _project(attn, hidden_states)[1:]
+    key, value = attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+    return [x.unflatten(2, (attn.heads, -1)) for x in (key, value)]
+
+
 def _project_out(attn: WanAttention, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3).to(dtype)))
 
 
 class CausalWanSelfAttnProcessor:
     """Self-attention of a causal Wan block: dense attention per block over the keys it may see, so every attention
-    backend works and no mask is built."""
+    backend works and no mask is built.
+
+    `kv_cache_mode` is `"read"`, `"write"` or `"store+read"`, of a pair of blocks, as the transformer has them; and in
+    the last layer, of what nothing but keys and values is wanted: `"keys"` stores them and attends to nothing,
+    `"keys+read"` does this with the first of a pair, and returns the second one's attention.
+    """
 
     _attention_backend = None
 
@@ -126,10 +139,23 @@ class CausalWanSelfAttnProcessor:
         layout: BlockLayout | None = None,
         kv_cache: CausalWanKVLayerCache | None = None,
         kv_cache_mode: str | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
+        if kv_cache_mode == "keys":
+            key, value = _project_past(attn, hidden_states)
+            kv_cache.store(apply_rotary(key, rotary_emb), value)
+            return None
         query, key, value = _project(attn, hidden_states)
         query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
-        if kv_cache is not None:
+        if kv_cache_mode in ("store+read", "keys+read"):
+            views = kv_cache.extend_pair(key, value)
+            queries = query.chunk(2, dim=1)
+            wanted = slice(1, 2) if kv_cache_mode == "keys+read" else slice(2)
+            attended = [
+                attend(own_query, *seen, backend=self._attention_backend)
+                for own_query, seen in zip(queries[wanted], views[wanted])
+            ]
+            hidden_states = torch.cat(attended, dim=1)
+        elif kv_cache is not None:
             own = kv_cache.extend(key, value)
             if kv_cache.past is None:
                 hidden_states = attend(query, *own, attention_mask, self._attention_backend)

@@ -34,6 +34,8 @@ class CausalTransformer(Protocol):
     # Classes that `compile_repeated_blocks` compiles, and whose Linear layers get a LoRA if a run names no modules.
     _repeated_blocks: list[str]
 
+    # May have `packs_blocks = True`, if it knows two more cache modes; nothing needs them ([`store_mode`]).
+
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
         """An empty cache for one generation."""
 
@@ -57,4 +59,19 @@ class CausalTransformer(Protocol):
         block sees, `(B, tokens, heads, dim)`, and `store(key, value)` if the mode is `"write"`; then `advance(F)`.
         With `"read"` nothing may change. Without one, all blocks at once, each of which sees those before it. The
         other arguments are as [`CausalWanTransformer3DModel.forward`] has them, `timestep` `(B,)`.
+
+        With `packs_blocks` also the modes `"store"`, which is `"write"` for those who do not look at the flow, and
+        `"store+read"`: a clean block, to be stored, followed by a noisy one as long that sees it, whose timestep and
+        flow these are. Where `kv_cache.can_pair(...)`: `begin_block(..., paired=True)`, in every layer
+        `extend_pair(key, value)`, which stores the first and gives what each of the two sees, and `advance(F / 2)`.
         """
+
+
+def packs_blocks(transformer: CausalTransformer) -> bool:
+    """Whether it knows the cache modes `"store"` and `"store+read"`."""
+    return getattr(transformer, "packs_blocks", False)
+
+
+def store_mode(transformer: CausalTransformer) -> str:
+    """The cache mode that stores a clean block whose flow nobody wants."""
+    return "store" if packs_blocks(transformer) else "write"

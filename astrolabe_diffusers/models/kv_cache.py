@@ -55,15 +55,22 @@ class KVCacheState:
     num_cached: int = 0  # slots in use
     first_frame: int = 0  # the frame in slot 0
     slots: BoundedSlots | RingSlots = BoundedSlots(0)
+    packs_blocks: bool = False  # a ring gets a margin, where pairs of blocks need one
+    margin_frames: int = 0  # in the layers' buffers, left of the slots
     block_frames: int = 0
     frame_tokens: int = 0
     shape: tuple[int, int, int] | None = None  # batch, and height and width of the latents
     rewound: bool = False  # the next block is what is written anew, all at once
     keeps_text: bool = False  # this pass takes the text's keys and values from the layers and leaves them there
 
+    @property
+    def end(self) -> int:
+        """Tokens in the layers' buffers before the workspace."""
+        return (self.margin_frames + self.slots.capacity) * self.frame_tokens
+
     def tokens(self, slot: int) -> slice:
         """The tokens of a slot in the layers' buffers. Slot 0 is the rightmost one."""
-        start = (self.slots.capacity - 1 - slot) * self.frame_tokens
+        start = self.end - (slot + 1) * self.frame_tokens
         return slice(start, start + self.frame_tokens)
 
 
@@ -80,9 +87,22 @@ class CausalWanKVLayerCache:
     One buffer per tensor holds the frame slots followed by a workspace of one block. Slots fill from the right, so
     that the frames in use and the workspace always form one contiguous slice: attention reads cache and current block
     without a copy, whatever the fill level. The workspace is scratch for the block being denoised; slots only ever
-    receive what [`store`] is given.
+    receive clean blocks, by [`store`] or as the first of [`extend_pair`].
 
-    [`extend`] and [`store`] are what a compiled block calls: they see views and no number that grows with the video.
+    A pair of blocks, a clean one and the one that follows it, is written at once, the clean one to its slots and the
+    other to the workspace. While the slots fill, the clean block sees all but the workspace. Later it takes the slots
+    of frames that leave the window, but not its own: it sees a copy of these in a margin, left of the slots.
+
+        margin                         slots           workspace
+        (sink)  frames that leave      ring     sink   second block
+        |----- seen by the clean block -------------|
+                                       |--- seen by the second one --|
+
+    With relative positions the sink moves from block to block. Then the clean one sees a copy of that in the margin
+    too, and not the slots'.
+
+    [`extend`], [`extend_pair`] and [`store`] are what a compiled block calls: they see views and no number that grows
+    with the video.
     """
 
     # Keys and values `(1, tokens, heads, head_dim)` that all videos see beside those of `extend`.
@@ -99,6 +119,9 @@ class CausalWanKVLayerCache:
         # What the current block sees of them, its workspace included if it has one.
         self._seen: KeyValue | None = None
         self._has_workspace = False
+        # A pair: where its tokens go in what is seen, and how many of these only the first and the second block see.
+        self._places: torch.Tensor | None = None
+        self._only_first = self._only_second = 0
         self._stored: KeyValue | None = None
         self.forget_sink()
 
@@ -120,7 +143,7 @@ class CausalWanKVLayerCache:
         if self.key is None:
             return
         state = self.state
-        end = state.slots.capacity * state.frame_tokens
+        end = state.end
         start = end - state.num_cached * state.frame_tokens
         self._has_workspace = not torch.is_grad_enabled() and end + num_tokens <= self.key.shape[1]
         stop = end + num_tokens if self._has_workspace else end
@@ -141,6 +164,32 @@ class CausalWanKVLayerCache:
         seen_value[:, -key.shape[1] :] = value
         return seen_key, seen_value
 
+    def begin_pair(self, seen: slice, places: torch.Tensor, leaving: torch.Tensor):
+        """`seen` is a slice of the buffers, `places` are the pair's tokens in it; `leaving`, for the margin, are those
+        tokens of the buffers that only the first block sees."""
+        places, leaving = places.to(self.key.device), leaving.to(self.key.device)
+        self._places, self._only_first = places, len(leaving)
+        # As many as the first sees in the margin, the second does in the slots and the workspace.
+        self._only_second = len(leaving) or len(places) // 2
+        self._seen = growing(self.key[:, seen]), growing(self.value[:, seen])
+        if self._only_first:
+            for x, buffer in zip(self._seen, (self.key, self.value)):
+                x[:, : self._only_first] = buffer.index_select(1, leaving)
+
+    def extend_pair(self, key: torch.Tensor, value: torch.Tensor) -> tuple[KeyValue, KeyValue]:
+        """Store the first, clean block of a pair `(batch, 2 * tokens, heads, dim)`. What the first sees and what the
+        second sees, as views: use them before the next call."""
+        if self._seen is None:
+            clean = key.chunk(2, dim=1)[0], value.chunk(2, dim=1)[0]
+            self.store(*clean)
+            return clean, (key, value)
+        seen_key, seen_value = self._seen
+        # One write for both blocks: torch.compile would pay for a second one with a copy of all that is seen.
+        seen_key.index_copy_(1, self._places, key)
+        seen_value.index_copy_(1, self._places, value)
+        first, second = slice(None, -self._only_second), slice(self._only_first, None)
+        return (seen_key[:, first], seen_value[:, first]), (seen_key[:, second], seen_value[:, second])
+
     def store(self, key: torch.Tensor, value: torch.Tensor):
         """Keep a block's (clean) keys and values; [`commit`] brings them into the slots."""
         self._stored = key.detach(), value.detach()
@@ -152,7 +201,7 @@ class CausalWanKVLayerCache:
         state, (key, value) = self.state, self._stored
         size = state.frame_tokens
         if self.key is None:
-            shape = (key.shape[0], 1 + (state.slots.capacity + state.block_frames) * size, *key.shape[2:])
+            shape = (key.shape[0], 1 + state.end + state.block_frames * size, *key.shape[2:])
             # One token in front: a view that begins where its memory does would be compiled for itself.
             self.key, self.value = key.new_empty(shape)[:, 1:], value.new_empty(shape)[:, 1:]
         for i, frame in enumerate(range(state.num_frames, state.num_frames + key.shape[1] // size)):
@@ -166,8 +215,8 @@ class CausalWanKVLayerCache:
         """Place the sink keys `shift` frames after their own positions; `rotary` is the rotation that does it."""
         if shift == self._sink_shift or self.key is None:
             return
-        slots, size = self.state.slots, self.state.frame_tokens
-        sink = self.key[:, (slots.capacity - slots.sink_size) * size : slots.capacity * size]
+        end = self.state.end
+        sink = self.key[:, end - self.state.slots.sink_size * self.state.frame_tokens : end]
         if self._sink_key is None:
             # Always rotate the original: rotating a rotated bf16 key again and again would drift.
             self._sink_key = sink.clone()
@@ -258,9 +307,35 @@ class CausalWanKVCache:
         other.layer_caches = [layer_cache.select(videos, other.state) for layer_cache in self.layer_caches]
         return other
 
-    def begin_block(self, frame_offset: int, num_frames: int, frame_tokens: int, shape: tuple[int, int, int], config):
-        """Check a block against the cache and, before the first one, size the slots by the model's window."""
+    def can_pair(self, num_frames: int, config) -> bool:
+        """Whether one pass can store the next block, of `num_frames`, and read the one after it, without gradients.
+        Not where only some of as many frames leave the window: when one that is no whole number of blocks fills up."""
         state = self.state
+        entering = self._entering(num_frames, state.slots if state.num_frames else self._slots(config))
+        if None in entering or len(set(entering)) < num_frames:
+            return False  # the second block does not see all of the first
+        num_leaving = sum(slot < state.num_cached for slot in entering)
+        fits = num_leaving == 0 or (num_leaving == num_frames and state.margin_frames > 0)
+        return fits and self.past_weight == 1 and not torch.is_grad_enabled()
+
+    def _entering(self, num_frames: int, slots: BoundedSlots | RingSlots) -> list[int | None]:
+        """The slots of the next frames."""
+        first = self.state.num_frames - self.state.first_frame
+        return [slots.slot(frame) for frame in range(first, first + num_frames)]
+
+    def begin_block(
+        self,
+        frame_offset: int,
+        num_frames: int,
+        frame_tokens: int,
+        shape: tuple[int, int, int],
+        config,
+        paired: bool = False,
+    ):
+        """Check a block, or a pair of them with `num_frames` together, against the cache. Before the first one, size
+        the slots by the model's window."""
+        state = self.state
+        block_frames = num_frames // 2 if paired else num_frames
         if frame_offset != state.num_frames:
             raise ValueError(
                 f"`frame_offset` must be {state.num_frames}, the number of latent frames in `kv_cache`, but is "
@@ -268,33 +343,65 @@ class CausalWanKVCache:
             )
         if state.num_frames == 0:
             state.frame_tokens, state.shape, state.block_frames = frame_tokens, shape, config.num_frames_per_block
-            self._size_slots(config.local_attn_size, config.sink_size)
+            state.slots, state.margin_frames = self._slots(config), 0
+            if state.packs_blocks and isinstance(state.slots, RingSlots):
+                state.margin_frames = state.block_frames + self._moving_sink(config)
         elif shape != state.shape:
             raise ValueError(f"`kv_cache` serves batch, height and width {state.shape}, but this block has {shape}.")
-        elif num_frames > state.block_frames and not state.rewound:
+        elif block_frames > state.block_frames and not state.rewound:
             raise ValueError(
-                f"a block of {num_frames} latent frames cannot follow cached ones: the model's blocks have "
+                f"a block of {block_frames} latent frames cannot follow cached ones: the model's blocks have "
                 f"{state.block_frames} at most."
             )
         if isinstance(state.slots, BoundedSlots) and frame_offset + num_frames > self.max_frames:
             raise ValueError(
                 f"latent frame {frame_offset + num_frames - 1} passes `max_frames={self.max_frames}` of `kv_cache`."
             )
+        if paired:
+            self._begin_pair(block_frames, config)
+            return
         for layer_cache in self.layer_caches:
             layer_cache.begin_block(num_frames * frame_tokens)
 
-    def _size_slots(self, attn_window: int, sink_size: int):
+    def _begin_pair(self, num_frames: int, config):
+        state, buffer = self.state, self.layer_caches[0].key
+        if not self.can_pair(num_frames, config):
+            raise ValueError(
+                f"these blocks of {num_frames} latent frames need a pass each: `kv_cache.can_pair` tells beforehand."
+            )
+        if buffer is None:
+            return  # the first pair of a video: there is nothing to see yet
+        entering = self._entering(num_frames, state.slots)
+        leaving = []
+        if entering[0] < state.num_cached:
+            leaving = [*range(self._moving_sink(config)), *entering]
+        num_seen = len(leaving) + min(state.num_cached + num_frames, state.slots.capacity)
+        seen = slice(state.end - num_seen * state.frame_tokens, state.end + num_frames * state.frame_tokens)
+        workspace = torch.arange(state.end, seen.stop, device=buffer.device)
+        places = torch.cat([self._tokens(entering, buffer.device), workspace]) - seen.start
+        for layer_cache in self.layer_caches:
+            layer_cache.begin_pair(seen, places, self._tokens(leaving, buffer.device))
+
+    def _tokens(self, slots: list[int], device: torch.device) -> torch.Tensor:
+        """Places of the tokens of these slots in the layers' buffers."""
+        ranges = [self.state.tokens(slot) for slot in slots] or [slice(0, 0)]
+        return torch.cat([torch.arange(tokens.start, tokens.stop, device=device) for tokens in ranges])
+
+    def _slots(self, config) -> BoundedSlots | RingSlots:
+        """Those that the model's window needs."""
         # The current block is never read from a slot, and nothing follows the last block of a bounded video.
-        state = self.state
-        if attn_window != -1:
-            state.slots = RingSlots(attn_window - state.block_frames, sink_size)
-        elif self.max_frames is None:
+        if config.local_attn_size != -1:
+            return RingSlots(config.local_attn_size - config.num_frames_per_block, config.sink_size)
+        if self.max_frames is None:
             raise ValueError(
                 "the model's window is unlimited: state the longest video in latent frames, "
                 "`CausalWanKVCache(num_layers, max_frames=...)`."
             )
-        else:
-            state.slots = BoundedSlots(max(self.max_frames - state.block_frames, 0))
+        return BoundedSlots(max(self.max_frames - config.num_frames_per_block, 0))
+
+    def _moving_sink(self, config) -> int:
+        """Frames of the sink if every block has it at another position."""
+        return config.sink_size if config.rope_mode == "relative" else 0
 
     def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
         """With relative positions, before a block that ends with latent frame `stop`: the sink right before its

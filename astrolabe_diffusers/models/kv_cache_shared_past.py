@@ -31,12 +31,18 @@ class SharedPastKVCache(CausalWanKVCache):
         super().__init__(0, max_frames)
         self.past = past
         shape = (num_videos, *state.shape[1:])
-        self.state = replace(state, num_cached=0, first_frame=state.num_frames, shape=shape, rewound=False)
+        self.state = replace(
+            state, num_cached=0, first_frame=state.num_frames, margin_frames=0, shape=shape, rewound=False
+        )
         if isinstance(state.slots, RingSlots):
             self.state.slots = RingSlots(state.slots.capacity - state.slots.sink_size, 0)
         else:
             self.state.slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
         self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in past.layer_caches]
+
+    def can_pair(self, num_frames: int, config) -> bool:
+        # What is seen of the past changes from the first block to the second.
+        return False
 
     def begin_block(self, *args, **kwargs):
         super().begin_block(*args, **kwargs)

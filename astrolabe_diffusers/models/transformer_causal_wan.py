@@ -30,6 +30,17 @@ from .lora_layers import (
 from .rotary import CausalWanRotaryPosEmbed, Rotary, sinusoids
 
 
+# What each layer does in a pass with this `kv_cache_mode`, the last one apart: of a clean block whose output nobody
+# wants it gives only the keys and values.
+_LAYER_MODES = {
+    None: (None, None),
+    "read": ("read", "read"),
+    "write": ("write", "write"),
+    "store": ("write", "keys"),
+    "store+read": ("store+read", "keys+read"),
+}
+
+
 class CausalWanTimesteps(nn.Module):
     """Sinusoidal embedding `[cos, sin]` of timesteps `(N,)`."""
 
@@ -62,6 +73,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         kv_cache_mode: str | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Tokens `(B, L, dim)` to tokens; where keys and values are all that is wanted, they are returned as they are
+        ([`CausalWanSelfAttnProcessor`])."""
         # (B, frames or 1, 1, dim) each, broadcast over the tokens of a frame
         shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (
             self.modulation(self.scale_shift_table).unsqueeze(0) + temb.float()
@@ -72,6 +85,13 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         norm_hidden_states = norm_hidden_states.flatten(1, 2).type_as(hidden_states)
         past = {"layout": layout, "kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
         attn_output = self.attn1(norm_hidden_states, None, attention_mask, rotary_emb, **past)
+        if kv_cache_mode == "keys":
+            return hidden_states
+        if kv_cache_mode == "keys+read":
+            unchanged, hidden_states = hidden_states.chunk(2, dim=1)
+            modulation = (gate_msa, c_shift_msa, c_scale_msa, c_gate_msa)
+            gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (x.chunk(2, dim=1)[1] for x in modulation)
+            frames = (gate_msa.shape[1], -1)
         gated = (attn_output.unflatten(1, frames) * gate_msa).flatten(1, 2)
         hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
 
@@ -81,7 +101,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         norm_hidden_states = self.norm3(hidden_states.float()).unflatten(1, frames) * (1 + c_scale_msa) + c_shift_msa
         ff_output = self.ffn(norm_hidden_states.flatten(1, 2).type_as(hidden_states))
         gated = (ff_output.float().unflatten(1, frames) * c_gate_msa).flatten(1, 2)
-        return (hidden_states.float() + gated).type_as(hidden_states)
+        hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
+        return torch.cat([unchanged, hidden_states], dim=1) if kv_cache_mode == "keys+read" else hidden_states
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -109,6 +130,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     _repeated_blocks = ["CausalWanTransformerBlock"]
     _skip_keys = ["kv_cache"]
     _cp_plan = None
+    # Whether the cache modes "store" and "store+read" are known. A subclass whose blocks or attention processors look
+    # at the mode themselves, and know only "read" and "write", sets it to False.
+    packs_blocks = True
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -269,7 +293,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             super().set_adapters(adapter_names, weights)
 
     def compile_repeated_blocks(self, *args, **kwargs):
-        # Reading or writing, with a cache or none, text kept or new, one video or a batch: more than torch's 8 graphs.
+        # Reading, writing or both, with a cache or none, in the last layer or not, text kept or new, one video or a
+        # batch: more than torch's 8 graphs.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         super().compile_repeated_blocks(*args, **kwargs)
 
@@ -318,12 +343,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             kv_cache_mode (`str`, *optional*):
                 `"read"`: attend to the cache and leave it as it is (with grad, its contents are constants; run the
                 backward pass before the next write). `"write"`: also store this block, which should then be clean.
+                `"store"`: store it and return nothing, which saves most of the last layer. `"store+read"`, without
+                grad: two blocks in one pass where [`CausalWanKVCache.can_pair`] says so. `hidden_states` are a clean
+                block, which is stored, followed by one as long, which sees it; `timestep` is the second one's, and so
+                is what is returned.
             frame_offset (`int`): latent frame index of the first frame; with a cache, the number of frames in it.
             clean_hidden_states (`(B, C, F, H, W)`, *optional*): the clean video, for teacher forcing, with gradients.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies the weights of the LoRAs, in this call.
 
         Returns:
-            [`Transformer2DModelOutput`] or a tuple with the flow, `(B, C, F, H, W)`.
+            [`Transformer2DModelOutput`] or a tuple with the flow, `(B, C, F, H, W)`; of the second block alone with
+            `"store+read"`, and `None` with `"store"`.
         """
         size = hidden_states.shape[2:]
         if kv_cache is not None and clean_hidden_states is not None:
@@ -336,6 +366,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             hidden_states = torch.cat([self._embed(clean_hidden_states), hidden_states], dim=1)
             rotary_emb = tuple(torch.cat([table, table], dim=1) for table in rotary_emb)
             timestep = timestep.expand(-1, size[0])
+        paired = kv_cache_mode == "store+read"
+        if paired or clean_hidden_states is not None:
             timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
         temb, timestep_proj = self._embed_time(timestep, encoder_hidden_states.dtype)
         # The keys of cached text are all that is used of it.
@@ -344,9 +376,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         inputs = (encoder_hidden_states, timestep_proj, rotary_emb, layout)
         hidden_states = self._run_blocks(hidden_states, inputs, kv_cache, kv_cache_mode)
-        if kv_cache_mode == "write":
+        if paired:
+            size = (size[0] // 2, *size[1:])
+        if kv_cache_mode not in (None, "read"):
             kv_cache.advance(size[0])
-        if clean_hidden_states is not None:
+        if kv_cache_mode == "store":
+            return Transformer2DModelOutput(sample=None) if return_dict else (None,)
+        if paired or clean_hidden_states is not None:
             hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
         output = self._project_out(hidden_states, temb, size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
@@ -368,9 +404,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
             return self._block_layout(num_frames, frame_tokens, latents.device)
-        if kv_cache_mode not in ("read", "write"):
-            raise ValueError(f"`kv_cache_mode` must be one of ('read', 'write') but is {kv_cache_mode!r}.")
-        kv_cache.begin_block(frame_offset, num_frames, frame_tokens, (batch_size, height, width), self.config)
+        modes = tuple(_LAYER_MODES)[1:]
+        if kv_cache_mode not in modes:
+            raise ValueError(f"`kv_cache_mode` must be one of {modes} but is {kv_cache_mode!r}.")
+        paired = kv_cache_mode == "store+read"
+        if paired and relative:
+            # Where the first block sees it.
+            kv_cache.place_sink(frame_offset + num_frames // 2, self.rope, latents.device)
+        shape = (batch_size, height, width)
+        kv_cache.begin_block(frame_offset, num_frames, frame_tokens, shape, self.config, paired)
         if relative:
             kv_cache.place_sink(frame_offset + num_frames, self.rope, latents.device)
         return None
@@ -393,15 +435,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache_mode == "read":
             mask = kv_cache.attention_mask(hidden_states.shape[1], hidden_states.device, hidden_states.dtype)
         # A checkpointed block runs twice: it must not write.
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and kv_cache_mode != "write"
+        writes = kv_cache_mode not in (None, "read")
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and not writes
+        mode, last_mode = _LAYER_MODES[kv_cache_mode]
         for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache.get(i)
-            args = (*inputs, layer_cache, kv_cache_mode, mask)
+            args = (*inputs, layer_cache, last_mode if i + 1 == len(self.blocks) else mode, mask)
             if checkpointing:
                 hidden_states = self._gradient_checkpointing_func(recomputed(block), hidden_states, *args)
             else:
                 hidden_states = block(hidden_states, *args)
-            if kv_cache_mode == "write":
+            if writes:
                 layer_cache.commit()  # not only when all have stored: one layer's keys at a time are twice in memory
         return hidden_states
 

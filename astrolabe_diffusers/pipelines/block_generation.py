@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..models.contract import packs_blocks, store_mode
 from ..models.kv_cache_shared_past import SharedPastKVCache
 from ..models.vae_streaming import StreamingVAEDecoder, encode_video
 from .stream import Call
@@ -127,6 +128,8 @@ class BlockGenerator:
         config = pipe.transformer.config
         max_frames = num_context + config.num_frames_per_block if num_context else self.sampling.max_frames
         self.kv_cache = pipe.transformer.new_kv_cache(max_frames, pipe.config.past_weight)
+        plain = num_context or pipe.config.past_weight != 1
+        self.kv_cache.state.packs_blocks = packs_blocks(pipe.transformer) and not plain
         self.decoder = StreamingVAEDecoder(pipe.vae)
         self.context = ReencodedContext(pipe.vae, num_context) if num_context else None
         # The last block, which enters the cache only when another follows, and the prompt it was made with.
@@ -180,7 +183,26 @@ class BlockGenerator:
             self.kv_cache.clear()
             latents = self.context(keep_first=max(self.num_given, self.num_generated) <= 1)
         for block in latents.split(self.pipe.transformer.config.num_frames_per_block, dim=2):
-            self.predict(block, block.new_zeros(1), prompt_embeds, "write")
+            self.predict(block, block.new_zeros(1), prompt_embeds, store_mode(self.pipe.transformer))
+
+    def read(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The flow of noisy latents, which see the last block. If that has still to enter the cache, it does so in the
+        same pass where this is possible: fewer and larger kernels."""
+        if self.last is None or not self._can_pair(latents):
+            self.remember()
+            return self.predict(latents, timestep, self.prompt_embeds, "read")
+        clean, self.last = self.last[0], None
+        return self.predict(torch.cat([clean, latents], dim=2), timestep, self.prompt_embeds, "store+read")
+
+    def _can_pair(self, latents: torch.Tensor) -> bool:
+        # Nothing in here may depend on when blocks are asked for: a stream is the call, bit for bit.
+        clean, _, prompt_embeds = self.last
+        return (
+            self.kv_cache.state.packs_blocks
+            and prompt_embeds is self.prompt_embeds
+            and clean.shape == latents.shape
+            and self.kv_cache.can_pair(clean.shape[2], self.pipe.transformer.config)
+        )
 
     def recache(self, global_sink: bool):
         """Compute the cache anew, as if the frames in the window had been made with the current prompt (LongLive).
@@ -198,7 +220,7 @@ class BlockGenerator:
             first = num_frames - window + (config.sink_size if keep_sink else 0)
         self.kv_cache.rewind(first, keep_sink)
         clean = self.history[:, :, first - num_frames :]
-        self.predict(clean, clean.new_zeros(1), self.prompt_embeds, "write")
+        self.predict(clean, clean.new_zeros(1), self.prompt_embeds, store_mode(self.pipe.transformer))
 
     def denoise(
         self,
@@ -211,7 +233,6 @@ class BlockGenerator:
         pipe, scheduler, sampling = self.pipe, self.scheduler, self.sampling
         # For every block anew: since the last one the text may be another, and LoRAs may have been loaded.
         self.kv_cache.set_text(self.prompt_embeds)
-        self.remember()
         levels = sampling.sigmas if self.num_generated else sampling.first_block_sigmas
         sampling.call.num_timesteps = len(levels)
         # The published samplers look noise levels up in a table that ends at 1 / 1000: t = 0 has that one.
@@ -221,7 +242,7 @@ class BlockGenerator:
         for i, level in enumerate(levels):
             t = scheduler.timesteps[i] * (level > 0)
             sampling.call.timestep = t
-            flow = self.predict(latents, t, self.prompt_embeds, "read").float()
+            flow = self.read(latents, t).float()
             # What `scheduler.step` computes; but it draws noise of another layout, and after the last step too: what
             # the published samplers generate from a seed would not come out.
             latents = clean = latents - scheduler.sigmas[i] * flow

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...models.contract import store_mode
 from ...models.kv_cache_shared_past import SharedPastKVCache
 from ..policies import use_policy
 from .noising import NoisedBatch, predicted_clean
@@ -74,7 +75,7 @@ class BlockwisePredictor:
                 clean.new_zeros(len(clean)),
                 prompt_embeds,
                 kv_cache=self.cache,
-                kv_cache_mode="write",
+                kv_cache_mode=store_mode(self.transformer),
                 frame_offset=frames.start,
                 return_dict=False,
             )
