@@ -23,13 +23,17 @@ STACKED_CHANNELS = 384
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.uint8: 1e-3}
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def with_kernel(plain: Callable) -> Callable:
     """On CUDA, the kernel of the same name once it has given what the plain function gives, for each dtype."""
     trusted: dict[torch.dtype, bool] = {}
 
     @wraps(plain)
     def run(x: torch.Tensor, *args):
-        if x.device.type != "cuda" or not trusted.get(x.dtype, True):
+        if not on_gpu(x) or not trusted.get(x.dtype, True):
             return plain(x, *args)
         if x.dtype not in trusted:
             trusted[x.dtype] = x.dtype in TOLERANCES and _agrees(plain, x, *args)
@@ -70,7 +74,7 @@ def _difference(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def is_stacked(conv: nn.Conv3d) -> bool:
-    return conv.weight.device.type != "cuda" or conv.in_channels <= STACKED_CHANNELS
+    return not on_gpu(conv.weight) or conv.in_channels <= STACKED_CHANNELS
 
 
 def lay_out(module: nn.Module):
@@ -171,7 +175,7 @@ def convolve_images(
 
     On CUDA torch would add it in a pass of its own; here the pass that follows does.
     """
-    later, now = (bias, None) if x.device.type == "cuda" else (None, bias)
+    later, now = (bias, None) if on_gpu(x) else (None, bias)
     y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), now, padding=padding)
     return y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2]), later
 

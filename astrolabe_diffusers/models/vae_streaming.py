@@ -106,7 +106,7 @@ class StreamingVAEDecoder:
         """The video `(B, 3, F, H, W)` in [-1, 1] of the next normalised latent frames `(B, C, f, h, w)`: one frame for
         the first latent frame of the video, `scale_factor_temporal` frames for every other."""
         frames = unpatchify(self._decode(latents), self.vae.config.patch_size or 1)
-        return frames.clamp(-1.0, 1.0).permute(0, 4, 1, 2, 3)
+        return frames.clamp_(-1.0, 1.0).permute(0, 4, 1, 2, 3)
 
     def decode_uint8(self, latents: torch.Tensor) -> torch.Tensor:
         """As `decode`, but `(B, F, H, W, 3)` of uint8: what the pipeline's video processor and rounding to the nearest
@@ -128,7 +128,7 @@ class StreamingVAEDecoder:
         for piece in latents.split(max(1, LATENTS_AT_ONCE // latents[0, 0, 0].numel()), dim=2):
             frames, self._memory[corner] = self._decode_piece(self.vae, piece, self._memory.get(corner, {}))
             pieces.append(frames)
-        return torch.cat(pieces, dim=1)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def _decode_tiles(self, latents: torch.Tensor, tile_height: int, tile_width: int) -> torch.Tensor:
         """Overlapping tiles of the frame, each with a memory of its own, blended as `AutoencoderKLWan` does."""
