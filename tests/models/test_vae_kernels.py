@@ -13,7 +13,7 @@ from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("diffusers_norm")]
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 # Channels, videos, frames, height and width. Triton compiles another kernel for sizes of 1.
-SHAPES = [(96, 1, 4, 30, 41), (24, 2, 1, 7, 5), (3, 1, 3, 9, 11), (384, 2, 2, 8, 8), (1024, 1, 1, 5, 6), (16, 1, 1, 1, 1)]
+SHAPES = (96, 1, 4, 30, 41), (24, 2, 1, 7, 5), (3, 1, 3, 9, 11), (384, 2, 2, 8, 8), (1024, 1, 1, 5, 6), (4, 1, 1, 1, 1)
 
 
 @pytest.fixture(autouse=True)
