@@ -18,10 +18,22 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import nn
 
-from .vae_operations import add, convolve, convolve_images, is_stacked, multiply, norm, spread, stack
+from .vae_operations import (
+    add,
+    convolve,
+    convolve_apart,
+    convolve_images,
+    is_narrow,
+    is_stacked,
+    multiply,
+    norm,
+    spread,
+    stack,
+)
 
 
-# The last two frames that each causal convolution has read, `(B, 2, H, W, C)`. Empty before a video's first frame.
+# The last two frames that each causal convolution has read, `(B, 2, H, W, C)`, or what they give to the frames after
+# them. Empty before a video's first frame.
 # Of diffusers' decoder what it calls `feat_cache`.
 Memory = dict[nn.Module, torch.Tensor] | dict[int, torch.Tensor | str | None]
 Pair = tuple[torch.Tensor, torch.Tensor | None]
@@ -41,6 +53,12 @@ def decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -
     clamped yet; with a patch size, their patches `(B, F, H / patch, W / patch, 3 * patch**2)`. F is
     `scale_factor_temporal` for every latent frame, 1 for the video's first.
     """
+    # Under autocast frames would come back in another dtype than what is remembered.
+    with torch.autocast(latents.device.type, enabled=False):
+        return _decode_piece(vae, latents, memory)
+
+
+def _decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
     decoder, first, memory = vae.decoder, not memory, dict(memory)
     x = multiply(latents.permute(0, 2, 3, 4, 1).contiguous(), vae.post_quant_conv)
     x, bias = causal_convolution(decoder.conv_in, None, x, None, memory)
@@ -79,13 +97,17 @@ def causal_convolution(
 ) -> Pair:
     """3 x 3 x 3, after norm and SiLU if there is a norm."""
     gamma = None if rms_norm is None else rms_norm.gamma.flatten()
-    frames, memory[conv] = stack(x, bias, gamma, _past(conv, x, memory), is_stacked(conv))
+    if is_narrow(conv):
+        x, _ = stack(x, bias, gamma, None, False)
+        x, memory[conv] = convolve_apart(x, conv, _past(conv, x, memory, 3 * conv.out_channels))
+        return x, None
+    frames, memory[conv] = stack(x, bias, gamma, _past(conv, x, memory, conv.in_channels), is_stacked(conv))
     return convolve(frames, conv)
 
 
-def _past(conv: nn.Module, x: torch.Tensor, memory: Memory) -> torch.Tensor:
+def _past(conv: WanCausalConv3d, x: torch.Tensor, memory: Memory, channels: int) -> torch.Tensor:
     past = memory.get(conv)
-    return x.new_zeros(len(x), 2, *x.shape[2:]) if past is None else past
+    return x.new_zeros(len(x), 2, *x.shape[2:4], channels) if past is None else past
 
 
 def residual_block(
@@ -134,7 +156,7 @@ def upsample(layer: WanResample, x: torch.Tensor, memory: Memory, first: bool) -
             parts, x = [spread(x[:, :1].contiguous(), 1)], x[:, 1:].contiguous()
         # The kernels cannot be launched for no frames at all.
         if x.shape[1]:
-            frames, memory[conv] = stack(x, None, None, _past(conv, x, memory), True)
+            frames, memory[conv] = stack(x, None, None, _past(conv, x, memory, conv.in_channels), True)
             parts.append(spread(multiply(frames, conv), 2))
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     conv = layer.resample[1]

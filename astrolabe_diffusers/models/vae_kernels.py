@@ -19,20 +19,20 @@ def _tile(channels: int) -> dict[str, int]:
 @triton.jit
 def _stack(
     x, bias, gamma, memory, out, new_memory, num_frames, pixels,
-    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, STACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, STACKED: tl.constexpr, PAST: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     # Frames are counted from the first of the memory; a program has part of one and writes it wherever it is read.
-    video = (tl.program_id(1) // (num_frames + 2)).to(tl.int64)
-    frame = tl.program_id(1) % (num_frames + 2)
+    video = (tl.program_id(1) // (num_frames + PAST)).to(tl.int64)
+    frame = tl.program_id(1) % (num_frames + PAST)
     first = tl.program_id(0).to(tl.int64) * BLOCK_P
     pixel, channel = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_C)[None, :]
     mask = (first + pixel < pixels) & (channel < CHANNELS)
     inside = pixel * CHANNELS + channel
-    if frame < 2:
-        value = tl.load(memory + ((video * 2 + frame) * pixels + first) * CHANNELS + inside, mask, other=0.0)
+    if frame < PAST:
+        value = tl.load(memory + ((video * PAST + frame) * pixels + first) * CHANNELS + inside, mask, other=0.0)
     else:
-        source = x + ((video * num_frames + frame - 2) * pixels + first) * CHANNELS
+        source = x + ((video * num_frames + frame - PAST) * pixels + first) * CHANNELS
         wide = tl.load(source + inside, mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             wide += tl.load(bias + channel, channel < CHANNELS, other=0.0).to(tl.float32)
@@ -49,22 +49,27 @@ def _stack(
                 target = out + ((video * num_frames + reader) * pixels + first) * (3 * CHANNELS) + place * CHANNELS
                 tl.store(target + pixel * (3 * CHANNELS) + channel, value, mask)
     else:
-        tl.store(out + ((video * (num_frames + 2) + frame) * pixels + first) * CHANNELS + inside, value, mask)
-    if frame >= num_frames:
-        target = new_memory + ((video * 2 + frame - num_frames) * pixels + first) * CHANNELS
+        tl.store(out + ((video * (num_frames + PAST) + frame) * pixels + first) * CHANNELS + inside, value, mask)
+    if frame >= num_frames:  # none without a past
+        target = new_memory + ((video * PAST + frame - num_frames) * pixels + first) * CHANNELS
         tl.store(target + inside, value, mask)
 
 
 def stack(x, bias, gamma, memory, stacked):
-    x, memory = x.contiguous(), memory.contiguous()
+    x = x.contiguous()
     batch, frames, height, width, channels = x.shape
-    shape = (frames, height, width, 3 * channels) if stacked else (frames + 2, height, width, channels)
-    out, new_memory = x.new_empty(batch, *shape), torch.empty_like(memory)
+    past = 0 if memory is None else 2
+    stacked = stacked and past > 0
+    shape = (frames, height, width, 3 * channels) if stacked else (frames + past, height, width, channels)
+    out = x.new_empty(batch, *shape)
+    new_memory = None if memory is None else x.new_empty(batch, past, height, width, channels)
     tile = _tile(channels)
-    grid = (triton.cdiv(height * width, tile["BLOCK_P"]), batch * (frames + 2))
-    has_bias, has_norm = bias is not None, gamma is not None
-    arguments = (x, bias if has_bias else x, gamma if has_norm else x, memory, out, new_memory)
-    _stack[grid](*arguments, frames, height * width, has_bias, has_norm, stacked, **tile)
+    grid = (triton.cdiv(height * width, tile["BLOCK_P"]), batch * (frames + past))
+    # What is missing is not read.
+    memories = (x, x) if memory is None else (memory.contiguous(), new_memory)
+    arguments = (x, x if bias is None else bias, x if gamma is None else gamma, memories[0], out, memories[1])
+    flags = bias is not None, gamma is not None, stacked, past
+    _stack[grid](*arguments, frames, height * width, *flags, **tile)
     return out, new_memory
 
 

@@ -56,7 +56,7 @@ def _agrees(plain: Callable, x: torch.Tensor, *args) -> bool:
         # Copies, as `add` writes into what it is given.
         expected = plain(x.clone(), *args)
         pairs = [(results, expected)] if isinstance(expected, torch.Tensor) else zip(results, expected)
-        difference = max(_difference(*pair) for pair in pairs)
+        difference = max(_difference(*pair) for pair in pairs if pair[1] is not None)
         problem = None if difference <= 1 else f"its result is off by {difference:.3g} times the tolerance"
     except Exception as error:  # whatever a compiler that is missing or too old raises
         problem = f"{type(error).__name__}: {error}"
@@ -71,6 +71,12 @@ def _difference(result: torch.Tensor, expected: torch.Tensor) -> float:
     result, expected = (tensor.float().nan_to_num(0, 0, 0) for tensor in (result, expected))
     largest = expected.abs().max().clamp(min=1e-30)
     return ((result - expected).abs().max() / largest / tolerance).item()
+
+
+def is_narrow(conv: nn.Conv3d) -> bool:
+    """Whether the results of a convolution's three frames, apart, are fewer than what one frame holds: only the last
+    convolution, to colours, which then reads every frame once."""
+    return 3 * conv.out_channels < conv.in_channels
 
 
 def is_stacked(conv: nn.Conv3d) -> bool:
@@ -109,19 +115,21 @@ def stack(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     gamma: torch.Tensor | None,
-    memory: torch.Tensor,
+    memory: torch.Tensor | None,
     stacked: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a causal convolution over three frames reads, of its input after a bias and, with a norm's weight `gamma`,
     norm and SiLU.
 
     `memory` are the two frames before. Returns three frames a frame `(B, F, H, W, 3 C)`, the earliest first, or else
-    `(B, 2 + F, H, W, C)`; and the next memory.
+    `(B, 2 + F, H, W, C)`; and the next memory. Without a memory the frames stay by themselves, `(B, F, H, W, C)`.
     """
     if bias is not None:
         x = x + bias
     if gamma is not None:
         x = F.silu(norm(x, gamma), inplace=True)
+    if memory is None:
+        return x, None
     frames = torch.cat([memory, x], dim=1)
     memory = frames[:, -2:].clone()
     if stacked:
@@ -186,6 +194,22 @@ def convolve(frames: torch.Tensor, conv: nn.Conv3d) -> tuple[torch.Tensor, torch
         return convolve_images(frames, stacked_weight(conv), conv.bias, padding=1)
     y = F.conv3d(frames.permute(0, 4, 1, 2, 3), conv.weight, padding=(0, 1, 1))
     return y.permute(0, 2, 3, 4, 1).contiguous(), conv.bias
+
+
+def convolve_apart(x: torch.Tensor, conv: nn.Conv3d, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A causal 3 x 3 x 3 convolution with its bias, and the next memory: what the last two frames give to themselves
+    and to the two frames after each, `(B, 2, H, W, 3 O)`, the latest first."""
+    count, frames = conv.out_channels, x.shape[1]
+    weight = conv.weight.permute(2, 0, 3, 4, 1).flatten(0, 1)
+    if on_gpu(x):
+        # Tensor cores compute channels by the eight.
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % 8))
+    given = convolve_images(x, weight, None, padding=1)[0][..., : 3 * count]
+    given = torch.cat([memory, given], dim=1)
+    # In float32 if not finer: so it is rounded once.
+    parts = [given[:, i : i + frames, ..., i * count : (i + 1) * count] for i in range(3)]
+    total = parts[0].to(torch.promote_types(x.dtype, torch.float32)) + parts[1] + parts[2] + conv.bias
+    return total.to(x.dtype), given[:, -2:].clone()
 
 
 def multiply(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
