@@ -16,59 +16,80 @@ def _tile(channels: int) -> dict[str, int]:
     return {"CHANNELS": channels, "BLOCK_C": block, "BLOCK_P": max(1, TILE // block)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_frames", "pixels"])
 def _stack(
     x, bias, gamma, memory, out, new_memory, num_frames, pixels,
-    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, STACKED: tl.constexpr, PAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, HAS_MEMORY: tl.constexpr, STACKED: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # Frames are counted from the first of the memory; a program has part of one and writes it wherever it is read.
-    video = (tl.program_id(1) // (num_frames + PAST)).to(tl.int64)
-    frame = tl.program_id(1) % (num_frames + PAST)
+    # A program goes through the frames: the three that lie side by side it writes at the same time, from registers.
+    video = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK_P
     pixel, channel = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_C)[None, :]
     mask = (first + pixel < pixels) & (channel < CHANNELS)
     inside = pixel * CHANNELS + channel
-    if frame < PAST:
-        value = tl.load(memory + ((video * PAST + frame) * pixels + first) * CHANNELS + inside, mask, other=0.0)
+    step = pixels.to(tl.int64) * CHANNELS  # from frame to frame
+    x += video * num_frames * step + first * CHANNELS
+    memory += video * 2 * step + first * CHANNELS
+    new_memory += video * 2 * step + first * CHANNELS
+    if STACKED:
+        out += (video * num_frames * step + first * CHANNELS) * 3
+    elif HAS_MEMORY:
+        out += video * (num_frames + 2) * step + first * CHANNELS
     else:
-        source = x + ((video * num_frames + frame - PAST) * pixels + first) * CHANNELS
-        wide = tl.load(source + inside, mask, other=0.0).to(tl.float32)
+        out += video * num_frames * step + first * CHANNELS
+    if HAS_BIAS:
+        shift = tl.load(bias + channel, channel < CHANNELS, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.load(gamma + channel, channel < CHANNELS, other=0.0).to(tl.float32)
+    if HAS_MEMORY:
+        before_last = tl.load(memory + inside, mask, other=0.0)
+        last = tl.load(memory + step + inside, mask, other=0.0)
+        if not STACKED:
+            tl.store(out + inside, before_last, mask)
+            tl.store(out + step + inside, last, mask)
+            out += 2 * step
+    for _ in range(num_frames):
+        wide = tl.load(x + inside, mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            wide += tl.load(bias + channel, channel < CHANNELS, other=0.0).to(tl.float32)
+            wide += shift
         if NORM:
             square = tl.sum(wide * wide, axis=1)[:, None] / CHANNELS
-            wide = wide * (1 / tl.sqrt(square + 1e-24))
-            wide = wide * tl.load(gamma + channel, channel < CHANNELS, other=0.0).to(tl.float32)
+            wide = wide * (1 / tl.sqrt(square + 1e-24)) * scale
             wide = wide * tl.sigmoid(wide)
         value = wide.to(x.dtype.element_ty)
-    if STACKED:
-        for place in tl.static_range(3):
-            reader = frame - place
-            if (reader >= 0) & (reader < num_frames):
-                target = out + ((video * num_frames + reader) * pixels + first) * (3 * CHANNELS) + place * CHANNELS
-                tl.store(target + pixel * (3 * CHANNELS) + channel, value, mask)
-    else:
-        tl.store(out + ((video * (num_frames + PAST) + frame) * pixels + first) * CHANNELS + inside, value, mask)
-    if frame >= num_frames:  # none without a past
-        target = new_memory + ((video * PAST + frame - num_frames) * pixels + first) * CHANNELS
-        tl.store(target + inside, value, mask)
+        if STACKED:
+            target = out + pixel * (3 * CHANNELS) + channel
+            tl.store(target, before_last, mask)
+            tl.store(target + CHANNELS, last, mask)
+            tl.store(target + 2 * CHANNELS, value, mask)
+            out += 3 * step
+        else:
+            tl.store(out + inside, value, mask)
+            out += step
+        if HAS_MEMORY:
+            before_last = last
+            last = value
+        x += step
+    if HAS_MEMORY:
+        tl.store(new_memory + inside, before_last, mask)
+        tl.store(new_memory + step + inside, last, mask)
 
 
 def stack(x, bias, gamma, memory, stacked):
     x = x.contiguous()
     batch, frames, height, width, channels = x.shape
-    past = 0 if memory is None else 2
-    stacked = stacked and past > 0
-    shape = (frames, height, width, 3 * channels) if stacked else (frames + past, height, width, channels)
+    has_memory = memory is not None
+    stacked = stacked and has_memory
+    shape = (frames, height, width, 3 * channels) if stacked else (frames + 2 * has_memory, height, width, channels)
     out = x.new_empty(batch, *shape)
-    new_memory = None if memory is None else x.new_empty(batch, past, height, width, channels)
+    new_memory = x.new_empty(batch, 2, height, width, channels) if has_memory else None
     tile = _tile(channels)
-    grid = (triton.cdiv(height * width, tile["BLOCK_P"]), batch * (frames + past))
+    grid = (triton.cdiv(height * width, tile["BLOCK_P"]), batch)
     # What is missing is not read.
-    memories = (x, x) if memory is None else (memory.contiguous(), new_memory)
+    memories = (memory.contiguous(), new_memory) if has_memory else (x, x)
     arguments = (x, x if bias is None else bias, x if gamma is None else gamma, memories[0], out, memories[1])
-    flags = bias is not None, gamma is not None, stacked, past
+    flags = bias is not None, gamma is not None, has_memory, stacked
     _stack[grid](*arguments, frames, height * width, *flags, **tile)
     return out, new_memory
 
