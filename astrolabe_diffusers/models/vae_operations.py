@@ -28,15 +28,19 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 
 def with_kernel(plain: Callable) -> Callable:
-    """On CUDA, the kernel of the same name once it has given what the plain function gives, for each dtype."""
-    trusted: dict[torch.dtype, bool] = {}
+    """On CUDA, the kernel of the same name once it has given what the plain function gives: for each dtype, and for
+    each choice of what may be missing. One that fails is not tried again."""
+    trusted, failed = set(), False
 
     @wraps(plain)
     def run(x: torch.Tensor, *args):
-        if not on_gpu(x) or not trusted.get(x.dtype, True):
+        nonlocal failed
+        if failed or not on_gpu(x) or x.dtype not in TOLERANCES:
             return plain(x, *args)
-        if x.dtype not in trusted:
-            trusted[x.dtype] = x.dtype in TOLERANCES and _agrees(plain, x, *args)
+        variant = x.dtype, *(arg if isinstance(arg, int) else arg is None for arg in args)
+        if variant not in trusted:
+            failed = not _agrees(plain, x, *args)
+            trusted.add(variant)
             return run(x, *args)
         from . import vae_kernels
 
@@ -80,7 +84,8 @@ def is_narrow(conv: nn.Conv3d) -> bool:
 
 
 def is_stacked(conv: nn.Conv3d) -> bool:
-    return not on_gpu(conv.weight) or conv.in_channels <= STACKED_CHANNELS
+    """Whether a convolution reads stacked frames; those of one pixel do in any case, as a product."""
+    return not on_gpu(conv.weight) or conv.in_channels <= STACKED_CHANNELS or conv.kernel_size[1:] == (1, 1)
 
 
 def lay_out(module: nn.Module):

@@ -158,10 +158,27 @@ def test_a_kernel_is_checked_once(kernel, warning, monkeypatch, caplog):
         for dtype in (torch.float32, torch.float32, torch.bfloat16):
             x = torch.randn(5, dtype=dtype)
             assert torch.equal(run(x.clone(), 3), x * 3)
-    assert len(caplog.records) == (2 if warning else 0)
+    assert len(caplog.records) == (1 if warning else 0)
     assert not warning or warning in caplog.text
-    # One check a dtype, and a call for the result if it is trusted.
-    assert len(calls) == (2 if warning else 5)
+    # One check a dtype, and a call for each result, while it is trusted.
+    assert len(calls) == (1 if warning else 5)
+
+
+def test_a_kernel_is_checked_in_every_variant(monkeypatch, caplog):
+    """The first call of all may leave out what goes wrong."""
+    fake = SimpleNamespace(shift=lambda x, bias, twice: x if bias is None else x + 2 * bias)
+    monkeypatch.setattr(vae_operations, "on_gpu", lambda x: True)
+    monkeypatch.setitem(sys.modules, "astrolabe_diffusers.models.vae_kernels", fake)
+    monkeypatch.setattr("astrolabe_diffusers.models.vae_kernels", fake, raising=False)
+
+    def shift(x, bias, twice):
+        return x if bias is None else x + bias * (1 + twice)
+
+    run, x = with_kernel(shift), torch.randn(4)
+    assert torch.equal(run(x, None, False), x) and torch.equal(run(x, x, True), 3 * x)
+    assert not caplog.records
+    assert torch.equal(run(x, x, False), 2 * x) and torch.equal(run(x, x, True), 3 * x)
+    assert len(caplog.records) == 1
 
 
 def test_a_first_input_that_is_not_finite_says_nothing(monkeypatch, caplog):
