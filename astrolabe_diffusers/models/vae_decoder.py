@@ -33,8 +33,7 @@ from .vae_operations import (
 
 
 # The last two frames that each causal convolution has read, `(B, 2, H, W, C)`, or what they give to the frames after
-# them. Empty before a video's first frame.
-# Of diffusers' decoder what it calls `feat_cache`.
+# them; of diffusers' decoder its `feat_cache`. Empty before a video's first frame.
 Memory = dict[nn.Module, torch.Tensor] | dict[int, torch.Tensor | str | None]
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -135,7 +134,7 @@ def up_block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, memor
     """Wan2.1's `WanUpBlock`, or Wan2.2's `WanResidualUpBlock`, around which its input goes as well."""
     is_residual = isinstance(block, WanResidualUpBlock)
     upsampler = block.upsampler if is_residual else block.upsamplers and block.upsamplers[0]
-    entered = x
+    entered = x if is_residual else None  # no longer than it is needed
     for resnet in block.resnets:
         x, bias = residual_block(resnet, x, bias, memory), None
     if upsampler is not None:
