@@ -72,6 +72,23 @@ def test_float32():
     assert (decode(vae, latents, 3) - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("config", ["wan2.2", "LightVAE's widths"])
+def test_bfloat16_is_no_further_than_diffusers(config):
+    vae, latents = random_vae(**CONFIGS[config]), torch.randn(2, 4, 3, 4, 6).bfloat16()
+    exact = vae.decode(latents.double()).sample
+    vae.bfloat16()
+    theirs, ours = vae.decode(latents).sample, decode(vae, latents, [2, 1])
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def test_autocast_changes_nothing():
+    vae, latents = random_vae().float(), torch.randn(1, 4, 2, 3, 4)
+    expected = decode(vae, latents, [1, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decode(vae, latents, [1, 1]), expected)
+
+
 @pytest.mark.parametrize("config", ["wan2.1", "wan2.2"])
 def test_as_on_a_gpu(config, monkeypatch):
     """Convolutions in three dimensions for the wider layers, and biases that the next pass adds."""
