@@ -57,7 +57,7 @@ torch.save(result, out + "/out.pt")
 
 from tests.test_layers import modules
 
-for name in modules():
+for name in modules().keys() - {"models.vae_kernels"}:  # it is imported where there is Triton
     importlib.import_module(f"astrolabe_diffusers.{name}")
 
 from astrolabe_diffusers.generation.config import GenerationConfig

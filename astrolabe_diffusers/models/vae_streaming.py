@@ -1,17 +1,21 @@
 """Wan's video autoencoder on normalised latents, and decoding block by block."""
 
+import copy
 import threading
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
+
+from .vae_decoder import Memory, decode_piece, decode_piece_by_calls, has_hooks
+from .vae_operations import lay_out, norm, uint8_frames, unpatchify
 
 
 # Latent frames before a frame that it depends on, by all the convolutions of Wan's decoder in time, rounded up.
 DECODER_MEMORY = 40
-# Positions of a frame times latent frames that are decoded together: more would only take more memory.
+# Positions of a frame times latent frames that are decoded together. Of small frames the kernels take less time to run
+# than to launch; beyond, more would only take more memory.
 LATENTS_AT_ONCE = 1024
 # `AutoencoderKLWan` keeps what its encoder remembers in itself, where two threads would mix their videos.
 _ENCODING = threading.Lock()
@@ -40,15 +44,17 @@ def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """The video `(B, 3, F, H, W)` in [-1, 1] of normalised latents `(B, C, f, h, w)`, decoded whole."""
-    return vae.decode(_denormalised(vae, latents), return_dict=False)[0]
+    if torch.is_grad_enabled():
+        return vae.decode(_denormalised(vae, latents), return_dict=False)[0]
+    together = 1 if vae.use_slicing else len(latents)
+    return torch.cat([StreamingVAEDecoder(vae).decode(videos) for videos in latents.split(together)])
 
 
 class FusedWanRMSNorm(WanRMS_norm):
     """`WanRMS_norm` in one kernel, which needs the channels last in memory; with them, `movedim` copies nothing."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gamma = self.gamma.flatten().to(x.dtype)
-        return F.rms_norm(x.movedim(1, -1), gamma.shape, gamma, eps=1e-24).movedim(-1, 1)
+        return norm(x.movedim(1, -1), self.gamma.flatten().to(x.dtype)).movedim(-1, 1)
 
 
 def use_channels_last(module: nn.Module):
@@ -64,32 +70,6 @@ def use_channels_last(module: nn.Module):
             layer.__class__ = FusedWanRMSNorm
 
 
-class FlatWanCausalConv3d(WanCausalConv3d):
-    """`WanCausalConv3d`, without strides, of one small video as a convolution of images, whose channels are those of
-    the frames that a frame is made from: for it alone torch has no fast convolution in three dimensions on a CPU."""
-
-    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-        # torch's own limit, channels times frames times height; beyond, the copies would only take memory.
-        if len(x) > 1 or x[0, ..., 0].numel() > 20480:
-            return super().forward(x, cache_x)
-        if cache_x is not None and self._padding[4]:
-            x = torch.cat([cache_x, x], dim=2)
-        missing = self._padding[4] - (0 if cache_x is None else cache_x.shape[2])
-        frames = F.pad(x, (0, 0, 0, 0, max(missing, 0), 0))[0].transpose(0, 1)  # (F, C, H, W)
-        size = self.kernel_size[0]
-        stacked = torch.cat([frames[i : len(frames) - size + 1 + i] for i in range(size)], dim=1)
-        weight = self.weight.transpose(1, 2).flatten(1, 2)
-        # Of height and width; the padding is given in the order of `F.pad`.
-        padding = (self._padding[2], self._padding[0])
-        return F.conv2d(stacked, weight, self.bias, padding=padding).transpose(0, 1).unsqueeze(0)
-
-
-def flatten_convolutions(module: nn.Module):
-    for layer in module.modules():
-        if type(layer) is WanCausalConv3d:
-            layer.__class__ = FlatWanCausalConv3d
-
-
 class StreamingVAEDecoder:
     """Decodes a video piece by piece, with the result of decoding it whole, but for rounding.
 
@@ -99,55 +79,56 @@ class StreamingVAEDecoder:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
-        if vae.device.type == "cuda":
-            use_channels_last(vae.decoder)
-        elif vae.device.type == "cpu":
-            flatten_convolutions(vae.decoder)
+        if has_hooks(vae):
+            self._decode_piece = decode_piece_by_calls
+        else:
+            self._decode_piece = decode_piece
+            lay_out(vae.decoder)
         self.reset()
 
     def reset(self):
         """Forget the past: the next latent frame starts a video."""
-        self._features: dict[tuple[int, int], list] = {}  # by the tile's corner
+        self._memory: dict[tuple[int, int], Memory] = {}  # by the tile's corner
 
     def select(self, videos: list[int]) -> "StreamingVAEDecoder":
         """A decoder of its own for some videos of the batch."""
-        other = StreamingVAEDecoder(self.vae)
-        other._features = {
-            corner: [feature[videos] if isinstance(feature, torch.Tensor) else feature for feature in features]
-            for corner, features in self._features.items()
+        other = copy.copy(self)
+        other._memory = {
+            corner: {
+                layer: frames[videos] if isinstance(frames, torch.Tensor) else frames
+                for layer, frames in memory.items()
+            }
+            for corner, memory in self._memory.items()
         }
         return other
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The video `(B, 3, F, H, W)` in [-1, 1] of the next normalised latent frames `(B, C, f, h, w)`: one frame for
         the first latent frame of the video, `scale_factor_temporal` frames for every other."""
+        frames = unpatchify(self._decode(latents), self.vae.config.patch_size or 1)
+        return frames.clamp_(-1.0, 1.0).permute(0, 4, 1, 2, 3)
+
+    def decode_uint8(self, latents: torch.Tensor) -> torch.Tensor:
+        """As `decode`, but `(B, F, H, W, 3)` of uint8: what the pipeline's video processor and rounding to the nearest
+        of 0 to 255 make of the video."""
+        return uint8_frames(self._decode(latents), self.vae.config.patch_size or 1)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Frames as [`decode_piece`] returns them."""
         vae = self.vae
         latents = _denormalised(vae, latents)
         scale = vae.spatial_compression_ratio
         tile = (vae.tile_sample_min_height // scale, vae.tile_sample_min_width // scale)
         if vae.use_tiling and (latents.shape[-2] > tile[0] or latents.shape[-1] > tile[1]):
-            video = self._decode_tiles(latents, *tile)
-        else:
-            video = self._decode_tile(latents, (0, 0))
-        if vae.config.patch_size is not None:
-            video = unpatchify(video, patch_size=vae.config.patch_size)
-        return video.clamp(-1.0, 1.0)
+            return self._decode_tiles(latents, *tile).permute(0, 2, 3, 4, 1)
+        return self._decode_tile(latents, (0, 0))
 
     def _decode_tile(self, latents: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
-        vae = self.vae
-        hidden_states = vae.post_quant_conv(latents)
-        first = corner not in self._features
-        features = self._features.setdefault(corner, [None] * vae._cached_conv_counts["decoder"])
-        # Small frames together: launching the kernels takes longer than running them. The video's first latent frame
-        # by itself, as it is not doubled in time.
-        together = max(1, LATENTS_AT_ONCE // hidden_states[0, 0, 0].numel())
-        frames = []
-        while hidden_states.shape[2]:
-            count = 1 if first else together
-            piece, hidden_states = hidden_states[:, :, :count], hidden_states[:, :, count:]
-            frames.append(vae.decoder(piece, feat_cache=features, feat_idx=[0], first_chunk=first))
-            first = False
-        return torch.cat(frames, dim=2)
+        pieces = []
+        for piece in latents.split(max(1, LATENTS_AT_ONCE // latents[0, 0, 0].numel()), dim=2):
+            frames, self._memory[corner] = self._decode_piece(self.vae, piece, self._memory.get(corner, {}))
+            pieces.append(frames)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def _decode_tiles(self, latents: torch.Tensor, tile_height: int, tile_width: int) -> torch.Tensor:
         """Overlapping tiles of the frame, each with a memory of its own, blended as `AutoencoderKLWan` does."""
@@ -161,7 +142,7 @@ class StreamingVAEDecoder:
             row = []
             for left in range(0, latents.shape[-1], strides[1] // scale):
                 tile = latents[..., top : top + tile_height, left : left + tile_width]
-                tile = self._decode_tile(tile, (top, left))
+                tile = self._decode_tile(tile, (top, left)).permute(0, 4, 1, 2, 3)
                 if above is not None:
                     tile = vae.blend_v(above[len(row)], tile, overlap_y)
                 if row:

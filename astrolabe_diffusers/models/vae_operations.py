@@ -1,0 +1,223 @@
+"""What Wan's decoder is made of, on `(B, F, H, W, C)`: the passes between its matrix products, and its convolutions in
+the formulation that is fastest.
+
+Without gradients. A pass that has a Triton kernel in `vae_kernels` runs it on CUDA; here it says what that computes.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+logger = logging.getLogger(__name__)
+
+# Convolutions over time read three frames stacked in the channels, as one convolution of images, but on CUDA for those
+# of more channels: there the convolution in three dimensions is as fast, and stacking has no use.
+STACKED_CHANNELS = 384
+# Of a kernel's result from the plain one, at its first use, as a share of the largest value. The plain one rounds more
+# often. Frames of uint8 have to be equal.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.uint8: 1e-3}
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def with_kernel(plain: Callable) -> Callable:
+    """On CUDA, the kernel of the same name once it has given what the plain function gives: for each dtype, and for
+    each choice of what may be missing. One that fails is not tried again."""
+    trusted, failed = set(), False
+
+    @wraps(plain)
+    def run(x: torch.Tensor, *args):
+        nonlocal failed
+        if failed or not on_gpu(x) or x.dtype not in TOLERANCES:
+            return plain(x, *args)
+        variant = x.dtype, *(arg if isinstance(arg, int) else arg is None for arg in args)
+        if variant not in trusted:
+            failed = not _agrees(plain, x, *args)
+            trusted.add(variant)
+            return run(x, *args)
+        from . import vae_kernels
+
+        with torch.cuda.device_of(x):
+            return getattr(vae_kernels, plain.__name__)(x, *args)
+
+    return run
+
+
+def _agrees(plain: Callable, x: torch.Tensor, *args) -> bool:
+    name = plain.__name__
+    try:
+        from . import vae_kernels
+
+        with torch.cuda.device_of(x):
+            results = getattr(vae_kernels, name)(x.clone(), *args)
+        # Copies, as `add` writes into what it is given.
+        expected = plain(x.clone(), *args)
+        pairs = [(results, expected)] if isinstance(expected, torch.Tensor) else zip(results, expected)
+        difference = max(_difference(*pair) for pair in pairs if pair[1] is not None)
+        problem = None if difference <= 1 else f"its result is off by {difference:.3g} times the tolerance"
+    except Exception as error:  # whatever a compiler that is missing or too old raises
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        logger.warning("Wan's decoder runs without its own kernel for `%s`, slower: %s", name, problem)
+    return problem is None
+
+
+def _difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, in units of the tolerance. NaN and infinite values are the model's own, and say nothing."""
+    tolerance = TOLERANCES[expected.dtype]
+    result, expected = (tensor.float().nan_to_num(0, 0, 0) for tensor in (result, expected))
+    largest = expected.abs().max().clamp(min=1e-30)
+    return ((result - expected).abs().max() / largest / tolerance).item()
+
+
+def is_narrow(conv: nn.Conv3d) -> bool:
+    """Whether the results of a convolution's three frames, apart, are fewer than what one frame holds: only the last
+    convolution, to colours, which then reads every frame once."""
+    return 3 * conv.out_channels < conv.in_channels
+
+
+def is_stacked(conv: nn.Conv3d) -> bool:
+    """Whether a convolution reads stacked frames; those of one pixel do in any case, as a product."""
+    return not on_gpu(conv.weight) or conv.in_channels <= STACKED_CHANNELS or conv.kernel_size[1:] == (1, 1)
+
+
+def lay_out(module: nn.Module):
+    """Lay out the weights of its convolutions in memory as they are read here; values and shapes stay.
+
+    Weights that come later, or on another device, are read all the same, by way of a copy in every call.
+    """
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv3d):
+            order = (0, 3, 4, 2, 1) if is_stacked(conv) else (0, 2, 3, 4, 1)
+        elif isinstance(conv, nn.Conv2d):
+            order = (0, 2, 3, 1)
+        else:
+            continue
+        weight = conv.weight.permute(order)
+        if not weight.is_contiguous():
+            conv.weight.data = weight.contiguous().permute([order.index(i) for i in range(len(order))])
+
+
+def stacked_weight(conv: nn.Conv3d) -> torch.Tensor:
+    """`(O, kh, kw, 3 C)`; a view of a weight that is laid out so."""
+    return conv.weight.permute(0, 3, 4, 2, 1).flatten(3)
+
+
+def norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """`WanRMS_norm`, whose statistics are float32 at least."""
+    return F.rms_norm(x, gamma.shape, gamma, eps=1e-24)
+
+
+@with_kernel
+def stack(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    memory: torch.Tensor | None,
+    stacked: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a causal convolution over three frames reads, of its input after a bias and, with a norm's weight `gamma`,
+    norm and SiLU.
+
+    `memory` are the two frames before. Returns three frames a frame `(B, F, H, W, 3 C)`, the earliest first, or else
+    `(B, 2 + F, H, W, C)`; and the next memory. Without a memory the frames stay by themselves, `(B, F, H, W, C)`.
+    """
+    if bias is not None:
+        x = x + bias
+    if gamma is not None:
+        x = F.silu(norm(x, gamma), inplace=True)
+    if memory is None:
+        return x, None
+    frames = torch.cat([memory, x], dim=1)
+    memory = frames[:, -2:].clone()
+    if stacked:
+        count = x.shape[1]
+        frames = torch.cat([frames[:, i : i + count] for i in range(3)], dim=-1)
+    return frames, memory
+
+
+@with_kernel
+def add(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, residual_bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The sum of all, in the memory of `x`."""
+    for term in (bias, residual, residual_bias):
+        if term is not None:
+            x = x.add_(term)
+    return x
+
+
+@with_kernel
+def spread(x: torch.Tensor, times: int) -> torch.Tensor:
+    """Every pixel becomes 2 x 2, and every frame the `times` frames that lie in its channels one after the other:
+    `(B, F, H, W, times * C)` -> `(B, times * F, 2 H, 2 W, C)`."""
+    batch, frames, height, width, _ = x.shape
+    x = x.view(batch, frames, 1, height, 1, width, 1, times, -1).transpose(2, 7)
+    x = x.expand(-1, -1, -1, -1, 2, -1, 2, -1, -1)
+    return x.reshape(batch, frames * times, 2 * height, 2 * width, -1)
+
+
+@with_kernel
+def uint8_frames(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """Frames `(B, F, patch * H, patch * W, C)`, uint8, of the decoder's output `(B, F, H, W, C * patch**2)`, to the
+    last bit as diffusers' video processor and a conversion to bytes make them."""
+    x = unpatchify(x, patch).clamp(-1, 1)
+    return (x * 0.5 + 0.5).float().mul_(255).round_().byte()
+
+
+def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """`(B, F, H, W, C * patch**2)` -> `(B, F, patch * H, patch * W, C)`; a pixel's column comes before its row."""
+    if patch == 1:
+        return x
+    batch, frames, height, width, _ = x.shape
+    x = x.view(batch, frames, height, width, -1, patch, patch).permute(0, 1, 2, 6, 3, 5, 4)
+    return x.reshape(batch, frames, patch * height, patch * width, -1)
+
+
+def convolve_images(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A convolution of every frame with a weight `(O, kh, kw, C)`, and the bias, if it is still to be added.
+
+    On CUDA torch would add it in a pass of its own; here the pass that follows does.
+    """
+    later, now = (bias, None) if on_gpu(x) else (None, bias)
+    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), now, padding=padding)
+    return y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2]), later
+
+
+def convolve(frames: torch.Tensor, conv: nn.Conv3d) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A causal 3 x 3 x 3 convolution of what `stack` returns, and the bias, if it is still to be added."""
+    if is_stacked(conv):
+        return convolve_images(frames, stacked_weight(conv), conv.bias, padding=1)
+    y = F.conv3d(frames.permute(0, 4, 1, 2, 3), conv.weight, padding=(0, 1, 1))
+    return y.permute(0, 2, 3, 4, 1).contiguous(), conv.bias
+
+
+def convolve_apart(x: torch.Tensor, conv: nn.Conv3d, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A causal 3 x 3 x 3 convolution with its bias, and the next memory: what the last two frames give to themselves
+    and to the two frames after each, `(B, 2, H, W, 3 O)`, the latest first."""
+    count, frames = conv.out_channels, x.shape[1]
+    weight = conv.weight.permute(2, 0, 3, 4, 1).flatten(0, 1)
+    if on_gpu(x):
+        # Tensor cores compute channels by the eight.
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % 8))
+    given = convolve_images(x, weight, None, padding=1)[0][..., : 3 * count]
+    given = torch.cat([memory, given], dim=1)
+    # In float32 if not finer: so it is rounded once.
+    parts = [given[:, i : i + frames, ..., i * count : (i + 1) * count] for i in range(3)]
+    total = parts[0].to(torch.promote_types(x.dtype, torch.float32)) + parts[1] + parts[2] + conv.bias
+    return total.to(x.dtype), given[:, -2:].clone()
+
+
+def multiply(x: torch.Tensor, conv: nn.Conv2d | nn.Conv3d) -> torch.Tensor:
+    """A convolution of one pixel, or over time alone what `stack` returns."""
+    weight = stacked_weight(conv) if isinstance(conv, nn.Conv3d) else conv.weight
+    return F.linear(x, weight.flatten(1), conv.bias)

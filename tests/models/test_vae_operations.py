@@ -1,0 +1,190 @@
+"""The plain passes against slow formulas, and how a kernel comes to be trusted."""
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders import autoencoder_kl_wan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.video_processor import VideoProcessor
+
+from astrolabe_diffusers.models import vae_operations
+from astrolabe_diffusers.models.vae_operations import (
+    add,
+    convolve,
+    lay_out,
+    multiply,
+    spread,
+    stack,
+    uint8_frames,
+    unpatchify,
+    with_kernel,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_stack(frames, with_bias, with_norm):
+    x, bias, gamma, memory = randn(2, frames, 3, 4, 6), randn(6), randn(6), randn(2, 2, 3, 4, 6)
+    values = x + bias if with_bias else x
+    if with_norm:
+        values = values / values.square().sum(-1, keepdim=True).sqrt() * 6**0.5 * gamma
+        values = values / (1 + (-values).exp())
+    values = [*memory.unbind(1), *values.unbind(1)]
+    arguments = (x, bias if with_bias else None, gamma if with_norm else None, memory)
+    stacked, new_memory = stack(*arguments, True)
+    assert stacked.shape == (2, frames, 3, 4, 18)
+    for frame in range(frames):
+        expected = torch.cat(values[frame : frame + 3], dim=-1)
+        torch.testing.assert_close(stacked[:, frame], expected, rtol=0, atol=1e-12)
+    padded, same_memory = stack(*arguments, False)
+    torch.testing.assert_close(padded, torch.stack(values, dim=1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(new_memory, torch.stack(values[-2:], dim=1), rtol=0, atol=1e-12)
+    assert torch.equal(new_memory, same_memory)
+
+
+def test_the_norm_of_nothing_is_zero():
+    stacked, _ = stack(torch.zeros(1, 1, 1, 1, 4), None, torch.ones(4), torch.zeros(1, 2, 1, 1, 4), True)
+    assert torch.equal(stacked, torch.zeros(1, 1, 1, 1, 12))
+
+
+def test_add():
+    x, bias, residual, residual_bias = randn(2, 3, 4, 5, 6), randn(6), randn(2, 3, 4, 5, 6), randn(6)
+    expected = x + bias + residual + residual_bias
+    x, given = x.clone(), x.clone()
+    assert (add(x, bias, residual, residual_bias) - expected).abs().max() < 1e-12
+    assert torch.equal(add(given.clone(), None, residual, None), given + residual)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_spread(times):
+    x = randn(2, 3, 4, 5, times * 6)
+    out = spread(x, times)
+    assert out.shape == (2, 3 * times, 8, 10, 6)
+    for frame in range(3 * times):
+        channels = x[:, frame // times, ..., frame % times * 6 : frame % times * 6 + 6]
+        expected = F.interpolate(channels.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest-exact")
+        assert torch.equal(out[:, frame], expected.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_unpatchify(patch):
+    x = randn(2, 3, 4, 5, 3 * patch**2)
+    expected = autoencoder_kl_wan.unpatchify(x.permute(0, 4, 1, 2, 3), patch)
+    assert torch.equal(unpatchify(x, patch), expected.permute(0, 2, 3, 4, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_bytes_are_those_of_the_pipeline(dtype, patch):
+    """Ties, ends and beyond included."""
+    x = torch.cat([torch.linspace(-1.2, 1.2, 9989), torch.tensor([0.0, 1, -1] + [1 / 255, 3] * 4)]).to(dtype)
+    x = x[: len(x) // (12 * patch**2) * 12 * patch**2].view(1, 2, 2, -1, 3 * patch**2)
+    video = unpatchify(x, patch).clamp(-1, 1).permute(0, 4, 1, 2, 3)
+    frames = VideoProcessor().postprocess_video(video, output_type="np")
+    assert torch.equal(uint8_frames(x, patch), torch.from_numpy((frames * 255).round().astype("uint8")))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_convolve(stacked, laid_out, monkeypatch):
+    monkeypatch.setattr(vae_operations, "is_stacked", lambda conv: stacked)
+    conv, x, memory = WanCausalConv3d(4, 6, 3, padding=1).double(), randn(2, 3, 5, 6, 4), randn(2, 2, 5, 6, 4)
+    expected = conv(x.permute(0, 4, 1, 2, 3), memory.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    if laid_out:
+        lay_out(conv)
+        # The formulation's weight is then no copy.
+        assert not stacked or vae_operations.stacked_weight(conv).data_ptr() == conv.weight.data_ptr()
+    frames, _ = stack(x, None, None, memory, stacked)
+    y, bias = convolve(frames, conv)
+    assert y.is_contiguous()
+    assert (y + (0 if bias is None else bias) - expected).abs().max() < 1e-12
+
+
+def test_multiply():
+    x, memory = randn(2, 3, 5, 6, 4), randn(2, 2, 5, 6, 4)
+    for conv in WanCausalConv3d(4, 6, 1), torch.nn.Conv2d(4, 6, 1):
+        conv, frames = conv.double(), x.permute(0, 4, 1, 2, 3)
+        if isinstance(conv, torch.nn.Conv2d):
+            expected = conv(frames.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 3)).transpose(1, 2)
+        else:
+            expected = conv(frames)
+        assert (multiply(x, conv) - expected.permute(0, 2, 3, 4, 1)).abs().max() < 1e-12
+    conv = WanCausalConv3d(4, 8, (3, 1, 1), padding=(1, 0, 0)).double()
+    expected = conv(x.permute(0, 4, 1, 2, 3), memory.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    assert (multiply(stack(x, None, None, memory, True)[0], conv) - expected).abs().max() < 1e-12
+
+
+def double(x, by):
+    return x * by
+
+
+@pytest.mark.parametrize(
+    "kernel,warning",
+    [
+        (lambda x, by: x * by + 0.0, None),
+        (lambda x, by: x.mul_(by), None),
+        (lambda x, by: x + by, "off by"),
+        (lambda x, by: x.missing, "AttributeError"),
+    ],
+)
+def test_a_kernel_is_checked_once(kernel, warning, monkeypatch, caplog):
+    calls = []
+
+    def counted(x, by):
+        calls.append(x.dtype)
+        return kernel(x, by)
+
+    monkeypatch.setattr(vae_operations, "on_gpu", lambda x: True)
+    fake = SimpleNamespace(double=counted)
+    monkeypatch.setitem(sys.modules, "astrolabe_diffusers.models.vae_kernels", fake)
+    monkeypatch.setattr("astrolabe_diffusers.models.vae_kernels", fake, raising=False)
+    run = with_kernel(double)
+    with caplog.at_level(logging.WARNING):
+        for dtype in (torch.float32, torch.float32, torch.bfloat16):
+            x = torch.randn(5, dtype=dtype)
+            assert torch.equal(run(x.clone(), 3), x * 3)
+    assert len(caplog.records) == (1 if warning else 0)
+    assert not warning or warning in caplog.text
+    # One check a dtype, and a call for each result, while it is trusted.
+    assert len(calls) == (1 if warning else 5)
+
+
+def test_a_kernel_is_checked_in_every_variant(monkeypatch, caplog):
+    """The first call of all may leave out what goes wrong."""
+    fake = SimpleNamespace(shift=lambda x, bias, twice: x if bias is None else x + 2 * bias)
+    monkeypatch.setattr(vae_operations, "on_gpu", lambda x: True)
+    monkeypatch.setitem(sys.modules, "astrolabe_diffusers.models.vae_kernels", fake)
+    monkeypatch.setattr("astrolabe_diffusers.models.vae_kernels", fake, raising=False)
+
+    def shift(x, bias, twice):
+        return x if bias is None else x + bias * (1 + twice)
+
+    run, x = with_kernel(shift), torch.randn(4)
+    assert torch.equal(run(x, None, False), x) and torch.equal(run(x, x, True), 3 * x)
+    assert not caplog.records
+    assert torch.equal(run(x, x, False), 2 * x) and torch.equal(run(x, x, True), 3 * x)
+    assert len(caplog.records) == 1
+
+
+def test_a_first_input_that_is_not_finite_says_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(vae_operations, "on_gpu", lambda x: True)
+    fake = SimpleNamespace(double=double)
+    monkeypatch.setitem(sys.modules, "astrolabe_diffusers.models.vae_kernels", fake)
+    monkeypatch.setattr("astrolabe_diffusers.models.vae_kernels", fake, raising=False)
+    with_kernel(double)(torch.tensor([1.0, float("nan"), float("inf")]), 3)
+    assert not caplog.records
