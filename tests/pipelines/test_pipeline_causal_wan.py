@@ -79,7 +79,7 @@ def test_stream_equals_call_equals_whole_decode(variant):
     latents = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
     with torch.no_grad():
         decoded = pipe.vae.decode(raw(pipe.vae, latents)).sample
-    # Ours takes sums in another order, and the random weights make much of it: to either float64 is as far.
+    # Ours takes sums in another order, and the random weights make much of it.
     torch.testing.assert_close(to_frames(decoded), whole, atol=5e-5, rtol=0)
     # The videos of two prompts, and the frames of one video, are not all the same.
     assert (whole[0] - whole[1]).abs().max() > 0.01

@@ -63,7 +63,8 @@ def test_sampling_uses_the_policy_that_is_active(pipe):
 @pytest.mark.parametrize("shared_past", [False, True])
 def test_a_policy_that_is_not_finite(shared_past):
     pipe, samples = policy_pipeline(), make_samples(2)
-    policy_parameters(pipe.transformer, "default")[0].data[0, 0] = math.nan
+    # The last one: attention to keys that are all NaN is 0 on some processors.
+    policy_parameters(pipe.transformer, "default")[-1].data[0, 0] = math.nan
     worker = reward_worker(pipe)
     with use_policy(pipe.transformer, "current"), pytest.raises(UserError, match="sampling: the latents of a block"):
         past = Past(3, shared=True) if shared_past else Past()
