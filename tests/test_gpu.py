@@ -80,7 +80,7 @@ def test_offloading_changes_nothing(method, arguments):
         arguments = {"onload_device": torch.device("cuda"), **arguments}
     getattr(pipe, method)(**arguments)
     for _ in range(2):
-        # Steps of bfloat16: an offloaded autoencoder is diffusers' own, which rounds otherwise, and so may a kernel that
+        # Steps of bfloat16: an offloaded autoencoder is diffusers' own, which rounds otherwise, as may a kernel that
         # reads memory at other addresses. 0.027 was seen on an H100.
         assert (video(pipe) - expected).abs().max() < 0.05
     where = {p.device.type for p in pipe.text_encoder.parameters()}
