@@ -151,28 +151,19 @@ def spread(x, times):
 
 
 @triton.jit
-def _uint8_frames(x, out, height, width, PATCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    frame = tl.program_id(1).to(tl.int64)
-    size = height * width * PATCH * PATCH * CHANNELS
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    channel, column = place % CHANNELS, place // CHANNELS % (width * PATCH)
-    row = place // (CHANNELS * PATCH * width)
-    source = (row // PATCH * width + column // PATCH) * (CHANNELS * PATCH * PATCH)
-    source += (channel * PATCH + column % PATCH) * PATCH + row % PATCH
-    value = tl.load(x + frame * size + source, place < size, other=0.0).to(tl.float32)
+def _to_uint8(x, out, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + place, place < size, other=0.0).to(tl.float32)
     # Rounded where the video processor rounds.
-    value = (tl.minimum(tl.maximum(value, -1.0), 1.0) * 0.5 + 0.5).to(x.dtype.element_ty).to(tl.float32)
+    value = (value * 0.5 + 0.5).to(x.dtype.element_ty).to(tl.float32)
     # To the nearest, of two the even one: so are sums that have no bits left for fractions.
     value = (value * 255 + 8388608.0) - 8388608.0
-    tl.store(out + frame * size + place, value.to(tl.int32).to(tl.uint8), place < size)
+    tl.store(out + place, value.to(tl.int32).to(tl.uint8), place < size)
 
 
-def uint8_frames(x, patch):
+def to_uint8(x):
     x = x.contiguous()
-    batch, frames, height, width, channels = x.shape
-    channels //= patch**2
-    out = x.new_empty(batch, frames, patch * height, patch * width, channels, dtype=torch.uint8)
-    grid = (triton.cdiv(out[0, 0].numel(), 1024), batch * frames)
+    out = torch.empty_like(x, dtype=torch.uint8)
     # A product and a sum in one would be rounded once, torch rounds both.
-    _uint8_frames[grid](x, out, height, width, patch, channels, 1024, enable_fp_fusion=False)
+    _to_uint8[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), 1024, enable_fp_fusion=False)
     return out

@@ -165,10 +165,9 @@ def spread(x: torch.Tensor, times: int) -> torch.Tensor:
 
 
 @with_kernel
-def uint8_frames(x: torch.Tensor, patch: int) -> torch.Tensor:
-    """Frames `(B, F, patch * H, patch * W, C)`, uint8, of the decoder's output `(B, F, H, W, C * patch**2)`, to the
-    last bit as diffusers' video processor and a conversion to bytes make them."""
-    x = unpatchify(x, patch).clamp(-1, 1)
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1] as 0 to 255, to the last bit as diffusers' video processor and rounding to the nearest make
+    them."""
     return (x * 0.5 + 0.5).float().mul_(255).round_().byte()
 
 

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
 
 from .vae_decoder import Memory, decode_piece, decode_piece_by_calls, has_hooks
-from .vae_operations import lay_out, norm, uint8_frames, unpatchify
+from .vae_operations import lay_out, norm, unpatchify
 
 
 # Latent frames before a frame that it depends on, by all the convolutions of Wan's decoder in time, rounded up.
@@ -105,23 +105,15 @@ class StreamingVAEDecoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The video `(B, 3, F, H, W)` in [-1, 1] of the next normalised latent frames `(B, C, f, h, w)`: one frame for
         the first latent frame of the video, `scale_factor_temporal` frames for every other."""
-        frames = unpatchify(self._decode(latents), self.vae.config.patch_size or 1)
-        return frames.clamp_(-1.0, 1.0).permute(0, 4, 1, 2, 3)
-
-    def decode_uint8(self, latents: torch.Tensor) -> torch.Tensor:
-        """As `decode`, but `(B, F, H, W, 3)` of uint8: what the pipeline's video processor and rounding to the nearest
-        of 0 to 255 make of the video."""
-        return uint8_frames(self._decode(latents), self.vae.config.patch_size or 1)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Frames as [`decode_piece`] returns them."""
         vae = self.vae
         latents = _denormalised(vae, latents)
         scale = vae.spatial_compression_ratio
         tile = (vae.tile_sample_min_height // scale, vae.tile_sample_min_width // scale)
         if vae.use_tiling and (latents.shape[-2] > tile[0] or latents.shape[-1] > tile[1]):
-            return self._decode_tiles(latents, *tile).permute(0, 2, 3, 4, 1)
-        return self._decode_tile(latents, (0, 0))
+            frames = self._decode_tiles(latents, *tile).permute(0, 2, 3, 4, 1)
+        else:
+            frames = self._decode_tile(latents, (0, 0))
+        return unpatchify(frames, vae.config.patch_size or 1).clamp_(-1.0, 1.0).permute(0, 4, 1, 2, 3)
 
     def _decode_tile(self, latents: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
         pieces = []

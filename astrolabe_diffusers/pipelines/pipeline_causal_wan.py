@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from ..models.contract import CausalTransformer
 from ..models.lora_layers import check_no_loose_lora
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..models.vae_operations import to_uint8
 from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
 from .lora import CausalWanLoraLoaderMixin
@@ -30,7 +31,7 @@ from .start_frames import BilinearVideoProcessor, StartFrames, read_start
 from .stream import Calls, CausalWanPipelineOutput, CausalWanStream, PromptSwitch
 
 
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+OUTPUT_TYPES = ("np", "pt", "pil", "uint8", "latent")
 
 
 def _parse(prompt: str | list[str] | None) -> list[list[Scene]]:
@@ -600,10 +601,15 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 progress_bar.update()
                 frames = pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
                 if sampling.decode:
-                    frames = self.video_processor.postprocess_video(frames, output_type=output_type)
+                    frames = self._postprocess(frames, output_type)
                 yield frames
                 if sampling.call.interrupt:
                     return
+
+    def _postprocess(self, frames: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
+        if output_type == "uint8":
+            return to_uint8(frames.permute(0, 2, 3, 4, 1))
+        return self.video_processor.postprocess_video(frames, output_type=output_type)
 
     def _hold_first(self, frames: torch.Tensor) -> torch.Tensor:
         """After a cut the first latent frame is one picture: it is held as long as four."""

@@ -79,7 +79,8 @@ class Calls:
 class CausalWanPipelineOutput(BaseOutput):
     """
     The videos, by `output_type`: `"np"` an array `(B, F, H, W, 3)` in [0, 1], `"pt"` a tensor `(B, F, 3, H, W)` in
-    [0, 1], `"pil"` a list of lists of images, `"latent"` the normalised latents `(B, C, f, h, w)`.
+    [0, 1], `"pil"` a list of lists of images, `"uint8"` a tensor `(B, F, H, W, 3)` of 0 to 255 on the device, as
+    encoders of video take it, `"latent"` the normalised latents `(B, C, f, h, w)`.
     """
 
     frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]

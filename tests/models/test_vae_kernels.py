@@ -49,9 +49,8 @@ def test_kernels(dtype, shape):
         assert close(vae_kernels.add(x.clone(), *arguments), expected)
     for times in (1, 2) if channels % 2 == 0 else (1,):
         assert torch.equal(vae_kernels.spread(x, times), vae_operations.spread.__wrapped__(x, times))
-    for patch in (1, 2, 4):
-        x = randn(videos, frames, height, width, 3 * patch**2)
-        assert torch.equal(vae_kernels.uint8_frames(x, patch), vae_operations.uint8_frames.__wrapped__(x, patch))
+    x = x.clamp(-1, 1)
+    assert torch.equal(vae_kernels.to_uint8(x), vae_operations.to_uint8.__wrapped__(x))
 
 
 @pytest.mark.parametrize("config", [{}, {"patch_size": 2, "is_residual": True}])
@@ -62,8 +61,6 @@ def test_the_video_of_the_cpu(config, caplog):
     video = torch.cat([decoder.decode(piece) for piece in latents.cuda().split(2, dim=2)], dim=2)
     assert (video.cpu() - expected).abs().max() < 1e-4
     assert not caplog.records  # every kernel is trusted
-    frames = StreamingVAEDecoder(vae).decode_uint8(latents.cuda()).cpu()
-    assert (frames.float() / 127.5 - 1 - expected.permute(0, 2, 3, 4, 1)).abs().max() < 0.5 / 127.5 + 1e-4
 
 
 def test_bfloat16_is_no_further_from_float32_than_diffusers():

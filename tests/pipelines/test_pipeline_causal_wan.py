@@ -76,6 +76,9 @@ def test_stream_equals_call_equals_whole_decode(variant):
     assert torch.equal(torch.cat(pieces, dim=1), whole)
     assert whole.shape == (2, num_frames, 3, pipe.config.height, pipe.config.width)
 
+    pixels = pipe(PROMPTS, generator=seeded(0), output_type="uint8").frames
+    assert torch.equal(pixels, (whole * 255).round().byte().permute(0, 1, 3, 4, 2)) and pixels.is_contiguous()
+
     latents = pipe(PROMPTS, generator=seeded(0), output_type="latent").frames
     with torch.no_grad():
         decoded = pipe.vae.decode(raw(pipe.vae, latents)).sample
