@@ -80,6 +80,11 @@ def generate_videos(config: GenerationConfig):
                 f"videos to make: {len(pending)} of {len(jobs)}"
             )
         (pending,) = broadcast_object_list([pending])
+        if config.compile and pending:
+            size = {name: settings[name] for name in ("height", "width")}
+            seconds = pipe.compile(num_videos_per_prompt=config.batch_size, sigmas=settings["sigmas"], **size)
+            if accelerator.is_main_process:
+                print(f"compiled in {seconds:.0f} s")
         started = time.perf_counter()
         error = None
         try:

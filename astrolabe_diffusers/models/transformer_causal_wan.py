@@ -294,8 +294,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     def compile_repeated_blocks(self, *args, **kwargs):
         # Reading, writing or both, with a cache or none, in the last layer or not, text kept or new, one video or a
-        # batch: more than torch's 8 graphs.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        # batch, one LoRA or another: more than torch's 8 graphs.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         super().compile_repeated_blocks(*args, **kwargs)
 
     def fuse_qkv_projections(self):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -529,6 +530,33 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     def _frames_of_blocks(self, num_blocks: int) -> int:
         num_latents = num_blocks * self.transformer.config.num_frames_per_block
         return 1 + self.vae.config.scale_factor_temporal * (num_latents - 1)
+
+    def compile(self, prompt: str = "a video", *, backend: str = "inductor", **kwargs) -> float:
+        r"""
+        Compile the transformer's blocks, by `compile_repeated_blocks(fullgraph=True)`, and have it done: two short
+        videos are made that meet every graph, so that calls and streams do not wait for the compiler, however long
+        they are and whenever their prompt changes. What is loaded or fused later is compiled when it is first used.
+
+        Args:
+            prompt (`str`): of those videos.
+            backend (`str`): of `torch.compile`.
+            kwargs: of `stream`, as the videos to come have them: `height`, `width`, `num_videos_per_prompt`, ...
+
+        Returns:
+            The seconds that it took.
+        """
+        began = time.perf_counter()
+        self.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        config = self.transformer.config
+        window = max(config.local_attn_size, 0) // config.num_frames_per_block
+        kwargs = {"num_frames": self._frames_of_blocks(window + 6), "output_type": "uint8"} | kwargs
+        # The first block, a cache that grows, a window that moves on; and changes of the prompt in each of them.
+        for changes in ({}, {1: "recache", 2: "roll", window + 3: "roll", window + 4: "recache"}):
+            with self.stream(prompt, **kwargs) as stream:
+                for block, _ in enumerate(stream):
+                    if block in changes:
+                        stream.set_prompt(prompt, changes[block])
+        return time.perf_counter() - began
 
     def _num_blocks(self, num_frames: float) -> int | None:
         if num_frames == math.inf:

@@ -88,6 +88,22 @@ def test_inductor(recipe):
     check(tiny_pipeline(**RECIPES[recipe]), video, "inductor", 1e-4)
 
 
+@pytest.mark.parametrize("recipe", ["ring", pytest.param("longlive", marks=pytest.mark.slow)])
+def test_one_call_has_it_all_compiled(recipe):
+    """Longer videos, changes of the prompt, cuts: nothing is compiled any more."""
+    pipe = tiny_pipeline(**RECIPES[recipe])
+    expected = video(pipe, 12)
+    assert pipe.compile(backend="eager") > 0
+    n = pipe.transformer.config.num_frames_per_block
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(video(pipe, 12), expected)
+        for transition in ("roll", "recache", "cut"):
+            with pipe.stream("a red circle", num_frames=1 + 4 * (9 * n - 1)) as stream:
+                for block, _ in enumerate(stream):
+                    if block in (1, 5):
+                        stream.set_prompt("a blue square", transition)
+
+
 def test_gradients():
     """Of each block of a longer and longer video, as training takes them: the past is a constant."""
     transformer = tiny_pipeline().transformer
