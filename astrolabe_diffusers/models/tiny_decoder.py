@@ -152,12 +152,16 @@ class TinyWanDecoder(ModelMixin, ConfigMixin):
             raise ValueError(f"{path} is no tiny decoder in the format of TAEHV: it has no {', '.join(missing)}.")
         if denormalised is None:
             denormalised = _is_denormalised(Path(path).name)
+        shapes = [tensors[name].shape for name in _SIZED]
+        channels = shapes[0][1]
         if denormalised:
             defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
-            kwargs |= {name: defaults[name].default for name in ("latents_mean", "latents_std")}
-        shapes = [tensors[name].shape for name in _SIZED]
+            stats = {name: defaults[name].default for name in ("latents_mean", "latents_std")}
+            if channels != len(stats["latents_mean"]):
+                raise ValueError(f"{path} takes de-normalised latents of {channels} channels, which are not Wan2.1's.")
+            kwargs |= stats
         model = cls(
-            latent_channels=shapes[0][1],
+            latent_channels=channels,
             block_out_channels=[shape[0] for shape in shapes[:-1]],
             patch_size=math.isqrt(shapes[-1][0] // 3),
             **kwargs,

@@ -118,6 +118,21 @@ def test_offloaded_layers(model):
     assert (torch.cat(pieces, dim=2) - expected).abs().max() < 1e-6
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    """At the published widths, with the kernels that spread pixels and make bytes."""
+    model = load(tmp_path / "taew2_1.pth", tiny_decoder_tensors(16, (256, 128, 64, 64)))
+    latents = torch.randn(2, 16, 3, 6, 8)
+    expected = StreamingTinyDecoder(model).decode(latents)
+    for dtype, tolerance in {torch.float32: 2e-3, torch.bfloat16: 0.03}.items():
+        decoder = StreamingTinyDecoder(model.to("cuda", dtype))
+        video = torch.cat([decoder.decode(piece.cuda()).cpu() for piece in latents.split((1, 2), dim=2)], dim=2)
+        assert (video - expected).abs().mean() < tolerance
+        decoder.reset()
+        frames = decoder.decode_uint8(latents.cuda()).cpu().permute(0, 4, 1, 2, 3)
+        assert (frames.float() / 127.5 - 1 - expected).abs().mean() < tolerance + 1 / 255
+
+
 def test_round_trip(model, tmp_path):
     StreamingTinyDecoder(model)  # which lays out its weights otherwise in memory
     model.save_pretrained(tmp_path / "saved")
@@ -165,6 +180,8 @@ def test_denormalised_latents(tmp_path):
     assert torch.equal(TinyWanDecoder.from_pretrained(tmp_path / "saved")(latents)[0], model(latents)[0])
     with pytest.raises(ValueError, match=r"^mine.pth may take normalised latents.*published name, or say denorm"):
         load(tmp_path / "mine.pth", tensors)
+    with pytest.raises(ValueError, match="de-normalised latents of 4 channels, which are not Wan2.1's"):
+        load(tmp_path / "lighttaew2_2.pth", tiny_decoder_tensors())
 
 
 @pytest.mark.parametrize(
