@@ -14,6 +14,7 @@ __getattr__, __dir__, _names = lazy_names(
     __name__,
     {
         ".models.kv_cache": ["CausalWanKVCache"],
+        ".models.tiny_decoder": ["StreamingTinyDecoder", "TinyWanDecoder"],
         ".models.transformer_causal_wan": ["CausalWanTransformer3DModel"],
         ".models.vae_streaming": ["StreamingVAEDecoder"],
         ".pipelines.pipeline_causal_wan": ["CausalWanPipeline"],
@@ -27,5 +28,6 @@ announce_to_diffusers(
     {
         "CausalWanPipeline": f"{__name__}.pipelines.pipeline_causal_wan",
         "CausalWanTransformer3DModel": f"{__name__}.models.transformer_causal_wan",
+        "TinyWanDecoder": f"{__name__}.models.tiny_decoder",
     }
 )

@@ -180,7 +180,7 @@ def tiny_pipeline(
         "num_frames",
         "frame_rate",
     )
-    component_names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    component_names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer", "tiny_decoder")
     arguments = dict(max_sequence_length=16, height=32, width=48, num_frames=21)
     arguments |= {k: overrides.pop(k) for k in pipeline_names + component_names if k in overrides}
     with torch.random.fork_rng():

@@ -37,6 +37,9 @@ class GenerationConfig(VideoConfig):
     dtype: str | None = option(None, "float32 on a CPU and bfloat16 elsewhere if not given", choices=DTYPES)
     offload: str = option("none", "what leaves the GPU while it is not used", choices=OFFLOADS)
     compile: bool = option(False, "compile the transformer first, for many videos; they differ by rounding")
+    tiny_decoder: str | None = option(
+        None, "decode with this published file or folder: fast, and not the exact frames"
+    )
     vae_tiling: bool = option(False, "decode in tiles, with less memory")
     attention_backend: str | None = option(None, "a backend of diffusers; torch's fastest exact kernel if not given")
     rewards: dict[str, float] = option(

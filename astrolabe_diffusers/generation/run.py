@@ -21,7 +21,15 @@ from ..files.output_folder import RunFolder
 from ..files.video import VideoWriter
 from ..files.writing import writing
 from ..pipelines.block_generation import NOISE_LAYOUT
-from ..pipelines.loading import frame_rate, load_from, load_loras, prepare_pipeline, video_size, weights_digest
+from ..pipelines.loading import (
+    frame_rate,
+    load_from,
+    load_loras,
+    load_tiny_decoder,
+    prepare_pipeline,
+    video_size,
+    weights_digest,
+)
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
 from ..rollout.prompts import Prompt, PromptSource
@@ -58,6 +66,8 @@ def generate_videos(config: GenerationConfig):
         pipe = load_from(config.model, config.revision, variant=config.variant, dtype=getattr(torch, dtype))
         if config.lora:
             load_loras(pipe, config.lora)
+        if config.tiny_decoder:
+            load_tiny_decoder(pipe, config.tiny_decoder, getattr(torch, dtype))
         settings = video_settings(config, pipe, dtype)
         lengths = []
         for index, prompt in enumerate(prompts):
@@ -116,7 +126,10 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
     """All that determines a video beside its job, as JSON values."""
     same = ("seed", "revision", "variant", "lora_scale", "max_sequence_length")
     same += ("vae_tiling", "attention_backend", "plain_prompts")
-    return {name: getattr(config, name) for name in same} | {
+    # Not `None` without one: the videos in a folder of before have no such entry, and are still what they were.
+    tiny = {"tiny_decoder": shareable_value(config.tiny_decoder)} if config.tiny_decoder else {}
+    sampled = filter(None, (pipe.vae, pipe.text_encoder, pipe.tiny_decoder))
+    return {name: getattr(config, name) for name in same} | tiny | {
         "noise_layout": NOISE_LAYOUT,
         "height": config.height or pipe.config.height,
         "width": config.width or pipe.config.width,
@@ -124,7 +137,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "model": shareable_value(config.model),
         "lora": shareable_value(config.lora),
         # A folder's name says nothing of what is in it.
-        "weights": weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder),
+        "weights": weights_digest(pipe.transformer, *sampled),
         "sigmas": config.sigmas or None,
         "dtype": dtype,
     }

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.contract import packs_blocks, store_mode
 from ..models.kv_cache_shared_past import SharedPastKVCache
-from ..models.vae_streaming import StreamingVAEDecoder, encode_video
+from ..models.vae_streaming import encode_video
 from .stream import Call
 
 
@@ -130,7 +130,7 @@ class BlockGenerator:
         self.kv_cache = pipe.transformer.new_kv_cache(max_frames, pipe.config.past_weight)
         plain = num_context or pipe.config.past_weight != 1
         self.kv_cache.state.packs_blocks = packs_blocks(pipe.transformer) and not plain
-        self.decoder = StreamingVAEDecoder(pipe.vae)
+        self.decoder = pipe.new_decoder()
         self.context = ReencodedContext(pipe.vae, num_context) if num_context else None
         # The last block, which enters the cache only when another follows, and the prompt it was made with.
         self.last: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None

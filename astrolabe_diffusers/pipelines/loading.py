@@ -20,6 +20,7 @@ from ..errors import CHECKED, UserError, as_user_error, close_matches
 from ..files.output_folder import list_checkpoints
 from ..layouts.published_models import PUBLISHED_MODELS
 from ..models.attention_causal_wan import attend
+from ..models.tiny_decoder import TinyWanDecoder
 from .pipeline_causal_wan import CausalWanPipeline
 
 
@@ -143,6 +144,14 @@ def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
     pipe.set_adapters(names, list(loras.values()))
 
 
+def load_tiny_decoder(pipe: CausalWanPipeline, name: str, dtype: torch.dtype):
+    """Makes the pipeline decode with a published file or, in Diffusers format, a folder."""
+    with no_loading_bars(), as_user_error(f"cannot load the tiny decoder {name}", LOADING), no_missing_tensors():
+        load = TinyWanDecoder.from_pretrained if Path(name).is_dir() else TinyWanDecoder.from_single_file
+        pipe.register_modules(tiny_decoder=load(name, dtype=dtype))
+        pipe.check_components()
+
+
 def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> str:
     """Changes when the weights of the transformer do, those of loaded LoRAs included, or those of the others.
 
@@ -168,7 +177,8 @@ def prepare_pipeline(
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules=["vae"])
+        decoders = ["vae", "tiny_decoder"]
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules=decoders)
     else:
         pipe.to(device)
     if vae_tiling:

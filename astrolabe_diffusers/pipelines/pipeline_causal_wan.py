@@ -20,8 +20,10 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..models.contract import CausalTransformer
 from ..models.lora_layers import check_no_loose_lora
+from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_operations import to_uint8
+from ..models.vae_streaming import StreamingVAEDecoder
 from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
 from .lora import CausalWanLoraLoaderMixin
@@ -74,10 +76,12 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
         frame_rate (`int`, defaults to 16): frames per second the model was trained at.
+        tiny_decoder ([`TinyWanDecoder`], *optional*):
+            Decodes in place of the autoencoder: much faster, and lossy. Training looks at the autoencoder's frames.
 
-    What follows `transformer` is stored in `model_index.json` and serves as the defaults of `__call__`. Without
-    transformer and autoencoder (`None`) the pipeline encodes prompts; without tokenizer and text encoder it takes
-    `prompt_embeds`.
+    The settings, from `sigmas` to `frame_rate`, are stored in `model_index.json` and serve as the defaults of
+    `__call__`. Without transformer and autoencoder (`None`) the pipeline encodes prompts; without tokenizer and text
+    encoder it takes `prompt_embeds`.
 
     Raises:
         ValueError: a setting out of its range, or transformer or scheduler of a model that is not causal.
@@ -86,10 +90,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     # Makes the blocks, one after the other; a subclass may have its own.
     block_generator_class = BlockGenerator
     model_cpu_offload_seq = "text_encoder->transformer"
-    # Decodes after every block: it would chase the transformer off the device and back, for a quarter of a gigabyte.
-    _exclude_from_cpu_offload = ["vae"]
+    # Decode after every block: they would chase the transformer off the device and back, for a quarter of a gigabyte.
+    _exclude_from_cpu_offload = ["vae", "tiny_decoder"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
-    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer"]
+    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer", "tiny_decoder"]
 
     def __init__(
         self,
@@ -107,10 +111,16 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         width: int = 832,
         num_frames: int = 81,
         frame_rate: int = 16,
+        tiny_decoder: TinyWanDecoder | None = None,
     ):
         super().__init__()
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            transformer=transformer,
+            tiny_decoder=tiny_decoder,
         )
         if first_block_sigmas is not None:
             first_block_sigmas = check_sigmas(first_block_sigmas, "first_block_sigmas")
@@ -145,15 +155,18 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     def register_modules(self, **kwargs):
         super().register_modules(**kwargs)
-        # The Hub accepts an index only if every library in it is a known one. Our model class is an attribute of
+        # The Hub accepts an index only if every library in it is a known one. Our model classes are attributes of
         # diffusers once this package is imported, so the index says what diffusers' own would.
-        if isinstance(kwargs.get("transformer"), CausalWanTransformer3DModel):
-            self.register_to_config(transformer=("diffusers", type(kwargs["transformer"]).__name__))
+        for name, module in kwargs.items():
+            if isinstance(module, (CausalWanTransformer3DModel, TinyWanDecoder)):
+                self.register_to_config(**{name: ("diffusers", type(module).__name__)})
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As the parent's; a LoRA that is loaded and not fused is refused, before anything is written."""
         if self.transformer is not None:
             check_no_loose_lora(self.transformer)
+        # Of `pipe.tiny_decoder = ...` where there was none diffusers would save nothing.
+        self.register_modules(tiny_decoder=self.tiny_decoder)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
@@ -190,6 +203,31 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 f"the scheduler is a {type(self.scheduler).__name__}, but few-step models are sampled with a "
                 "FlowMatchLCMScheduler: pass `scheduler=FlowMatchLCMScheduler(shift=5.0)`, as all published ones have."
             )
+        if self.tiny_decoder is not None:
+            self._check_tiny_decoder()
+
+    def _check_tiny_decoder(self):
+        if not isinstance(self.tiny_decoder, TinyWanDecoder):
+            raise ValueError(f"`tiny_decoder` is a {type(self.tiny_decoder).__name__}, but must be a TinyWanDecoder.")
+        if self.config.num_context_frames is not None:
+            raise ValueError(
+                "`tiny_decoder` cannot be used with `num_context_frames`: the model's context is encoded from the "
+                "autoencoder's own frames, so every block is decoded exactly anyway."
+            )
+        if self.vae is None:
+            return
+        tiny, vae = self.tiny_decoder, self.vae.config
+        found = tiny.config.latent_channels, tiny.scale_factor_temporal, tiny.scale_factor_spatial
+        wanted = vae.z_dim, vae.scale_factor_temporal, vae.scale_factor_spatial
+        if found != wanted:
+            raise ValueError(
+                f"`tiny_decoder` is of another autoencoder: it has (latent channels, frames, pixels a side) {found} a "
+                f"latent, the pipeline's {wanted}."
+            )
+
+    def new_decoder(self) -> StreamingVAEDecoder | StreamingTinyDecoder:
+        """Of one video, or of several that go on together, from their beginning."""
+        return StreamingVAEDecoder(self.vae) if self.tiny_decoder is None else StreamingTinyDecoder(self.tiny_decoder)
 
     def _require(self, *names: str):
         missing = [name for name in names if getattr(self, name) is None]

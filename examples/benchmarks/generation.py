@@ -13,11 +13,12 @@ from comparison import Clip, compare
 from measuring import Measurement, StreamMeasurement, measure, measure_streams
 from random_models import random_pipeline, recipe_of
 
+from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.errors import CHECKED, UserError, as_user_error, exit_code
 from astrolabe_diffusers.generation.config import OFFLOADS
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
-from astrolabe_diffusers.pipelines.loading import load_from, prepare_pipeline, video_size
+from astrolabe_diffusers.pipelines.loading import load_from, load_tiny_decoder, prepare_pipeline, video_size
 
 
 def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dict[str, Measurement]:
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what leaves the GPU while it is not used")
     parser.add_argument("--vae_tiling", action="store_true")
+    parser.add_argument("--tiny_decoder", help="decode with it: its file or folder, or `random` weights")
     parser.add_argument("--attention_backend", help="of diffusers; by default the fastest exact kernel of torch")
     parser.add_argument("--prompt", default="a boat on a lake", help="may have scenes")
     parser.add_argument("--num_streams", type=int, help="measure streams that take turns, not the parts")
@@ -48,12 +50,16 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
     args = parser.parse_args(argv)
     if not args.baseline and (args.batch_sizes or args.lengths or args.profile):
         raise UserError("--batch_sizes, --lengths and --profile belong to --baseline.")
-    if args.baseline and (args.num_streams or args.offload != "none"):
-        raise UserError("--baseline keeps all models on the device and takes no --num_streams.")
+    if args.baseline and (args.num_streams or args.offload != "none" or args.tiny_decoder):
+        raise UserError("--baseline keeps all models on the device and takes no --num_streams or --tiny_decoder.")
     dtype = getattr(torch, args.dtype)
     recipe = recipe_of(args.recipe, args.model)
     pipe = random_pipeline(recipe, args.device, dtype) if recipe else load_from(args.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
+    if args.tiny_decoder == "random":
+        pipe.register_modules(tiny_decoder=TinyWanDecoder(pipe.vae.config.z_dim).to(dtype).eval())
+    elif args.tiny_decoder:
+        load_tiny_decoder(pipe, args.tiny_decoder, dtype)
     prepare_pipeline(pipe, torch.device(args.device), args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
     arguments = {"prompt": args.prompt, "num_videos_per_prompt": args.batch_size, **sizes}

@@ -8,7 +8,6 @@ from statistics import median
 import torch
 
 from astrolabe_diffusers import CausalWanPipeline
-from astrolabe_diffusers.models.vae_streaming import StreamingVAEDecoder
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
 
@@ -77,7 +76,7 @@ def measure(pipe: CausalWanPipeline, repetitions: int = 3, **kwargs) -> Measurem
     kwargs.setdefault("num_frames", pipe.default_num_frames(kwargs["prompt"]))
 
     def decode() -> list[float]:
-        decoder = StreamingVAEDecoder(pipe.vae)
+        decoder = pipe.new_decoder()
         with torch.no_grad():
             return timed(decoder.decode(block) for block in latents)
 

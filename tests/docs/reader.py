@@ -36,6 +36,7 @@ from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.training.config import OnlineConfig
 from tests.conftest import skip_charts
 from tests.layouts.original_layout import original_names, original_weights
+from tests.tiny_decoder_files import tiny_decoder_tensors
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
 
 from .pages import ROOT, Command, blocks, commands, read_page
@@ -95,6 +96,7 @@ class Reader:
         self.namespace: dict = {}
         for name in ("examples", "accelerate_configs", "tests", "constraints.txt"):
             (folder / name).symlink_to(ROOT / name)
+        torch.save(tiny_decoder_tensors(), folder / "taew2_1.pth")
         (folder / "my-prompts.txt").write_text("\n".join(tiny_shapes_captions()[:6]))
         if quick_start:
             shutil.copytree(quick_start, folder / "nft-tiny-shapes")
@@ -128,6 +130,9 @@ class Reader:
             importlib.invalidate_caches()
         else:
             code = block.text.replace('"cuda"', '"cpu"')
+            for model in re.findall(r'from_pretrained\("([\w.-]+)"', code):
+                if model in PUBLISHED_MODELS and not (self.folder / model).exists():
+                    save_tiny_pipeline(self.folder / model)
             with short_runs(num_eval_prompts=2):  # where a snippet gives as many, all of them count
                 exec(compile(code, block.place, "exec"), self.namespace)
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import imageio.v3
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import export_to_video
 
+from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.files.output_folder import RunFolder
 from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.pipelines.pipeline_causal_wan import CausalWanPipeline
@@ -24,6 +26,7 @@ from astrolabe_diffusers.rollout import reward_thread
 from astrolabe_diffusers.rollout.seeds import seeded_generator
 from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
 from tests.processes import Script, Torchrun
+from tests.tiny_decoder_files import tiny_decoder_tensors
 from tests.tiny_pipeline import tiny_shapes_captions
 from tests.training.helpers import full_disk, policy_pipeline, threads_left
 
@@ -116,6 +119,36 @@ def test_file_is_the_video_of_the_pipeline(model_folder, pipe, tmp_path, capsys)
         assert entry["frames_per_second"] == pytest.approx(33 / entry["seconds"])
     assert not np.array_equal(*(imageio.v3.imread(tmp_path / entry["file"]) for entry in entries))
     assert "videos made: 2, skipped: 0" in capsys.readouterr().out
+
+
+def test_tiny_decoder(model_folder, pipe, tmp_path, capsys):
+    """Of a file and of a folder; the folder of videos never mixes its frames with the autoencoder's."""
+    file, folder = tmp_path / "taew2_1.pth", tmp_path / "decoder"
+    torch.save(tiny_decoder_tensors(), file)
+    pipe.tiny_decoder = TinyWanDecoder.from_single_file(file)
+    pipe.tiny_decoder.save_pretrained(folder)
+    expected = expected_frames(pipe, tmp_path / "whole.mp4", PROMPT, (0, 0, 0), num_frames=9)
+    command = arguments(model_folder, tmp_path / "out", prompt=PROMPT, num_frames=9)
+    for options in (["--tiny_decoder", str(file)], [], ["--tiny_decoder", str(folder)]):
+        for made in (1, 0):
+            assert main([*command, *options]) == 0
+            assert f"videos made: {made}" in capsys.readouterr().out
+        (entry,) = read_manifest(tmp_path / "out")
+        assert entry.get("tiny_decoder") == (Path(options[1]).name if options else None)
+        same = np.array_equal(imageio.v3.imread(tmp_path / "out" / entry["file"]), expected)
+        assert same == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [({}, "is no tiny decoder in the format of TAEHV"), (dict(channels=16), "is of another autoencoder: it has")],
+)
+def test_a_tiny_decoder_that_does_not_fit(model_folder, tmp_path, capsys, tensors, words):
+    file = tmp_path / "taew2_1.pth"
+    torch.save(tiny_decoder_tensors(**tensors) if tensors else {"conv1.weight": torch.ones(1)}, file)
+    assert main([*arguments(model_folder, tmp_path / "out", prompt=PROMPT), "--tiny_decoder", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot load the tiny decoder {file}: ") and words in line
 
 
 def test_a_video_of_other_noise_is_made_anew(model_folder, tmp_path, capsys):

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
+from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel, StreamingTinyDecoder
 from astrolabe_diffusers.errors import UserError
+from tests.tiny_decoder_files import tiny_decoder_tensors
 from tests.tiny_pipeline import SMALL, save_tiny_pipeline, tiny_pipeline
 
 
@@ -73,6 +74,23 @@ def test_a_folder_or_a_recipe(model_folder, monkeypatch, tmp_path, capsys):
     assert not capsys.readouterr().out.startswith("longlive")
     with pytest.raises(UserError, match="there is no 'self-forcin'.*self-forcing"):
         generation.main(["--recipe", "self-forcin"])
+
+
+def test_tiny_decoders(model_folder, tmp_path, monkeypatch):
+    """Of a file, and random ones: it is what is timed."""
+    import generation
+
+    file, pieces, decode = tmp_path / "taew2_1.pth", [], StreamingTinyDecoder.decode
+    torch.save(tiny_decoder_tensors(), file)
+    monkeypatch.setattr(StreamingTinyDecoder, "decode", lambda *args: pieces.append(args) or decode(*args))
+    flags = ["--model", str(model_folder), "--dtype", "float32", "--num_frames", "9", "--device", "cpu"]
+    for decoder in ("random", str(file)):
+        pieces.clear()
+        result = generation.main([*flags, "--repetitions", "1", "--tiny_decoder", decoder])
+        # To compile and once, by itself and in a stream.
+        assert len(pieces) == 3 and result.decode > 0
+    with pytest.raises(UserError, match="takes no --num_streams or --tiny_decoder"):
+        generation.main([*flags, "--baseline", "--tiny_decoder", "random"])
 
 
 def test_random_weights_are_of_the_recipe(monkeypatch):
