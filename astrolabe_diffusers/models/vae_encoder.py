@@ -40,8 +40,8 @@ def _encode_piece(vae: AutoencoderKLWan, frames: torch.Tensor, memory: Memory) -
 
 
 def down_block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, memory: Memory, first: bool) -> Pair:
-    """One of the layers of which Wan2.1 has a row, without attention, which diffusers' encoder cannot call; or Wan2.2's
-    `WanResidualDownBlock`."""
+    """One of the layers of which Wan2.1 has a row, or a `WanResidualDownBlock` of Wan2.2. None is an attention block:
+    diffusers' encoder has a place for them, but fails with one."""
     if isinstance(block, WanResidualBlock):
         return residual_block(block, x, bias, memory), None
     x = add_bias(x, bias)

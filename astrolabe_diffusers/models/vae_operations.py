@@ -1,4 +1,4 @@
-"""What Wan's encoder and decoder are made of, on `(B, F, H, W, C)`: the passes between their matrix products, and their
+"""What Wan's encoder and decoder are made of, on `(B, F, H, W, C)`: the passes between matrix products, and the
 convolutions in the formulation that is fastest.
 
 Without gradients. A pass that has a Triton kernel in `vae_kernels` runs it on CUDA; here it says what that computes.
