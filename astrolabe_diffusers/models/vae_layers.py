@@ -28,7 +28,7 @@ Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 def has_hooks(vae: AutoencoderKLWan) -> bool:
     """Whether a module inside has hooks, as of offloading: its weights may then be anywhere until it is called."""
-    # Asked of every module for every piece: modules take long to say what they do not have.
+    # Not by `hasattr`: a module takes long to say what it does not have.
     inside = (vars(module) for module in vae.modules() if module is not vae)
     return any("_hf_hook" in attributes or "_diffusers_hook" in attributes for attributes in inside)
 

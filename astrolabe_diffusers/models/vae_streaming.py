@@ -36,7 +36,8 @@ def _denormalised(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """Normalised latents `(B, C, 1 + (F - 1) // 4, h, w)`, float32, of a video `(B, 3, F, H, W)` in [-1, 1].
 
-    The mean of the posterior, as the published models take it. Frames after the last 1 + 4 n are left out.
+    The mean of the posterior, as the published models take it. Frames after the last 1 + 4 n are left out. With
+    gradients, tiles or hooks, as of offloading, it is diffusers' own encoder that runs.
     """
     video = video.to(vae.dtype)
     if torch.is_grad_enabled() or vae.use_tiling or has_hooks(vae):
