@@ -29,7 +29,6 @@ def _decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) 
     x, bias = middle_block(decoder.mid_block, x, bias, memory), None
     for block in decoder.up_blocks:
         x, bias = up_block(block, x, bias, memory, first)
-
     return add_bias(*causal_convolution(decoder.conv_out, decoder.norm_out, x, bias, memory)), memory
 
 

@@ -47,8 +47,9 @@ def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
         lay_out(vae.encoder)
         together = 1 if vae.use_slicing else len(video)
         latents = torch.cat([_encode(vae, videos) for videos in video.split(together)])
-    mean, std = _latent_stats(vae, latents.float())
-    return (latents.float() - mean) / std
+    latents = latents.float()
+    mean, std = _latent_stats(vae, latents)
+    return (latents - mean) / std
 
 
 def _encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
