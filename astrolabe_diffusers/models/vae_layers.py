@@ -20,8 +20,9 @@ from torch import nn
 from .vae_operations import add, convolve, convolve_apart, is_narrow, is_stacked, multiply, norm, stack
 
 
-# The last two frames that each causal convolution has read, `(B, 2, H, W, C)`, one if it takes every other, or what they
-# give to the frames after them; of diffusers' decoder its `feat_cache`. Empty before a video's first frame.
+# The last two frames that each causal convolution has read, `(B, 2, H, W, C)`, or what they give to the frames after
+# them; of one that takes every other frame the last. Of diffusers' decoder its `feat_cache`. Empty before a video's
+# first frame.
 Memory = dict[nn.Module, torch.Tensor] | dict[int, torch.Tensor | str | None]
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
