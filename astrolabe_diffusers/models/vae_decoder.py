@@ -1,47 +1,12 @@
-"""Wan's decoder over the weights of `AutoencoderKLWan`: what diffusers' computes, with its memory passed explicitly.
-
-Hidden states are `(B, F, H, W, C)` in memory. A convolution may leave its bias to the pass after it: such a result
-travels as a pair of tensor and bias, or `None`.
-"""
+"""Wan's decoder over the weights of `AutoencoderKLWan`: what diffusers' computes, its memory passed explicitly."""
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import (
-    DupUp3D,
-    WanAttentionBlock,
-    WanCausalConv3d,
-    WanResample,
-    WanResidualBlock,
-    WanResidualUpBlock,
-    WanRMS_norm,
-)
+from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanResample, WanResidualUpBlock
 from torch import nn
 
-from .vae_operations import (
-    add,
-    convolve,
-    convolve_apart,
-    convolve_images,
-    is_narrow,
-    is_stacked,
-    multiply,
-    norm,
-    spread,
-    stack,
-)
-
-
-# The last two frames that each causal convolution has read, `(B, 2, H, W, C)`, or what they give to the frames after
-# them; of diffusers' decoder its `feat_cache`. Empty before a video's first frame.
-Memory = dict[nn.Module, torch.Tensor] | dict[int, torch.Tensor | str | None]
-Pair = tuple[torch.Tensor, torch.Tensor | None]
-
-
-def has_hooks(vae: AutoencoderKLWan) -> bool:
-    """Whether a module inside has hooks, as of offloading: its weights may then be anywhere until it is called."""
-    modules = (module for name, module in vae.named_modules() if name)
-    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in modules)
+from .vae_layers import Memory, Pair, add_bias, causal_convolution, middle_block, past_frames, residual_block
+from .vae_operations import add, convolve_images, multiply, spread, stack
 
 
 @torch.no_grad()
@@ -61,18 +26,10 @@ def _decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) 
     decoder, first, memory = vae.decoder, not memory, dict(memory)
     x = multiply(latents.permute(0, 2, 3, 4, 1).contiguous(), vae.post_quant_conv)
     x, bias = causal_convolution(decoder.conv_in, None, x, None, memory)
-
-    middle = decoder.mid_block
-    x = residual_block(middle.resnets[0], x, bias, memory)
-    for attention, resnet in zip(middle.attentions, middle.resnets[1:]):
-        x = residual_block(resnet, attention_block(attention, x), None, memory)
-
-    bias = None
+    x, bias = middle_block(decoder.mid_block, x, bias, memory), None
     for block in decoder.up_blocks:
         x, bias = up_block(block, x, bias, memory, first)
-
-    x, bias = causal_convolution(decoder.conv_out, decoder.norm_out, x, bias, memory)
-    return (x if bias is None else x.add_(bias)), memory
+    return add_bias(*causal_convolution(decoder.conv_out, decoder.norm_out, x, bias, memory)), memory
 
 
 @torch.no_grad()
@@ -89,45 +46,6 @@ def decode_piece_by_calls(
             frames.append(vae.decoder(piece, feat_cache=memory, feat_idx=[0], first_chunk=first))
         first = False
     return torch.cat(frames, dim=2).permute(0, 2, 3, 4, 1), memory
-
-
-def causal_convolution(
-    conv: WanCausalConv3d, rms_norm: WanRMS_norm | None, x: torch.Tensor, bias: torch.Tensor | None, memory: Memory
-) -> Pair:
-    """3 x 3 x 3, after norm and SiLU if there is a norm."""
-    gamma = None if rms_norm is None else rms_norm.gamma.flatten()
-    if is_narrow(conv):
-        x, _ = stack(x, bias, gamma, None, False)
-        x, memory[conv] = convolve_apart(x, conv, _past(conv, x, memory, 3 * conv.out_channels))
-        return x, None
-    frames, memory[conv] = stack(x, bias, gamma, _past(conv, x, memory, conv.in_channels), is_stacked(conv))
-    return convolve(frames, conv)
-
-
-def _past(conv: WanCausalConv3d, x: torch.Tensor, memory: Memory, channels: int) -> torch.Tensor:
-    past = memory.get(conv)
-    return x.new_zeros(len(x), 2, *x.shape[2:4], channels) if past is None else past
-
-
-def residual_block(
-    block: WanResidualBlock, x: torch.Tensor, bias: torch.Tensor | None, memory: Memory
-) -> torch.Tensor:
-    if isinstance(block.conv_shortcut, nn.Identity):
-        shortcut, shortcut_bias = x, bias
-    else:
-        x, bias = (x if bias is None else x.add_(bias)), None
-        shortcut, shortcut_bias = multiply(x, block.conv_shortcut), None
-    x, bias = causal_convolution(block.conv1, block.norm1, x, bias, memory)
-    x, bias = causal_convolution(block.conv2, block.norm2, x, bias, memory)
-    return add(x, bias, shortcut, shortcut_bias)
-
-
-def attention_block(block: WanAttentionBlock, x: torch.Tensor) -> torch.Tensor:
-    """Every frame by itself, a single head."""
-    frames = x.flatten(2, 3).flatten(0, 1)[:, None]  # (B * F, 1, H * W, C)
-    query, key, value = multiply(norm(frames, block.norm.gamma.flatten()), block.to_qkv).chunk(3, dim=-1)
-    attended = F.scaled_dot_product_attention(query, key, value)
-    return add(multiply(attended, block.proj).view_as(x), None, x, None)
 
 
 def up_block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, memory: Memory, first: bool) -> Pair:
@@ -155,7 +73,7 @@ def upsample(layer: WanResample, x: torch.Tensor, memory: Memory, first: bool) -
             parts, x = [spread(x[:, :1].contiguous(), 1)], x[:, 1:].contiguous()
         # The kernels cannot be launched for no frames at all.
         if x.shape[1]:
-            frames, memory[conv] = stack(x, None, None, _past(conv, x, memory, conv.in_channels), True)
+            frames, memory[conv] = stack(x, None, None, past_frames(conv, x, memory, conv.in_channels), True)
             parts.append(spread(multiply(frames, conv), 2))
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     conv = layer.resample[1]

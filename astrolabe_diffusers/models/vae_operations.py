@@ -1,5 +1,5 @@
-"""What Wan's decoder is made of, on `(B, F, H, W, C)`: the passes between its matrix products, and its convolutions in
-the formulation that is fastest.
+"""What Wan's encoder and decoder are made of, on `(B, F, H, W, C)`: the passes between matrix products, and the
+convolutions in the formulation that is fastest.
 
 Without gradients. A pass that has a Triton kernel in `vae_kernels` runs it on CUDA; here it says what that computes.
 """
@@ -65,7 +65,7 @@ def _agrees(plain: Callable, x: torch.Tensor, *args) -> bool:
     except Exception as error:  # whatever a compiler that is missing or too old raises
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
-        logger.warning("Wan's decoder runs without its own kernel for `%s`, slower: %s", name, problem)
+        logger.warning("Wan's autoencoder runs without its own kernel for `%s`, slower: %s", name, problem)
     return problem is None
 
 
@@ -79,7 +79,7 @@ def _difference(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 def is_narrow(conv: nn.Conv3d) -> bool:
     """Whether the results of a convolution's three frames, apart, are fewer than what one frame holds: only the last
-    convolution, to colours, which then reads every frame once."""
+    convolution, to colours or latents, which then reads every frame once."""
     return 3 * conv.out_channels < conv.in_channels
 
 
@@ -180,15 +180,25 @@ def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
     return x.reshape(batch, frames, patch * height, patch * width, -1)
 
 
+def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """What `unpatchify` undoes: `(B, F, patch * H, patch * W, C)` -> `(B, F, H, W, C * patch**2)`."""
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, F, H, patch, W, patch, C)
+    return x.permute(0, 1, 2, 4, 6, 5, 3).flatten(4)
+
+
 def convolve_images(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int, stride: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A convolution of every frame with a weight `(O, kh, kw, C)`, and the bias, if it is still to be added.
 
     On CUDA torch would add it in a pass of its own; here the pass that follows does.
     """
     later, now = (bias, None) if on_gpu(x) else (None, bias)
-    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), now, padding=padding)
+    missing = -x.shape[-1] % 8
+    if on_gpu(x) and missing:
+        # Tensor cores read channels by the eight; those of three pictures are nine.
+        x, weight = F.pad(x, (0, missing)), F.pad(weight, (0, missing))
+    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), now, stride, padding)
     return y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2]), later
 
 

@@ -8,16 +8,18 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
 
-from .vae_decoder import Memory, decode_piece, decode_piece_by_calls, has_hooks
+from .vae_decoder import decode_piece, decode_piece_by_calls
+from .vae_encoder import encode_piece
+from .vae_layers import Memory, has_hooks
 from .vae_operations import lay_out, norm, unpatchify
 
 
 # Latent frames before a frame that it depends on, by all the convolutions of Wan's decoder in time, rounded up.
 DECODER_MEMORY = 40
-# Positions of a frame times latent frames that are decoded together. Of small frames the kernels take less time to run
-# than to launch; beyond, more would only take more memory.
+# Positions of a frame times latent frames that are decoded, or encoded, together. Of small frames the kernels take
+# less time to run than to launch; beyond, more would only take more memory.
 LATENTS_AT_ONCE = 1024
-# `AutoencoderKLWan` keeps what its encoder remembers in itself, where two threads would mix their videos.
+# `AutoencoderKLWan`'s own encoding keeps what it remembers in itself, where two threads would mix their videos.
 _ENCODING = threading.Lock()
 
 
@@ -32,14 +34,34 @@ def _denormalised(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """Normalised latents `(B, C, 1 + (F - 1) / 4, h, w)`, float32, of a video `(B, 3, F, H, W)` in [-1, 1].
+    """Normalised latents `(B, C, 1 + (F - 1) // 4, h, w)`, float32, of a video `(B, 3, F, H, W)` in [-1, 1].
 
-    The mean of the posterior, as the published models take it.
+    The mean of the posterior, as the published models take it. Frames after the last 1 + 4 n are left out. With
+    gradients, tiles or hooks, as of offloading, it is diffusers' own encoder that runs.
     """
-    with _ENCODING:
-        latents = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
+    video = video.to(vae.dtype)
+    if torch.is_grad_enabled() or vae.use_tiling or has_hooks(vae):
+        with _ENCODING:
+            latents = vae.encode(video).latent_dist.mode()
+    else:
+        lay_out(vae.encoder)
+        together = 1 if vae.use_slicing else len(video)
+        latents = torch.cat([_encode(vae, videos) for videos in video.split(together)])
+    latents = latents.float()
     mean, std = _latent_stats(vae, latents)
     return (latents - mean) / std
+
+
+def _encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """The posterior's mean, as the autoencoder has it."""
+    positions = video[0, 0, 0].numel() // vae.spatial_compression_ratio**2
+    together, count = max(1, LATENTS_AT_ONCE // max(1, positions)), 1 + (video.shape[2] - 1) // 4
+    memory, latents = {}, []
+    for start in range(0, count, together):
+        frames = video[:, :, max(0, 4 * start - 3) : 4 * min(start + together, count) - 3]
+        piece, memory = encode_piece(vae, frames, memory)
+        latents.append(piece)
+    return torch.cat(latents, dim=2)
 
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """Our decoder against `AutoencoderKLWan.decode`, in float64 but for rounding of that."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from torch import nn
 
-from astrolabe_diffusers.models import vae_decoder, vae_operations
-from astrolabe_diffusers.models.vae_decoder import decode_piece, decode_piece_by_calls, has_hooks
+from astrolabe_diffusers.models import vae_decoder, vae_layers, vae_operations
+from astrolabe_diffusers.models.vae_decoder import decode_piece, decode_piece_by_calls
+from astrolabe_diffusers.models.vae_layers import has_hooks
 from astrolabe_diffusers.models.vae_operations import lay_out, unpatchify
 
 
@@ -96,8 +99,9 @@ def test_as_on_a_gpu(config, monkeypatch):
     expected = decode(vae, latents, [2, 1])
     monkeypatch.setattr(vae_operations, "on_gpu", lambda x: True)
     monkeypatch.setattr(vae_operations, "STACKED_CHANNELS", 4)
-    for name in ("stack", "add", "spread"):
-        monkeypatch.setattr(vae_decoder, name, getattr(vae_operations, name).__wrapped__)
+    for module, name in itertools.product((vae_layers, vae_decoder), ("stack", "add", "spread")):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, getattr(vae_operations, name).__wrapped__)
     lay_out(vae.decoder)
     assert (decode(vae, latents, [2, 1]) - expected).abs().max() < 1e-10
 

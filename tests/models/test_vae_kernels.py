@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain passes, and the whole decoder on a GPU."""
+"""The Triton kernels against the plain passes, and the whole decoder and encoder on a GPU."""
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from diffusers import AutoencoderKLWan
 from astrolabe_diffusers import StreamingVAEDecoder
 from astrolabe_diffusers.models import vae_operations
 from astrolabe_diffusers.models.vae_decoder import decode_piece
+from astrolabe_diffusers.models.vae_encoder import encode_piece
+from astrolabe_diffusers.models.vae_streaming import encode_video
 from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
 
 
@@ -63,6 +65,15 @@ def test_the_video_of_the_cpu(config, caplog):
     assert not caplog.records  # every kernel is trusted
 
 
+@pytest.mark.parametrize("config", [{}, {"patch_size": 2, "is_residual": True}])
+def test_the_latents_of_the_cpu(config, caplog):
+    vae, video = tiny_vae(**config), torch.rand(2, 3, 9, 32, 48) * 2 - 1
+    expected = encode_video(vae, video)
+    latents = encode_video(vae.to("cuda"), video.cuda())
+    assert (latents.cpu() - expected).abs().max() < 1e-4
+    assert not caplog.records  # every kernel is trusted
+
+
 def test_bfloat16_is_no_further_from_float32_than_diffusers():
     vae = AutoencoderKLWan(base_dim=96).cuda()
     latents = torch.randn(1, 16, 3, 16, 24, device="cuda")
@@ -70,4 +81,13 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers():
     vae.bfloat16()
     theirs = vae.decode(latents.bfloat16()).sample
     ours = decode_piece(vae, latents.bfloat16(), {})[0].clamp(-1, 1).permute(0, 4, 1, 2, 3)
+    assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def test_bfloat16_latents_are_no_further_from_float32_than_those_of_diffusers():
+    vae = AutoencoderKLWan(base_dim=96).cuda()
+    video = (torch.rand(1, 3, 9, 128, 192, device="cuda") * 2 - 1).bfloat16()
+    exact = vae.encode(video.float()).latent_dist.mode()
+    vae.bfloat16()
+    theirs, ours = vae.encode(video).latent_dist.mode(), encode_piece(vae, video, {})[0]
     assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()

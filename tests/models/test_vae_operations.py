@@ -15,8 +15,10 @@ from astrolabe_diffusers.models import vae_operations
 from astrolabe_diffusers.models.vae_operations import (
     add,
     convolve,
+    convolve_images,
     lay_out,
     multiply,
+    patchify,
     spread,
     stack,
     to_uint8,
@@ -82,10 +84,12 @@ def test_spread(times):
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
-def test_unpatchify(patch):
+def test_patches(patch):
     x = randn(2, 3, 4, 5, 3 * patch**2)
     expected = autoencoder_kl_wan.unpatchify(x.permute(0, 4, 1, 2, 3), patch)
-    assert torch.equal(unpatchify(x, patch), expected.permute(0, 2, 3, 4, 1))
+    frames = unpatchify(x, patch)
+    assert torch.equal(frames, expected.permute(0, 2, 3, 4, 1))
+    assert torch.equal(patchify(frames, patch), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,6 +115,19 @@ def test_convolve(stacked, laid_out, monkeypatch):
     y, bias = convolve(frames, conv)
     assert y.is_contiguous()
     assert (y + (0 if bias is None else bias) - expected).abs().max() < 1e-12
+
+
+def test_channels_come_by_the_eight(monkeypatch):
+    """And frames at a stride, as the encoder takes them."""
+    conv, x = torch.nn.Conv2d(9, 6, 3, stride=2).double(), randn(2, 3, 5, 7, 9)
+    expected = conv(x.flatten(0, 1).permute(0, 3, 1, 2)).unflatten(0, (2, 3)).permute(0, 1, 3, 4, 2)
+    arguments = (x, conv.weight.permute(0, 2, 3, 1), conv.bias, 0, 2)
+    assert (convolve_images(*arguments)[0] - expected).abs().max() < 1e-12
+    channels, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, *args: channels.append(x.shape[1]) or conv2d(x, *args))
+    monkeypatch.setattr(vae_operations, "on_gpu", lambda x: True)
+    y, bias = convolve_images(*arguments)
+    assert channels == [16] and (y + bias - expected).abs().max() < 1e-12
 
 
 def test_multiply():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers import StreamingVAEDecoder
+from astrolabe_diffusers.models import vae_encoder, vae_streaming
 from astrolabe_diffusers.models.vae_streaming import FusedWanRMSNorm, decode_latents, encode_video, use_channels_last
 from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
 
@@ -32,6 +33,11 @@ def raw(vae, latents):
     """Latents as the autoencoder takes them."""
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     return latents * std.view(-1, 1, 1, 1) + mean.view(-1, 1, 1, 1)
+
+
+def normalised(vae, latents):
+    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    return (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
 
 
 def random_latents(frames=5, batch=2, height=4, width=6):
@@ -142,6 +148,51 @@ def test_encode_video(vae):
     # The posterior's mean is the first half of the moments.
     moments = vae.encode(video).latent_dist.parameters
     assert torch.allclose(raw(vae, latents), moments[:, :LATENT_CHANNELS], atol=1e-6)
+    vae.enable_slicing()
+    assert torch.allclose(encode_video(vae, video), latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [1, 2, 100])
+@pytest.mark.parametrize("frames", [1, 2, 5, 12, 13, 16])
+def test_frames_that_are_encoded_together(vae, frames, together, monkeypatch):
+    """One or many latents a call: only rounding differs. Frames after the last 1 + 4 n count as little as to
+    diffusers."""
+    scale = vae.config.scale_factor_spatial
+    monkeypatch.setattr(vae_streaming, "LATENTS_AT_ONCE", 6 * together)
+    video = torch.rand(1, 3, frames, 2 * scale, 3 * scale) * 2 - 1
+    latents = encode_video(vae, video)
+    assert latents.shape[2] == 1 + (frames - 1) // 4
+    assert torch.allclose(raw(vae, latents), vae.encode(video).latent_dist.mode(), atol=1e-5)
+
+
+def test_diffusers_encodes_tiles_gradients_and_offloaded_layers(vae):
+    scale = vae.config.scale_factor_spatial
+    video = torch.rand(1, 3, 5, 2 * scale, 3 * scale) * 2 - 1
+    expected = vae.encode(video).latent_dist.mode()
+    with torch.enable_grad():
+        leaf = video.clone().requires_grad_()
+        latents = encode_video(vae, leaf)
+        latents.square().sum().backward()
+    assert torch.equal(latents.detach(), normalised(vae, expected))
+    assert leaf.grad.abs().amax(dim=(0, 1, 3, 4)).min() > 0
+    vae.enable_tiling(scale, scale, scale, scale)
+    tiled = vae.encode(video).latent_dist.mode()
+    assert (tiled - expected).abs().max() > 1e-3
+    assert torch.equal(encode_video(vae, video), normalised(vae, tiled))
+    vae.disable_tiling()
+    vae.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(encode_video(vae, video), normalised(vae, expected))
+
+
+def test_encoding_under_autocast_and_in_bfloat16(vae):
+    scale = vae.config.scale_factor_spatial
+    video = torch.rand(1, 3, 9, 2 * scale, 3 * scale) * 2 - 1
+    expected = encode_video(vae, video)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode_video(vae, video), expected)
+    vae.bfloat16()
+    latents = encode_video(vae, video)
+    assert latents.dtype == torch.float32 and 0 < (latents - expected).abs().mean() < 0.02
 
 
 def test_bfloat16(vae):
@@ -170,21 +221,33 @@ def test_channels_last_changes_nothing():
     assert all(torch.equal(parameter, parameters[name]) for name, parameter in vae.state_dict().items())
 
 
-def test_threads_do_not_share_what_the_encoder_remembers():
-    """Another thread asks while the first is in the midst of its video: it waits."""
+@pytest.mark.parametrize("by_calls", [False, True])
+def test_threads_do_not_share_what_the_encoder_remembers(by_calls, monkeypatch):
+    """Another thread encodes while the first is in the midst of its video; diffusers' own encoder lets it wait."""
     vae, videos = tiny_vae(), [torch.rand(1, 3, 9, 16, 16) * 2 - 1 for _ in range(2)]
+    if by_calls:
+        vae.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    monkeypatch.setattr(vae_streaming, "LATENTS_AT_ONCE", 1)
     expected, results, threads = [encode_video(vae, video) for video in videos], {}, []
 
-    def other(*_):
-        if not threads:
-            threads.append(threading.Thread(target=lambda: results.update(other=encode_video(vae, videos[1]))))
-            with torch.no_grad():
-                threads[0].start()
-                threads[0].join(timeout=0.5)
+    @torch.no_grad()  # which is a thread's own
+    def encode_other():
+        results["other"] = encode_video(vae, videos[1])
 
-    with torch.no_grad():
-        hook = vae.encoder.register_forward_hook(other)
-        results["first"] = encode_video(vae, videos[0])
-        threads[0].join()
-        hook.remove()
+    def meanwhile(*_):
+        if not threads:
+            threads.append(threading.Thread(target=encode_other))
+            threads[0].start()
+            threads[0].join(timeout=0.5)
+            assert by_calls == threads[0].is_alive()
+
+    def middle_block(*args, ours=vae_encoder.middle_block):
+        meanwhile()
+        return ours(*args)
+
+    monkeypatch.setattr(vae_encoder, "middle_block", middle_block)
+    hook = vae.encoder.register_forward_hook(meanwhile)
+    results["first"] = encode_video(vae, videos[0])
+    threads[0].join()
+    hook.remove()
     assert torch.equal(results["first"], expected[0]) and torch.equal(results["other"], expected[1])

@@ -116,6 +116,7 @@ def test_noise_is_rounded_once_to_the_dtype_of_the_model():
     "model,strength",
     [("krea-14b", 0.7), ("self-forcing", 0.85), ("krea-14b", 1.0), ("causal-forcing-framewise-2step", 0.7)],
 )
+@torch.no_grad()
 def test_video_to_video(model, strength):
     pipe = build(model, num_layers=1)
     _, *levels = RECIPES[model]

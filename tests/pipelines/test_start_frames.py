@@ -45,6 +45,7 @@ def continued(pipe, given, num_frames, seed=0):
 
 @pytest.mark.parametrize("num_given", [9, 33])
 @pytest.mark.parametrize("config", [{}, {"sink_size": 3, "local_attn_size": 6}])
+@torch.no_grad()
 def test_a_video_goes_on(config, num_given):
     pipe, video = tiny_pipeline(**TWO_STEPS, **config), frames(num_given)
     given = encode_video(pipe.vae, torch.from_numpy(video).permute(3, 0, 1, 2)[None] * 2 - 1)
