@@ -50,6 +50,8 @@ class GenerationConfig(VideoConfig):
         super().__post_init__()
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either prompt, a text, or prompts, a file or a dataset.")
+        if self.compile and self.offload == "group":
+            raise UserError("compile needs offload none or model: layers that come one by one cannot be compiled.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
         if (self.reward_options or self.reward_placement) and not self.rewards:

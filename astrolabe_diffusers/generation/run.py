@@ -91,8 +91,7 @@ def generate_videos(config: GenerationConfig):
             )
         (pending,) = broadcast_object_list([pending])
         if config.compile and pending:
-            size = {name: settings[name] for name in ("height", "width")}
-            seconds = pipe.compile(num_videos_per_prompt=config.batch_size, sigmas=settings["sigmas"], **size)
+            seconds = pipe.compile(num_videos_per_prompt=config.batch_size, **stream_settings(settings))
             if accelerator.is_main_process:
                 print(f"compiled in {seconds:.0f} s")
         started = time.perf_counter()
@@ -145,6 +144,12 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
 
 def pipeline_prompt(prompt: Prompt, settings: dict[str, Any]) -> str:
     return escape_scenes(prompt.text) if settings["plain_prompts"] else prompt.text
+
+
+def stream_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `stream` that all videos share."""
+    same = {name: settings[name] for name in ("height", "width", "sigmas", "max_sequence_length")}
+    return same | {"attention_kwargs": {"scale": settings["lora_scale"]}}
 
 
 def run_jobs(
@@ -231,8 +236,7 @@ def stream_to_files(
         num_frames=batch[0].num_frames,
         generator=[job.generator(settings["seed"]) for job in batch],
         output_type="pt",
-        attention_kwargs={"scale": settings["lora_scale"]},
-        **{name: settings[name] for name in ("height", "width", "sigmas", "max_sequence_length")},
+        **stream_settings(settings),
     )
     form = settings["height"], settings["width"], settings["fps"]
     with as_user_error(batch[0].file, (FloatingPointError,)), writing(f"to {folder}"), ExitStack() as stack:

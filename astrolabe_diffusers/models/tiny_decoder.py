@@ -23,7 +23,7 @@ from .vae_streaming import LATENTS_AT_ONCE
 # Convolutions that tell the sizes of a file: the first, the last of each stage, and that to pixels.
 _SIZED = tuple(f"decoder.{i}.weight" for i in (1, 8, 14, 20, 22))
 # By the beginnings of their names, published files whose latents are de-normalised or not: nothing in them says it.
-_DENORMALISED = {"lighttae": True, "tae": False}
+_DENORMALISED = {"lighttaew": True, "taew": False}
 
 
 def _by_frame(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -126,6 +126,7 @@ class TinyWanDecoder(ModelMixin, ConfigMixin):
         *,
         denormalised: bool | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         revision: str | None = None,
         **kwargs,
     ) -> "TinyWanDecoder":
@@ -136,7 +137,7 @@ class TinyWanDecoder(ModelMixin, ConfigMixin):
             pretrained_model_link_or_path: path or Hub link of a safetensors or torch file. Its encoder is left out.
             denormalised: whether it takes de-normalised latents, those of Wan2.1, as LightTAE does and TAEHV does not.
                 By default that is told by the file's name.
-            dtype: of the parameters; the file's if not given.
+            dtype: of the parameters; the file's if not given. `torch_dtype` is its older name.
             revision: of the file on the Hub.
             kwargs: of `HUB_ARGUMENTS`, for downloads; and `temporal_growth`.
 
@@ -144,7 +145,10 @@ class TinyWanDecoder(ModelMixin, ConfigMixin):
             ValueError: the file is no such decoder, or nothing says whether its latents are de-normalised; tensors
                 are missing, unexpected or of another shape. The message names them.
         """
+        dtype = torch_dtype if dtype is None else dtype
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        if unknown := kwargs.keys() - {"temporal_growth"}:
+            raise ValueError(f"{cls.__name__}.from_single_file takes no {', '.join(sorted(unknown))}.")
         path = fetch_link(pretrained_model_link_or_path, revision=revision, **hub)
         tensors = select_weights(load_tensors(path))
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}

@@ -10,8 +10,8 @@ from .vae_operations import add, convolve_images, multiply, spread, stack
 
 
 @torch.no_grad()
-def decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
-    """The next frames of a video, and what to remember for those after them.
+def decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -> torch.Tensor:
+    """The next frames of a video, with what is remembered of those before them, which `memory` is brought up to.
 
     `latents` are `(B, C, f, h, w)`, as `AutoencoderKLWan.decode` takes them. The frames are `(B, F, H, W, 3)`, not
     clamped yet; with a patch size, their patches `(B, F, H / patch, W / patch, 3 * patch**2)`. F is
@@ -22,30 +22,29 @@ def decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -
         return _decode_piece(vae, latents, memory)
 
 
-def _decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
-    decoder, first, memory = vae.decoder, not memory, dict(memory)
+def _decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -> torch.Tensor:
+    decoder, first = vae.decoder, not memory
     x = multiply(latents.permute(0, 2, 3, 4, 1).contiguous(), vae.post_quant_conv)
     x, bias = causal_convolution(decoder.conv_in, None, x, None, memory)
     x, bias = middle_block(decoder.mid_block, x, bias, memory), None
     for block in decoder.up_blocks:
         x, bias = up_block(block, x, bias, memory, first)
-    return add_bias(*causal_convolution(decoder.conv_out, decoder.norm_out, x, bias, memory)), memory
+    return add_bias(*causal_convolution(decoder.conv_out, decoder.norm_out, x, bias, memory))
 
 
 @torch.no_grad()
-def decode_piece_by_calls(
-    vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory
-) -> tuple[torch.Tensor, Memory]:
+def decode_piece_by_calls(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -> torch.Tensor:
     """As [`decode_piece`], by diffusers' own modules, for a VAE that [`has_hooks`]."""
-    first, memory = not memory, memory or dict.fromkeys(range(vae._cached_conv_counts["decoder"]))
-    memory, frames = dict(memory), []
+    first, frames = not memory, []
+    if first:
+        memory |= dict.fromkeys(range(vae._cached_conv_counts["decoder"]))
     hidden_states = vae.post_quant_conv(latents)
     # The video's first latent frame by itself, as it is not doubled in time.
     for piece in hidden_states.tensor_split([1], dim=2) if first else [hidden_states]:
         if piece.shape[2]:
             frames.append(vae.decoder(piece, feat_cache=memory, feat_idx=[0], first_chunk=first))
         first = False
-    return torch.cat(frames, dim=2).permute(0, 2, 3, 4, 1), memory
+    return torch.cat(frames, dim=2).permute(0, 2, 3, 4, 1)
 
 
 def up_block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, memory: Memory, first: bool) -> Pair:

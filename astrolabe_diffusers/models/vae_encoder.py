@@ -16,8 +16,9 @@ from .vae_operations import add, convolve_images, multiply, patchify
 
 
 @torch.no_grad()
-def encode_piece(vae: AutoencoderKLWan, frames: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
-    """The posterior's mean for the next frames of a video, and what to remember for those after them.
+def encode_piece(vae: AutoencoderKLWan, frames: torch.Tensor, memory: Memory) -> torch.Tensor:
+    """The posterior's mean for the next frames of a video, with what is remembered of those before them, which
+    `memory` is brought up to.
 
     `frames` are `(B, 3, F, H, W)`: 1 + 4 n of a video's beginning, afterwards 4 n. The mean is `(B, C, f, h, w)`, as
     `AutoencoderKLWan.encode` has it.
@@ -27,8 +28,8 @@ def encode_piece(vae: AutoencoderKLWan, frames: torch.Tensor, memory: Memory) ->
         return _encode_piece(vae, frames, memory)
 
 
-def _encode_piece(vae: AutoencoderKLWan, frames: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
-    encoder, first, memory = vae.encoder, not memory, dict(memory)
+def _encode_piece(vae: AutoencoderKLWan, frames: torch.Tensor, memory: Memory) -> torch.Tensor:
+    encoder, first = vae.encoder, not memory
     x = patchify(frames.permute(0, 2, 3, 4, 1), vae.config.patch_size or 1).contiguous()
     x, bias = causal_convolution(encoder.conv_in, None, x, None, memory)
     for block in encoder.down_blocks:
@@ -36,7 +37,7 @@ def _encode_piece(vae: AutoencoderKLWan, frames: torch.Tensor, memory: Memory) -
     x = middle_block(encoder.mid_block, x, bias, memory)
     x = add_bias(*causal_convolution(encoder.conv_out, encoder.norm_out, x, None, memory))
     mean, _ = multiply(x, vae.quant_conv).chunk(2, dim=-1)
-    return mean.permute(0, 4, 1, 2, 3), memory
+    return mean.permute(0, 4, 1, 2, 3)
 
 
 def down_block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, memory: Memory, first: bool) -> Pair:

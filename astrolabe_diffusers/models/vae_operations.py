@@ -39,9 +39,10 @@ def with_kernel(plain: Callable) -> Callable:
             return plain(x, *args)
         variant = x.dtype, *(arg if isinstance(arg, int) else arg is None for arg in args)
         if variant not in trusted:
-            failed = not _agrees(plain, x, *args)
+            if not _agrees(plain, x, *args):
+                failed = True
+                return plain(x, *args)
             trusted.add(variant)
-            return run(x, *args)
         from . import vae_kernels
 
         with torch.cuda.device_of(x):
@@ -52,6 +53,8 @@ def with_kernel(plain: Callable) -> Callable:
 
 def _agrees(plain: Callable, x: torch.Tensor, *args) -> bool:
     name = plain.__name__
+    # A few rows tell as much as the frame, without its memory.
+    x, *args = (arg[:, :, :4] if isinstance(arg, torch.Tensor) and arg.ndim == 5 else arg for arg in (x, *args))
     try:
         from . import vae_kernels
 
@@ -62,6 +65,8 @@ def _agrees(plain: Callable, x: torch.Tensor, *args) -> bool:
         pairs = [(results, expected)] if isinstance(expected, torch.Tensor) else zip(results, expected)
         difference = max(_difference(*pair) for pair in pairs if pair[1] is not None)
         problem = None if difference <= 1 else f"its result is off by {difference:.3g} times the tolerance"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler that is missing or too old raises
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:

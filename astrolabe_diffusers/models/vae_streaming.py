@@ -59,8 +59,7 @@ def _encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     memory, latents = {}, []
     for start in range(0, count, together):
         frames = video[:, :, max(0, 4 * start - 3) : 4 * min(start + together, count) - 3]
-        piece, memory = encode_piece(vae, frames, memory)
-        latents.append(piece)
+        latents.append(encode_piece(vae, frames, memory))
     return torch.cat(latents, dim=2)
 
 
@@ -140,8 +139,7 @@ class StreamingVAEDecoder:
     def _decode_tile(self, latents: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
         pieces = []
         for piece in latents.split(max(1, LATENTS_AT_ONCE // latents[0, 0, 0].numel()), dim=2):
-            frames, self._memory[corner] = self._decode_piece(self.vae, piece, self._memory.get(corner, {}))
-            pieces.append(frames)
+            pieces.append(self._decode_piece(self.vae, piece, self._memory.setdefault(corner, {})))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def _decode_tiles(self, latents: torch.Tensor, tile_height: int, tile_width: int) -> torch.Tensor:

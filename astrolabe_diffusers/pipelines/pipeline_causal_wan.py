@@ -22,6 +22,7 @@ from ..models.contract import CausalTransformer
 from ..models.lora_layers import check_no_loose_lora
 from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..models.vae_layers import has_hooks
 from ..models.vae_operations import to_uint8
 from ..models.vae_streaming import StreamingVAEDecoder
 from ..registration import register_with_diffusers
@@ -576,24 +577,35 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         they are and whenever their prompt changes. What is loaded or fused later is compiled when it is first used.
 
         Args:
-            prompt (`str`): of those videos.
+            prompt (`str`): of those videos. It does not change with `prompt_embeds`.
             backend (`str`): of `torch.compile`.
-            kwargs: of `stream`, as the videos to come have them: `height`, `width`, `num_videos_per_prompt`, ...
+            kwargs: of `stream`, as the videos to come have them (`height`, `num_videos_per_prompt`, ...), but for
+                `num_frames`, which does not matter.
 
         Returns:
             The seconds that it took.
+
+        Raises:
+            ValueError: layers that are offloaded one by one, by `enable_group_offload` or
+                `enable_sequential_cpu_offload`.
         """
+        if has_hooks(self.transformer):
+            raise ValueError("layers that are offloaded one by one cannot be compiled: offload whole models, or none.")
         began = time.perf_counter()
         self.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         config = self.transformer.config
         window = max(config.local_attn_size, 0) // config.num_frames_per_block
-        kwargs = {"num_frames": self._frames_of_blocks(window + 6), "output_type": "uint8"} | kwargs
         # The first block, a cache that grows, a window that moves on; and changes of the prompt in each of them.
-        for changes in ({}, {1: "recache", 2: "roll", window + 3: "roll", window + 4: "recache"}):
-            with self.stream(prompt, **kwargs) as stream:
+        changes = {1: "recache", 2: "roll", window + 3: "roll", window + 4: "recache"}
+        if kwargs.get("prompt_embeds") is not None:
+            prompt, changes = None, {}
+        # Random numbers of its own: a seed gives the same video after it.
+        fixed = {"num_frames": self._frames_of_blocks(window + 6), "generator": torch.Generator().manual_seed(0)}
+        for due in ({}, changes):
+            with self.stream(prompt, **{"output_type": "uint8"} | kwargs | fixed) as stream:
                 for block, _ in enumerate(stream):
-                    if block in changes:
-                        stream.set_prompt(prompt, changes[block])
+                    if block in due:
+                        stream.set_prompt(prompt, due[block])
         return time.perf_counter() - began
 
     def _num_blocks(self, num_frames: float) -> int | None:

@@ -370,6 +370,7 @@ def test_bfloat16(model_folder, tmp_path):
         ({"prompt": "a", "lora": "x", "lora_scale": "inf"}, ["lora_scale must be a number, not 'inf'"]),
         ({"prompt": "a", "lora": "x=high"}, ["lora must be name=weight", "'x=high'"]),
         ({"prompt": "a", "lora_scale": 0.5}, ["lora_scale needs a lora"]),
+        ({"prompt": "a", "compile": True, "offload": "group"}, ["compile needs offload none or model"]),
         ({"prompt": "a", "dtype": "int8"}, ["int8", "float32", "bfloat16", "float16"]),
         ({"prompt": "a", "offload": "disk"}, ["disk", "none", "model", "group"]),
         ({"prompt": "a", "offload": "group"}, ["offload=group needs a GPU"]),

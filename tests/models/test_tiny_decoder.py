@@ -157,7 +157,7 @@ def test_denormalised_latents(tmp_path):
     mean, std = (torch.tensor(wan[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     expected = {False: slow_frames(tensors, latents[0]), True: slow_frames(tensors, latents[0] * std + mean)}
     assert (expected[True] - expected[False]).abs().max() > 0.1
-    files = {"taew2_1": (False, {}), "lighttaew2_1": (True, {}), "LightTAE-mine": (True, {})}
+    files = {"taew2_1": (False, {}), "lighttaew2_1": (True, {}), "LightTAEW-mine": (True, {})}
     files |= {f"mine-{said}": (said, {"denormalised": said}) for said in expected}
     for name, (denormalised, arguments) in files.items():
         model = load(tmp_path / f"{name}.pth", tensors, **arguments)

@@ -104,6 +104,16 @@ def test_one_call_has_it_all_compiled(recipe):
                         stream.set_prompt("a blue square", transition)
 
 
+def test_embeddings_compile_too_and_offloaded_layers_do_not():
+    pipe = tiny_pipeline(**RECIPES["ring"], num_layers=1)
+    embeds = pipe.encode_prompt("a red circle")
+    pipe.text_encoder = pipe.tokenizer = None
+    assert pipe.compile(prompt_embeds=embeds, backend="eager") > 0
+    pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match="offloaded one by one cannot be compiled"):
+        pipe.compile(prompt_embeds=embeds)
+
+
 def test_gradients():
     """Of each block of a longer and longer video, as training takes them: the past is a constant."""
     transformer = tiny_pipeline().transformer
