@@ -44,6 +44,12 @@ def fixed_seed():
 
 
 @pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def diffusers_norm(monkeypatch):
     """Of a test to which diffusers' own decoder is what is right, to the last bit."""
     monkeypatch.setattr(fast_norm.WanRMS_norm, "forward", fast_norm.diffusers_forward)

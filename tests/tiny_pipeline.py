@@ -156,6 +156,16 @@ def tiny_transformer(seed: int = 0, **config) -> CausalWanTransformer3DModel:
     return transformer.eval()
 
 
+def random_vae(**config) -> AutoencoderKLWan:
+    """A very small autoencoder in float64, every parameter seen in what it gives."""
+    defaults = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4)
+    vae = AutoencoderKLWan(**{**defaults, "latents_std": [1.0] * 4, **config}).double()
+    for name, parameter in vae.named_parameters():
+        if name.endswith(("gamma", "bias")):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return vae
+
+
 def tiny_pipeline(
     seed: int = 0,
     vae_patch_size: int | None = None,

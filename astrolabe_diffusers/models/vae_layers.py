@@ -7,7 +7,6 @@ travels as a pair of tensor and bias, or `None`. What a layer remembers of the f
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanAttentionBlock,
     WanCausalConv3d,
@@ -27,10 +26,10 @@ Memory = dict[nn.Module, torch.Tensor] | dict[int, torch.Tensor | str | None]
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def has_hooks(vae: AutoencoderKLWan) -> bool:
+def has_hooks(model: nn.Module) -> bool:
     """Whether a module inside has hooks, as of offloading: its weights may then be anywhere until it is called."""
     # Not by `hasattr`: a module takes long to say what it does not have.
-    inside = (vars(module) for module in vae.modules() if module is not vae)
+    inside = (vars(module) for module in model.modules() if module is not model)
     return any("_hf_hook" in attributes or "_diffusers_hook" in attributes for attributes in inside)
 
 

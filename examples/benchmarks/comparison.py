@@ -117,10 +117,6 @@ def measure_published(column: Column, clip: Clip, prompt: str, repetitions: int)
     )
 
 
-def compile_pipeline(pipe: CausalWanPipeline):
-    pipe.transformer.compile_repeated_blocks(fullgraph=True)
-
-
 @dataclass
 class Row:
     label: str
@@ -225,7 +221,7 @@ def compare(
         if name in kernels:
             column = Column(f"published way, {name}", pipe, PublishedWay(pipe, kernels[name]))
         if name == COMPILED:
-            compile_pipeline(pipe)
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
             start = clock()
             for _ in column.denoise(clip, prompt_embeds):
                 pass

@@ -21,12 +21,6 @@ from tests.models.test_transformer_causal_wan import (
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
 def buffers(cache):
     return [tensor for layer in cache.layer_caches for tensor in (layer.key, layer.value)]
 

@@ -23,12 +23,6 @@ from tests.models.test_transformer_causal_wan import (
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
 def packing_cache(model, max_frames=None):
     cache = new_cache(model, max_frames)
     cache.state.packs_blocks = True

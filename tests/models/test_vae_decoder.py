@@ -12,6 +12,7 @@ from astrolabe_diffusers.models import vae_decoder, vae_layers, vae_operations
 from astrolabe_diffusers.models.vae_decoder import decode_piece, decode_piece_by_calls
 from astrolabe_diffusers.models.vae_layers import has_hooks
 from astrolabe_diffusers.models.vae_operations import lay_out, unpatchify
+from tests.tiny_pipeline import random_vae
 
 
 CONFIGS = {
@@ -35,16 +36,6 @@ def exact(diffusers_norm, monkeypatch):
     monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)
     with torch.no_grad():
         yield
-
-
-def random_vae(**config) -> AutoencoderKLWan:
-    """In float64, every parameter seen in the output."""
-    defaults = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4)
-    vae = AutoencoderKLWan(**{**defaults, "latents_std": [1.0] * 4, **config}).double()
-    for name, parameter in vae.named_parameters():
-        if name.endswith(("gamma", "bias")):
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return vae
 
 
 def decode(vae, latents, sizes, decode_piece=decode_piece) -> torch.Tensor:

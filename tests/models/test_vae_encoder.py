@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 
 from astrolabe_diffusers.models import vae_encoder, vae_layers, vae_operations
 from astrolabe_diffusers.models.vae_encoder import encode_piece
 from astrolabe_diffusers.models.vae_operations import lay_out
+from tests.tiny_pipeline import random_vae
 
 
+pytestmark = pytest.mark.usefixtures("diffusers_norm", "no_grad")
 CONFIGS = {
     "wan2.1": dict(),
     "its multiples": dict(dim_mult=[1, 2, 4, 4], num_res_blocks=2),
@@ -29,22 +30,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_grad(diffusers_norm):
-    with torch.no_grad():
-        yield
-
-
-def random_vae(**config) -> AutoencoderKLWan:
-    """In float64, every parameter seen in the latents."""
-    defaults = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4)
-    vae = AutoencoderKLWan(**{**defaults, "latents_std": [1.0] * 4, **config}).double()
-    for name, parameter in vae.named_parameters():
-        if name.endswith(("gamma", "bias")):
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return vae
-
-
 def random_video(frames=13, batch=2, height=16, width=32):
     return torch.rand(batch, 3, frames, height, width, dtype=torch.float64) * 2 - 1
 
@@ -52,8 +37,7 @@ def random_video(frames=13, batch=2, height=16, width=32):
 def encode(vae, video, sizes) -> torch.Tensor:
     memory, latents = {}, []
     for piece in video.split(sizes, dim=2):
-        part = encode_piece(vae, piece, memory)
-        latents.append(part)
+        latents.append(encode_piece(vae, piece, memory))
     return torch.cat(latents, dim=2)
 
 

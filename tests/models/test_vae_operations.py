@@ -27,10 +27,7 @@ from astrolabe_diffusers.models.vae_operations import (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def randn(*shape):

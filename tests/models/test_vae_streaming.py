@@ -11,6 +11,7 @@ from astrolabe_diffusers.models.vae_streaming import FusedWanRMSNorm, decode_lat
 from tests.tiny_pipeline import LATENT_CHANNELS, tiny_vae
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 VARIANTS = {
     "wan2.1": dict(),
     "patched": dict(patch_size=2),
@@ -21,12 +22,6 @@ VARIANTS = {
 @pytest.fixture(params=VARIANTS)
 def vae(request):
     return tiny_vae(**VARIANTS[request.param])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def raw(vae, latents):
