@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import astrolabe_diffusers
 from astrolabe_diffusers import TINY_SHAPES, CausalWanKVCache
-from astrolabe_diffusers.models.attention_causal_wan import attend, attend_with_shared_past
+from astrolabe_diffusers.models.attention import attend, attend_with_shared_past
 from astrolabe_diffusers.pipelines.block_generation import draw_noise
 from tests.layouts.test_lora_modules import distilled
 from tests.tiny_pipeline import tiny_pipeline

@@ -4,66 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kv_cache import CausalWanKVLayerCache, KeyValue
+from .attention import attend, attend_to_many, attend_with_shared_past
+from .kv_cache import CausalWanKVLayerCache
 from .rotary import Rotary, apply_rotary
-
-
-# Kernels of torch's attention, the fastest first; one that cannot take an input is passed over. Torch itself would try
-# flash first, which takes 1.75 times as long as cuDNN on an H100 at these shapes.
-_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """Dense attention, `(B, L, heads, head_dim)` each, with the backend that `set_attention_backend` chose, if any."""
-    with sdpa_kernel(_KERNELS, set_priority=True):
-        return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend)
-
-
-def _attend_with_logsumexp(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and the logarithm of its denominators, `(B, L, heads, head_dim)` and `(B, L, heads)` float32."""
-    aten = torch.ops.aten
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if query.device.type == "cpu":
-        output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    elif query.dtype == torch.float32:
-        output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
-    else:
-        output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
-    # Some kernels pad the queries, or keep a last dimension of one.
-    logsumexp = logsumexp.reshape(*logsumexp.shape[:2], -1)[..., : query.shape[2]]
-    return output.transpose(1, 2), logsumexp.transpose(1, 2).float()
-
-
-def attend_with_shared_past(
-    query: torch.Tensor, past: KeyValue, own: KeyValue, backend: str | None = None
-) -> torch.Tensor:
-    """Attention of `B` videos to keys and values `(1, S, heads, head_dim)` of a past that they share, and to their own
-    `(B, L, heads, head_dim)`.
-
-    The queries of all videos attend to the past in one call, as one long sequence, and each video's to its own keys in
-    another; weighted by the denominators the two are the attention to all keys. Where a kernel does not give these,
-    with a backend of the user's and with gradients, the past is repeated for every video instead.
-    """
-    if backend is not None or torch.is_grad_enabled():
-        key, value = (torch.cat([p.expand(len(query), -1, -1, -1), o], dim=1) for p, o in zip(past, own))
-        return attend(query, key, value, backend=backend)
-    to_past, past_logsumexp = _attend_with_logsumexp(query.flatten(0, 1).unsqueeze(0), *past)
-    to_own, own_logsumexp = _attend_with_logsumexp(query, *own)
-    weight = torch.sigmoid(past_logsumexp.view_as(own_logsumexp) - own_logsumexp).unsqueeze(-1)
-    return torch.lerp(to_own.float(), to_past.reshape(to_own.shape).float(), weight).type_as(query)
 
 
 @dataclass
@@ -151,14 +97,14 @@ class CausalWanSelfAttnProcessor:
             queries = query.chunk(2, dim=1)
             wanted = slice(1, 2) if kv_cache_mode == "keys+read" else slice(2)
             attended = [
-                attend(own_query, *seen, backend=self._attention_backend)
+                attend_to_many(own_query, *seen, backend=self._attention_backend)
                 for own_query, seen in zip(queries[wanted], views[wanted])
             ]
             hidden_states = torch.cat(attended, dim=1)
         elif kv_cache is not None:
             own = kv_cache.extend(key, value)
             if kv_cache.past is None:
-                hidden_states = attend(query, *own, attention_mask, self._attention_backend)
+                hidden_states = attend_to_many(query, *own, attention_mask, self._attention_backend)
             else:
                 hidden_states = attend_with_shared_past(query, kv_cache.past, own, self._attention_backend)
             if kv_cache_mode == "write":

@@ -4,82 +4,16 @@ convolutions in the formulation that is fastest.
 Without gradients. A pass that has a Triton kernel in `vae_kernels` runs it on CUDA; here it says what that computes.
 """
 
-import logging
-from collections.abc import Callable
-from functools import wraps
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checked_kernels import on_gpu, with_kernel
 
-logger = logging.getLogger(__name__)
 
 # Convolutions over time read three frames stacked in the channels, as one convolution of images, but on CUDA for those
 # of more channels: there the convolution in three dimensions is as fast, and stacking has no use.
 STACKED_CHANNELS = 384
-# Of a kernel's result from the plain one, at its first use, as a share of the largest value. The plain one rounds more
-# often. Frames of uint8 have to be equal.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.uint8: 1e-3}
-
-
-def on_gpu(x: torch.Tensor) -> bool:
-    return x.device.type == "cuda"
-
-
-def with_kernel(plain: Callable) -> Callable:
-    """On CUDA, the kernel of the same name once it has given what the plain function gives: for each dtype, and for
-    each choice of what may be missing. One that fails is not tried again."""
-    trusted, failed = set(), False
-
-    @wraps(plain)
-    def run(x: torch.Tensor, *args):
-        nonlocal failed
-        if failed or not on_gpu(x) or x.dtype not in TOLERANCES:
-            return plain(x, *args)
-        variant = x.dtype, *(arg if isinstance(arg, int) else arg is None for arg in args)
-        if variant not in trusted:
-            if not _agrees(plain, x, *args):
-                failed = True
-                return plain(x, *args)
-            trusted.add(variant)
-        from . import vae_kernels
-
-        with torch.cuda.device_of(x):
-            return getattr(vae_kernels, plain.__name__)(x, *args)
-
-    return run
-
-
-def _agrees(plain: Callable, x: torch.Tensor, *args) -> bool:
-    name = plain.__name__
-    # A few rows tell as much as the frame, without its memory.
-    x, *args = (arg[:, :, :4] if isinstance(arg, torch.Tensor) and arg.ndim == 5 else arg for arg in (x, *args))
-    try:
-        from . import vae_kernels
-
-        with torch.cuda.device_of(x):
-            results = getattr(vae_kernels, name)(x.clone(), *args)
-        # Copies, as `add` writes into what it is given.
-        expected = plain(x.clone(), *args)
-        pairs = [(results, expected)] if isinstance(expected, torch.Tensor) else zip(results, expected)
-        difference = max(_difference(*pair) for pair in pairs if pair[1] is not None)
-        problem = None if difference <= 1 else f"its result is off by {difference:.3g} times the tolerance"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler that is missing or too old raises
-        problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
-        logger.warning("Wan's autoencoder runs without its own kernel for `%s`, slower: %s", name, problem)
-    return problem is None
-
-
-def _difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, in units of the tolerance. NaN and infinite values are the model's own, and say nothing."""
-    tolerance = TOLERANCES[expected.dtype]
-    result, expected = (tensor.float().nan_to_num(0, 0, 0) for tensor in (result, expected))
-    largest = expected.abs().max().clamp(min=1e-30)
-    return ((result - expected).abs().max() / largest / tolerance).item()
 
 
 def is_narrow(conv: nn.Conv3d) -> bool:
@@ -120,7 +54,7 @@ def norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, gamma.shape, gamma, eps=1e-24)
 
 
-@with_kernel
+@with_kernel("vae_kernels")
 def stack(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -148,7 +82,7 @@ def stack(
     return frames, memory
 
 
-@with_kernel
+@with_kernel("vae_kernels")
 def add(
     x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, residual_bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -159,7 +93,7 @@ def add(
     return x
 
 
-@with_kernel
+@with_kernel("vae_kernels")
 def spread(x: torch.Tensor, times: int) -> torch.Tensor:
     """Every pixel becomes 2 x 2, and every frame the `times` frames that lie in its channels one after the other:
     `(B, F, H, W, times * C)` -> `(B, times * F, 2 H, 2 W, C)`."""
@@ -169,7 +103,7 @@ def spread(x: torch.Tensor, times: int) -> torch.Tensor:
     return x.reshape(batch, frames * times, 2 * height, 2 * width, -1)
 
 
-@with_kernel
+@with_kernel("vae_kernels")
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Values in [-1, 1] as 0 to 255, to the last bit as diffusers' video processor and rounding to the nearest make
     them."""

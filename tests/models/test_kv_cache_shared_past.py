@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers import CausalWanKVCache
-from astrolabe_diffusers.models.attention_causal_wan import attend_with_shared_past
+from astrolabe_diffusers.models.attention import attend_with_shared_past
 from astrolabe_diffusers.models.kv_cache_shared_past import SharedPastKVCache
 from tests.tiny_pipeline import tiny_transformer
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from astrolabe_diffusers import StreamingVAEDecoder
-from astrolabe_diffusers.models import vae_operations
+from astrolabe_diffusers.models import checked_kernels, vae_operations
 from astrolabe_diffusers.models.vae_decoder import decode_piece
 from astrolabe_diffusers.models.vae_encoder import encode_piece
 from astrolabe_diffusers.models.vae_streaming import encode_video
@@ -27,7 +27,7 @@ def no_grad(monkeypatch):
 
 def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
     assert result.shape == expected.shape and result.dtype == expected.dtype and result.is_contiguous()
-    return vae_operations._difference(result, expected) <= 1
+    return checked_kernels._difference(result, expected) <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
