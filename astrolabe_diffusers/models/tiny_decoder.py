@@ -17,7 +17,7 @@ from torch import nn
 from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link, load_tensors, misfits, select_weights
 from ..registration import register_with_diffusers
 from .vae_operations import lay_out, spread
-from .vae_streaming import LATENTS_AT_ONCE
+from .vae_streaming import latents_at_once
 
 
 # Convolutions that tell the sizes of a file: the first, the last of each stage, and that to pixels.
@@ -245,7 +245,7 @@ class StreamingTinyDecoder:
         """The video `(B, 3, F, H, W)` in [-1, 1] of the next normalised latent frames `(B, C, f, h, w)`: one frame for
         the first latent frame of the video, `scale_factor_temporal` frames for every other."""
         pieces = []
-        for piece in latents.split(max(1, LATENTS_AT_ONCE // latents[0, 0, 0].numel()), dim=2):
+        for piece in latents.split(latents_at_once(latents[:, 0, 0].numel(), latents.device), dim=2):
             frames, self._memory = self.model(piece, self._memory)
             pieces.append(frames)
         frames = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

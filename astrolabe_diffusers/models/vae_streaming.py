@@ -16,11 +16,21 @@ from .vae_operations import lay_out, norm, unpatchify
 
 # Latent frames before a frame that it depends on, by all the convolutions of Wan's decoder in time, rounded up.
 DECODER_MEMORY = 40
-# Positions of a frame times latent frames that are decoded, or encoded, together. Of small frames the kernels take
-# less time to run than to launch; beyond, more would only take more memory.
-LATENTS_AT_ONCE = 1024
+# Latent frames are decoded, or encoded, together up to as many positions. Of small frames the kernels take less time
+# to run than to launch; of large ones they run a few hundredths faster, if a GPU has the memory: a tenth of it, at
+# these bytes a position.
+POSITIONS_AT_ONCE, BYTES_PER_POSITION = 1024, 440_000
 # `AutoencoderKLWan`'s own encoding keeps what it remembers in itself, where two threads would mix their videos.
 _ENCODING = threading.Lock()
+
+
+def latents_at_once(num_positions: int, device: torch.device) -> int:
+    """How many latent frames, of all videos of a batch, with so many positions each."""
+    positions = POSITIONS_AT_ONCE
+    if device.type == "cuda":
+        total_memory = torch.cuda.get_device_properties(device).total_memory
+        positions = max(positions, total_memory // (10 * BYTES_PER_POSITION))
+    return max(1, positions // max(1, num_positions))
 
 
 def _latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +64,8 @@ def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
 
 def _encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """The posterior's mean, as the autoencoder has it."""
-    positions = video[0, 0, 0].numel() // vae.spatial_compression_ratio**2
-    together, count = max(1, LATENTS_AT_ONCE // max(1, positions)), 1 + (video.shape[2] - 1) // 4
+    together = latents_at_once(video[:, 0, 0].numel() // vae.spatial_compression_ratio**2, video.device)
+    count = 1 + (video.shape[2] - 1) // 4
     memory, latents = {}, []
     for start in range(0, count, together):
         frames = video[:, :, max(0, 4 * start - 3) : 4 * min(start + together, count) - 3]
@@ -138,7 +148,7 @@ class StreamingVAEDecoder:
 
     def _decode_tile(self, latents: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
         pieces = []
-        for piece in latents.split(max(1, LATENTS_AT_ONCE // latents[0, 0, 0].numel()), dim=2):
+        for piece in latents.split(latents_at_once(latents[:, 0, 0].numel(), latents.device), dim=2):
             pieces.append(self._decode_piece(self.vae, piece, self._memory.setdefault(corner, {})))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 

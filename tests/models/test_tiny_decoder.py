@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
 from astrolabe_diffusers import StreamingTinyDecoder, TinyWanDecoder
-from astrolabe_diffusers.models import tiny_decoder
+from astrolabe_diffusers.models import vae_streaming
 from tests.tiny_decoder_files import slow_frames, tiny_decoder_tensors
 
 
@@ -50,7 +50,7 @@ def test_pieces_equal_whole(model, monkeypatch):
     latents = random_latents()
     whole = StreamingTinyDecoder(model).decode(latents)
     for at_once in (1024, 1):
-        monkeypatch.setattr(tiny_decoder, "LATENTS_AT_ONCE", at_once)
+        monkeypatch.setattr(vae_streaming, "POSITIONS_AT_ONCE", at_once)
         for sizes in (5,), (1,) * 5, (2, 2, 1), (2, 3):
             decoder = StreamingTinyDecoder(model)
             pieces = [decoder.decode(piece) for piece in latents.split(sizes, dim=2)]

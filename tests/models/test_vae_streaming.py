@@ -153,7 +153,7 @@ def test_frames_that_are_encoded_together(vae, frames, together, monkeypatch):
     """One or many latents a call: only rounding differs. Frames after the last 1 + 4 n count as little as to
     diffusers."""
     scale = vae.config.scale_factor_spatial
-    monkeypatch.setattr(vae_streaming, "LATENTS_AT_ONCE", 6 * together)
+    monkeypatch.setattr(vae_streaming, "POSITIONS_AT_ONCE", 6 * together)
     video = torch.rand(1, 3, frames, 2 * scale, 3 * scale) * 2 - 1
     latents = encode_video(vae, video)
     assert latents.shape[2] == 1 + (frames - 1) // 4
@@ -222,7 +222,7 @@ def test_threads_do_not_share_what_the_encoder_remembers(by_calls, monkeypatch):
     vae, videos = tiny_vae(), [torch.rand(1, 3, 9, 16, 16) * 2 - 1 for _ in range(2)]
     if by_calls:
         vae.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
-    monkeypatch.setattr(vae_streaming, "LATENTS_AT_ONCE", 1)
+    monkeypatch.setattr(vae_streaming, "POSITIONS_AT_ONCE", 1)
     expected, results, threads = [encode_video(vae, video) for video in videos], {}, []
 
     @torch.no_grad()  # which is a thread's own
