@@ -2,38 +2,38 @@
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..errors import UserError
 
 
+# Settings name the kinds, and `--help` is to load none of these.
 if TYPE_CHECKING:
+    import torch
     from diffusers import PipelineQuantizationConfig
     from torchao.core.config import AOBaseConfig
 
 QUANTIZATIONS = ("float8", "int8_weight_only")
-# Outside of the blocks: a hundredth of the time and of the memory, and all that is seen goes through them.
+# Outside of the blocks: two hundredths of the weights, and all that is seen goes through them.
 NOT_QUANTIZED = ["condition_embedder", "proj_out"]
-# Of the first cards with 8-bit floating-point products, Ada's.
+# Ada's, the first with 8-bit floating-point products.
 FLOAT8_CAPABILITY = (8, 9)
 
 
 def quant_type(quantization: str) -> "AOBaseConfig":
     """torchao's configuration of a layer: `float8` are products of 8 bits, with a scale for each row of weights and
-    each token, `int8_weight_only` weights of 8 bits that are products of bfloat16."""
+    each token, `int8_weight_only` weights of 8 bits in products of bfloat16. A [`UserError`] without torchao."""
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8WeightOnlyConfig, PerRow
     except ImportError as error:
         raise UserError(
             f"quantization {quantization} needs torchao: pip install 'astrolabe_diffusers[quantization]' ({error})"
         ) from error
-    # Its settings of the compiler are the whole process's, and try kernels for minutes.
+    # torchao's settings of the compiler would hold for the whole process, and have it try kernels for minutes.
     if quantization == "float8":
         return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     return Int8WeightOnlyConfig(set_inductor_config=False)
 
 
-def quantization_config(quantization: str, device: torch.device) -> "PipelineQuantizationConfig":
+def quantization_config(quantization: str, device: "torch.device") -> "PipelineQuantizationConfig":
     """
     `from_pretrained(quantization_config=...)` of a pipeline, in bfloat16, that is to run on `device`.
 
@@ -48,7 +48,9 @@ def quantization_config(quantization: str, device: torch.device) -> "PipelineQua
     return PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
-def check_float8(device: torch.device):
+def check_float8(device: "torch.device"):
+    import torch
+
     found = "a CPU" if device.type == "cpu" else device.type
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
