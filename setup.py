@@ -49,12 +49,14 @@ EXTRAS_REQUIRE = {
     # The oldest version that diffusers dispatches to. It is compiled against the installed torch: install that first,
     # then this extra with pip's --no-build-isolation.
     "flash": ["flash-attn>=2.6.3"],
+    # Of its versions that are compiled for torch 2.11 and later the one that was tested first.
+    "quantization": ["torchao>=0.18"],
     "wandb": ["wandb>=0.31"],
     "docs": ["mkdocs-material>=9.5"],
     # A minor version of ruff may change its rules.
     "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "wandb>=0.31", "markdown-it-py>=3"],
 }
-EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"]
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"] + EXTRAS_REQUIRE["quantization"]
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
 
 setup(

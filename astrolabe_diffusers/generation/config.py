@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ..config import option
 from ..errors import UserError, as_user_error
+from ..pipelines.quantization import QUANTIZATIONS
 from ..pipelines.scene_prompt import check_sequence_length
 from ..pipelines.sigmas import check_sigmas
 from ..rollout.config import VideoConfig
@@ -35,6 +36,9 @@ class GenerationConfig(VideoConfig):
     sigmas: list[float] = option([], "noise levels of a block's steps before the shift; the model's own if not given")
     max_sequence_length: int | None = option(None, "text tokens; the model's own if not given")
     dtype: str | None = option(None, "float32 on a CPU and bfloat16 elsewhere if not given", choices=DTYPES)
+    quantization: str | None = option(
+        None, "8-bit linear layers by torchao, in bfloat16, and not the exact frames", choices=QUANTIZATIONS
+    )
     offload: str = option("none", "what leaves the GPU while it is not used", choices=OFFLOADS)
     compile: bool = option(False, "compile the transformer first, for many videos; they differ by rounding")
     tiny_decoder: str | None = option(
@@ -52,6 +56,8 @@ class GenerationConfig(VideoConfig):
             raise UserError("give either prompt, a text, or prompts, a file or a dataset.")
         if self.compile and self.offload == "group":
             raise UserError("compile needs offload none or model: layers that come one by one cannot be compiled.")
+        if self.quantization and self.dtype not in (None, "bfloat16"):
+            raise UserError(f"quantization needs dtype bfloat16, not {self.dtype}: what is not quantised is in that.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
         if (self.reward_options or self.reward_placement) and not self.rewards:

@@ -31,6 +31,7 @@ from ..pipelines.loading import (
     weights_digest,
 )
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
+from ..pipelines.quantization import quantization_config
 from ..pipelines.scene_prompt import escape_scenes
 from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
@@ -62,8 +63,18 @@ def generate_videos(config: GenerationConfig):
         if config.rewards:
             fps = config.fps or frame_rate(config.model, config.revision)
             rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
-        dtype = config.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16")
-        pipe = load_from(config.model, config.revision, variant=config.variant, dtype=getattr(torch, dtype))
+        exact_on_cpu = accelerator.device.type == "cpu" and not config.quantization
+        dtype = config.dtype or ("float32" if exact_on_cpu else "bfloat16")
+        quantized = config.quantization and quantization_config(config.quantization, accelerator.device)
+        pipe = load_from(
+            config.model,
+            config.revision,
+            variant=config.variant,
+            dtype=getattr(torch, dtype),
+            quantization_config=quantized,
+        )
+        if quantized and pipe.transformer.hf_quantizer.pre_quantized:
+            raise UserError(f"{config.model} is quantised as it is: leave out quantization.")
         if config.lora:
             load_loras(pipe, config.lora)
         if config.tiny_decoder:
@@ -126,9 +137,10 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
     same = ("seed", "revision", "variant", "lora_scale", "max_sequence_length")
     same += ("vae_tiling", "attention_backend", "plain_prompts")
     # Not `None` without one: the videos in a folder of before have no such entry, and are still what they were.
-    tiny = {"tiny_decoder": shareable_value(config.tiny_decoder)} if config.tiny_decoder else {}
+    lossy = {name: shareable_value(getattr(config, name)) for name in ("quantization", "tiny_decoder")}
+    lossy = {name: value for name, value in lossy.items() if value}
     sampled = filter(None, (pipe.vae, pipe.text_encoder, pipe.tiny_decoder))
-    return {name: getattr(config, name) for name in same} | tiny | {
+    return {name: getattr(config, name) for name in same} | lossy | {
         "noise_layout": NOISE_LAYOUT,
         "height": config.height or pipe.config.height,
         "width": config.width or pipe.config.width,

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import close_matches
 from ..layouts.published_models import find_published_model
@@ -193,12 +194,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike, output_loading_info: bool = False, **kwargs
     ) -> "CausalWanTransformer3DModel":
-        """As the parent's, which would leave tensors that the files lack without values: a `ValueError` here."""
+        """As the parent's, which would leave tensors that the files lack without values, and saved quantised weights
+        in another dtype than the rest: a `ValueError` here."""
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
                 f"the transformer of {pretrained_model_name_or_path} lacks {len(missing)} tensors: {names}."
+            )
+        for dtype in {p.dtype for p in model.parameters() if is_traceable_wrapper_subclass(p)} - {model.dtype}:
+            raise ValueError(
+                f"the transformer of {pretrained_model_name_or_path} was quantised in {dtype}: load it in that, not "
+                f"in {model.dtype}."
             )
         return (model, info) if output_loading_info else model
 
@@ -298,6 +305,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         super().compile_repeated_blocks(*args, **kwargs)
 
+    def fuse_lora(self, *args, **kwargs):
+        """As the parent's. Quantised weights are refused: they would be rounded anew, here and by `unfuse_lora`."""
+        if getattr(self, "is_quantized", False):
+            raise ValueError(
+                "a LoRA cannot be fused into quantised weights: fuse it before they are, or leave it loose."
+            )
+        super().fuse_lora(*args, **kwargs)
+
     def fuse_qkv_projections(self):
         if any(tuner_layers(block) for block in self.blocks):
             raise ValueError("a LoRA needs Q, K and V apart: call unload_lora_weights() before they are fused.")
@@ -312,6 +327,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             with init_empty_weights():
                 plain = type(self).from_config(self.config)
             plain.load_state_dict(plain_state_dict(self), assign=True)
+            plain.hf_quantizer = getattr(self, "hf_quantizer", None)
         super(CausalWanTransformer3DModel, plain).save_pretrained(save_directory, *args, **kwargs)
 
     @apply_lora_scale

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import CHECKED, UserError, as_user_error, close_matches
 from ..files.output_folder import list_checkpoints
@@ -159,12 +160,21 @@ def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> s
     """
     digest = hashlib.sha256()
     for name, parameter in transformer.named_parameters():
-        digest.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
+        hashes = (str(torch.hash_tensor(tensor).item()) for tensor in plain_tensors(parameter.detach()))
+        digest.update(f"{name} {' '.join(hashes)}\n".encode())
     for module in sampled:
         for name, parameter in module.named_parameters():
             values = parameter.detach().flatten()
             digest.update(f"{name} {values[:: -(-len(values) // SAMPLED_VALUES)].tolist()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Itself, or what a tensor of a class of its own holds, as quantised weights do: theirs of 8 bits as bytes."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [plain for name in names for plain in plain_tensors(getattr(tensor, name))]
+    return [tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor]
 
 
 def prepare_pipeline(

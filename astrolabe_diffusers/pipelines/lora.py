@@ -77,6 +77,8 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         # diffusers would count the adapters of one layer, which need not have all.
         adapter_name = adapter_name or next(f"default_{i}" for i in itertools.count() if f"default_{i}" not in taken)
         lora, biases = split_for_peft(lora, transformer)
+        if biases and getattr(transformer, "is_quantized", False):
+            raise ValueError("this LoRA adds to biases, which peft has no place for beside quantised weights.")
         find_diff_layers(transformer, lora.diffs)
         if hotswap and (lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer))):
             raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")

@@ -146,6 +146,8 @@ class OnlineTrainer:
             self.pipeline = load_frozen_pipeline(config.model, self.accelerator, config.revision, config.variant)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
+        if getattr(self.pipeline.transformer, "is_quantized", False):
+            raise UserError("the transformer is quantised: train with its own weights, and quantise for generation.")
         set_recipe(self.pipeline, config)
         skip_bad = config.nan_reward == "skip"
         scoring = ScoringThread(self.pipeline.vae, rewards, watched, skip_bad, config.reward_timeout)

@@ -2,6 +2,7 @@
 
 python examples/benchmarks/generation.py --recipe self-forcing
 python examples/benchmarks/generation.py --recipe self-forcing --baseline
+python examples/benchmarks/generation.py --recipe self-forcing --compile --quantization float8
 python examples/benchmarks/generation.py --model FOLDER_OR_HUB_ID --num_streams 2
 """
 
@@ -19,6 +20,7 @@ from astrolabe_diffusers.errors import CHECKED, UserError, as_user_error, exit_c
 from astrolabe_diffusers.generation.config import OFFLOADS
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.pipelines.loading import load_from, load_tiny_decoder, prepare_pipeline, video_size
+from astrolabe_diffusers.pipelines.quantization import QUANTIZATIONS, quantization_config
 
 
 def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dict[str, Measurement]:
@@ -36,6 +38,12 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
     parser.add_argument("--vae_tiling", action="store_true")
     parser.add_argument("--tiny_decoder", help="decode with it: its file or folder, or `random` weights")
     parser.add_argument("--attention_backend", help="of diffusers; by default the fastest exact kernel of torch")
+    parser.add_argument("--compile", action="store_true", help="the transformer's blocks, before they are timed")
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="8-bit linear layers; prints the error of a flow and of a block's latents too",
+    )
     parser.add_argument("--prompt", default="a boat on a lake", help="may have scenes")
     parser.add_argument("--num_streams", type=int, help="measure streams that take turns, not the parts")
     parser.add_argument("--repetitions", type=int, default=3)
@@ -52,6 +60,12 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
         raise UserError("--batch_sizes, --lengths and --profile belong to --baseline.")
     if args.baseline and (args.num_streams or args.offload != "none" or args.tiny_decoder):
         raise UserError("--baseline keeps all models on the device and takes no --num_streams or --tiny_decoder.")
+    if args.baseline and (args.compile or args.quantization):
+        raise UserError("--baseline has a column that is compiled, and takes no --compile or --quantization.")
+    if args.quantization:
+        if args.dtype != "bfloat16":
+            raise UserError(f"--quantization needs --dtype bfloat16, not {args.dtype}.")
+        quantization_config(args.quantization, torch.device(args.device))  # what it cannot be is said now
     dtype = getattr(torch, args.dtype)
     recipe = recipe_of(args.recipe, args.model)
     pipe = random_pipeline(recipe, args.device, dtype) if recipe else load_from(args.model, dtype=dtype)
@@ -60,10 +74,18 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
         pipe.register_modules(tiny_decoder=TinyWanDecoder(pipe.vae.config.z_dim).to(dtype).eval())
     elif args.tiny_decoder:
         load_tiny_decoder(pipe, args.tiny_decoder, dtype)
+    if args.quantization:
+        from quantization_error import quantize_blocks
+
+        size = video_size(pipe.to(args.device), args.height, args.width, args.num_frames, args.prompt)
+        errors = quantize_blocks(pipe, args.quantization, args.prompt, size["height"], size["width"])
+        print("  ".join(f"relative error of the {name} {error:.4f}" for name, error in errors.items()))
     prepare_pipeline(pipe, torch.device(args.device), args.offload, args.vae_tiling, args.attention_backend)
     sizes = {name: getattr(args, name) for name in ("num_frames", "height", "width") if getattr(args, name)}
     arguments = {"prompt": args.prompt, "num_videos_per_prompt": args.batch_size, **sizes}
     with as_user_error("cannot measure that", (*CHECKED, FloatingPointError)):
+        if args.compile:
+            print(f"compiled in {pipe.compile(**arguments):.0f} s")
         if args.baseline:
             clip = Clip(args.batch_size, **video_size(pipe, args.height, args.width, args.num_frames, args.prompt))
             others = [replace(clip, batch_size=size) for size in args.batch_sizes]

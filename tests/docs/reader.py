@@ -133,8 +133,11 @@ class Reader:
             for model in re.findall(r'from_pretrained\("([\w.-]+)"', code):
                 if model in PUBLISHED_MODELS and not (self.folder / model).exists():
                     save_tiny_pipeline(self.folder / model)
+            compiled = compile(code, block.place, "exec")
+            if "torchao" in code and importlib.util.find_spec("torchao") is None:  # an extra
+                return
             with short_runs(num_eval_prompts=2):  # where a snippet gives as many, all of them count
-                exec(compile(code, block.place, "exec"), self.namespace)
+                exec(compiled, self.namespace)
 
     def follow_bash(self, block):
         for command in commands(block.text):

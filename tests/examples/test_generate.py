@@ -21,6 +21,7 @@ from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.files.output_folder import RunFolder
 from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.pipelines.pipeline_causal_wan import CausalWanPipeline
+from astrolabe_diffusers.pipelines.quantization import quantization_config
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rollout import reward_thread
 from astrolabe_diffusers.rollout.seeds import seeded_generator
@@ -137,6 +138,51 @@ def test_tiny_decoder(model_folder, pipe, tmp_path, capsys):
         assert entry.get("tiny_decoder") == (Path(options[1]).name if options else None)
         same = np.array_equal(imageio.v3.imread(tmp_path / "out" / entry["file"]), expected)
         assert same == bool(options)
+
+
+def test_quantization(model_folder, tmp_path, capsys):
+    """The manifest says so; a folder never mixes its videos with others. Saved so, a model is generated with as it is,
+    and not quantised again."""
+    pytest.importorskip("torchao")
+    config = quantization_config("int8_weight_only", torch.device("cpu"))
+    pipe = DiffusionPipeline.from_pretrained(model_folder, dtype=torch.bfloat16, quantization_config=config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "quantized")
+    expected = expected_frames(pipe, tmp_path / "whole.mp4", PROMPT, (0, 0, 0), num_frames=9)
+    options = ["--quantization", "int8_weight_only"]
+    command = arguments(model_folder, tmp_path / "out", prompt=PROMPT, num_frames=9)
+    for flags in (options, ["--dtype", "bfloat16"]):
+        for made in (1, 0):
+            assert main([*command, *flags]) == 0
+            assert f"videos made: {made}" in capsys.readouterr().out
+        (entry,) = read_manifest(tmp_path / "out")
+        assert entry.get("quantization") == ("int8_weight_only" if flags is options else None)
+        assert entry["dtype"] == "bfloat16"
+        assert np.array_equal(imageio.v3.imread(tmp_path / "out" / entry["file"]), expected) == (flags is options)
+    command = arguments(tmp_path / "quantized", tmp_path / "out", prompt=PROMPT, num_frames=9, dtype="bfloat16")
+    assert main(command) == 0
+    (entry,) = read_manifest(tmp_path / "out")
+    np.testing.assert_array_equal(imageio.v3.imread(tmp_path / "out" / entry["file"]), expected)
+    capsys.readouterr()
+    assert main([*command, *options]) == 2
+    assert capsys.readouterr().err.endswith("quantized is quantised as it is: leave out quantization.\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("float8", "quantization float8 needs a GPU of compute capability 8.9 or more"),
+        ("int8_weight_only --dtype float16", "quantization needs dtype bfloat16, not float16"),
+        ("int8_weights", "quantization must be one of float8, int8_weight_only, not 'int8_weights' (did you mean"),
+    ],
+)
+def test_quantizations_that_cannot_be(tmp_path, monkeypatch, capsys, options, words):
+    """Before a model is looked for."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    command = arguments(tmp_path / "no-model", tmp_path / "out", prompt=PROMPT)
+    assert main([*command, "--quantization", *options.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
 
 
 @pytest.mark.parametrize(

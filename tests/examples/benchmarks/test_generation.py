@@ -7,6 +7,8 @@ import torch
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel, StreamingTinyDecoder
 from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.pipelines.loading import load_from
+from astrolabe_diffusers.pipelines.quantization import quantization_config
 from tests.tiny_decoder_files import tiny_decoder_tensors
 from tests.tiny_pipeline import SMALL, save_tiny_pipeline, tiny_pipeline
 
@@ -91,6 +93,47 @@ def test_tiny_decoders(model_folder, tmp_path, monkeypatch):
         assert len(pieces) == 3 and result.decode > 0
     with pytest.raises(UserError, match="takes no --num_streams or --tiny_decoder"):
         generation.main([*flags, "--baseline", "--tiny_decoder", "random"])
+
+
+def test_quantization(model_folder, monkeypatch, capsys):
+    """The error is that of the rounded weights; what is timed has them, and is compiled."""
+    pytest.importorskip("torchao")
+    import generation
+
+    config = quantization_config("int8_weight_only", torch.device("cpu"))
+    timed, first = [], {}
+    for name, quantized in (("plain", None), ("rounded", config)):
+        pipe = load_from(str(model_folder), dtype=torch.bfloat16, quantization_config=quantized)
+        noise = torch.randn(1, 3, 4, 2, 4, generator=torch.Generator().manual_seed(0)).bfloat16().transpose(1, 2)
+        arguments = {"prompt": "a red circle", "num_frames": 9, "height": 16, "width": 32}
+        with torch.no_grad():
+            embeds = pipe.encode_prompt("a red circle")
+            flow = pipe.transformer(noise, torch.tensor([1000]), embeds).sample.float()
+        generator = torch.Generator().manual_seed(0)
+        latents = pipe(**arguments, latents=noise.float(), generator=generator, output_type="latent").frames
+        first[name] = flow, latents
+    expected = [((b - a).norm() / a.norm()).item() for a, b in zip(*first.values())]
+    measure = generation.measure
+
+    def keep(pipe, *args, **kwargs):
+        timed.append(pipe)
+        return measure(pipe, *args, **kwargs)
+
+    monkeypatch.setattr(generation, "measure", keep)
+    monkeypatch.setattr(CausalWanPipeline, "compile", lambda pipe, **kwargs: timed.append(kwargs) or 7.0)
+    flags = ["--model", str(model_folder), "--device", "cpu", "--repetitions", "1", "--prompt", "a red circle"]
+    flags += ["--num_frames", "9", "--height", "16", "--width", "32"]
+    generation.main([*flags, "--quantization", "int8_weight_only", "--compile"])
+    line, compiled, *_ = capsys.readouterr().out.splitlines()
+    assert line == f"relative error of the flow {expected[0]:.4f}  relative error of the latents {expected[1]:.4f}"
+    assert compiled == "compiled in 7 s" and min(expected) > 0
+    assert timed[0]["height"] == 16 and timed[1].transformer.blocks[0].ffn.net[2].weight.dequantize() is not None
+    with pytest.raises(UserError, match="--quantization needs --dtype bfloat16, not float32"):
+        generation.main([*flags, "--quantization", "int8_weight_only", "--dtype", "float32"])
+    with pytest.raises(UserError, match="float8 needs a GPU"):
+        generation.main([*flags, "--quantization", "float8"])
+    with pytest.raises(UserError, match="takes no --compile or --quantization"):
+        generation.main([*flags, "--quantization", "float8", "--baseline"])
 
 
 def test_random_weights_are_of_the_recipe(monkeypatch):
