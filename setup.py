@@ -56,7 +56,7 @@ EXTRAS_REQUIRE = {
     # A minor version of ruff may change its rules.
     "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "wandb>=0.31", "markdown-it-py>=3"],
 }
-EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"] + EXTRAS_REQUIRE["quantization"]
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"]
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
 
 setup(
