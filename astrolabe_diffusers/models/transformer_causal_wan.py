@@ -1,6 +1,6 @@
 """Block-wise causal Wan transformer with a KV cache."""
 
-from inspect import signature
+from inspect import signature, unwrap
 from os import PathLike
 from typing import Any
 
@@ -284,7 +284,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         forwards of model, blocks and self-attention, and the processors of that. What a user puts in the place of one
         gets `"read"` and `"write"`; a subclass in which it knows the others too says `packs_blocks = True`.
         """
-        return forward_of(self) in _KNOW_ALL_MODES and all(
+        # Accelerate and autocast wrap a whole model's forward, and leave alone what it is given.
+        return unwrap(self.forward) in _KNOW_ALL_MODES and all(
             forward_of(block) in _KNOW_ALL_MODES
             and forward_of(block.attn1) in _KNOW_ALL_MODES
             and type(block.attn1.processor).__call__ in _KNOW_ALL_MODES
@@ -484,7 +485,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
 
 _KNOW_ALL_MODES = {
-    CausalWanTransformer3DModel.forward,
+    unwrap(CausalWanTransformer3DModel.forward),
     CausalWanTransformerBlock.forward,
     WanAttention.forward,
     CausalWanSelfAttnProcessor.__call__,

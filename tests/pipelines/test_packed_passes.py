@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import remove_hook_from_module
+from accelerate.state import AcceleratorState
 from diffusers.models.transformers.transformer_wan import WanAttention
 from peft import LoraConfig
 from torch.nn.functional import scaled_dot_product_attention
@@ -268,12 +269,14 @@ def use_class(module, own):
     module.__class__ = own
 
 
-def patch_forward(block):
-    def forward(*args, ours=block.forward):
-        MODES.add(args[6])
-        return ours(*args)
+def patch_forward(module, mode):
+    """`mode` finds the cache mode among the arguments."""
 
-    block.forward = forward
+    def forward(*args, ours=module.forward, **kwargs):
+        MODES.add(mode(args, kwargs))
+        return ours(*args, **kwargs)
+
+    module.forward = forward
 
 
 CHANGES = {
@@ -282,7 +285,8 @@ CHANGES = {
     "processor of one layer": lambda model: model.blocks[1].attn1.set_processor(SubclassOfOurProcessor()),
     "attention": lambda model: use_class(model.blocks[1].attn1, OwnAttention),
     "block": lambda model: use_class(model.blocks[0], OwnBlock),
-    "forward of one block": lambda model: patch_forward(model.blocks[0]),
+    "forward of one block": lambda model: patch_forward(model.blocks[0], lambda args, kwargs: args[6]),
+    "forward of one model": lambda model: patch_forward(model, lambda args, kwargs: kwargs["kv_cache_mode"]),
     "model": lambda model: use_class(model, OwnModel),
 }
 
@@ -336,10 +340,23 @@ def offload_and_take_back(transformer):
     remove_hook_from_module(transformer, recurse=True)
 
 
+def prepare(transformer):
+    """As evaluation does it in bf16."""
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(transformer, evaluation_mode=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def under_autocast(transformer):
+    """As `distributed.sharding.shard` does it."""
+    transformer.forward = torch.autocast("cpu", torch.bfloat16)(transformer.forward)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         add_lora,
+        prepare,
+        under_autocast,
         offload_layers,
         offload_blocks,
         offload_and_take_back,
