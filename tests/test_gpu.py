@@ -179,7 +179,6 @@ def test_denoising_never_waits_for_the_device():
     try:
         for modes in (("read", "write"), ("read", "store+read")):
             cache = CausalWanKVCache(transformer.config.num_layers)
-            cache.state.packs_blocks = True
             for block in range(8):
                 # The first blocks allocate the slots and compile kernels.
                 torch.cuda.set_sync_debug_mode("error" if block > 1 else "default")

@@ -34,7 +34,7 @@ class CausalTransformer(Protocol):
     # Classes that `compile_repeated_blocks` compiles, and whose Linear layers get a LoRA if a run names no modules.
     _repeated_blocks: list[str]
 
-    # May have `packs_blocks = True`, if it knows two more cache modes; nothing needs them ([`store_mode`]).
+    # May have `packs_blocks`, true if it knows two more cache modes; nothing needs them ([`store_mode`]).
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
         """An empty cache for one generation."""

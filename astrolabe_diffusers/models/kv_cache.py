@@ -55,8 +55,7 @@ class KVCacheState:
     num_cached: int = 0  # slots in use
     first_frame: int = 0  # the frame in slot 0
     slots: BoundedSlots | RingSlots = BoundedSlots(0)
-    packs_blocks: bool = False  # a ring gets a margin, where pairs of blocks need one
-    margin_frames: int = 0  # in the layers' buffers, left of the slots
+    margin_frames: int = 0  # in the layers' buffers, left of the slots; of a ring, from the first pair of blocks on
     block_frames: int = 0
     frame_tokens: int = 0
     shape: tuple[int, int, int] | None = None  # batch, and height and width of the latents
@@ -79,6 +78,12 @@ def growing(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
     if not torch.compiler.is_compiling():
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
     return tensor
+
+
+def new_buffer(like: torch.Tensor, batch_size: int, num_tokens: int) -> torch.Tensor:
+    """Room for keys or values `(batch, tokens, heads, head_dim)`."""
+    # One token in front: a view that begins where its memory does would be compiled for itself.
+    return like.new_empty(batch_size, 1 + num_tokens, *like.shape[2:])[:, 1:]
 
 
 class CausalWanKVLayerCache:
@@ -133,11 +138,22 @@ class CausalWanKVLayerCache:
     def select(self, videos: list[int], state: KVCacheState) -> "CausalWanKVLayerCache":
         """A layer of its own for some videos of the batch, without text."""
         other = CausalWanKVLayerCache(state)
-        for name in ("key", "value", "_sink_key"):
-            tensor = getattr(self, name)
-            setattr(other, name, None if tensor is None else tensor[videos])
+        if self.key is not None:
+            other.key, other.value = (new_buffer(x, len(videos), x.shape[1]) for x in (self.key, self.value))
+            for row, video in enumerate(videos):
+                other.key[row], other.value[row] = self.key[video], self.value[video]
+        other._sink_key = None if self._sink_key is None else self._sink_key[videos]
         other._sink_shift = self._sink_shift
         return other
+
+    def add_margin(self, num_tokens: int):
+        """So many tokens before the slots."""
+        if self.key is not None:
+            for name in ("key", "value"):
+                buffer = getattr(self, name)
+                wider = new_buffer(buffer, len(buffer), num_tokens + buffer.shape[1])
+                wider[:, num_tokens:] = buffer
+                setattr(self, name, wider)
 
     def begin_block(self, num_tokens: int):
         if self.key is None:
@@ -201,9 +217,8 @@ class CausalWanKVLayerCache:
         state, (key, value) = self.state, self._stored
         size = state.frame_tokens
         if self.key is None:
-            shape = (key.shape[0], 1 + state.end + state.block_frames * size, *key.shape[2:])
-            # One token in front: a view that begins where its memory does would be compiled for itself.
-            self.key, self.value = key.new_empty(shape)[:, 1:], value.new_empty(shape)[:, 1:]
+            num_tokens = state.end + state.block_frames * size
+            self.key, self.value = (new_buffer(x, len(x), num_tokens) for x in (key, value))
         for i, frame in enumerate(range(state.num_frames, state.num_frames + key.shape[1] // size)):
             slot = state.slots.slot(frame - state.first_frame)
             if slot is not None:
@@ -258,7 +273,8 @@ class CausalWanKVCache:
 
     def clear(self):
         """Forget all frames and free their memory."""
-        self.state.num_frames = self.state.num_cached = self.state.first_frame = 0
+        state = self.state
+        state.num_frames = state.num_cached = state.first_frame = state.margin_frames = 0
         for layer_cache in self.layer_caches:
             layer_cache.clear()
 
@@ -315,8 +331,7 @@ class CausalWanKVCache:
         if None in entering or len(set(entering)) < num_frames:
             return False  # the second block does not see all of the first
         num_leaving = sum(slot < state.num_cached for slot in entering)
-        fits = num_leaving == 0 or (num_leaving == num_frames and state.margin_frames > 0)
-        return fits and self.past_weight == 1 and not torch.is_grad_enabled()
+        return num_leaving in (0, num_frames) and self.past_weight == 1 and not torch.is_grad_enabled()
 
     def _entering(self, num_frames: int, slots: BoundedSlots | RingSlots) -> list[int | None]:
         """The slots of the next frames."""
@@ -343,9 +358,7 @@ class CausalWanKVCache:
             )
         if state.num_frames == 0:
             state.frame_tokens, state.shape, state.block_frames = frame_tokens, shape, config.num_frames_per_block
-            state.slots, state.margin_frames = self._slots(config), 0
-            if state.packs_blocks and isinstance(state.slots, RingSlots):
-                state.margin_frames = state.block_frames + self._moving_sink(config)
+            state.slots = self._slots(config)
         elif shape != state.shape:
             raise ValueError(f"`kv_cache` serves batch, height and width {state.shape}, but this block has {shape}.")
         elif block_frames > state.block_frames and not state.rewound:
@@ -364,11 +377,17 @@ class CausalWanKVCache:
             layer_cache.begin_block(num_frames * frame_tokens)
 
     def _begin_pair(self, num_frames: int, config):
-        state, buffer = self.state, self.layer_caches[0].key
+        state = self.state
         if not self.can_pair(num_frames, config):
             raise ValueError(
                 f"these blocks of {num_frames} latent frames need a pass each: `kv_cache.can_pair` tells beforehand."
             )
+        if isinstance(state.slots, RingSlots) and not state.margin_frames:
+            # Mostly before there are buffers: the margin costs nothing then, and whoever makes no pairs has none.
+            state.margin_frames = state.block_frames + self._moving_sink(config)
+            for layer_cache in self.layer_caches:
+                layer_cache.add_margin(state.margin_frames * state.frame_tokens)
+        buffer = self.layer_caches[0].key
         if buffer is None:
             return  # the first pair of a video: there is nothing to see yet
         entering = self._entering(num_frames, state.slots)

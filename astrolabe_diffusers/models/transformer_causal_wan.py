@@ -1,6 +1,6 @@
 """Block-wise causal Wan transformer with a KV cache."""
 
-from inspect import signature
+from inspect import signature, unwrap
 from os import PathLike
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, WanTransformerBlock
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -28,6 +28,7 @@ from .lora_layers import (
     recomputed,
     tuner_layers,
 )
+from .module_calls import forward_of
 from .rotary import CausalWanRotaryPosEmbed, Rotary, sinusoids
 
 
@@ -131,9 +132,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     _repeated_blocks = ["CausalWanTransformerBlock"]
     _skip_keys = ["kv_cache"]
     _cp_plan = None
-    # Whether the cache modes "store" and "store+read" are known. A subclass whose blocks or attention processors look
-    # at the mode themselves, and know only "read" and "write", sets it to False.
-    packs_blocks = True
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -285,6 +283,21 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"`dtype` must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}.")
+
+    @property
+    def packs_blocks(self) -> bool:
+        """
+        Whether the cache modes `"store"` and `"store+read"` may be used: where all that is given the mode is ours, the
+        forwards of model, blocks and self-attention, and the processors of that. What a user puts in the place of one
+        gets `"read"` and `"write"`; a subclass in which it knows the others too says `packs_blocks = True`.
+        """
+        # Accelerate and autocast wrap a whole model's forward, and leave alone what it is given.
+        return unwrap(self.forward) in _KNOW_ALL_MODES and all(
+            forward_of(block) in _KNOW_ALL_MODES
+            and forward_of(block.attn1) in _KNOW_ALL_MODES
+            and type(block.attn1.processor).__call__ in _KNOW_ALL_MODES
+            for block in self.blocks
+        )
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
         return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
@@ -485,3 +498,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             ends = range(n, num_frames + 1, n)
             shifts = {end: self.rope.shift(end - attn_window, device) for end in ends if end > attn_window}
         return BlockLayout(num_frames, frame_tokens, n, attn_window, sink_size, shifts)
+
+
+_KNOW_ALL_MODES = {
+    unwrap(CausalWanTransformer3DModel.forward),
+    CausalWanTransformerBlock.forward,
+    WanAttention.forward,
+    CausalWanSelfAttnProcessor.__call__,
+}

@@ -34,7 +34,7 @@ def _decode_piece(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) 
 
 @torch.no_grad()
 def decode_piece_by_calls(vae: AutoencoderKLWan, latents: torch.Tensor, memory: Memory) -> torch.Tensor:
-    """As [`decode_piece`], by diffusers' own modules, for a VAE that [`has_hooks`]."""
+    """As [`decode_piece`], by calls of the autoencoder's own modules, whatever these are."""
     first, frames = not memory, []
     if first:
         memory |= dict.fromkeys(range(vae._cached_conv_counts["decoder"]))

@@ -26,13 +26,6 @@ Memory = dict[nn.Module, torch.Tensor] | dict[int, torch.Tensor | str | None]
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether a module inside has hooks, as of offloading: its weights may then be anywhere until it is called."""
-    # Not by `hasattr`: a module takes long to say what it does not have.
-    inside = (vars(module) for module in model.modules() if module is not model)
-    return any("_hf_hook" in attributes or "_diffusers_hook" in attributes for attributes in inside)
-
-
 def add_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A pair as one tensor, in the memory of `x`."""
     return x if bias is None else x.add_(bias)

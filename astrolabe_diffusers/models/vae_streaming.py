@@ -5,12 +5,12 @@ import threading
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import nn
 
 from .vae_decoder import decode_piece, decode_piece_by_calls
 from .vae_encoder import encode_piece
-from .vae_layers import Memory, has_hooks
+from .vae_layers import Memory
 from .vae_operations import lay_out, norm, unpatchify
 
 
@@ -47,10 +47,12 @@ def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """Normalised latents `(B, C, 1 + (F - 1) // 4, h, w)`, float32, of a video `(B, 3, F, H, W)` in [-1, 1].
 
     The mean of the posterior, as the published models take it. Frames after the last 1 + 4 n are left out. With
-    gradients, tiles or hooks, as of offloading, it is diffusers' own encoder that runs.
+    gradients or tiles, and where a call may run anything but diffusers' code (hooks, layers of another class), it is
+    `vae.encode` that runs.
     """
     video = video.to(vae.dtype)
-    if torch.is_grad_enabled() or vae.use_tiling or has_hooks(vae):
+    ours = _is_plain(vae.encoder, vae.quant_conv) and not _overridden(vae, "encode", "_encode")
+    if torch.is_grad_enabled() or vae.use_tiling or not ours:
         with _ENCODING:
             latents = vae.encode(video).latent_dist.mode()
     else:
@@ -75,13 +77,13 @@ def _encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """The video `(B, 3, F, H, W)` in [-1, 1] of normalised latents `(B, C, f, h, w)`, decoded whole."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _overridden(vae, *_DECODING):
         return vae.decode(_denormalised(vae, latents), return_dict=False)[0]
     together = 1 if vae.use_slicing else len(latents)
     return torch.cat([StreamingVAEDecoder(vae).decode(videos) for videos in latents.split(together)])
 
 
-class FusedWanRMSNorm(WanRMS_norm):
+class FusedWanRMSNorm(wan.WanRMS_norm):
     """`WanRMS_norm` in one kernel, which needs the channels last in memory; with them, `movedim` copies nothing."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,8 +99,42 @@ def use_channels_last(module: nn.Module):
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             memory_format = torch.channels_last_3d if isinstance(layer, nn.Conv3d) else torch.channels_last
             layer.weight.data = layer.weight.data.contiguous(memory_format=memory_format)
-        elif type(layer) is WanRMS_norm and not isinstance(layer.bias, nn.Parameter):
+        elif type(layer) is wan.WanRMS_norm and not isinstance(layer.bias, nn.Parameter):
             layer.__class__ = FusedWanRMSNorm
+
+
+# What the modules of Wan's autoencoder compute, which is computed here without calling them.
+_FORWARDS = {
+    kind.forward
+    for kind in (
+        *(wan.WanEncoder3d, wan.WanDecoder3d, wan.WanMidBlock, wan.WanUpBlock, wan.WanResidualBlock),
+        *(wan.WanResidualDownBlock, wan.WanResidualUpBlock, wan.AvgDown3D, wan.DupUp3D, wan.WanAttentionBlock),
+        *(wan.WanResample, wan.WanUpsample, wan.WanCausalConv3d, wan.WanRMS_norm, FusedWanRMSNorm),
+        *(nn.Conv2d, nn.ZeroPad2d, nn.SiLU, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleList),
+    )
+}
+_DECODING = ("decode", "_decode", "tiled_decode")
+
+
+def _is_plain(*modules: nn.Module) -> bool:
+    """Whether calling these modules would run diffusers' code and nothing else: inside are no forward of another's,
+    as of a subclass, a LoRA or a quantised layer, and no hooks, and nothing is compiled.
+
+    Asked for before every use, as any of it may come later: a tenth of a millisecond for a decoder.
+    """
+    modules = list(modules)
+    for module in modules:  # and for those that are appended
+        attributes = vars(module)
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes.get("_compiled_call_impl"):
+            return False
+        if getattr(module.forward, "__func__", None) not in _FORWARDS:
+            return False
+        modules += [child for child in attributes["_modules"].values() if child is not None]
+    return True
+
+
+def _overridden(vae: AutoencoderKLWan, *methods: str) -> bool:
+    return any(getattr(type(vae), name) is not getattr(AutoencoderKLWan, name) for name in methods)
 
 
 class StreamingVAEDecoder:
@@ -106,15 +142,13 @@ class StreamingVAEDecoder:
 
     Wan's decoder is causal in time and remembers the last frames of every convolution. That memory is kept here, not
     in the autoencoder, so that several streams, and other uses of the same autoencoder, do not disturb each other.
+
+    A decoder in which a call may run anything but diffusers' code, as it does with hooks, compiled or with layers of
+    another class, is called; any other is computed without its calls, which is faster.
     """
 
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
-        if has_hooks(vae):
-            self._decode_piece = decode_piece_by_calls
-        else:
-            self._decode_piece = decode_piece
-            lay_out(vae.decoder)
         self.reset()
 
     def reset(self):
@@ -135,8 +169,13 @@ class StreamingVAEDecoder:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The video `(B, 3, F, H, W)` in [-1, 1] of the next normalised latent frames `(B, C, f, h, w)`: one frame for
-        the first latent frame of the video, `scale_factor_temporal` frames for every other."""
+        the first latent frame of the video, `scale_factor_temporal` frames for every other.
+
+        A `ValueError` if the autoencoder's class overrides `decode`, which takes whole videos, or if hooks or other
+        layers have come into its decoder since the video began.
+        """
         vae = self.vae
+        self._choose_way()
         latents = _denormalised(vae, latents)
         scale = vae.spatial_compression_ratio
         tile = (vae.tile_sample_min_height // scale, vae.tile_sample_min_width // scale)
@@ -145,6 +184,27 @@ class StreamingVAEDecoder:
         else:
             frames = self._decode_tile(latents, (0, 0))
         return unpatchify(frames, vae.config.patch_size or 1).clamp_(-1.0, 1.0).permute(0, 4, 1, 2, 3)
+
+    def _choose_way(self):
+        """Whether the decoder is called, at the beginning of a video: what is remembered differs."""
+        vae, begins = self.vae, not self._memory
+        if _overridden(vae, *_DECODING):
+            raise ValueError(
+                f"{type(vae).__name__} decodes whole videos by a method of its own, and this one is decoded piece by "
+                "piece: override `forward` of its `decoder`, or of a module inside, in place of "
+                f"{', '.join(_DECODING)}."
+            )
+        plain = _is_plain(vae.decoder, vae.post_quant_conv)
+        if begins and plain:
+            self._decode_piece = decode_piece
+            lay_out(vae.decoder)
+        elif begins:
+            self._decode_piece = decode_piece_by_calls
+        elif self._decode_piece is decode_piece and not plain:
+            raise ValueError(
+                "hooks, a compiled module or layers of another class have come into `vae.decoder` in the midst of a "
+                "video: add them before it begins."
+            )
 
     def _decode_tile(self, latents: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
         pieces = []

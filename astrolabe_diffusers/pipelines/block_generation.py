@@ -118,6 +118,7 @@ class BlockGenerator:
         self.videos = videos  # indices in the batch of the call
         # Asked for once: diffusers goes through all modules for the answer.
         self.dtype = pipe.transformer.dtype
+        self.packs_blocks, self.store_mode = packs_blocks(pipe.transformer), store_mode(pipe.transformer)
         self.prompt_embeds: torch.Tensor | None = None  # (videos, L, dim) of the current scenes
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.restart()
@@ -128,8 +129,6 @@ class BlockGenerator:
         config = pipe.transformer.config
         max_frames = num_context + config.num_frames_per_block if num_context else self.sampling.max_frames
         self.kv_cache = pipe.transformer.new_kv_cache(max_frames, pipe.config.past_weight)
-        plain = num_context or pipe.config.past_weight != 1
-        self.kv_cache.state.packs_blocks = packs_blocks(pipe.transformer) and not plain
         self.decoder = pipe.new_decoder()
         self.context = ReencodedContext(pipe.vae, num_context) if num_context else None
         # The last block, which enters the cache only when another follows, and the prompt it was made with.
@@ -183,7 +182,7 @@ class BlockGenerator:
             self.kv_cache.clear()
             latents = self.context(keep_first=max(self.num_given, self.num_generated) <= 1)
         for block in latents.split(self.pipe.transformer.config.num_frames_per_block, dim=2):
-            self.predict(block, block.new_zeros(1), prompt_embeds, store_mode(self.pipe.transformer))
+            self.predict(block, block.new_zeros(1), prompt_embeds, self.store_mode)
 
     def read(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The flow of noisy latents, which see the last block. If that has still to enter the cache, it does so in the
@@ -198,7 +197,8 @@ class BlockGenerator:
         # Nothing in here may depend on when blocks are asked for: a stream is the call, bit for bit.
         clean, _, prompt_embeds = self.last
         return (
-            self.kv_cache.state.packs_blocks
+            self.packs_blocks
+            and self.context is None
             and prompt_embeds is self.prompt_embeds
             and clean.shape == latents.shape
             and self.kv_cache.can_pair(clean.shape[2], self.pipe.transformer.config)
@@ -220,7 +220,7 @@ class BlockGenerator:
             first = num_frames - window + (config.sink_size if keep_sink else 0)
         self.kv_cache.rewind(first, keep_sink)
         clean = self.history[:, :, first - num_frames :]
-        self.predict(clean, clean.new_zeros(1), self.prompt_embeds, store_mode(self.pipe.transformer))
+        self.predict(clean, clean.new_zeros(1), self.prompt_embeds, self.store_mode)
 
     def denoise(
         self,

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..models.contract import CausalTransformer
 from ..models.lora_layers import check_no_loose_lora
+from ..models.module_calls import has_hooks
 from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..models.vae_layers import has_hooks
 from ..models.vae_operations import to_uint8
 from ..models.vae_streaming import StreamingVAEDecoder
 from ..registration import register_with_diffusers

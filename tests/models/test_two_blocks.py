@@ -23,12 +23,6 @@ from tests.models.test_transformer_causal_wan import (
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def packing_cache(model, max_frames=None):
-    cache = new_cache(model, max_frames)
-    cache.state.packs_blocks = True
-    return cache
-
-
 def pair(model, clean_block, noisy_block, timestep, text, cache, **kwargs):
     """Both in one pass; what the noisy one gives."""
     timestep = torch.full((len(text),), timestep)
@@ -73,7 +67,7 @@ def num_pairs(reference, n, num_blocks):
 def test_pairs_equal_the_reference(n, window, sink, rope_mode):
     model, reference, noisy, clean, text = build(n, window, sink, rope_mode)
     noisy, clean = longer(noisy), longer(clean)
-    cache, context = packing_cache(model, clean.shape[2]), reference.context_of(clean[:, :, :0], text)
+    cache, context = new_cache(model, clean.shape[2]), reference.context_of(clean[:, :, :0], text)
     outputs, pairs = go_on(model, noisy, clean, text, cache, n)
     assert pairs == num_pairs(reference, n, clean.shape[2] // n)
     expected = []
@@ -97,7 +91,7 @@ def test_bfloat16_is_as_exact(n, window, sink):
         half = copy.deepcopy(model).to(torch.bfloat16)
         inputs = [x.to(torch.bfloat16) for x in (noisy, clean, text)]
         for paired in errors:
-            outputs, pairs = go_on(half, *inputs, packing_cache(half, clean.shape[2]), n, paired)
+            outputs, pairs = go_on(half, *inputs, new_cache(half, clean.shape[2]), n, paired)
             assert (pairs > 2) == paired
             errors[paired] += [(a.float() - b).norm() / b.norm() for a, b in zip(outputs, wanted)]
     paired, plain = (torch.stack(errors[key]) for key in (True, False))
@@ -111,7 +105,7 @@ def test_with_a_lora_and_its_scale():
     blocks = blocks_of(clean, 3)
     results = {}
     for scale in (1.0, 0.3):
-        paired, plain, kwargs = packing_cache(model), new_cache(model), {"attention_kwargs": {"scale": scale}}
+        paired, plain, kwargs = new_cache(model), new_cache(model), {"attention_kwargs": {"scale": scale}}
         for clean_block, noisy_block in zip(blocks, blocks_of(noisy, 3)[1:]):
             results[scale] = pair(model, clean_block, noisy_block, 937.5, text, paired, **kwargs)
             arguments = {"kv_cache": plain, "frame_offset": plain.num_frames, **kwargs}
@@ -125,9 +119,9 @@ def test_with_a_lora_and_its_scale():
 
 def test_fused_projections():
     model, _, noisy, clean, text = build(3, 9, 3)
-    expected, _ = go_on(model, noisy, clean, text, packing_cache(model), 3)
+    expected, _ = go_on(model, noisy, clean, text, new_cache(model), 3)
     model.fuse_qkv_projections()
-    outputs, pairs = go_on(model, noisy, clean, text, packing_cache(model), 3)
+    outputs, pairs = go_on(model, noisy, clean, text, new_cache(model), 3)
     assert pairs == 3
     for output, wanted in zip(outputs, expected):
         assert max_error(output, wanted) <= TOLERANCE
@@ -144,7 +138,7 @@ def test_blocks_that_add_to_their_input():
     for block in model.blocks:
         block.__class__ = Mixed
     expected, _ = go_on(model, noisy, clean, text, new_cache(model), 3, paired=False)
-    outputs, pairs = go_on(model, noisy, clean, text, packing_cache(model), 3)
+    outputs, pairs = go_on(model, noisy, clean, text, new_cache(model), 3)
     assert pairs == 3
     for output, wanted in zip(outputs, expected):
         assert max_error(output, wanted) <= TOLERANCE
@@ -182,7 +176,7 @@ def test_the_last_layer_of_a_pair():
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _, args, output, name=name: tokens.update({name: args[0].shape[1]}))
-    pair(model, clean[:, :, :3], noisy[:, :, 3:6], 937.5, text, packing_cache(model, 12))
+    pair(model, clean[:, :, :3], noisy[:, :, 3:6], 937.5, text, new_cache(model, 12))
     assert tokens["blocks.0.ffn.net.2"] == tokens["blocks.0.attn2.to_q"] == tokens["blocks.1.attn1.to_k"] == 12
     assert tokens["blocks.1.ffn.net.2"] == tokens["blocks.1.attn2.to_q"] == tokens["blocks.1.attn1.to_out.0"] == 6
     assert tokens["proj_out"] == 6
@@ -193,7 +187,7 @@ def test_text_is_projected_once():
     calls = []
     for block in model.blocks:
         block.attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
-    cache = packing_cache(model)
+    cache = new_cache(model)
     cache.set_text(text)
     go_on(model, noisy, clean, text, cache, 3)
     assert len(calls) == len(model.blocks)
@@ -208,7 +202,7 @@ def test_memory(n, window, sink, rope_mode):
     noisy, clean = longer(noisy), longer(clean)
     frames = {}
     for packs in (True, False):
-        cache = packing_cache(model, clean.shape[2]) if packs else new_cache(model, clean.shape[2])
+        cache = new_cache(model, clean.shape[2])
         pointers = set()
         for clean_block, noisy_block in zip(blocks_of(clean, n), blocks_of(noisy, n)[1:]):
             if packs:
@@ -223,10 +217,51 @@ def test_memory(n, window, sink, rope_mode):
     assert frames[True] - frames[False] == margin
 
 
+@pytest.mark.parametrize("rope_mode", ["absolute", "relative"])
+@pytest.mark.parametrize("first_pair", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("n, window, sink", [(2, 6, 0), (3, 9, 3)])
+def test_a_first_pair_that_comes_late(n, window, sink, first_pair, rope_mode):
+    """After blocks that were stored by themselves, as given ones are, the margin is added once."""
+    model, _, noisy, clean, text = build(n, window, sink, rope_mode)
+    noisy, clean = longer(noisy), longer(clean)
+    paired, plain, sizes = new_cache(model), new_cache(model), set()
+    for i, (clean_block, noisy_block) in enumerate(zip(blocks_of(clean, n), blocks_of(noisy, n)[1:])):
+        write(model, clean_block, text, plain)
+        expected = read(model, noisy_block, 937.5, text, plain)
+        if i < first_pair:
+            write(model, clean_block, text, paired)
+            assert paired.get(0).key.shape == plain.get(0).key.shape
+        else:
+            assert paired.can_pair(n, model.config)
+            assert max_error(pair(model, clean_block, noisy_block, 937.5, text, paired), expected) <= TOLERANCE
+            sizes.add(paired.get(0).key.shape[1])
+        assert max_error(read(model, noisy_block, 937.5, text, paired), expected) <= TOLERANCE
+    margin = n + sink * (rope_mode == "relative")
+    assert sizes == {plain.get(0).key.shape[1] * (window + margin) // window}
+
+
+def test_a_cache_that_is_written_anew_keeps_its_margin():
+    model, _, noisy, clean, text = build(3, 9, 3)
+    cache = new_cache(model)
+    blocks = list(zip(blocks_of(clean, 3), blocks_of(noisy, 3)[1:]))
+    pair(model, *blocks[0], 937.5, text, cache)
+    size = cache.get(0).key.shape[1]
+    cache.rewind(0, keep_sink=False)
+    write(model, clean[:, :, :3], text, cache)
+    outputs = [pair(model, *block, 937.5, text, cache) for block in blocks[1:]]
+    assert cache.get(0).key.shape[1] == size
+    cache.clear()
+    write(model, clean[:, :, :3], text, cache)
+    for (clean_block, noisy_block), output in zip(blocks[1:], outputs):
+        write(model, clean_block, text, cache)
+        assert max_error(read(model, noisy_block, 937.5, text, cache), output) <= TOLERANCE
+    assert cache.get(0).key.shape[1] < size
+
+
 def test_some_videos_of_a_batch_go_on():
     model, _, noisy, clean, text = build(3, 9, 3, "relative")
     noisy, clean = longer(noisy), longer(clean)
-    cache = packing_cache(model)
+    cache = new_cache(model)
     blocks = list(zip(blocks_of(clean, 3), blocks_of(noisy, 3)[1:]))
     for clean_block, noisy_block in blocks[:4]:
         pair(model, clean_block, noisy_block, 937.5, text, cache)
@@ -240,12 +275,9 @@ def test_some_videos_of_a_batch_go_on():
 # What cannot be paired
 
 
-@pytest.mark.parametrize(
-    "why", ["gradients", "past_weight", "no room for frames that leave", "a window of one block", "too many frames"]
-)
+@pytest.mark.parametrize("why", ["gradients", "past_weight", "a window of one block", "too many frames"])
 def test_what_needs_two_passes(why):
-    window = {"no room for frames that leave": 6, "a window of one block": 3}.get(why, -1)
-    model, _, noisy, clean, text = build(3, window)
+    model, _, noisy, clean, text = build(3, 3 if why == "a window of one block" else -1)
     cache = new_cache(model, 12)
     if why == "past_weight":
         cache.past_weight = 0.5

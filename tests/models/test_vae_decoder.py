@@ -9,8 +9,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from torch import nn
 
 from astrolabe_diffusers.models import vae_decoder, vae_layers, vae_operations
+from astrolabe_diffusers.models.module_calls import has_hooks
 from astrolabe_diffusers.models.vae_decoder import decode_piece, decode_piece_by_calls
-from astrolabe_diffusers.models.vae_layers import has_hooks
 from astrolabe_diffusers.models.vae_operations import lay_out, unpatchify
 from tests.tiny_pipeline import random_vae
 

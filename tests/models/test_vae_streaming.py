@@ -4,6 +4,11 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DecoderOutput
+from peft import LoraConfig, inject_adapter_in_model
 
 from astrolabe_diffusers import StreamingVAEDecoder
 from astrolabe_diffusers.models import vae_encoder, vae_streaming
@@ -220,8 +225,6 @@ def test_channels_last_changes_nothing():
 def test_threads_do_not_share_what_the_encoder_remembers(by_calls, monkeypatch):
     """Another thread encodes while the first is in the midst of its video; diffusers' own encoder lets it wait."""
     vae, videos = tiny_vae(), [torch.rand(1, 3, 9, 16, 16) * 2 - 1 for _ in range(2)]
-    if by_calls:
-        vae.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
     monkeypatch.setattr(vae_streaming, "POSITIONS_AT_ONCE", 1)
     expected, results, threads = [encode_video(vae, video) for video in videos], {}, []
 
@@ -241,8 +244,151 @@ def test_threads_do_not_share_what_the_encoder_remembers(by_calls, monkeypatch):
         return ours(*args)
 
     monkeypatch.setattr(vae_encoder, "middle_block", middle_block)
-    hook = vae.encoder.register_forward_hook(meanwhile)
+    if by_calls:
+        vae.encoder.register_forward_hook(meanwhile)
     results["first"] = encode_video(vae, videos[0])
     threads[0].join()
+    # Diffusers' encoder takes the sums of a convolution in another order.
+    assert all(torch.allclose(results[name], wanted, atol=1e-5) for name, wanted in zip(("first", "other"), expected))
+
+
+# What may run where the autoencoder's own code does not
+
+
+def halve(module, args, output):
+    return output / 2
+
+
+def with_hook(vae):
+    vae.decoder.mid_block.resnets[0].register_forward_hook(halve)
+    vae.encoder.mid_block.resnets[0].register_forward_hook(halve)
+
+
+def with_hook_before(vae):
+    for module in (vae.post_quant_conv, vae.encoder.conv_out):
+        module.register_forward_pre_hook(lambda module, args: (args[0] / 2, *args[1:]))
+
+
+def with_forward_of_its_own(vae):
+    class Folded(type(vae.decoder.mid_block)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).abs()
+
+    vae.decoder.mid_block.__class__ = vae.encoder.mid_block.__class__ = Folded
+
+
+def with_another_activation(vae):
+    vae.decoder.nonlinearity, vae.encoder.nonlinearity = torch.nn.GELU(), torch.nn.GELU()
+
+
+def with_forward_of_one_module(vae):
+    for conv in (vae.decoder.conv_in, vae.encoder.conv_in):
+        conv.forward = lambda *args, own=conv.forward: own(*args) / 2
+
+
+def with_lora(vae):
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["resample.1"])
+    inject_adapter_in_model(config, vae)
+
+
+CHANGES = {
+    change.__name__: change
+    for change in (
+        *(with_hook, with_hook_before, with_forward_of_its_own, with_another_activation),
+        *(with_forward_of_one_module, with_lora),
+    )
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_users_have_put_in_counts(vae, change):
+    """Also what comes after the decoder was made and has decoded."""
+    latents, scale = random_latents(3), vae.config.scale_factor_spatial
+    video = torch.rand(1, 3, 5, 2 * scale, 3 * scale) * 2 - 1
+    decoder = StreamingVAEDecoder(vae)
+    before, encoded = decoder.decode(latents), encode_video(vae, video)
+    CHANGES[change](vae)
+    expected = vae.decode(raw(vae, latents)).sample
+    assert (expected - before).abs().max() > 1e-3
+    decoder.reset()
+    pieces = torch.cat([decoder.decode(piece) for piece in latents.split([1, 2], dim=2)], dim=2)
+    # Diffusers' own code, but the frames of a piece together.
+    assert (pieces - expected).abs().max() < 1e-4
+    assert (decode_latents(vae, latents) - expected).abs().max() < 1e-4
+    expected = normalised(vae, vae.encode(video).latent_dist.mode())
+    assert (expected - encoded).abs().max() > 1e-3
+    assert torch.equal(encode_video(vae, video), expected)
+
+
+@pytest.mark.parametrize("compile_it", ["whole", "inside", "wrapped"])
+def test_a_decoder_that_is_compiled_runs(compile_it):
+    vae, latents = tiny_vae(num_res_blocks=0), random_latents(3, batch=1)
+    expected = decode_latents(vae, latents)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    if compile_it == "whole":
+        vae.decoder.compile(backend=backend)
+    elif compile_it == "inside":
+        vae.decoder.up_blocks[-1].compile(backend=backend)
+    else:
+        vae.decoder = torch.compile(vae.decoder, backend=backend)
+    decoder = StreamingVAEDecoder(vae)
+    frames = torch.cat([decoder.decode(piece) for piece in latents.split([1, 2], dim=2)], dim=2)
+    torch._dynamo.reset()
+    assert graphs and (frames - expected).abs().max() < 1e-4
+
+
+def test_hooks_in_the_midst_of_a_video(vae):
+    """What is remembered is of another kind then. Hooks may go: what was begun by calls goes on so."""
+    latents, decoder = random_latents(3), StreamingVAEDecoder(vae)
+    expected = decoder.decode(latents)
+    decoder.reset()
+    decoder.decode(latents[:, :, :1])
+    hook = vae.decoder.conv_out.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError) as error:
+        decoder.decode(latents[:, :, 1:])
+    assert "before it begins" in str(error.value) and "\n" not in str(error.value)
+    decoder.reset()
+    first = decoder.decode(latents[:, :, :1])
     hook.remove()
-    assert torch.equal(results["first"], expected[0]) and torch.equal(results["other"], expected[1])
+    frames = torch.cat([first, decoder.decode(latents[:, :, 1:])], dim=2)
+    assert (frames - expected).abs().max() < 1e-4
+
+
+def test_offloading_that_ends_leaves_nothing_behind(vae, monkeypatch):
+    latents, used = random_latents(2), []
+    expected = decode_latents(vae, latents)
+    cpu_offload(vae, torch.device("cpu"))
+    for name in ("decode_piece", "decode_piece_by_calls"):
+        monkeypatch.setattr(
+            vae_streaming, name, lambda *args, f=getattr(vae_streaming, name): used.append(f.__name__) or f(*args)
+        )
+    for wanted in ("decode_piece_by_calls", "decode_piece"):
+        assert (StreamingVAEDecoder(vae).decode(latents) - expected).abs().max() < 1e-4
+        assert set(used) == {wanted}
+        used.clear()
+        remove_hook_from_module(vae, recurse=True)
+
+
+def test_a_class_with_methods_of_its_own():
+    class Darker(AutoencoderKLWan):
+        def decode(self, z, return_dict=True):
+            sample = super().decode(z, return_dict=False)[0] - 0.5
+            return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+        def _encode(self, x):
+            return super()._encode(x / 2)
+
+    vae, latents = tiny_vae(), random_latents(2)
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    decoded, encoded = decode_latents(vae, latents), vae.encode(video / 2).latent_dist.mode()
+    vae.__class__ = Darker
+    assert (decode_latents(vae, latents) - (decoded - 0.5)).abs().max() < 1e-4
+    assert torch.equal(encode_video(vae, video), normalised(vae, encoded))
+    with pytest.raises(ValueError) as error:
+        StreamingVAEDecoder(vae).decode(latents)
+    assert "Darker" in str(error.value) and "\n" not in str(error.value)

@@ -5,7 +5,7 @@ import torch
 
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.pipelines.block_generation import Sampling
-from tests.tiny_pipeline import tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
 # Every published recipe that differs from those before it, and what none of them has.
@@ -94,6 +94,7 @@ def test_one_call_has_it_all_compiled(recipe):
     pipe = tiny_pipeline(**RECIPES[recipe])
     expected = video(pipe, 12)
     assert pipe.compile(backend="eager") > 0
+    assert pipe.transformer.packs_blocks
     n = pipe.transformer.config.num_frames_per_block
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(video(pipe, 12), expected)
@@ -102,6 +103,52 @@ def test_one_call_has_it_all_compiled(recipe):
                 for block, _ in enumerate(stream):
                     if block in (1, 5):
                         stream.set_prompt("a blue square", transition)
+
+
+@pytest.mark.parametrize("passes", [["store", "read"], pytest.param(["store+read", "read"], marks=pytest.mark.slow)])
+def test_a_part_of_a_cache(passes):
+    """Videos of a batch that go on by themselves, and pairs that begin late: graphs that there are already."""
+    transformer = tiny_pipeline(local_attn_size=6, num_layers=1).transformer
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+    block, text = torch.randn(2, 4, 3, 2, 4, generator=generator), torch.randn(2, 16, 32, generator=generator)
+
+    @torch.no_grad()
+    def go_on(cache, videos, modes):
+        for mode in modes:
+            latents = block[videos].repeat(1, 1, 1 + (mode == "store+read"), 1, 1)
+            arguments = dict(kv_cache=cache, kv_cache_mode=mode, frame_offset=cache.num_frames, return_dict=False)
+            flow = transformer(latents, torch.full((len(videos),), 500.0), text[videos], **arguments)[0]
+        return flow
+
+    both, one, late = (transformer.new_kv_cache() for _ in range(3))
+    go_on(both, [0, 1], [*passes * 3, "store"])
+    expected = go_on(one, [1], [*passes * 3, "store", *passes * 2])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for videos in ([1], [1, 1]):
+            assert (go_on(both.select(videos), videos, passes * 2) - expected).abs().max() < 1e-5
+        assert (go_on(late, [1], ["store"] * 4 + passes * 2) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["relative, one step", "ring"])
+def test_videos_that_part(recipe):
+    """Of two videos one is cut: the other goes on by itself, with a part of the cache, as any single video does."""
+    pipe = tiny_pipeline(**RECIPES[recipe], **SMALL, num_layers=1)
+    n = pipe.transformer.config.num_frames_per_block
+
+    def parting(cut_at):
+        first, rest = (blocks * pipe._seconds_per_block for blocks in (cut_at, 9 - cut_at))
+        prompts = ["a red circle", f"a red circle[{first}s#] | a blue square[{rest}s]"]
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        return pipe(prompts, num_frames=1 + 4 * (9 * n - 1), generator=generators, output_type="latent")[0]
+
+    expected = [parting(cut_at) for cut_at in (3, 5)]
+    pipe.compile(num_videos_per_prompt=2, backend="eager")
+    pipe.compile(backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for cut_at, latents in zip((3, 5), expected):
+            assert torch.equal(parting(cut_at), latents)
 
 
 def test_embeddings_compile_too_and_offloaded_layers_do_not():

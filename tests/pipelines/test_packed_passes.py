@@ -5,9 +5,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.hooks import remove_hook_from_module
+from accelerate.state import AcceleratorState
+from diffusers.models.transformers.transformer_wan import WanAttention
 from peft import LoraConfig
+from torch.nn.functional import scaled_dot_product_attention
 
-from astrolabe_diffusers.pipelines.block_generation import Sampling
+from astrolabe_diffusers import CausalWanTransformer3DModel
+from astrolabe_diffusers.models.attention_causal_wan import CausalWanSelfAttnProcessor
+from astrolabe_diffusers.models.rotary import apply_rotary
+from astrolabe_diffusers.models.transformer_causal_wan import CausalWanTransformerBlock
+from astrolabe_diffusers.pipelines.block_generation import BlockGenerator, Sampling
 from tests.own_transformer import OwnTransformer
 from tests.pipelines.test_scenes import TWO_STEPS, A, B, C, generate, reference, seeded
 from tests.pipelines.test_stream import frames_of, switched
@@ -40,9 +49,9 @@ def passes(pipe):
 @contextmanager
 def plain(pipe):
     """Inside, no passes are packed."""
-    pipe.transformer.packs_blocks = False
-    yield
-    del pipe.transformer.packs_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.transformer), "packs_blocks", False)
+        yield
 
 
 def check(pipe, run, num_packed, num_plain, tolerance=1e-5):
@@ -205,3 +214,184 @@ def test_a_transformer_that_knows_two_modes():
     with passes(pipe) as modes:
         generate(pipe, A, num_frames=frames_of(3))
     assert modes == ["read", "read"] + 2 * ["write", "read", "read"]
+
+
+# What users put in the place of ours, and that looks at the mode
+
+
+class OwnProcessor:
+    """Self-attention as it is written by who knows of `"read"` and `"write"`."""
+
+    def __call__(self, attn, hidden_states, text, attention_mask, rotary_emb, layout, kv_cache, kv_cache_mode):
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
+        query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
+        keys, values = kv_cache.extend(key, value)
+        if kv_cache_mode == "write":
+            kv_cache.store(key, value)
+        attended = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, keys, values)))
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+MODES = set()
+
+
+class SubclassOfOurProcessor(CausalWanSelfAttnProcessor):
+    def __call__(self, *args, kv_cache_mode=None, **kwargs):
+        MODES.add(kv_cache_mode)
+        return super().__call__(*args, kv_cache_mode=kv_cache_mode, **kwargs)
+
+
+class OwnAttention(WanAttention):
+    def forward(self, *args, kv_cache_mode=None, **kwargs):
+        MODES.add(kv_cache_mode)
+        return super().forward(*args, kv_cache_mode=kv_cache_mode, **kwargs)
+
+
+class OwnBlock(CausalWanTransformerBlock):
+    def forward(self, hidden_states, text, temb, rotary, layout, kv_cache, kv_cache_mode, mask):
+        MODES.add(kv_cache_mode)
+        return super().forward(hidden_states, text, temb, rotary, layout, kv_cache, kv_cache_mode, mask)
+
+
+class OwnModel(CausalWanTransformer3DModel):
+    def forward(self, *args, **kwargs):
+        MODES.add(kwargs["kv_cache_mode"])
+        return super().forward(*args, **kwargs)
+
+
+def use_processor(transformer, processor):
+    ours = transformer.attn_processors
+    transformer.set_attn_processor({name: processor if "attn1" in name else ours[name] for name in ours})
+
+
+def use_class(module, own):
+    module.__class__ = own
+
+
+def patch_forward(module, mode):
+    """`mode` finds the cache mode among the arguments."""
+
+    def forward(*args, ours=module.forward, **kwargs):
+        MODES.add(mode(args, kwargs))
+        return ours(*args, **kwargs)
+
+    module.forward = forward
+
+
+CHANGES = {
+    "processor": lambda model: use_processor(model, OwnProcessor()),
+    "subclass of our processor": lambda model: use_processor(model, SubclassOfOurProcessor()),
+    "processor of one layer": lambda model: model.blocks[1].attn1.set_processor(SubclassOfOurProcessor()),
+    "attention": lambda model: use_class(model.blocks[1].attn1, OwnAttention),
+    "block": lambda model: use_class(model.blocks[0], OwnBlock),
+    "forward of one block": lambda model: patch_forward(model.blocks[0], lambda args, kwargs: args[6]),
+    "forward of one model": lambda model: patch_forward(model, lambda args, kwargs: kwargs["kv_cache_mode"]),
+    "model": lambda model: use_class(model, OwnModel),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_who_knows_two_modes_is_given_two(change):
+    pipe = tiny_pipeline(**TWO_STEPS, **WINDOWS["relative"])
+    with plain(pipe):
+        expected = generate(pipe, A, num_frames=frames_of(6))
+    assert pipe.transformer.packs_blocks
+    CHANGES[change](pipe.transformer)
+    MODES.clear()
+    with passes(pipe) as modes:
+        latents = generate(pipe, A, num_frames=frames_of(6))
+    assert (latents - expected).abs().max() <= 1e-5
+    assert modes == ["read", "read"] + 5 * ["write", "read", "read"]
+    assert MODES == (set() if change == "processor" else {"read", "write"})
+
+
+class KnowsThemAll(OwnModel):
+    packs_blocks = True
+
+
+def test_who_knows_more_modes_says_so():
+    pipe = tiny_pipeline(**TWO_STEPS, **WINDOWS["ring"])
+    pipe.transformer.__class__ = KnowsThemAll
+    check_modes(pipe)
+
+
+def check_modes(pipe):
+    with passes(pipe) as modes:
+        generate(pipe, A, num_frames=frames_of(3))
+    assert modes == ["read", "read"] + 2 * ["store+read", "read"]
+
+
+def add_lora(transformer):
+    transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "net.0.proj"]))
+
+
+def offload_layers(transformer):
+    transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+
+
+def offload_blocks(transformer):
+    cpu = torch.device("cpu")
+    transformer.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+
+
+def offload_and_take_back(transformer):
+    cpu_offload(transformer, torch.device("cpu"))
+    remove_hook_from_module(transformer, recurse=True)
+
+
+def prepare(transformer):
+    """As evaluation does it in bf16."""
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(transformer, evaluation_mode=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def under_autocast(transformer):
+    """As `distributed.sharding.shard` does it."""
+    transformer.forward = torch.autocast("cpu", torch.bfloat16)(transformer.forward)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_lora,
+        prepare,
+        under_autocast,
+        offload_layers,
+        offload_blocks,
+        offload_and_take_back,
+        lambda transformer: cpu_offload(transformer, torch.device("cpu")),
+        lambda transformer: transformer.fuse_qkv_projections(),
+        lambda transformer: transformer.set_attention_backend("native"),
+    ],
+)
+def test_what_leaves_the_modes_to_ours(change):
+    pipe = tiny_pipeline(**TWO_STEPS, **WINDOWS["ring"])
+    change(pipe.transformer)
+    check_modes(pipe)
+
+
+class EulerBlocks(BlockGenerator):
+    """A block loop of one's own that makes no pairs."""
+
+    def denoise(self, noise, original, generator):
+        self.remember()
+        for t, step in ((1000.0, 0.5), (500.0, 0.5)):
+            noise = noise - step * self.predict(noise, noise.new_tensor([t]), self.prompt_embeds, "read").float()
+        return noise
+
+
+@pytest.mark.parametrize("window", ["ring", "relative"])
+def test_a_loop_of_ones_own_needs_no_room_for_pairs(window, monkeypatch):
+    pipe, caches = tiny_pipeline(**TWO_STEPS, **WINDOWS[window]), []
+    new_kv_cache = pipe.transformer.new_kv_cache
+    monkeypatch.setattr(
+        pipe.transformer, "new_kv_cache", lambda *args: caches.append(new_kv_cache(*args)) or caches[-1]
+    )
+    for generator in (BlockGenerator, EulerBlocks):
+        monkeypatch.setattr(type(pipe), "block_generator_class", generator)
+        generate(pipe, A, num_frames=frames_of(6))
+    frames = [cache.get(0).key.shape[1] // cache.state.frame_tokens for cache in caches]
+    config = pipe.transformer.config
+    margin = config.num_frames_per_block + config.sink_size * (config.rope_mode == "relative")
+    assert frames == [config.local_attn_size + margin, config.local_attn_size]

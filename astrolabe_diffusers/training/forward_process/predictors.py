@@ -26,7 +26,7 @@ class BlockwisePredictor:
     def __init__(self, transformer, batch: NoisedBatch, past_policy: str):
         self.transformer, self.batch, self.past_policy = transformer, batch, past_policy
         # Asked for once: diffusers goes through all modules for the answer.
-        self.dtype = transformer.dtype
+        self.dtype, self.store_mode = transformer.dtype, store_mode(transformer)
         self._begin(batch.clean.shape[2])
 
     def _begin(self, num_frames: int):
@@ -75,7 +75,7 @@ class BlockwisePredictor:
                 clean.new_zeros(len(clean)),
                 prompt_embeds,
                 kv_cache=self.cache,
-                kv_cache_mode=store_mode(self.transformer),
+                kv_cache_mode=self.store_mode,
                 frame_offset=frames.start,
                 return_dict=False,
             )
