@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--compile", metavar="BACKEND", help="compile every transformer: inductor, aot_eager or eager")
+    parser.addoption("--compile", choices=("inductor", "aot_eager", "eager"), help="run every transformer compiled")
 
 
 def pytest_collection_finish(session):
@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter, config):
         # Of passed teardowns among others.
         reports = terminalreporter.stats.get("", [])
         counts = {r.nodeid: value for r in reports for name, value in r.user_properties if name == "compiled"}
-        graphs, calls = (sum(values) for values in zip(*counts.values()))
+        graphs, calls = (sum(values[i] for values in counts.values()) for i in range(2))
         without = [name for name, (_, calls) in counts.items() if not calls]
         terminalreporter.write_line(
             f"compiled with {config.option.compile}: {calls} calls of blocks in {len(counts) - len(without)} tests, "
