@@ -15,11 +15,16 @@ import pytest
 import torch
 
 from tests import fast_norm
+from tests.compiled import CountingBackend, compiled_blocks
 from tests.tiny_pipeline import SMALL, save_tiny_pipeline
 
 
 # The tensors are tiny: a second thread only waits, and with other work on the machine it waits for long.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--compile", choices=("inductor", "aot_eager", "eager"), help="run every transformer compiled")
 
 
 def pytest_collection_finish(session):
@@ -41,6 +46,40 @@ def model_folder(tmp_path_factory):
 def fixed_seed():
     """Every test starts from the same global random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def counting_backend(request):
+    name = request.config.option.compile
+    return CountingBackend(name) if name else None
+
+
+@pytest.fixture(autouse=True)
+def compiled(request, counting_backend):
+    if not counting_backend:
+        yield
+        return
+    graphs, calls = counting_backend.graphs, counting_backend.calls
+    with compiled_blocks(counting_backend):
+        yield
+    counts = counting_backend.graphs - graphs, counting_backend.calls - calls
+    request.node.user_properties.append(("compiled", counts))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `--compile`, how much of it was compiled."""
+    if config.option.compile:
+        # Of passed teardowns among others.
+        reports = terminalreporter.stats.get("", [])
+        counts = {r.nodeid: value for r in reports for name, value in r.user_properties if name == "compiled"}
+        graphs, calls = (sum(values[i] for values in counts.values()) for i in range(2))
+        without = [name for name, (_, calls) in counts.items() if not calls]
+        terminalreporter.write_line(
+            f"compiled with {config.option.compile}: {calls} calls of blocks in {len(counts) - len(without)} tests, "
+            f"each of one of {graphs} graphs; tests without a block: {len(without)}"
+        )
+        for name in without:
+            terminalreporter.write_line(f"  {name}")
 
 
 @pytest.fixture

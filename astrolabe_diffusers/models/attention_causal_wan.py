@@ -1,7 +1,7 @@
 """Attention of the causal Wan transformer: block-causal or cached self-attention, and attention to the text."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
@@ -20,12 +20,18 @@ class BlockLayout:
     `end <= attn_window`, and always with `attn_window=-1`, that is all of `0 .. end-1`.
     """
 
-    num_frames: int
     frame_tokens: int
     block_frames: int
     attn_window: int
     sink_size: int
-    sink_shifts: dict[int, Rotary]  # relative positions: rotation of the sink keys, by the block's `end`
+    sink_shifts: list[Rotary | None]  # relative positions: rotation of the sink keys for each block
+    # Frames in the largest pieces of which every block and every context is a whole number.
+    unit: int = field(init=False)
+
+    def __post_init__(self):
+        # Here, for torch.compile cannot take gcd of numbers that differ between models.
+        ring = 0 if self.attn_window == -1 else self.attn_window - self.sink_size
+        self.unit = math.gcd(self.block_frames, self.sink_size, ring)
 
     def context(self, start: int, end: int) -> list[tuple[int, int]]:
         """Frame ranges before `start` that the block `[start, end)` sees, the sink first."""
@@ -33,12 +39,6 @@ class BlockLayout:
             return [(0, start)] if start else []
         first = end - (self.attn_window - self.sink_size)
         return [r for r in [(0, self.sink_size), (first, start)] if r[0] < r[1]]
-
-    @property
-    def unit(self) -> int:
-        """Frames in the largest pieces of which every block and every context is a whole number."""
-        ring = 0 if self.attn_window == -1 else self.attn_window - self.sink_size
-        return math.gcd(self.block_frames, self.sink_size, ring)
 
 
 def _project(
@@ -123,13 +123,14 @@ class CausalWanSelfAttnProcessor:
         outputs = []
         for index, own_query in enumerate(query.split(n * layout.frame_tokens, dim=1)):
             # With teacher forcing the second half are the noisy frames; the context of both is the clean half.
-            start = index * n % layout.num_frames
+            block = index % len(layout.sink_shifts)
+            start = block * n
             own = range(index * n // unit, (index + 1) * n // unit)
             visible = [i for a, b in layout.context(start, start + n) for i in range(a // unit, b // unit)] + [*own]
             block_keys = [keys[i] for i in visible]
-            if start + n in layout.sink_shifts:
+            if (shift := layout.sink_shifts[block]) is not None:
                 sink = layout.sink_size // unit
-                block_keys[:sink] = [apply_rotary(k, layout.sink_shifts[start + n]) for k in block_keys[:sink]]
+                block_keys[:sink] = [apply_rotary(k, shift) for k in block_keys[:sink]]
             key, value = torch.cat(block_keys, dim=1), torch.cat([values[i] for i in visible], dim=1)
             outputs.append(attend(own_query, key, value, backend=self._attention_backend))
         return torch.cat(outputs, dim=1)

@@ -493,11 +493,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         sink_size = self.config.sink_size if attn_window != -1 else 0
         if num_frames % n != 0:
             raise ValueError(f"{num_frames} latent frames are no whole number of blocks of {n} frames.")
-        shifts = {}
-        if self.config.rope_mode == "relative" and sink_size:
-            ends = range(n, num_frames + 1, n)
-            shifts = {end: self.rope.shift(end - attn_window, device) for end in ends if end > attn_window}
-        return BlockLayout(num_frames, frame_tokens, n, attn_window, sink_size, shifts)
+        moves_sink = self.config.rope_mode == "relative" and sink_size
+        # A list: of a dict, torch.compile does not guard that a block's number is no key.
+        shifts = [
+            self.rope.shift(end - attn_window, device) if moves_sink and end > attn_window else None
+            for end in range(n, num_frames + 1, n)
+        ]
+        return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts)
 
 
 _KNOW_ALL_MODES = {

@@ -28,8 +28,9 @@ def latents_at_once(num_positions: int, device: torch.device) -> int:
     """How many latent frames, of all videos of a batch, with so many positions each."""
     positions = POSITIONS_AT_ONCE
     if device.type == "cuda":
-        total_memory = torch.cuda.get_device_properties(device).total_memory
-        positions = max(positions, total_memory // (10 * BYTES_PER_POSITION))
+        allowed = torch.cuda.get_per_process_memory_fraction(device)
+        memory = allowed * torch.cuda.get_device_properties(device).total_memory
+        positions = max(positions, int(memory / 10 / BYTES_PER_POSITION))
     return max(1, positions // max(1, num_positions))
 
 

@@ -3,6 +3,7 @@
 python examples/benchmarks/generation.py --recipe self-forcing
 python examples/benchmarks/generation.py --recipe self-forcing --baseline
 python examples/benchmarks/generation.py --recipe self-forcing --compile --quantization float8
+python examples/benchmarks/generation.py --recipe self-forcing --offload group --memory_gb 16
 python examples/benchmarks/generation.py --model FOLDER_OR_HUB_ID --num_streams 2
 """
 
@@ -11,7 +12,7 @@ from dataclasses import asdict, replace
 
 import torch
 from comparison import Clip, compare
-from measuring import Measurement, StreamMeasurement, measure, measure_streams
+from measuring import Measurement, StreamMeasurement, limited_memory, measure, measure_streams
 from random_models import random_pipeline, recipe_of
 
 from astrolabe_diffusers import TinyWanDecoder
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what leaves the GPU while it is not used")
     parser.add_argument("--vae_tiling", action="store_true")
+    parser.add_argument("--memory_gb", type=float, help="as on a card that has so many GB (1e9 bytes) for torch")
     parser.add_argument("--tiny_decoder", help="decode with it: its file or folder, or `random` weights")
     parser.add_argument("--attention_backend", help="of diffusers; by default the fastest exact kernel of torch")
     parser.add_argument("--compile", action="store_true", help="the transformer's blocks, before they are timed")
@@ -66,9 +68,15 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
         if args.dtype != "bfloat16":
             raise UserError(f"--quantization needs --dtype bfloat16, not {args.dtype}.")
         quantization_config(args.quantization, torch.device(args.device))  # what it cannot be is said now
+    with limited_memory(torch.device(args.device), args.memory_gb, argv):
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> Measurement | StreamMeasurement | dict[str, Measurement]:
     dtype = getattr(torch, args.dtype)
     recipe = recipe_of(args.recipe, args.model)
-    pipe = random_pipeline(recipe, args.device, dtype) if recipe else load_from(args.model, dtype=dtype)
+    home = args.device if args.offload == "none" else "cpu"
+    pipe = random_pipeline(recipe, args.device, dtype, home) if recipe else load_from(args.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if args.tiny_decoder == "random":
         pipe.register_modules(tiny_decoder=TinyWanDecoder(pipe.vae.config.z_dim).to(dtype).eval())

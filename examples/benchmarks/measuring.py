@@ -1,13 +1,17 @@
 """Time and memory on this machine, of a pipeline's calls among others."""
 
+import shlex
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
 from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 
 
@@ -27,6 +31,33 @@ def forget_peak():
 def gpu_peak() -> float:
     """GB (1e9 bytes) since [`forget_peak`]."""
     return peak_memory_gb(torch.device("cuda")) if torch.cuda.is_available() else 0.0
+
+
+@contextmanager
+def limited_memory(device: torch.device, gigabytes: float | None, argv: list[str] | None) -> Iterator[None]:
+    """Inside, torch can allocate so many GB (1e9 bytes) of the device, as on a smaller card, or all of them.
+
+    Raises:
+        UserError: what runs inside needs more, with the command line `argv`; or there is no such device.
+    """
+    limit = "memory"
+    if gigabytes is not None:
+        limit = f"{gigabytes:g} GB"
+        if device.type != "cuda":
+            raise UserError(f"--memory_gb needs a CUDA device: {device} has no limit.")
+        total = torch.cuda.get_device_properties(device).total_memory
+        if not 0 < gigabytes * 1e9 <= total:
+            raise UserError(f"--memory_gb {gigabytes:g}: it can be more than 0, up to the card's {total / 1e9:.1f}.")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total, index)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = shlex.join(sys.argv[1:] if argv is None else argv)
+        raise UserError(f"out of {limit}: {asked}") from error
+    finally:
+        if gigabytes is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 @dataclass

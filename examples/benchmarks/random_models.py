@@ -27,8 +27,12 @@ def recipe_of(recipe: str | None, model: str | None) -> str | None:
     return model if recipe is None and model in PUBLISHED_MODELS and not Path(model).exists() else recipe
 
 
-def random_pipeline(recipe: str, device: str, dtype: torch.dtype = torch.bfloat16) -> CausalWanPipeline:
-    """`recipe` is a key of `PUBLISHED_MODELS`; the weights are made on the `device`."""
+def random_pipeline(
+    recipe: str, device: str, dtype: torch.dtype = torch.bfloat16, home: str | None = None
+) -> CausalWanPipeline:
+    """`recipe` is a key of `PUBLISHED_MODELS`. The weights are drawn on the `device`, where it is fast, and kept at
+    `home`, the same device if not given. Of models that are to be offloaded it never has more than one weight."""
+    home = home or device
     torch.manual_seed(0)  # the same on every process
     published = PUBLISHED_MODELS[recipe]
     with init_empty_weights():
@@ -37,24 +41,24 @@ def random_pipeline(recipe: str, device: str, dtype: torch.dtype = torch.bfloat1
     return CausalWanPipeline(
         # Any: only the number of tokens, which is padded, costs time.
         tokenizer=AutoTokenizer.from_pretrained(TINY_SHAPES, subfolder="tokenizer"),
-        text_encoder=random_weights(text_encoder, device, dtype),
-        vae=AutoencoderKLWan().to(device, dtype).eval(),
+        text_encoder=random_weights(text_encoder, device, dtype, home),
+        vae=AutoencoderKLWan().to(home, dtype).eval(),
         scheduler=FlowMatchLCMScheduler(shift=5.0),
-        transformer=random_weights(transformer, device, dtype),
+        transformer=random_weights(transformer, device, dtype, home),
         **published.pipeline,
     )
 
 
-def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Give a model on the meta device random weights that keep the scale of what passes through them; what diffusers
-    keeps in float32 is in float32."""
+def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype, home: str) -> torch.nn.Module:
+    """Give a model on the meta device random weights that keep the scale of what passes through them, drawn on one
+    device and kept on another; what diffusers keeps in float32 is in float32."""
     keep = set(model._keep_in_fp32_modules) if isinstance(model, ModelMixin) else set()
     for name, parameter in list(model.named_parameters()):
         target = dtype if keep.isdisjoint(name.split(".")) else torch.float32
         value = torch.full(parameter.shape, float(name.endswith("weight")), device=device, dtype=target)
         if value.ndim > 1:
             value.normal_(0, value[0].numel() ** -0.5)
-        set_module_tensor_to_device(model, name, device, value, dtype=target)
+        set_module_tensor_to_device(model, name, home, value, dtype=target)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    return model.to(device).eval()
+    return model.to(home).eval()

@@ -15,8 +15,10 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import limited_memory
 from random_models import random_pipeline, recipe_of
 
 from astrolabe_diffusers import TINY_SHAPES
@@ -58,9 +60,15 @@ def checksum(parameters: list[torch.Tensor]) -> str:
 def benchmark(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", choices=PUBLISHED_MODELS, help="random weights at full size, not a folder's")
+    parser.add_argument("--memory_gb", type=float, help="as on cards that have so many GB (1e9 bytes) for torch")
     algorithm, settings, arguments = parse_settings(parser, argv)
     recipe = recipe_of(arguments.pop("recipe"), arguments.get("model"))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    with limited_memory(torch.device(device), arguments.pop("memory_gb"), argv):
+        run(algorithm, settings, arguments, recipe, device)
+
+
+def run(algorithm: str, settings: dict[str, Any], arguments: dict[str, Any], recipe: str | None, device: str):
     pipeline = random_pipeline(recipe, device) if recipe else None
     if pipeline:
         # A server's recipe cannot be trained; the plain loop has the same model.

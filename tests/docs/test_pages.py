@@ -118,6 +118,7 @@ OTHERS = {
     "--no-deps",
     "--lengths",
     "--logdir",
+    "--memory_gb",
     "--num_streams",
     "--number",
     "--pipeline",

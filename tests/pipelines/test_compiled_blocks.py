@@ -5,7 +5,7 @@ import torch
 
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.pipelines.block_generation import Sampling
-from tests.tiny_pipeline import SMALL, tiny_pipeline
+from tests.tiny_pipeline import SMALL, tiny_pipeline, tiny_transformer
 
 
 # Every published recipe that differs from those before it, and what none of them has.
@@ -184,3 +184,16 @@ def test_gradients():
     gradients(3)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(gradients(5), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_models_of_one_process():
+    """Whole videos: a graph that was made for another model's blocks and windows is not this one's."""
+    names = ("num_frames_per_block", "local_attn_size", "sink_size", "rope_mode")
+    for config in [(1, -1, 0, "absolute"), (2, 4, 2, "absolute"), (2, 4, 2, "relative")]:
+        transformer = tiny_transformer(**dict(zip(names, config)))
+        generator = torch.Generator().manual_seed(0)
+        video, text = torch.randn(1, 4, 8, 4, 4, generator=generator), torch.randn(1, 16, 32, generator=generator)
+        expected = transformer(video, torch.tensor([500.0]), text).sample
+        transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert torch.equal(transformer(video, torch.tensor([500.0]), text).sample, expected)

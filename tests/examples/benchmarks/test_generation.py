@@ -150,6 +150,56 @@ def test_random_weights_are_of_the_recipe(monkeypatch):
     weight = pipe.transformer.blocks[0].attn1.to_q.weight.float()
     assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
     assert all((p == 1).all() for name, p in pipe.transformer.named_parameters() if name.endswith("norm_q.weight"))
+    # Drawn here and kept elsewhere.
+    pipe = random_models.random_pipeline("longlive", "cpu", home="meta")
+    models = (pipe.transformer, pipe.text_encoder, pipe.vae)
+    assert {p.device.type for model in models for p in model.parameters()} == {"meta"}
+
+
+def test_memory_of_a_smaller_card(model_folder, monkeypatch):
+    """What a CPU can say of it: that it has none, and what was asked for when there is not enough."""
+    import generation
+
+    flags = ["--model", str(model_folder), "--device", "cpu"]
+    with pytest.raises(UserError, match="^--memory_gb needs a CUDA device: cpu has no limit.$"):
+        generation.main([*flags, "--memory_gb", "16"])
+
+    def measure(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(generation, "measure", measure)
+    with pytest.raises(UserError, match="^out of memory: --model .* --device cpu --prompt 'a boat'$"):
+        generation.main([*flags, "--prompt", "a boat"])
+
+
+@pytest.mark.gpu
+def test_memory_of_a_smaller_gpu(tmp_path):
+    import generation
+
+    folder = save_tiny_pipeline(tmp_path, **SMALL, num_layers=1, attention_head_dim=64)
+    flags = ["--model", str(folder), "--num_frames", "9", "--repetitions", "1"]
+    with pytest.raises(UserError, match="^out of 0.001 GB: --model .* --memory_gb 0.001$"):
+        generation.main([*flags, "--memory_gb", "0.001"])
+    with pytest.raises(UserError, match="--memory_gb 1e.06: it can be more than 0, up to the card's"):
+        generation.main([*flags, "--memory_gb", "1000000"])
+    # The limit is gone with the run.
+    assert generation.main(flags).gpu_memory > 0.001
+
+
+@pytest.mark.gpu
+def test_what_is_offloaded_is_never_whole_on_the_gpu(monkeypatch):
+    import random_models
+
+    monkeypatch.setattr(random_models, "WAN_SIZES", {"1.3B": dict(num_attention_heads=4, num_layers=8, ffn_dim=2048)})
+    sizes = dict(vocab_size=300, d_model=1024, d_kv=64, d_ff=2048, num_layers=8, num_heads=16)
+    monkeypatch.setattr(random_models, "UMT5_XXL", sizes)
+    monkeypatch.setattr(random_models, "AutoencoderKLWan", lambda: tiny_pipeline().vae)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    pipe = random_models.random_pipeline("self-forcing", "cuda", home="cpu")
+    weights = [p.nbytes for model in (pipe.transformer, pipe.text_encoder) for p in model.parameters()]
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before < 0.2 * sum(weights)
 
 
 def cells(line):
