@@ -32,7 +32,6 @@ def random_pipeline(
 ) -> CausalWanPipeline:
     """`recipe` is a key of `PUBLISHED_MODELS`. The weights are drawn on the `device`, where it is fast, and kept at
     `home`, the same device if not given. Of models that are to be offloaded it never has more than one weight."""
-    home = home or device
     torch.manual_seed(0)  # the same on every process
     published = PUBLISHED_MODELS[recipe]
     with init_empty_weights():
@@ -42,16 +41,19 @@ def random_pipeline(
         # Any: only the number of tokens, which is padded, costs time.
         tokenizer=AutoTokenizer.from_pretrained(TINY_SHAPES, subfolder="tokenizer"),
         text_encoder=random_weights(text_encoder, device, dtype, home),
-        vae=AutoencoderKLWan().to(home, dtype).eval(),
+        vae=AutoencoderKLWan().to(home or device, dtype).eval(),
         scheduler=FlowMatchLCMScheduler(shift=5.0),
         transformer=random_weights(transformer, device, dtype, home),
         **published.pipeline,
     )
 
 
-def random_weights(model: torch.nn.Module, device: str, dtype: torch.dtype, home: str) -> torch.nn.Module:
+def random_weights(
+    model: torch.nn.Module, device: str, dtype: torch.dtype, home: str | None = None
+) -> torch.nn.Module:
     """Give a model on the meta device random weights that keep the scale of what passes through them, drawn on one
-    device and kept on another; what diffusers keeps in float32 is in float32."""
+    device and kept at `home`, the same if not given; what diffusers keeps in float32 is in float32."""
+    home = home or device
     keep = set(model._keep_in_fp32_modules) if isinstance(model, ModelMixin) else set()
     for name, parameter in list(model.named_parameters()):
         target = dtype if keep.isdisjoint(name.split(".")) else torch.float32
