@@ -1,8 +1,10 @@
 """Dense attention on the kernel that is fastest, and attention to keys that lie in several places."""
 
+from functools import lru_cache
 from math import ceil
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,41 +36,44 @@ def attend(
     backend: str | None = None,
 ) -> torch.Tensor:
     """Dense attention, `(B, L, heads, head_dim)` each, with the backend that `set_attention_backend` chose, if any."""
+    is_plain = attention_mask is None and not torch.is_grad_enabled() and not _is_chosen(backend)
+    if is_plain and query.device.type == "cuda":
+        return torch.ops.astrolabe_diffusers.attend.default(query, key, value)
     with sdpa_kernel(_KERNELS, set_priority=True):
         return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=backend)
 
 
-def attend_to_many(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """As [`attend`], of a block to what it sees of a video."""
-    plain = query.device.type != "cuda" or attention_mask is not None or torch.is_grad_enabled()
-    if plain or _is_chosen(backend):
-        return attend(query, key, value, attention_mask, backend)
-    return _attend_to_many(query, key, value)
+# An operator, which to torch.compile is one thing: into how many parts the keys go, which become more with every
+# block, is nothing to compile anew. Its calls cost a quarter of what choosing a kernel for each of them does.
+torch.library.define("astrolabe_diffusers::attend", "(Tensor query, Tensor key, Tensor value) -> Tensor")
 
 
-# One operator: into how many parts the keys go, which become more with every block, is nothing to compile anew.
-@torch.library.custom_op("astrolabe_diffusers::attend_to_many", mutates_args=())
-def _attend_to_many(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    transposed = (x.transpose(1, 2) for x in (query, key, value))
-    parts = 1
-    if len(query) == 1 and can_use_cudnn_attention(SDPAParams(*transposed, None, 0.0, False, False)):
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-        parts = num_parts(query.shape[1], key.shape[1], query.shape[2], query.shape[3], processors)
-    attended = attend(query, key, value) if parts == 1 else attend_in_parts(query, key, value, parts)
-    return attended.contiguous()
-
-
-@_attend_to_many.register_fake
+@torch.library.register_fake("astrolabe_diffusers::attend")
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
+@torch.library.impl("astrolabe_diffusers::attend", "CUDA")
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    transposed = [x.transpose(1, 2) for x in (query, key, value)]
+    if not can_use_cudnn_attention(SDPAParams(*transposed, None, 0.0, False, False)):
+        with sdpa_kernel(_KERNELS, set_priority=True):
+            return F.scaled_dot_product_attention(*transposed).transpose(1, 2).contiguous()
+    parts = 1
+    if len(query) == 1:
+        sizes = query.shape[1], key.shape[1], query.shape[2], query.shape[3]
+        parts = num_parts(*sizes, _num_processors(query.device))
+    if parts > 1:
+        return attend_in_parts(query, key, value, parts)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(*transposed, None, False)[0].transpose(1, 2).contiguous()
+
+
+@lru_cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
 def num_parts(num_queries: int, num_keys: int, num_heads: int, head_dim: int, num_processors: int) -> int:
     """Into how many equal parts the keys should go.
 

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .attention import attend, attend_to_many, attend_with_shared_past
+from .attention import attend, attend_with_shared_past
 from .kv_cache import CausalWanKVLayerCache
 from .rotary import Rotary, apply_rotary
 
@@ -97,14 +97,14 @@ class CausalWanSelfAttnProcessor:
             queries = query.chunk(2, dim=1)
             wanted = slice(1, 2) if kv_cache_mode == "keys+read" else slice(2)
             attended = [
-                attend_to_many(own_query, *seen, backend=self._attention_backend)
+                attend(own_query, *seen, backend=self._attention_backend)
                 for own_query, seen in zip(queries[wanted], views[wanted])
             ]
             hidden_states = torch.cat(attended, dim=1)
         elif kv_cache is not None:
             own = kv_cache.extend(key, value)
             if kv_cache.past is None:
-                hidden_states = attend_to_many(query, *own, attention_mask, self._attention_backend)
+                hidden_states = attend(query, *own, attention_mask, self._attention_backend)
             else:
                 hidden_states = attend_with_shared_past(query, kv_cache.past, own, self._attention_backend)
             if kv_cache_mode == "write":

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from astrolabe_diffusers.models.attention import attend, attend_in_parts, attend_to_many, merge, num_parts
+from astrolabe_diffusers.models.attention import attend, attend_in_parts, merge, num_parts
 
 
 HEADS, HEAD_DIM, PROCESSORS = 12, 128, 132  # Wan 1.3B on an H100
@@ -45,21 +47,31 @@ def test_parts_fill_the_last_wave():
     assert num_parts(1560, 32_761, HEADS, HEAD_DIM, PROCESSORS) == 1
 
 
+def whole(query, key, value):
+    """By torch, on the kernel that is taken."""
+    kernel = SDPBackend.EFFICIENT_ATTENTION if query.dtype == torch.float32 else SDPBackend.CUDNN_ATTENTION
+    with sdpa_kernel(kernel):
+        return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_on_a_gpu(caplog):
     generator = torch.Generator("cuda").manual_seed(0)
     query = torch.randn(1, 1560, HEADS, HEAD_DIM, device="cuda", generator=generator)
     key, value = torch.randn(2, 1, 31_200, HEADS, HEAD_DIM, device="cuda", generator=generator)[:, :, 1560:].unbind(0)
-    expected = attend(query, key, value)
-    assert torch.equal(attend_to_many(query, key, value), expected)  # float32 has no use for cuDNN
+    exact = whole(query, key, value)
+    assert torch.equal(attend(query, key, value), exact)  # cuDNN takes no float32
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    plain, result = attend(query, key, value), attend_to_many(query, key, value)
+    plain, result = whole(query, key, value), attend(query, key, value)
     assert not torch.equal(result, plain) and result.is_contiguous()
-    error, plain_error = (((x - expected).norm() / expected.norm()).item() for x in (result, plain))
+    error, plain_error = (((x - exact).norm() / exact.norm()).item() for x in (result, plain))
     assert error < 1.3 * plain_error  # it rounds once more
     assert not caplog.records  # the kernel is trusted
-    torch.testing.assert_close(attend_to_many(*(x.expand(2, -1, -1, -1) for x in (query, key, value)))[:1], plain)
+    # Few keys, and several videos.
+    assert torch.equal(attend(query, key[:, :1560], value[:, :1560]), whole(query, key[:, :1560], value[:, :1560]))
+    several = [x.expand(2, -1, -1, -1) for x in (query, key, value)]
+    assert torch.equal(attend(*several), whole(*several))
 
 
 @pytest.mark.gpu
@@ -67,9 +79,9 @@ def test_on_a_gpu(caplog):
 def test_nothing_is_compiled_anew_as_keys_grow():
     torch._dynamo.reset()
     query = torch.randn(1, 1560, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    compiled = torch.compile(attend_to_many, fullgraph=True, dynamic=True)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True)
     for count in (3120, 4680, 31_200):
         key = torch.randn(1, count, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         with torch._dynamo.config.patch(error_on_recompile=count > 3120):
-            torch.testing.assert_close(compiled(query, key, key), attend_to_many(query, key, key), rtol=0, atol=0)
+            torch.testing.assert_close(compiled(query, key, key), attend(query, key, key), rtol=0, atol=0)
     torch._dynamo.reset()
