@@ -69,6 +69,11 @@ class OnlineConfig(VideoConfig):
     train_batch_size: int = option(3, "videos in a batch on each device, in sampling and in training", minimum=1)
     batches_per_epoch: int = option(16, "batches an epoch on each device", minimum=1)
     samples_per_prompt: int = option(24, "videos of a group, from one prompt; one has nothing to compare", minimum=2)
+    merge_lora: bool = option(
+        True,
+        "videos, held-out ones too, come from weights with the LoRA merged in: passes cost what the base's do, and "
+        "the weights of the layers are there twice meanwhile; not where they are in shards",
+    )
 
     # Rewards
     rewards: dict[str, float] = option({"tiny_shapes_prompt_match": 1.0}, "rewards: name, or name=weight,name=weight")

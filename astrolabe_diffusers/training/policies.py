@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..models.lora_layers import LoraDiff
+from .merging import merged_weights
 
 
 # The current policy has peft's and diffusers' default name, so that their savers and loaders take it.
@@ -91,9 +92,13 @@ def policy_parameters(transformer: nn.Module, adapter: str = CURRENT) -> list[nn
 
 
 @contextmanager
-def use_policy(transformer: nn.Module, policy: str) -> Iterator[nn.Module]:
+def use_policy(transformer: nn.Module, policy: str, merge: bool = False) -> Iterator[nn.Module]:
     """Run as one of `POLICIES`, in eval mode and without gradients. `"base"` is the transformer alone, and so is the
     reference without an adapter of its own.
+
+    With `merge` its LoRA is merged into the weights ([`merged_weights`]), and a pass costs what that of the
+    transformer alone does. For videos: predictions that are compared with those of unmerged policies would differ from
+    them by the rounding of weights. Weights must not be in shards.
 
     Afterwards, come what may, the current policy is active and trainable again. peft ties `requires_grad` to the
     active adapter and gradients are lost without an error if it changes between forward and backward: finish the
@@ -105,17 +110,19 @@ def use_policy(transformer: nn.Module, policy: str) -> Iterator[nn.Module]:
     has_adapter = adapter in transformer.peft_config
     if not has_adapter and policy not in ("reference", "base"):
         raise ValueError(f"this run has no policy {policy!r}: its adapters are {', '.join(transformer.peft_config)}.")
+    merge = merge and has_adapter
+    alone = merge or not has_adapter
     training = transformer.training
     transformer.eval()
     try:
-        if not has_adapter:
+        if alone:
             transformer.disable_adapters()
         elif adapter != CURRENT:
             transformer.set_adapter(adapter)
-        with torch.no_grad():
+        with torch.no_grad(), merged_weights(transformer, adapter) if merge else nullcontext():
             yield transformer
     finally:
-        if not has_adapter:
+        if alone:
             transformer.enable_adapters()
         elif adapter != CURRENT:
             transformer.set_adapter(CURRENT)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -266,12 +267,16 @@ class OnlineTrainer:
         batches, past = [], self.windows.past(self.epoch)
         scale = self.pipeline.vae.config.scale_factor_temporal
         size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
-        with raise_together(), use_policy(self.transformer, self.sampling_policy):
+        with raise_together(), self.generate_as(self.sampling_policy):
             for batch in self.rollouts.generate(self.split(samples), size, past, keep_trajectory=self.keep_trajectory):
                 batches.append(batch)
                 self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
                 self.interruption.check()
         return batches
+
+    def generate_as(self, policy: str) -> AbstractContextManager:
+        """[`use_policy`] for videos."""
+        return use_policy(self.transformer, policy, merge=self.config.merge_lora and not is_sharded())
 
     @property
     def primary_reward(self) -> str:
@@ -307,7 +312,7 @@ class OnlineTrainer:
         """Score the current policy, or its average, on the held-out prompts; the best one is kept."""
         self.report.progress.set_postfix_str("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
-        with use_policy(self.transformer, self.config.judged_policy):
+        with self.generate_as(self.config.judged_policy):
             evaluation, videos = self.held_out.evaluate(self.step, folder, self.after_evaluation_batch)
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():

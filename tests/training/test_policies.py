@@ -96,18 +96,23 @@ def test_a_lora_as_the_start(tmp_path):
     assert trainable(pipe.transformer) == current_names(pipe.transformer) and len(trainable(pipe.transformer)) == 8
 
 
-def test_a_lora_of_another_trainer_as_the_start(tmp_path):
-    """Ranks and alphas of single modules, a bias and a whole difference of the patch embedding: all policies have
-    them, and what is saved has them too."""
-    path, lora, _ = distilled(tmp_path)
+def lora_of_another_trainer(folder):
+    """Ranks and alphas of single modules, a bias and a whole difference of the patch embedding; the file, and what the
+    transformer with them predicts."""
+    path, lora, _ = distilled(folder)
     whole = {name: tensor for name, tensor in additions().items() if "norm" not in name and "modulation" not in name}
     norms = {difference_key(name) for name in additions().keys() - whole.keys()}
     tensors = {name: x for name, x in load_file(path).items() if name.removeprefix("diffusion_model.") not in norms}
-    expected = merged(lora, additions=whole)
+    save_file(tensors, folder / "start.safetensors")
+    return folder / "start.safetensors", merged(lora, additions=whole)
+
+
+def test_a_lora_of_another_trainer_as_the_start(tmp_path):
+    """All policies have what is special of it, and what is saved has it too."""
+    path, expected = lora_of_another_trainer(tmp_path)
     pipe = tiny_pipeline()
     base = output(pipe.transformer)
-    save_file(tensors, tmp_path / "start.safetensors")
-    load_policies(pipe, tmp_path / "start.safetensors", ("old", "reference"))
+    load_policies(pipe, path, ("old", "reference"))
     outputs = {}
     for policy in ("current", "old", "reference", "base"):
         with use_policy(pipe.transformer, policy):

@@ -50,6 +50,34 @@ def test_current_policy_is_evaluated(trainer):
     assert scores == pytest.approx(videos.mean(dim=(1, 2, 3, 4)).tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_videos_are_of_merged_weights_and_what_training_compares_is_not(model_folder, tmp_path, monkeypatch, merge):
+    trainer = NFTTrainer(config=parse_args(tiny_arguments(model_folder, tmp_path, merge_lora=merge)))
+    randomize_adapters(trainer.transformer)
+    layer, seen = trainer.transformer.blocks[0].attn1.to_q, {}
+    own = layer.base_layer.weight.clone()
+
+    def weights_are():
+        if not torch.equal(layer.base_layer.weight, own):
+            return "merged" if layer.disable_adapters else "merged, and the LoRA beside it"
+        return "the base's" if layer.disable_adapters else "unmerged"
+
+    def watched(stage):
+        method, passes = getattr(trainer, stage), seen.setdefault(stage, set())
+
+        def run(*args):
+            with layer.register_forward_pre_hook(lambda *_: passes.add(weights_are())):
+                return method(*args)
+
+        return run
+
+    for stage in ("rollout", "evaluate", "update"):
+        monkeypatch.setattr(trainer, stage, watched(stage))
+    trainer.train()
+    videos = {"merged" if merge else "unmerged"}
+    assert seen == {"rollout": videos, "evaluate": videos, "update": {"unmerged", "the base's"}}
+
+
 def test_only_the_current_policy_is_given_to_the_optimizer(trainer):
     names = {id(parameter): name for name, parameter in trainer.transformer.named_parameters()}
     optimized = {names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]}
