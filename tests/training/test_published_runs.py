@@ -101,6 +101,7 @@ def test_settings(name, monkeypatch, capsys):
     expected |= {"old_policy_decay_rate": 0.001, "old_policy_decay_max": 0.5, "ema_decay": 0.9}
     expected |= {"advantage_std": "global", "train_timesteps": "raw", "context": "noisy", "context_policy": "own"}
     expected |= {"allow_tf32": True, "gradient_checkpointing": True, "loss_weighting": "none", "collapse_factor": 0.0}
+    expected |= {"merge_lora": False}
     expected |= {"reference_reset_kl": None, "reference_reset_epochs": None, "advantage_reward": "composite"}
     expected |= {"sigmas": [1.0, 0.75, 0.5, 0.25], "lr_scheduler": "constant", "lr_warmup_steps": 0}
     expected |= {"init_lora": None, "selective_kl": False, "window_size": None, "eval_num_frames": None} | others
@@ -135,6 +136,7 @@ def test_what_we_recommend_is_a_flag(name, capsys):
     capsys.readouterr()
     config = parse_args(["--config", name, "--recommended", "--beta", "0.3", "--output_dir", "mine"])
     changes = {"context": "clean", "context_policy": "old", "train_timesteps": "warped", "collapse_factor": 2.0}
+    changes |= {"merge_lora": True}
     if "gardo" in name:
         changes |= {"risk_rule": "hacked", "kl_average": "selected", "reference_reset_kl_step": 0.0}
         changes |= {"reference_reset_kl_min": 0.0, "reference_reset_kl_max": None}
