@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .attention import attend, attend_with_shared_past
+from .block_operations import norm_and_rotate
 from .kv_cache import CausalWanKVLayerCache
 from .rotary import Rotary, apply_rotary
 
@@ -43,21 +44,16 @@ class BlockLayout:
 
 def _project(
     attn: WanAttention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Queries, keys and values, `(B, L, heads, head_dim)` each."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, `(B, L, dim)` each, before their norms."""
     if attn.fused_projections and any(isinstance(x, BaseTunerLayer) for x in (attn.to_q, attn.to_k, attn.to_v)):
         # They would do nothing.
         raise ValueError("a LoRA needs Q, K and V apart, and they are fused: call unfuse_qkv_projections() first.")
-    query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-    return [x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value)]
+    return _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
 
 
-def _project_past(attn: WanAttention, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-    """Keys and values alone."""
-    if attn.fused_projections:
-        return _project(attn, hidden_states)[1:]
-    key, value = attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
-    return [x.unflatten(2, (attn.heads, -1)) for x in (key, value)]
+def _by_heads(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(2, (attn.heads, -1))
 
 
 def _project_out(attn: WanAttention, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -86,12 +82,15 @@ class CausalWanSelfAttnProcessor:
         kv_cache: CausalWanKVLayerCache | None = None,
         kv_cache_mode: str | None = None,
     ) -> torch.Tensor | None:
+        if kv_cache_mode == "keys" and not attn.fused_projections:
+            query, key, value = None, attn.to_k(hidden_states), attn.to_v(hidden_states)
+        else:
+            query, key, value = _project(attn, hidden_states)
+        key, value = norm_and_rotate(attn.norm_k, key, rotary_emb, attn.heads), _by_heads(attn, value)
         if kv_cache_mode == "keys":
-            key, value = _project_past(attn, hidden_states)
-            kv_cache.store(apply_rotary(key, rotary_emb), value)
+            kv_cache.store(key, value)
             return None
-        query, key, value = _project(attn, hidden_states)
-        query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
+        query = norm_and_rotate(attn.norm_q, query, rotary_emb, attn.heads)
         if kv_cache_mode in ("store+read", "keys+read"):
             views = kv_cache.extend_pair(key, value)
             queries = query.chunk(2, dim=1)
@@ -153,11 +152,13 @@ class CausalWanCrossAttnProcessor:
         # What is cached carries no graph: with grad the text is projected anew, or its weights would never learn.
         keep = kv_cache is not None and kv_cache.state.keeps_text and not torch.is_grad_enabled()
         if keep and kv_cache.text is not None:
-            query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+            query = attn.to_q(hidden_states)
             key, value = kv_cache.text
         else:
             query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+            key, value = _by_heads(attn, attn.norm_k(key)), _by_heads(attn, value)
             if keep:
                 kv_cache.text = key, value
+        query = _by_heads(attn, attn.norm_q(query))
         hidden_states = attend(query, key, value, backend=self._attention_backend)
         return _project_out(attn, hidden_states, query.dtype)

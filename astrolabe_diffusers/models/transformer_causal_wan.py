@@ -18,6 +18,7 @@ from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
 from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
+from .block_operations import add_gated, norm_and_modulate
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .lora_layers import (
     apply_lora_scale,
@@ -81,10 +82,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (
             self.modulation(self.scale_shift_table).unsqueeze(0) + temb.float()
         ).chunk(6, dim=2)
-        frames = (shift_msa.shape[1], -1)
 
-        norm_hidden_states = self.norm1(hidden_states.float()).unflatten(1, frames) * (1 + scale_msa) + shift_msa
-        norm_hidden_states = norm_hidden_states.flatten(1, 2).type_as(hidden_states)
+        norm_hidden_states = norm_and_modulate(self.norm1, hidden_states, scale_msa, shift_msa)
         past = {"layout": layout, "kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
         attn_output = self.attn1(norm_hidden_states, None, attention_mask, rotary_emb, **past)
         if kv_cache_mode == "keys":
@@ -93,17 +92,13 @@ class CausalWanTransformerBlock(WanTransformerBlock):
             unchanged, hidden_states = hidden_states.chunk(2, dim=1)
             modulation = (gate_msa, c_shift_msa, c_scale_msa, c_gate_msa)
             gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (x.chunk(2, dim=1)[1] for x in modulation)
-            frames = (gate_msa.shape[1], -1)
-        gated = (attn_output.unflatten(1, frames) * gate_msa).flatten(1, 2)
-        hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
+        hidden_states = add_gated(hidden_states, attn_output, gate_msa)
 
-        norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
+        norm_hidden_states = norm_and_modulate(self.norm2, hidden_states)
         hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, kv_cache=kv_cache)
 
-        norm_hidden_states = self.norm3(hidden_states.float()).unflatten(1, frames) * (1 + c_scale_msa) + c_shift_msa
-        ff_output = self.ffn(norm_hidden_states.flatten(1, 2).type_as(hidden_states))
-        gated = (ff_output.float().unflatten(1, frames) * c_gate_msa).flatten(1, 2)
-        hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
+        norm_hidden_states = norm_and_modulate(self.norm3, hidden_states, c_scale_msa, c_shift_msa)
+        hidden_states = add_gated(hidden_states, self.ffn(norm_hidden_states), c_gate_msa)
         return torch.cat([unchanged, hidden_states], dim=1) if kv_cache_mode == "keys+read" else hidden_states
 
 
