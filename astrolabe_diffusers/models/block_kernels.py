@@ -104,7 +104,6 @@ def _rms_norm_and_rotate(
 def rms_norm_and_rotate(x, weight, cos, sin, num_heads, eps):
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     videos, tokens, dim = x.shape
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    out = x.new_empty(videos, tokens, num_heads, dim // num_heads, dtype=dtype)
+    out = x.new_empty(videos, tokens, num_heads, dim // num_heads)
     _rms_norm_and_rotate[(tokens, videos)](x, weight, cos, sin, out, tokens, eps, cos.shape[-1], **_block(dim))
     return out

@@ -53,7 +53,7 @@ def add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Ten
 
 def norm_and_rotate(norm: nn.Module, x: torch.Tensor, rotary: Rotary, num_heads: int) -> torch.Tensor:
     """Queries or keys `(B, L, heads, head_dim)` of the norm over all heads, rotated."""
-    if is_plain_module(norm, nn.RMSNorm):
+    if is_plain_module(norm, nn.RMSNorm) and norm.weight.dtype == x.dtype:
         return rms_norm_and_rotate(x, norm.weight, *rotary, num_heads, norm.eps)
     return apply_rotary(norm(x).unflatten(2, (num_heads, -1)), rotary)
 
