@@ -5,7 +5,7 @@ import torch
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
-from astrolabe_diffusers.models import block_operations, checked_kernels
+from astrolabe_diffusers.models import attention, block_operations, checked_kernels
 from astrolabe_diffusers.models.block_operations import add_gated, norm_and_modulate, norm_and_rotate
 from tests.tiny_pipeline import tiny_transformer
 
@@ -105,3 +105,26 @@ def test_gradients_are_the_plain_ones():
     norm = FP32LayerNorm(32, elementwise_affine=True).cuda()
     norm_and_modulate(norm, y).square().sum().backward()
     assert norm.weight.grad is not None
+
+
+@pytest.mark.gpu
+def test_a_pass_is_no_further_from_float32_than_without_kernels(no_grad, monkeypatch):
+    """Of a model of full width, with blocks before it whose keys go in parts."""
+    sizes = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+    transformer = tiny_transformer(**sizes).cuda()
+    blocks, text = torch.randn(5, 1, 4, 3, 60, 104, device="cuda"), torch.randn(1, 16, 32, device="cuda")
+
+    def flow(transformer, dtype):
+        cache, time = transformer.new_kv_cache(max_frames=15), torch.zeros(1, device="cuda")
+        for i, block in enumerate(blocks):
+            arguments = dict(kv_cache=cache, kv_cache_mode="write", frame_offset=3 * i, return_dict=False)
+            result = transformer(block.to(dtype), time, text.to(dtype), **arguments)[0]
+        return result.float()
+
+    exact = flow(transformer, torch.float32)
+    transformer.to(torch.bfloat16)
+    error = (flow(transformer, torch.bfloat16) - exact).norm() / exact.norm()
+    monkeypatch.setattr(checked_kernels, "on_gpu", lambda x: False)
+    monkeypatch.setattr(attention, "num_parts", lambda *sizes: 1)
+    plain_error = (flow(transformer, torch.bfloat16) - exact).norm() / exact.norm()
+    assert error <= 1.02 * plain_error
