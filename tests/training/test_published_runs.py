@@ -100,7 +100,8 @@ def test_settings(name, monkeypatch, capsys):
     expected |= {"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "mixed_precision": "bf16", "adv_clip_max": 5.0}
     expected |= {"old_policy_decay_rate": 0.001, "old_policy_decay_max": 0.5, "ema_decay": 0.9}
     expected |= {"advantage_std": "global", "train_timesteps": "raw", "context": "noisy", "context_policy": "own"}
-    expected |= {"allow_tf32": True, "gradient_checkpointing": True, "loss_weighting": "none", "collapse_factor": 0.0}
+    expected |= {"allow_tf32": True, "gradient_checkpointing": "full", "loss_weighting": "none"}
+    expected |= {"collapse_factor": 0.0}
     expected |= {"reference_reset_kl": None, "reference_reset_epochs": None, "advantage_reward": "composite"}
     expected |= {"sigmas": [1.0, 0.75, 0.5, 0.25], "lr_scheduler": "constant", "lr_warmup_steps": 0}
     expected |= {"init_lora": None, "selective_kl": False, "window_size": None, "eval_num_frames": None} | others
