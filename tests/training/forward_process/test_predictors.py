@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from astrolabe_diffusers import CausalWanTransformer3DModel
 from astrolabe_diffusers.models.attention_causal_wan import CausalWanSelfAttnProcessor
 from astrolabe_diffusers.rollout.past import Past
 from astrolabe_diffusers.training.forward_process.noising import squared_distance
@@ -153,23 +154,37 @@ def test_passes_over_81_frames(accelerator):
     assert each > 2 * some and each > 6 * packed
 
 
-class OwnProcessor(CausalWanSelfAttnProcessor):
-    def __call__(self, *args, layout=None, **kwargs):
-        assert layout is None  # of one block
-        return super().__call__(*args, layout=layout, **kwargs)
+class SubclassOfOurs(CausalWanSelfAttnProcessor):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
 
 @pytest.mark.parametrize("own", ["processor", "transformer"])
 def test_who_knows_one_block_a_pass_is_given_one(accelerator, own):
     pipe = policy_pipeline(**({"transformer": OwnTransformer()} if own == "transformer" else {}))
     if own == "processor":
-        pipe.transformer.blocks[1].attn1.set_processor(OwnProcessor())
+        pipe.transformer.blocks[1].attn1.set_processor(SubclassOfOurs())
     batch = noised_batch(pipe, frames=9)
     expected, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=1))
     result, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=3))
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
     _, frames = count_linears(accelerator, pipe.transformer, batch, config(blocks_per_pass=3))
     assert set(frames) == {3}
+
+
+class SaysSo(CausalWanTransformer3DModel):
+    packs_clips = True
+
+
+def test_who_knows_several_blocks_a_pass_says_so(accelerator):
+    pipe = policy_pipeline()
+    batch = noised_batch(pipe, frames=9)
+    expected, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=1))
+    pipe.transformer.__class__ = SaysSo
+    pipe.transformer.blocks[0].attn1.set_processor(SubclassOfOurs())
+    result, _ = gradient(accelerator, pipe.transformer, batch, config())
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert count_linears(accelerator, pipe.transformer, batch, config())[1] == [6, 9, 9, 9]
 
 
 def test_context_of_the_old_policy(accelerator):
