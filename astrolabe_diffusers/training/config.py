@@ -130,6 +130,7 @@ class OnlineConfig(VideoConfig):
         choices=("none", "selective", "full"),
         alone="full",
     )
+    compile: bool = option(False, "compile the transformer's blocks, in the first epoch; on GPUs, for long runs")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")
 
     # Evaluation on held-out prompts

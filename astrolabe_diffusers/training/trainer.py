@@ -175,6 +175,9 @@ class OnlineTrainer:
                 add_policies(self.transformer, *size, config.lora_target_modules, config.other_adapters)
         if config.gradient_checkpointing != "none":
             self.transformer.enable_gradient_checkpointing(CHECKPOINTING[config.gradient_checkpointing])
+        if config.compile:
+            # Every policy has graphs of its own, in each kind of pass; after the first epoch all are there.
+            self.transformer.compile_repeated_blocks(fullgraph=True)
         self.identity = policy_identity(self.transformer)
 
     def prepare(self):
