@@ -344,6 +344,7 @@ def offload_and_take_back(transformer):
 
 def prepare(transformer):
     """As evaluation does it in bf16."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # tests before may have left another precision
     Accelerator(mixed_precision="bf16", cpu=True).prepare_model(transformer, evaluation_mode=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 
