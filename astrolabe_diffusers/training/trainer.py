@@ -27,6 +27,7 @@ from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
 from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
 from .callbacks import TrainerCallback
+from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity
 from .config import OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
@@ -143,7 +144,8 @@ class OnlineTrainer:
         for reward_set in filter(None, (rewards, watched)):
             self.resources.enter_context(reward_set)
         if pipeline is None:
-            self.pipeline = load_frozen_pipeline(config.model, self.accelerator, config.revision, config.variant)
+            source = config.model, self.accelerator, config.revision, config.variant
+            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
         if getattr(self.pipeline.transformer, "is_quantized", False):
@@ -171,8 +173,11 @@ class OnlineTrainer:
             else:
                 size = config.rank, config.lora_alpha, config.lora_dropout
                 add_policies(self.transformer, *size, config.lora_target_modules, config.other_adapters)
-        if config.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        if config.gradient_checkpointing != "none":
+            self.transformer.enable_gradient_checkpointing(CHECKPOINTING[config.gradient_checkpointing])
+        if config.compile:
+            # Every policy has graphs of its own, in each kind of pass; after the first epoch all are there.
+            self.transformer.compile_repeated_blocks(fullgraph=True)
         self.identity = policy_identity(self.transformer)
 
     def prepare(self):

@@ -95,7 +95,7 @@ def test_old_policy_that_follows_at_once_needs_no_pass_in_the_first_step(model_f
     monkeypatch.setattr(NFTTrainer, "old_is_current", False)
     all_passes, expected = run("all", old_policy_decay_rate=0)
     assert weights == expected
-    assert (passes, with_dropout, all_passes) == (4, 8, 8)  # two blocks, four steps
+    assert (passes, with_dropout, all_passes) == (2, 4, 4)  # both blocks in one, four steps
 
 
 def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path_factory):

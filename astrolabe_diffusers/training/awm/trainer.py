@@ -59,7 +59,8 @@ def accumulate_gradients(
 ) -> dict[str, torch.Tensor]:
     """Add a batch's part of the gradient of the mean loss to the current policy's parameters; arguments and result as
     in [`backward_by_block`]."""
-    predictor = PREDICTORS[config.context](accelerator.unwrap_model(model), batch, past_policy="current")
+    transformer = accelerator.unwrap_model(model)
+    predictor = PREDICTORS[config.context](transformer, batch, "current", config.blocks_per_pass)
     # The paper's distances are of flows; a flow's error is that of the clean latents over the noise level.
     scale = 1 / batch.sigma.square()
 
