@@ -63,5 +63,5 @@ def rms_norm_and_rotate(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, eps: float
 ) -> torch.Tensor:
     """[`norm_and_rotate`] of an RMS norm; what it gives is rounded before it is rotated."""
-    normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+    normed = F.rms_norm(x, x.shape[-1:], weight, eps).type_as(x)  # under autocast it is float32
     return apply_rotary(normed.unflatten(2, (num_heads, -1)), (cos, sin))
