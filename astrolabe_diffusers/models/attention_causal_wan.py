@@ -146,9 +146,9 @@ class CausalWanCrossAttnProcessor:
             key, value = kv_cache.text
         else:
             query, key, value = _project(attn, hidden_states, encoder_hidden_states)
-            key, value = _by_heads(attn, attn.norm_k(key)), _by_heads(attn, value)
+            key, value = _by_heads(attn, attn.norm_k(key).type_as(key)), _by_heads(attn, value)
             if keep:
                 kv_cache.text = key, value
-        query = _by_heads(attn, attn.norm_q(query))
+        query = _by_heads(attn, attn.norm_q(query).type_as(query))
         hidden_states = attend(query, key, value, backend=self._attention_backend)
         return _project_out(attn, hidden_states, query.dtype)

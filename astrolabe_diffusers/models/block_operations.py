@@ -55,7 +55,7 @@ def norm_and_rotate(norm: nn.Module, x: torch.Tensor, rotary: Rotary, num_heads:
     """Queries or keys `(B, L, heads, head_dim)` of the norm over all heads, rotated."""
     if is_plain_module(norm, nn.RMSNorm) and norm.weight.dtype == x.dtype:
         return rms_norm_and_rotate(x, norm.weight, *rotary, num_heads, norm.eps)
-    return apply_rotary(norm(x).unflatten(2, (num_heads, -1)), rotary)
+    return apply_rotary(norm(x).type_as(x).unflatten(2, (num_heads, -1)), rotary)
 
 
 @with_kernel("block_kernels")
@@ -63,5 +63,5 @@ def rms_norm_and_rotate(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, eps: float
 ) -> torch.Tensor:
     """[`norm_and_rotate`] of an RMS norm; what it gives is rounded before it is rotated."""
-    normed = F.rms_norm(x, x.shape[-1:], weight, eps).type_as(x)  # under autocast it is float32
+    normed = F.rms_norm(x, x.shape[-1:], weight, eps).type_as(x)  # newer torch gives float32 under autocast
     return apply_rotary(normed.unflatten(2, (num_heads, -1)), (cos, sin))

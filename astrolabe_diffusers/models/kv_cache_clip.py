@@ -58,6 +58,8 @@ class ClipKVCache(CausalWanKVCache):
             raise ValueError(
                 f"`kv_cache` serves height and width {state.shape[1:]}, but these blocks have {shape[1:]}."
             )
+        if state.num_frames and state.shape[0] not in (1, shape[0]):
+            raise ValueError(f"`kv_cache` has blocks of {state.shape[0]} videos, and these are of {shape[0]}.")
         if not stores:
             kept = {i for i, key in enumerate(self.layer_caches[0].keys) if key is not None}
             for start in range(first, first + n * len(layout.sink_shifts), n):

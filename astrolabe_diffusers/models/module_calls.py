@@ -29,4 +29,5 @@ def is_plain_module(module: nn.Module, kind: type[nn.Module]) -> bool:
     if torch.compiler.is_compiling() or type(module) is not kind:
         return False
     attributes = vars(module)
-    return not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in attributes and not any(attributes[name] for name in hooks)

@@ -23,7 +23,7 @@ ROOTS = ("deviation", "x0_norm")
 
 def make_optimizer(config: OnlineConfig, parameters: list[torch.nn.Parameter]):
     """AdamW and its learning rate schedule."""
-    # One kernel for all parameters; for shards it has none.
+    # One kernel for all parameters; not tried in shards.
     fused = all(parameter.is_cuda and not isinstance(parameter, DTensor) for parameter in parameters)
     optimizer = torch.optim.AdamW(
         parameters,

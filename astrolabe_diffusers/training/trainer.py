@@ -148,6 +148,8 @@ class OnlineTrainer:
             self.pipeline = load_frozen_pipeline(*source, config.vae_dtype)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
+            if config.vae_dtype:
+                self.pipeline.vae.to(getattr(torch, config.vae_dtype))
         if getattr(self.pipeline.transformer, "is_quantized", False):
             raise UserError("the transformer is quantised: train with its own weights, and quantise for generation.")
         set_recipe(self.pipeline, config)

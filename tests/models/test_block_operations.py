@@ -68,6 +68,27 @@ def test_a_norm_of_ones_own_is_called(name, change, no_grad):
     assert not torch.allclose(transformer(*inputs).sample, expected, atol=1e-4)
 
 
+def test_backward_hooks_of_a_norm_run():
+    transformer, calls = tiny_transformer(num_layers=1), []
+    for name in ("norm1", "norm2", "attn1.norm_q"):
+        norm = transformer.blocks[0].get_submodule(name)
+        norm.register_full_backward_hook(lambda module, *gradients, name=name: calls.append(name))
+    inputs = torch.randn(1, 4, 3, 4, 4).requires_grad_(), torch.full((1,), 500.0), torch.randn(1, 5, 32)
+    transformer(*inputs).sample.sum().backward()
+    assert sorted(calls) == ["attn1.norm_q", "norm1", "norm2"]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_kernels_hold_under_autocast(caplog):
+    """Newer torch norms in float32 there."""
+    norm = nn.RMSNorm(32, eps=1e-6).to("cuda", torch.bfloat16)
+    x, angles = torch.randn(1, 6, 32, device="cuda", dtype=torch.bfloat16), torch.randn(1, 6, 1, 8, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert norm_and_rotate(norm, x, (angles.cos(), angles.sin()), num_heads=2).dtype == x.dtype
+    assert not caplog.records
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim,heads", [(1536, 12), (96, 3), (5120, 40)])

@@ -185,5 +185,7 @@ def test_what_cannot_be_stored_or_read():
     with pytest.raises(ValueError, match=r"must be one of \('read', 'write', 'store'\) but is 'store\+read'"):
         store(transformer, cache, clean[:, :, 24:30], embeds, "store+read")
     cache.clear()
-    store(transformer, cache, torch.zeros(1, 4, 3, 4, 8), embeds)
+    store(transformer, cache, torch.zeros(2, 4, 3, 4, 8), embeds.expand(2, -1, -1))
+    with pytest.raises(ValueError, match="has blocks of 2 videos, and these are of 3"):
+        run(transformer, cache, torch.zeros(3, 4, 3, 4, 8), timestep, embeds.expand(3, -1, -1), "read", 3)
     assert cache.num_frames == 3

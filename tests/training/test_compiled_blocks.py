@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from astrolabe_diffusers import CausalWanTransformer3DModel
+from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from tests.tiny_pipeline import SMALL, tiny_pipeline
 
@@ -59,3 +60,9 @@ def test_nothing_is_compiled_after_the_first_epoch(settings, tmp_path, monkeypat
     torch._dynamo.reset()
     assert len(epochs) == 3 and graphs and set(graphs) == {0}
     assert all(torch.allclose(result[name], tensor, atol=1e-5) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("settings", [{"blocks_per_pass": 2}, {"window_size": 3, "sample_frames": 9}])
+def test_passes_that_would_each_be_compiled(settings, tmp_path):
+    with pytest.raises(UserError, match="compile needs blocks_per_pass=1"):
+        run(tmp_path, compile=True, **settings)

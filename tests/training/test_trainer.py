@@ -4,10 +4,11 @@ import torch
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.rollout.sampling import Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
-from astrolabe_diffusers.training import NFTTrainer
+from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor
 from astrolabe_diffusers.training.policies import use_policy
+from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import numbers_of_run, randomize_adapters, tiny_arguments
 
 
@@ -111,3 +112,19 @@ def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path
     assert again.report.evaluations[0].scores["reward"] == pytest.approx(before, abs=1e-5)
     config, written = trainer.transformer.peft_config["default"], again.transformer.peft_config["default"]
     assert (written.r, written.lora_alpha) == (config.r, config.lora_alpha) and config.r != 2
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_dtype_of_the_decoder(given, model_folder, tmp_path):
+    """Of a pipeline that is loaded, and of one in Python."""
+    arguments = dict(train_batch_size=2, batches_per_epoch=1, samples_per_prompt=2, num_eval_prompts=1, rank=2)
+    config = NFTConfig(
+        model=str(model_folder),
+        output_dir=str(tmp_path / "run"),
+        vae_dtype="bfloat16",
+        rewards={"sharpness": 1.0},
+        **arguments,
+    )
+    trainer = NFTTrainer(tiny_pipeline() if given else None, config, train_prompts=["a", "b"])
+    assert trainer.pipeline.vae.dtype == torch.bfloat16 and trainer.transformer.dtype == torch.float32
+    trainer.end()

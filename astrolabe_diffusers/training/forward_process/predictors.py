@@ -2,10 +2,12 @@
 
 import torch
 
+from ...errors import UserError
 from ...models.contract import packs_clips, store_mode
 from ...models.kv_cache_clip import ClipKVCache
 from ...models.kv_cache_shared_past import SharedPastKVCache
 from ..policies import use_policy
+from .config import ForwardProcessConfig
 from .noising import NoisedBatch, predicted_clean
 
 
@@ -122,6 +124,15 @@ class WholeClipPredictor(BlockwisePredictor):
         finally:
             self.transformer.register_to_config(sink_size=sink_size)
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
+
+
+def check_compiled_passes(config: ForwardProcessConfig, transformer, num_frames: int):
+    """A [`UserError`] where torch.compile would have to compile every pass of a window of latent frames for itself, as
+    each begins with another frame."""
+    blocks = num_frames // transformer.config.num_frames_per_block
+    one_pass = config.window_size is None and blocks <= config.blocks_per_pass
+    if config.compile and config.context == "clean" and config.blocks_per_pass > 1 and not one_pass:
+        raise UserError("compile needs blocks_per_pass=1 where a video is trained in a window or in several passes.")
 
 
 def _parts(start: int, stop: int, size: int) -> list[slice]:
