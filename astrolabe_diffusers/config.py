@@ -24,12 +24,13 @@ def option(
     above: float | None = None,
     below: float | None = None,
     many: bool = False,
+    alone: str | None = None,
 ):
     """A field of a [`Config`] with its help; `above` and `below` are bounds that it may not reach. The flag of one of
-    `many` parts, as that of a list, may be given several times."""
+    `many` parts, as that of a list, may be given several times; without a value it says `alone`."""
     bounds = {"at least": minimum, "at most": maximum, "more than": above, "less than": below}
     bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "choices": choices, "bounds": bounds, "many": many}
+    metadata = {"help": help, "choices": choices, "bounds": bounds, "many": many, "alone": alone}
     if isinstance(default, (dict, list)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

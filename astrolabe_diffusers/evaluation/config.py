@@ -43,6 +43,9 @@ class LoraEvaluationConfig(VideoConfig):
     batch_size: int = option(8, "videos in a batch on each device", minimum=1)
     num_videos: int = option(8, "videos that are kept of each column and shown side by side", minimum=0)
     mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
+    vae_dtype: str | None = option(
+        None, "of the decoder, whose frames are scored; the rest's if not given", choices=("float32", "bfloat16")
+    )
     output_dir: str = option("eval", "everything the evaluation writes; an earlier evaluation there is written over")
     overwrite: bool = option(False, "write over files in output_dir that no evaluation has made")
 

@@ -107,7 +107,9 @@ def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resour
     rewards = resources.enter_context(
         config.make_rewards(weights, frame_rate(config.model, config.revision), accelerator.process_index)
     )
-    pipeline = load_frozen_pipeline(config.model, accelerator, config.revision, config.variant)
+    pipeline = load_frozen_pipeline(
+        config.model, accelerator, config.revision, config.variant, config.vae_dtype
+    )
     # The trainer's precision: in bf16 it generates under autocast.
     accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
     size = video_size(pipeline, config.height, config.width, config.num_frames)

@@ -58,7 +58,8 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     transposed = [x.transpose(1, 2) for x in (query, key, value)]
     if not can_use_cudnn_attention(SDPAParams(*transposed, None, 0.0, False, False)):
         with sdpa_kernel(_KERNELS, set_priority=True):
-            return F.scaled_dot_product_attention(*transposed).transpose(1, 2).contiguous()
+            attended = F.scaled_dot_product_attention(*transposed).transpose(1, 2)
+        return attended.type_as(query).contiguous()  # autocast may have made it another dtype's
     parts = 1
     if len(query) == 1:
         sizes = query.shape[1], key.shape[1], query.shape[2], query.shape[3]

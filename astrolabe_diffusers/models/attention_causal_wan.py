@@ -1,63 +1,29 @@
 """Attention of the causal Wan transformer: block-causal or cached self-attention, and attention to the text."""
 
-import math
-from dataclasses import dataclass, field
-
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .attention import attend, attend_with_shared_past
+from .block_layout import BlockLayout
+from .block_operations import norm_and_rotate
 from .kv_cache import CausalWanKVLayerCache
+from .kv_cache_clip import ClipKVLayerCache
 from .rotary import Rotary, apply_rotary
-
-
-@dataclass
-class BlockLayout:
-    """Which earlier frames each block sees: everything, or the sink and a window that ends with the block itself.
-
-    A block of frames `[start, end)` sees frames `0 .. sink_size-1` and `end-(attn_window-sink_size) .. end-1`; while
-    `end <= attn_window`, and always with `attn_window=-1`, that is all of `0 .. end-1`.
-    """
-
-    frame_tokens: int
-    block_frames: int
-    attn_window: int
-    sink_size: int
-    sink_shifts: list[Rotary | None]  # relative positions: rotation of the sink keys for each block
-    # Frames in the largest pieces of which every block and every context is a whole number.
-    unit: int = field(init=False)
-
-    def __post_init__(self):
-        # Here, for torch.compile cannot take gcd of numbers that differ between models.
-        ring = 0 if self.attn_window == -1 else self.attn_window - self.sink_size
-        self.unit = math.gcd(self.block_frames, self.sink_size, ring)
-
-    def context(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Frame ranges before `start` that the block `[start, end)` sees, the sink first."""
-        if self.attn_window == -1 or end <= self.attn_window:
-            return [(0, start)] if start else []
-        first = end - (self.attn_window - self.sink_size)
-        return [r for r in [(0, self.sink_size), (first, start)] if r[0] < r[1]]
 
 
 def _project(
     attn: WanAttention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Queries, keys and values, `(B, L, heads, head_dim)` each."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, `(B, L, dim)` each, before their norms."""
     if attn.fused_projections and any(isinstance(x, BaseTunerLayer) for x in (attn.to_q, attn.to_k, attn.to_v)):
         # They would do nothing.
         raise ValueError("a LoRA needs Q, K and V apart, and they are fused: call unfuse_qkv_projections() first.")
-    query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-    return [x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value)]
+    return _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
 
 
-def _project_past(attn: WanAttention, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-    """Keys and values alone."""
-    if attn.fused_projections:
-        return _project(attn, hidden_states)[1:]
-    key, value = attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
-    return [x.unflatten(2, (attn.heads, -1)) for x in (key, value)]
+def _by_heads(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(2, (attn.heads, -1))
 
 
 def _project_out(attn: WanAttention, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -86,12 +52,15 @@ class CausalWanSelfAttnProcessor:
         kv_cache: CausalWanKVLayerCache | None = None,
         kv_cache_mode: str | None = None,
     ) -> torch.Tensor | None:
+        if kv_cache_mode == "keys" and not attn.fused_projections:
+            query, key, value = None, attn.to_k(hidden_states), attn.to_v(hidden_states)
+        else:
+            query, key, value = _project(attn, hidden_states)
+        key, value = norm_and_rotate(attn.norm_k, key, rotary_emb, attn.heads), _by_heads(attn, value)
         if kv_cache_mode == "keys":
-            key, value = _project_past(attn, hidden_states)
-            kv_cache.store(apply_rotary(key, rotary_emb), value)
+            kv_cache.store(key, value)
             return None
-        query, key, value = _project(attn, hidden_states)
-        query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
+        query = norm_and_rotate(attn.norm_q, query, rotary_emb, attn.heads)
         if kv_cache_mode in ("store+read", "keys+read"):
             views = kv_cache.extend_pair(key, value)
             queries = query.chunk(2, dim=1)
@@ -101,39 +70,59 @@ class CausalWanSelfAttnProcessor:
                 for own_query, seen in zip(queries[wanted], views[wanted])
             ]
             hidden_states = torch.cat(attended, dim=1)
-        elif kv_cache is not None:
+        elif layout is not None:
+            hidden_states = self._block_causal(query, key, value, layout, kv_cache)
+        else:
             own = kv_cache.extend(key, value)
             if kv_cache.past is None:
                 hidden_states = attend(query, *own, attention_mask, self._attention_backend)
             else:
                 hidden_states = attend_with_shared_past(query, kv_cache.past, own, self._attention_backend)
-            if kv_cache_mode == "write":
-                kv_cache.store(key, value)
-        else:
-            hidden_states = self._block_causal(query, key, value, layout)
+        if kv_cache_mode == "write":
+            kv_cache.store(key, value)
         return _project_out(attn, hidden_states, query.dtype)
 
     def _block_causal(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: BlockLayout,
+        kv_cache: ClipKVLayerCache | None,
     ) -> torch.Tensor:
         n, unit = layout.block_frames, layout.unit
         # Split once, then join what a block sees: the gradient of a split is one concatenation, while every slice of
         # the whole sequence would cost a gradient of its full size.
         keys, values = (x.split(unit * layout.frame_tokens, dim=1) for x in (key, value))
+        # What may be context, from the clip's first frame on. Noisy blocks lie behind all that they see of it.
+        clean_keys, clean_values = keys, values
+        if kv_cache is not None:
+            clean_keys, clean_values = (*kv_cache.keys, *keys), (*kv_cache.values, *values)
         outputs = []
         for index, own_query in enumerate(query.split(n * layout.frame_tokens, dim=1)):
             # With teacher forcing the second half are the noisy frames; the context of both is the clean half.
             block = index % len(layout.sink_shifts)
-            start = block * n
-            own = range(index * n // unit, (index + 1) * n // unit)
-            visible = [i for a, b in layout.context(start, start + n) for i in range(a // unit, b // unit)] + [*own]
-            block_keys = [keys[i] for i in visible]
+            start = layout.first_frame + block * n
+            own = slice(index * n // unit, (index + 1) * n // unit)
+            context = layout.units(layout.context(start, start + n))
+            context_keys = [clean_keys[i] for i in context]
             if (shift := layout.sink_shifts[block]) is not None:
                 sink = layout.sink_size // unit
-                block_keys[:sink] = [apply_rotary(k, shift) for k in block_keys[:sink]]
-            key, value = torch.cat(block_keys, dim=1), torch.cat([values[i] for i in visible], dim=1)
-            outputs.append(attend(own_query, key, value, backend=self._attention_backend))
+                context_keys[:sink] = [apply_rotary(k, shift) for k in context_keys[:sink]]
+            seen = [*context_keys, *keys[own]], [*(clean_values[i] for i in context), *values[own]]
+            outputs.append(self._attend_to_units(own_query, *seen))
         return torch.cat(outputs, dim=1)
+
+    def _attend_to_units(
+        self, query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+    ) -> torch.Tensor:
+        # What the videos share comes first, and there is one of it for all.
+        num_shared = sum(len(key) < len(query) for key in keys)
+        own = torch.cat(keys[num_shared:], dim=1), torch.cat(values[num_shared:], dim=1)
+        if num_shared == 0:
+            return attend(query, *own, backend=self._attention_backend)
+        past = torch.cat(keys[:num_shared], dim=1), torch.cat(values[:num_shared], dim=1)
+        return attend_with_shared_past(query, past, own, self._attention_backend)
 
 
 class CausalWanCrossAttnProcessor:
@@ -153,11 +142,13 @@ class CausalWanCrossAttnProcessor:
         # What is cached carries no graph: with grad the text is projected anew, or its weights would never learn.
         keep = kv_cache is not None and kv_cache.state.keeps_text and not torch.is_grad_enabled()
         if keep and kv_cache.text is not None:
-            query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+            query = attn.to_q(hidden_states)
             key, value = kv_cache.text
         else:
             query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+            key, value = _by_heads(attn, attn.norm_k(key).type_as(key)), _by_heads(attn, value)
             if keep:
                 kv_cache.text = key, value
+        query = _by_heads(attn, attn.norm_q(query).type_as(query))
         hidden_states = attend(query, key, value, backend=self._attention_backend)
         return _project_out(attn, hidden_states, query.dtype)

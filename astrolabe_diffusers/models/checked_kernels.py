@@ -21,7 +21,8 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 def with_kernel(module: str) -> Callable[[Callable], Callable]:
     """On CUDA, the kernel of the same name in that module beside this one, once it has given what the plain function
-    gives: for each dtype, and for each choice of what may be missing. One that fails is not tried again."""
+    gives: for each dtype, and for each choice of what may be missing. One that fails is not tried again. Where
+    gradients are wanted, and under torch.compile, it is the plain function."""
 
     def decorate(plain: Callable) -> Callable:
         trusted, failed = set(), False
@@ -29,7 +30,9 @@ def with_kernel(module: str) -> Callable[[Callable], Callable]:
         @wraps(plain)
         def run(x: torch.Tensor, *args):
             nonlocal failed
-            if failed or not on_gpu(x) or x.dtype not in TOLERANCES:
+            if torch.compiler.is_compiling() or failed or not on_gpu(x) or x.dtype not in TOLERANCES:
+                return plain(x, *args)
+            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in (x, *args)):
                 return plain(x, *args)
             variant = x.dtype, *(arg if isinstance(arg, int) else arg is None for arg in args)
             if variant not in trusted:

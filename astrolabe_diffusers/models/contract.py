@@ -34,7 +34,8 @@ class CausalTransformer(Protocol):
     # Classes that `compile_repeated_blocks` compiles, and whose Linear layers get a LoRA if a run names no modules.
     _repeated_blocks: list[str]
 
-    # May have `packs_blocks`, true if it knows two more cache modes; nothing needs them ([`store_mode`]).
+    # May have `packs_blocks`, true if it knows two more cache modes; nothing needs them ([`store_mode`]). And
+    # `packs_clips`, true if a pass may have several blocks with a [`ClipKVCache`], in training.
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
         """An empty cache for one generation."""
@@ -64,12 +65,21 @@ class CausalTransformer(Protocol):
         `"store+read"`: a clean block, to be stored, followed by a noisy one as long that sees it, whose timestep and
         flow these are. Where `kv_cache.can_pair(...)`: `begin_block(..., paired=True)`, in every layer
         `extend_pair(key, value)`, which stores the first and gives what each of the two sees, and `advance(F / 2)`.
+
+        With `packs_clips` also a [`ClipKVCache`], with `"read"`, `"write"` and `"store"`: several blocks from frame
+        `frame_offset` on. `begin_clip(...)` first; in every layer a block sees the part of `keys` and `values` that
+        window and sink allow, of clean blocks also those of its own pass, and itself; then as above.
         """
 
 
 def packs_blocks(transformer: CausalTransformer) -> bool:
     """Whether it knows the cache modes `"store"` and `"store+read"`."""
     return getattr(transformer, "packs_blocks", False)
+
+
+def packs_clips(transformer: CausalTransformer) -> bool:
+    """Whether a pass may have several blocks, with a [`ClipKVCache`]."""
+    return getattr(transformer, "packs_clips", False)
 
 
 def store_mode(transformer: CausalTransformer) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 
@@ -20,3 +21,13 @@ def forward_of(module: nn.Module) -> Callable:
     """The function that computes the module's result, to be compared with others: its class's, or what somebody has
     put in its place. Offloading comes before it and is passed over."""
     return type(module).forward if is_hooked(module) else getattr(module.forward, "__func__", module.forward)
+
+
+def is_plain_module(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether what a module of this very class computes may be computed without a call of it: nothing is hooked in.
+    Not while compiling, which fuses what it calls."""
+    if torch.compiler.is_compiling() or type(module) is not kind:
+        return False
+    attributes = vars(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in attributes and not any(attributes[name] for name in hooks)

@@ -17,8 +17,11 @@ from ..layouts.published_models import find_published_model
 from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
-from .attention_causal_wan import BlockLayout, CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
+from .attention_causal_wan import CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
+from .block_layout import BlockLayout
+from .block_operations import add_gated, norm_and_modulate
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
+from .kv_cache_clip import ClipKVCache
 from .lora_layers import (
     apply_lora_scale,
     check_lora_weights,
@@ -81,10 +84,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (
             self.modulation(self.scale_shift_table).unsqueeze(0) + temb.float()
         ).chunk(6, dim=2)
-        frames = (shift_msa.shape[1], -1)
 
-        norm_hidden_states = self.norm1(hidden_states.float()).unflatten(1, frames) * (1 + scale_msa) + shift_msa
-        norm_hidden_states = norm_hidden_states.flatten(1, 2).type_as(hidden_states)
+        norm_hidden_states = norm_and_modulate(self.norm1, hidden_states, scale_msa, shift_msa)
         past = {"layout": layout, "kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
         attn_output = self.attn1(norm_hidden_states, None, attention_mask, rotary_emb, **past)
         if kv_cache_mode == "keys":
@@ -93,17 +94,13 @@ class CausalWanTransformerBlock(WanTransformerBlock):
             unchanged, hidden_states = hidden_states.chunk(2, dim=1)
             modulation = (gate_msa, c_shift_msa, c_scale_msa, c_gate_msa)
             gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = (x.chunk(2, dim=1)[1] for x in modulation)
-            frames = (gate_msa.shape[1], -1)
-        gated = (attn_output.unflatten(1, frames) * gate_msa).flatten(1, 2)
-        hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
+        hidden_states = add_gated(hidden_states, attn_output, gate_msa)
 
-        norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
+        norm_hidden_states = norm_and_modulate(self.norm2, hidden_states)
         hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, kv_cache=kv_cache)
 
-        norm_hidden_states = self.norm3(hidden_states.float()).unflatten(1, frames) * (1 + c_scale_msa) + c_shift_msa
-        ff_output = self.ffn(norm_hidden_states.flatten(1, 2).type_as(hidden_states))
-        gated = (ff_output.float().unflatten(1, frames) * c_gate_msa).flatten(1, 2)
-        hidden_states = (hidden_states.float() + gated).type_as(hidden_states)
+        norm_hidden_states = norm_and_modulate(self.norm3, hidden_states, c_scale_msa, c_shift_msa)
+        hidden_states = add_gated(hidden_states, self.ffn(norm_hidden_states), c_gate_msa)
         return torch.cat([unchanged, hidden_states], dim=1) if kv_cache_mode == "keys+read" else hidden_states
 
 
@@ -291,6 +288,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         forwards of model, blocks and self-attention, and the processors of that. What a user puts in the place of one
         gets `"read"` and `"write"`; a subclass in which it knows the others too says `packs_blocks = True`.
         """
+        return self._is_ours()
+
+    @property
+    def packs_clips(self) -> bool:
+        """Likewise whether it may be given a [`ClipKVCache`]; a subclass that knows it says `packs_clips = True`."""
+        return self._is_ours()
+
+    def _is_ours(self) -> bool:
         # Accelerate and autocast wrap a whole model's forward, and leave alone what it is given.
         return unwrap(self.forward) in _KNOW_ALL_MODES and all(
             forward_of(block) in _KNOW_ALL_MODES
@@ -362,7 +367,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Without a cache, all blocks of a video are computed at once, each seeing the blocks before it that window and
         sink allow; with `clean_hidden_states` it sees those clean blocks, at t = 0, instead of the noisy ones (teacher
-        forcing). With a cache, the input is one block of any number of frames that sees the cached frames and itself.
+        forcing). With a cache, the input is one block of any number of frames that sees the cached frames and itself;
+        with a [`ClipKVCache`] any number of blocks, each of which sees the clean ones before it and itself.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`): noisy latents.
@@ -376,7 +382,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 grad: two blocks in one pass where [`CausalWanKVCache.can_pair`] says so. `hidden_states` are a clean
                 block, which is stored, followed by one as long, which sees it; `timestep` is the second one's, and so
                 is what is returned.
-            frame_offset (`int`): latent frame index of the first frame; with a cache, the number of frames in it.
+            frame_offset (`int`):
+                Latent frame index of the first frame; with a cache, the number of frames in it. With a [`ClipKVCache`]
+                noisy blocks may begin earlier.
             clean_hidden_states (`(B, C, F, H, W)`, *optional*): the clean video, for teacher forcing, with gradients.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies the weights of the LoRAs, in this call.
 
@@ -419,7 +427,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def _begin_pass(
         self, latents: torch.Tensor, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None, frame_offset: int
     ) -> BlockLayout | None:
-        """Check a pass and prepare its cache; what each block sees if there is none."""
+        """Check a pass and prepare its cache; what each block sees if it may have several."""
         batch_size, _, num_frames, height, width = latents.shape
         _, p_h, p_w = self.config.patch_size
         frame_tokens = (height // p_h) * (width // p_w)
@@ -433,9 +441,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
             return self._block_layout(num_frames, frame_tokens, latents.device)
-        modes = tuple(_LAYER_MODES)[1:]
+        packs_clip = isinstance(kv_cache, ClipKVCache)
+        modes = ("read", "write", "store") if packs_clip else tuple(_LAYER_MODES)[1:]
         if kv_cache_mode not in modes:
             raise ValueError(f"`kv_cache_mode` must be one of {modes} but is {kv_cache_mode!r}.")
+        if packs_clip:
+            layout = self._block_layout(num_frames, frame_tokens, latents.device, frame_offset)
+            kv_cache.begin_clip(layout, (batch_size, height, width), stores=kv_cache_mode != "read")
+            return layout
         paired = kv_cache_mode == "store+read"
         if paired and relative:
             # Where the first block sees it.
@@ -488,7 +501,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         hidden_states = hidden_states.unflatten(2, (*patch, -1)).unflatten(1, grid)
         return hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _block_layout(self, num_frames: int, frame_tokens: int, device: torch.device) -> BlockLayout:
+    def _block_layout(
+        self, num_frames: int, frame_tokens: int, device: torch.device, first_frame: int = 0
+    ) -> BlockLayout:
         n, attn_window = self.config.num_frames_per_block, self.config.local_attn_size
         sink_size = self.config.sink_size if attn_window != -1 else 0
         if num_frames % n != 0:
@@ -497,9 +512,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         # A list: of a dict, torch.compile does not guard that a block's number is no key.
         shifts = [
             self.rope.shift(end - attn_window, device) if moves_sink and end > attn_window else None
-            for end in range(n, num_frames + 1, n)
+            for end in range(first_frame + n, first_frame + num_frames + 1, n)
         ]
-        return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts)
+        return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame)
 
 
 _KNOW_ALL_MODES = {

@@ -97,11 +97,17 @@ def frame_rate(model: str, revision: str | None = None) -> float:
 
 
 def load_frozen_pipeline(
-    model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
+    model: str,
+    accelerator: Accelerator,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae_dtype: str | None = None,
 ) -> CausalWanPipeline:
-    """The frozen pipeline of a folder or the Hub on its device; in bf16 runs all of it is bf16 but the autoencoder."""
+    """The frozen pipeline of a folder or the Hub on its device, in bfloat16 for bf16 runs; the autoencoder may be of
+    another dtype."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    pipeline = load_from(model, revision, variant=variant, dtype={"default": dtype, "vae": torch.float32})
+    dtypes = {"default": dtype, "vae": getattr(torch, vae_dtype) if vae_dtype else dtype}
+    pipeline = load_from(model, revision, variant=variant, dtype=dtypes)
     return freeze_pipeline(pipeline, accelerator)
 
 

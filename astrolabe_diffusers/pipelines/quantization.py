@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("float8", "int8_weight_only")
 # Outside of the blocks: two hundredths of the weights, and all that is seen goes through them.
 NOT_QUANTIZED = ["condition_embedder", "proj_out"]
+ZERO = 1e-12
 # Ada's, the first with 8-bit floating-point products.
 FLOAT8_CAPABILITY = (8, 9)
 
@@ -29,7 +30,10 @@ def quant_type(quantization: str) -> "AOBaseConfig":
         ) from error
     # torchao's settings of the compiler would hold for the whole process, and have it try kernels for minutes.
     if quantization == "float8":
-        return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        # Without the bound a token of zeros, as padding of a prompt can be, has the scale 0 and is NaN.
+        return Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), activation_value_lb=ZERO, set_inductor_config=False
+        )
     return Int8WeightOnlyConfig(set_inductor_config=False)
 
 

@@ -71,8 +71,8 @@ class OnlineConfig(VideoConfig):
     samples_per_prompt: int = option(24, "videos of a group, from one prompt; one has nothing to compare", minimum=2)
     merge_lora: bool = option(
         True,
-        "videos, held-out ones too, come from weights with the LoRA merged in: passes cost what the base's do, and "
-        "the weights of the layers are there twice meanwhile; not where they are in shards",
+        "videos for training come from weights with the LoRA merged in: passes cost what the base's do, and the "
+        "weights of the layers are there twice meanwhile; not where they are in shards",
     )
 
     # Rewards
@@ -114,6 +114,9 @@ class OnlineConfig(VideoConfig):
     adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str | None = option(None, "accelerate's setting if not given", choices=PRECISIONS)
+    vae_dtype: str | None = option(
+        None, "of the decoder, whose frames are scored; the rest's if not given", choices=("float32", "bfloat16")
+    )
     ema_decay: float | None = option(
         None,
         "an average of the policy over the steps is what is judged and saved: after step s, counted from 0, "
@@ -125,7 +128,14 @@ class OnlineConfig(VideoConfig):
     nan_loss: str = option(
         "stop", "a loss or gradient that is not finite stops the run, or skips its step", choices=("stop", "skip")
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
+    gradient_checkpointing: str = option(
+        "none",
+        "recompute activations in the backward pass: none; all but those of attention, which take longest; or all, "
+        "in the least memory (`false` and `true` are none and full)",
+        choices=("none", "selective", "full"),
+        alone="full",
+    )
+    compile: bool = option(False, "compile the transformer's blocks, in the first epoch; on GPUs, for long runs")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")
 
     # Evaluation on held-out prompts
@@ -146,6 +156,9 @@ class OnlineConfig(VideoConfig):
     hub_license: str | None = option(None, "licence for the card, such as apache-2.0")
 
     def __post_init__(self):
+        # As it was once.
+        once = {"true": "full", "false": "none"}
+        self.gradient_checkpointing = once.get(str(self.gradient_checkpointing).lower(), self.gradient_checkpointing)
         super().__post_init__()
         if self.sigmas:
             with as_user_error("settings"):

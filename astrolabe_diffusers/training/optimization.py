@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from torch.distributed.tensor import DTensor
 
 from ..distributed.sharding import full_tensor
 from ..errors import UserError, as_user_error
@@ -22,12 +23,15 @@ ROOTS = ("deviation", "x0_norm")
 
 def make_optimizer(config: OnlineConfig, parameters: list[torch.nn.Parameter]):
     """AdamW and its learning rate schedule."""
+    # One kernel for all parameters; not tried in shards.
+    fused = all(parameter.is_cuda and not isinstance(parameter, DTensor) for parameter in parameters)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=fused or None,
     )
     name = config.lr_scheduler
     if name == "constant" and config.lr_warmup_steps:

@@ -17,7 +17,7 @@ from ..reporting.model_card import write_card
 from ..reporting.videos import write_columns
 from .adapter_files import WEIGHT_NAMES, save_adapter
 from .config import OnlineConfig
-from .policies import CURRENT, POLICIES
+from .policies import CURRENT, POLICIES, use_policy
 
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def write_results(trainer: "OnlineTrainer") -> dict[str, Any]:
     shown = trainer.held_out.shown
     # A sharded model generates on all processes or on none.
     if shown and (is_main or is_sharded()):
-        before, after = map(trainer.generate_as, ("base", judged))
+        before, after = (use_policy(trainer.transformer, policy) for policy in ("base", judged))
         columns = trainer.held_out.generate_columns({"before": before, "after": after})
     if not is_main:
         return {}

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
 from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
 from .callbacks import TrainerCallback
+from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity
 from .config import OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
@@ -144,9 +144,12 @@ class OnlineTrainer:
         for reward_set in filter(None, (rewards, watched)):
             self.resources.enter_context(reward_set)
         if pipeline is None:
-            self.pipeline = load_frozen_pipeline(config.model, self.accelerator, config.revision, config.variant)
+            source = config.model, self.accelerator, config.revision, config.variant
+            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype)
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
+            if config.vae_dtype:
+                self.pipeline.vae.to(getattr(torch, config.vae_dtype))
         if getattr(self.pipeline.transformer, "is_quantized", False):
             raise UserError("the transformer is quantised: train with its own weights, and quantise for generation.")
         set_recipe(self.pipeline, config)
@@ -172,8 +175,11 @@ class OnlineTrainer:
             else:
                 size = config.rank, config.lora_alpha, config.lora_dropout
                 add_policies(self.transformer, *size, config.lora_target_modules, config.other_adapters)
-        if config.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        if config.gradient_checkpointing != "none":
+            self.transformer.enable_gradient_checkpointing(CHECKPOINTING[config.gradient_checkpointing])
+        if config.compile:
+            # Every policy has graphs of its own, in each kind of pass; after the first epoch all are there.
+            self.transformer.compile_repeated_blocks(fullgraph=True)
         self.identity = policy_identity(self.transformer)
 
     def prepare(self):
@@ -267,16 +273,13 @@ class OnlineTrainer:
         batches, past = [], self.windows.past(self.epoch)
         scale = self.pipeline.vae.config.scale_factor_temporal
         size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
-        with raise_together(), self.generate_as(self.sampling_policy):
+        merge = self.config.merge_lora and not is_sharded()
+        with raise_together(), use_policy(self.transformer, self.sampling_policy, merge):
             for batch in self.rollouts.generate(self.split(samples), size, past, keep_trajectory=self.keep_trajectory):
                 batches.append(batch)
                 self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
                 self.interruption.check()
         return batches
-
-    def generate_as(self, policy: str) -> AbstractContextManager:
-        """[`use_policy`] for videos."""
-        return use_policy(self.transformer, policy, merge=self.config.merge_lora and not is_sharded())
 
     @property
     def primary_reward(self) -> str:
@@ -312,7 +315,7 @@ class OnlineTrainer:
         """Score the current policy, or its average, on the held-out prompts; the best one is kept."""
         self.report.progress.set_postfix_str("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
-        with self.generate_as(self.config.judged_policy):
+        with use_policy(self.transformer, self.config.judged_policy):
             evaluation, videos = self.held_out.evaluate(self.step, folder, self.after_evaluation_batch)
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():

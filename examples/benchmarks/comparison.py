@@ -1,6 +1,7 @@
 """What `generation.py --baseline` prints: the published way, ours and ours compiled, on one card in one process."""
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -226,7 +227,10 @@ def compare(
             for _ in column.denoise(clip, prompt_embeds):
                 pass
             compiling = clock() - start
-        results[column.name] = column.measure(clip, prompt, repetitions)
+        result = results[column.name] = column.measure(clip, prompt, repetitions)
+        # The table comes minutes later.
+        parts = f"denoising {result.denoise:.3f} s, its last block {result.block:.3f}, decoding {result.decode:.3f}"
+        print(f"{column.name}: {parts}", file=sys.stderr, flush=True)
         scaling[column.name] = [_seconds(column, other, prompt_embeds) for other in others]
         if profile:
             profiles[column.name] = _profile(column, clip, prompt_embeds)

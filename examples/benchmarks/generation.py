@@ -64,6 +64,10 @@ def main(argv: list[str] | None = None) -> Measurement | StreamMeasurement | dic
         raise UserError("--baseline keeps all models on the device and takes no --num_streams or --tiny_decoder.")
     if args.baseline and (args.compile or args.quantization):
         raise UserError("--baseline has a column that is compiled, and takes no --compile or --quantization.")
+    if args.quantization and args.offload != "none":
+        raise UserError("--quantization is measured with all models on the device: --offload none.")
+    if args.compile and args.offload == "group":
+        raise UserError("--compile needs --offload none or model: layers that come one by one cannot be compiled.")
     if args.quantization:
         if args.dtype != "bfloat16":
             raise UserError(f"--quantization needs --dtype bfloat16, not {args.dtype}.")

@@ -73,7 +73,6 @@ def run(algorithm: str, settings: dict[str, Any], arguments: dict[str, Any], rec
     if pipeline:
         # A server's recipe cannot be trained; the plain loop has the same model.
         pipeline.register_to_config(num_context_frames=None)
-        pipeline.vae.float()
     with tempfile.TemporaryDirectory() as folder:
         config = get_config_class(algorithm)(**{**DEFAULTS, **settings, **SHORT, "output_dir": folder, **arguments})
         trainer = get_algorithm(algorithm)(pipeline, config)

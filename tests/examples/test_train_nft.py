@@ -217,13 +217,13 @@ def test_held_out_videos_of_another_length(model_folder, tmp_path):
 def test_bfloat16_run(model_folder, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        arguments = tiny_arguments(model_folder, tmp_path, mixed_precision="bf16")
+        arguments = tiny_arguments(model_folder, tmp_path, mixed_precision="bf16", old_policy_decay_rate=0.5)
         assert main(arguments) == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     metrics = read_jsonl(tmp_path / "metrics.jsonl")
     # Old and current policy run at the same precision: what tells them apart is training alone.
-    assert metrics[0]["deviation"] == pytest.approx(0, abs=1e-6) and metrics[1]["deviation"] > 1e-4
+    assert metrics[0]["deviation"] == pytest.approx(0, abs=1e-6) and metrics[1]["deviation"] > 1e-2
     weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 

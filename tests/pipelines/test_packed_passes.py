@@ -296,8 +296,9 @@ def test_who_knows_two_modes_is_given_two(change):
     pipe = tiny_pipeline(**TWO_STEPS, **WINDOWS["relative"])
     with plain(pipe):
         expected = generate(pipe, A, num_frames=frames_of(6))
-    assert pipe.transformer.packs_blocks
+    assert pipe.transformer.packs_blocks and pipe.transformer.packs_clips
     CHANGES[change](pipe.transformer)
+    assert not pipe.transformer.packs_clips
     MODES.clear()
     with passes(pipe) as modes:
         latents = generate(pipe, A, num_frames=frames_of(6))
@@ -314,6 +315,7 @@ def test_who_knows_more_modes_says_so():
     pipe = tiny_pipeline(**TWO_STEPS, **WINDOWS["ring"])
     pipe.transformer.__class__ = KnowsThemAll
     check_modes(pipe)
+    assert not pipe.transformer.packs_clips  # another thing to know
 
 
 def check_modes(pipe):
@@ -342,6 +344,7 @@ def offload_and_take_back(transformer):
 
 def prepare(transformer):
     """As evaluation does it in bf16."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # tests before may have left another precision
     Accelerator(mixed_precision="bf16", cpu=True).prepare_model(transformer, evaluation_mode=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 

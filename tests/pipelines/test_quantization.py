@@ -274,3 +274,14 @@ def test_on_a_gpu(folder, loras, torchao, quantization):
     assert 0 < relative_error(eager, expected) < 0.1
     pipe.compile()
     assert relative_error(latents(pipe), expected) < 0.1
+
+
+@pytest.mark.gpu
+def test_a_token_of_zeros(torchao):
+    """As padding of a prompt has them where the layers before have no biases."""
+    layer = nn.Sequential(nn.Linear(64, 32)).to("cuda", torch.bfloat16)
+    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    x[1] = 0
+    expected = layer(x)
+    torchao.quantize_(layer, quant_type("float8"))
+    assert torch.equal(layer(x)[1], expected[1]) and relative_error(layer(x), expected) < 0.1

@@ -22,7 +22,9 @@ from tests.training.helpers import BRIGHTNESS, config, make_samples, policy_pipe
 
 
 MODEL = {"num_layers": 1, "vae_num_res_blocks": 0}
-SIZE = {"height": 16, "width": 32, "num_frames": 21}
+# Three blocks, which are two passes: only the second one synchronises.
+SIZE = {"height": 16, "width": 32, "num_frames": 33}
+CONFIG = config(blocks_per_pass=2)
 SAMPLES = make_samples(8, group_size=4)
 SIGMAS = torch.tensor([1.0, 0.9375, 0.8333, 0.625])
 ADVANTAGES = torch.linspace(-3, 3, 8)
@@ -51,7 +53,7 @@ def rollout_and_gradients(accelerator, batch_size: int, rewards: str = BRIGHTNES
     count = sum(len(batch.samples) for batch in batches)
     for i, (batch, advantages) in enumerate(zip(batches, split(ADVANTAGES))):
         noised = nft_batch(batch, advantages)
-        accumulate_gradients(accelerator, model, noised, config(), count, synchronize=i == len(batches) - 1)
+        accumulate_gradients(accelerator, model, noised, CONFIG, count, synchronize=i == len(batches) - 1)
     worker.close()
     return pipe.transformer, scores, [p.grad.clone() for p in policy_parameters(pipe.transformer)]
 
@@ -68,7 +70,7 @@ def gradients_without_synchronisation(accelerator, batch_size: int):
         batch = next(Rollout(pipe, worker).generate(batches, SIZE))
     worker.close()
     noised = nft_batch(batch, torch.ones(batch_size))
-    accumulate_gradients(accelerator, model, noised, config(), batch_size, synchronize=True)
+    accumulate_gradients(accelerator, model, noised, CONFIG, batch_size, synchronize=True)
     return [p.grad.clone() for p in policy_parameters(pipe.transformer)]
 
 

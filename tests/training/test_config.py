@@ -42,8 +42,10 @@ def test_config_by_path(configs):
     ("arguments", "field", "value"),
     [
         (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
-        (["--gradient_checkpointing"], "gradient_checkpointing", True),
-        (["--gradient_checkpointing", "false"], "gradient_checkpointing", False),
+        (["--gradient_checkpointing"], "gradient_checkpointing", "full"),
+        (["--gradient_checkpointing", "true"], "gradient_checkpointing", "full"),
+        (["--gradient_checkpointing", "false"], "gradient_checkpointing", "none"),
+        (["--gradient_checkpointing", "selective"], "gradient_checkpointing", "selective"),
         (["--rewards", "sharpness"], "rewards", {"sharpness": 1.0}),
         (["--rewards", "sharpness=2,flicker=0.5"], "rewards", {"sharpness": 2.0, "flicker": 0.5}),
         (["--rewards", "{sharpness: 2}"], "rewards", {"sharpness": 2.0}),
@@ -70,7 +72,7 @@ def test_values_get_the_type_of_their_field(arguments, field, value):
         (["--advantage_std", "both"], ["global, group, none", "both"]),
         (["--rewards", ""], ["rewards", "at least one"]),
         (["--rewards", "sharpness=high"], ["rewards", "name=weight"]),
-        (["--gradient_checkpointing", "maybe"], ["true or false"]),
+        (["--gradient_checkpointing", "maybe"], ["none, selective, full"]),
         (["--batches_per_epoch", "6", "--gradient_accumulation_steps", "4"], ["1, 2, 3 or 6"]),
         (
             ["--batches_per_epoch", "4", "--gradient_accumulation_steps", "2", "--max_train_steps", "7"],

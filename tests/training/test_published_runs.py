@@ -100,8 +100,8 @@ def test_settings(name, monkeypatch, capsys):
     expected |= {"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "mixed_precision": "bf16", "adv_clip_max": 5.0}
     expected |= {"old_policy_decay_rate": 0.001, "old_policy_decay_max": 0.5, "ema_decay": 0.9}
     expected |= {"advantage_std": "global", "train_timesteps": "raw", "context": "noisy", "context_policy": "own"}
-    expected |= {"allow_tf32": True, "gradient_checkpointing": True, "loss_weighting": "none", "collapse_factor": 0.0}
-    expected |= {"merge_lora": False}
+    expected |= {"allow_tf32": True, "gradient_checkpointing": "full", "loss_weighting": "none"}
+    expected |= {"collapse_factor": 0.0, "merge_lora": False}
     expected |= {"reference_reset_kl": None, "reference_reset_epochs": None, "advantage_reward": "composite"}
     expected |= {"sigmas": [1.0, 0.75, 0.5, 0.25], "lr_scheduler": "constant", "lr_warmup_steps": 0}
     expected |= {"init_lora": None, "selective_kl": False, "window_size": None, "eval_num_frames": None} | others
@@ -112,11 +112,11 @@ def test_settings(name, monkeypatch, capsys):
     assert config.model == FOLDERS[base]
 
 
-# What does not decide what is trained: where things come from and go to, how much is looked at, with what.
+# What does not decide what is trained: where things come from and go to, how much is looked at, with what memory.
 FREE = {"import_modules", "reward_options", "reward_placement", "reward_timeout", "revision", "variant"}
 FREE |= {"prompt_column", "output_dir", "eval_rewards", "num_eval_prompts", "eval_seeds", "num_eval_videos"}
 FREE |= {"checkpoints_total_limit", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_dir"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_base_model", "hub_license"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_base_model", "hub_license", "blocks_per_pass", "compile"}
 # These say nothing in a run whose KL is for all samples and whose reference stays.
 SELECTIVE = RISK.keys() | RESET.keys() - {"reference_reset_kl", "reference_reset_epochs"}
 

@@ -4,10 +4,11 @@ import torch
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.rollout.sampling import Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
-from astrolabe_diffusers.training import NFTTrainer
+from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor
 from astrolabe_diffusers.training.policies import use_policy
+from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import numbers_of_run, randomize_adapters, tiny_arguments
 
 
@@ -51,7 +52,7 @@ def test_current_policy_is_evaluated(trainer):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_videos_are_of_merged_weights_and_what_training_compares_is_not(model_folder, tmp_path, monkeypatch, merge):
+def test_rollouts_are_of_merged_weights_and_what_is_compared_is_not(model_folder, tmp_path, monkeypatch, merge):
     trainer = NFTTrainer(config=parse_args(tiny_arguments(model_folder, tmp_path, merge_lora=merge)))
     randomize_adapters(trainer.transformer)
     layer, seen = trainer.transformer.blocks[0].attn1.to_q, {}
@@ -74,8 +75,11 @@ def test_videos_are_of_merged_weights_and_what_training_compares_is_not(model_fo
     for stage in ("rollout", "evaluate", "update"):
         monkeypatch.setattr(trainer, stage, watched(stage))
     trainer.train()
-    videos = {"merged" if merge else "unmerged"}
-    assert seen == {"rollout": videos, "evaluate": videos, "update": {"unmerged", "the base's"}}
+    assert seen == {
+        "rollout": {"merged" if merge else "unmerged"},
+        "evaluate": {"unmerged"},
+        "update": {"unmerged", "the base's"},
+    }
 
 
 def test_only_the_current_policy_is_given_to_the_optimizer(trainer):
@@ -123,7 +127,7 @@ def test_old_policy_that_follows_at_once_needs_no_pass_in_the_first_step(model_f
     monkeypatch.setattr(NFTTrainer, "old_is_current", False)
     all_passes, expected = run("all", old_policy_decay_rate=0)
     assert weights == expected
-    assert (passes, with_dropout, all_passes) == (4, 8, 8)  # two blocks, four steps
+    assert (passes, with_dropout, all_passes) == (2, 4, 4)  # both blocks in one, four steps
 
 
 def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path_factory):
@@ -139,3 +143,19 @@ def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path
     assert again.report.evaluations[0].scores["reward"] == pytest.approx(before, abs=1e-5)
     config, written = trainer.transformer.peft_config["default"], again.transformer.peft_config["default"]
     assert (written.r, written.lora_alpha) == (config.r, config.lora_alpha) and config.r != 2
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_dtype_of_the_decoder(given, model_folder, tmp_path):
+    """Of a pipeline that is loaded, and of one in Python."""
+    arguments = dict(train_batch_size=2, batches_per_epoch=1, samples_per_prompt=2, num_eval_prompts=1, rank=2)
+    config = NFTConfig(
+        model=str(model_folder),
+        output_dir=str(tmp_path / "run"),
+        vae_dtype="bfloat16",
+        rewards={"sharpness": 1.0},
+        **arguments,
+    )
+    trainer = NFTTrainer(tiny_pipeline() if given else None, config, train_prompts=["a", "b"])
+    assert trainer.pipeline.vae.dtype == torch.bfloat16 and trainer.transformer.dtype == torch.float32
+    trainer.end()

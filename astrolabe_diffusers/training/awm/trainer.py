@@ -7,7 +7,7 @@ import torch
 from ...rollout.samples import VideoBatch
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import PREDICTORS
+from ..forward_process.predictors import PREDICTORS, check_compiled_passes
 from ..trainer import OnlineTrainer
 from .config import AWMConfig
 
@@ -43,6 +43,7 @@ class AWMTrainer(OnlineTrainer):
 
     def prepare(self):
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
+        check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 
     def accumulate_gradients(
@@ -59,7 +60,8 @@ def accumulate_gradients(
 ) -> dict[str, torch.Tensor]:
     """Add a batch's part of the gradient of the mean loss to the current policy's parameters; arguments and result as
     in [`backward_by_block`]."""
-    predictor = PREDICTORS[config.context](accelerator.unwrap_model(model), batch, past_policy="current")
+    transformer = accelerator.unwrap_model(model)
+    predictor = PREDICTORS[config.context](transformer, batch, "current", config.blocks_per_pass)
     # The paper's distances are of flows; a flow's error is that of the clean latents over the noise level.
     scale = 1 / batch.sigma.square()
 

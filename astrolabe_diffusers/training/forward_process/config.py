@@ -18,6 +18,12 @@ class ForwardProcessConfig(OnlineConfig):
         "and in its window only, without the sink",
         choices=("clean", "noisy"),
     )
+    blocks_per_pass: int = option(
+        7,
+        "context=clean: blocks of the window that go through the transformer together, and have one backward pass; "
+        "fewer take less memory, and on a GPU that one does not fill more time",
+        minimum=1,
+    )
     train_timesteps: str = option(
         "warped",
         "noise levels that are trained: the sampler's own, or those before its shift (1000 750 500 250)",

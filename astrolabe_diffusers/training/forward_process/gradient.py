@@ -1,4 +1,4 @@
-"""The gradient of a loss on predicted clean blocks, one block's graph at a time."""
+"""The gradient of a loss on predicted clean blocks, one pass's graph at a time."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 
 from .predictors import BlockwisePredictor
 
@@ -25,10 +26,11 @@ def backward_by_block(
     """Add a batch's part of the gradient of the mean loss to the current policy's parameters.
 
     Args:
-        targets: what other policies make of a block; called before the current policy's forward pass, because peft
-            loses gradients if the adapter changes between that and the backward pass.
-        losses: the values `(B,)` of the current policy's prediction `(B, C, n, h, w)`, the targets and the block's
-            frames: `"loss"`, of which the gradient is taken, and others to be reported.
+        targets: what other policies make of a pass's frames, tensors `(B, C, F, h, w)` in whatever dicts or lists;
+            called before the current policy's forward pass, because peft loses gradients if the adapter changes
+            between that and the backward pass.
+        losses: the values `(B,)` of a block, of the current policy's prediction `(B, C, n, h, w)`, the block's part
+            of the targets, and its frames: `"loss"`, of which the gradient is taken, and others to be reported.
         model, samples_per_step, synchronize: as a trainer has and gets them.
 
     Returns:
@@ -36,17 +38,21 @@ def backward_by_block(
     """
     sums = {}
     num_frames = sum(frames.stop - frames.start for frames in predictor.blocks)
-    for frames in predictor.blocks:
-        given = targets(frames)
-        is_last = synchronize and frames == predictor.blocks[-1]
+    for frames in predictor.passes:
+        given, values = targets(frames), {}
+        is_last = synchronize and frames == predictor.passes[-1]
         # Inside no_sync go both passes: DDP decides in the forward pass what the backward pass does.
         with nullcontext() if is_last else accelerator.no_sync(model):
             prediction = predictor.predict(frames, forward=model)
-            values = losses(prediction, given, frames)
-            # Means over blocks of equal size, weighted by their share of the window, add up to the mean over it.
-            share = (frames.stop - frames.start) / num_frames
-            accelerator.backward(values["loss"].sum() * share / samples_per_step)
+            for block in (block for block in predictor.blocks if frames.start <= block.start < frames.stop):
+                part = slice(block.start - frames.start, block.stop - frames.start)
+                of_block = recursively_apply(lambda x: x[:, :, part], given)
+                # Means over blocks of equal size, weighted by their share of the window, add up to the mean over it.
+                share = (block.stop - block.start) / num_frames
+                for name, value in losses(prediction[:, :, part], of_block, block).items():
+                    values[name] = values.get(name, 0) + share * value.sum()
+            accelerator.backward(values["loss"] / samples_per_step)
         predictor.advance(frames)
         for name, value in values.items():
-            sums[name] = sums.get(name, 0) + share * value.detach().sum()
+            sums[name] = sums.get(name, 0) + value.detach()
     return sums

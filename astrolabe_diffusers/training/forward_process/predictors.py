@@ -2,9 +2,12 @@
 
 import torch
 
-from ...models.contract import store_mode
+from ...errors import UserError
+from ...models.contract import packs_clips, store_mode
+from ...models.kv_cache_clip import ClipKVCache
 from ...models.kv_cache_shared_past import SharedPastKVCache
 from ..policies import use_policy
+from .config import ForwardProcessConfig
 from .noising import NoisedBatch, predicted_clean
 
 
@@ -12,38 +15,46 @@ class BlockwisePredictor:
     """Predictions for a window block by block as in inference: every noisy block sees the clean ones before it.
 
     The K/V of the clean blocks are those of one policy, for all that predict from them, and carry no gradient, so that
-    each block has a graph of its own and its backward pass may run at once: memory follows one block, not the window,
-    and not what lies before it.
+    a pass has a graph of its own and its backward pass may run at once: memory follows the blocks of a pass, not the
+    window, and not what lies before it.
 
     Args:
         transformer: the [`CausalTransformer`] itself.
         past_policy: whose K/V the clean blocks have, one of `POLICIES`.
+        blocks_per_pass: how many blocks go through the transformer together, clean ones or noisy ones; one of a
+            transformer that does not have `packs_clips`.
 
     Attributes:
-        blocks: the frames of each block of the window, to be predicted one after the other.
+        blocks: the frames of each block of the window.
+        passes: the frames of each pass over it, to be predicted one after the other.
     """
 
-    def __init__(self, transformer, batch: NoisedBatch, past_policy: str):
+    def __init__(self, transformer, batch: NoisedBatch, past_policy: str, blocks_per_pass: int = 1):
         self.transformer, self.batch, self.past_policy = transformer, batch, past_policy
         # Asked for once: diffusers goes through all modules for the answer.
         self.dtype, self.store_mode = transformer.dtype, store_mode(transformer)
-        self._begin(batch.clean.shape[2])
+        self._begin(batch.clean.shape[2], blocks_per_pass)
 
-    def _begin(self, num_frames: int):
+    def _begin(self, num_frames: int, blocks_per_pass: int):
         transformer, batch, past = self.transformer, self.batch, self.batch.past
         size = transformer.config.num_frames_per_block
-        blocks = [slice(first, first + size) for first in range(0, num_frames, size)]
-        num_past = past.num_frames // size
-        self.blocks = blocks[num_past:]
-        # Nothing follows a cache's last block, but the window follows a shared past.
-        self.cache = transformer.new_kv_cache(past.num_frames + size if past.shared else num_frames)
-        for frames in blocks[:num_past]:
-            self._store(past.rows(batch.clean[:, :, frames]), past.rows(batch.prompt_embeds), frames)
-        if past.shared:
+        packs = blocks_per_pass > 1 and packs_clips(transformer)
+        pass_size = size * blocks_per_pass if packs else size
+        self.blocks = _parts(past.num_frames, num_frames, size)
+        self.passes = _parts(past.num_frames, num_frames, pass_size)
+        if packs:
+            self.cache = ClipKVCache(transformer.config.num_layers)
+        else:
+            # Nothing follows a cache's last block, but the window follows a shared past.
+            self.cache = transformer.new_kv_cache(past.num_frames + size if past.shared else num_frames)
+        for frames in _parts(0, past.num_frames, pass_size):
+            self._store(past.rows(batch.clean[:, :, frames]), past.rows(batch.prompt_embeds))
+        if past.shared and not packs:
             self.cache = SharedPastKVCache(self.cache, len(batch.clean), num_frames)
+        self._prepare(self.passes[0])
 
     def predict(self, frames: slice, forward=None) -> torch.Tensor:
-        """Clean latents `(B, C, n, h, w)` of a block, as the active policy predicts them from its noisy ones; by the
+        """Clean latents `(B, C, F, h, w)` of a pass, as the active policy predicts them from its noisy ones; by the
         transformer itself, or by `forward`, what DDP made of it."""
         batch, past = self.batch, self.batch.past.num_frames
         noisy = batch.noisy[:, :, frames.start - past : frames.stop - past]
@@ -64,11 +75,17 @@ class BlockwisePredictor:
             return self.predict(frames)
 
     def advance(self, frames: slice):
-        """Store the K/V of a clean block for those that follow. Nothing follows the last one."""
-        if frames != self.blocks[-1]:
-            self._store(self.batch.clean[:, :, frames], self.batch.prompt_embeds, frames)
+        """After a pass: store the K/V of the clean blocks that the next one sees. Nothing follows the last one."""
+        if frames != self.passes[-1]:
+            self._prepare(self.passes[self.passes.index(frames) + 1])
 
-    def _store(self, clean: torch.Tensor, prompt_embeds: torch.Tensor, frames: slice):
+    def _prepare(self, frames: slice):
+        # All that its last block sees.
+        clean = slice(self.cache.num_frames, frames.stop - self.transformer.config.num_frames_per_block)
+        if clean.start < clean.stop:
+            self._store(self.batch.clean[:, :, clean], self.batch.prompt_embeds)
+
+    def _store(self, clean: torch.Tensor, prompt_embeds: torch.Tensor):
         with use_policy(self.transformer, self.past_policy):
             self.transformer(
                 clean.to(self.dtype),
@@ -76,14 +93,14 @@ class BlockwisePredictor:
                 prompt_embeds,
                 kv_cache=self.cache,
                 kv_cache_mode=self.store_mode,
-                frame_offset=frames.start,
+                frame_offset=self.cache.num_frames,
                 return_dict=False,
             )
 
     def predict_window(self) -> dict[int, torch.Tensor]:
-        """The predictions of `past_policy` for all blocks, by their first frames."""
+        """The predictions of `past_policy` of all passes, by their first frames."""
         predictions = {}
-        for frames in self.blocks:
+        for frames in self.passes:
             predictions[frames.start] = self.predict_as(self.past_policy, frames)
             self.advance(frames)
         return predictions
@@ -94,8 +111,8 @@ class WholeClipPredictor(BlockwisePredictor):
     code released with Astrolabe does this, with the same noise level in all blocks and, of a model with a window, the
     window alone: `local_attn_size` frames that end with the block, and no sink."""
 
-    def _begin(self, num_frames: int):
-        self.blocks = [slice(0, num_frames)]
+    def _begin(self, num_frames: int, blocks_per_pass: int):
+        self.blocks = self.passes = [slice(0, num_frames)]
 
     def predict(self, frames: slice, forward=None) -> torch.Tensor:
         batch, sink_size = self.batch, self.transformer.config.sink_size
@@ -107,6 +124,19 @@ class WholeClipPredictor(BlockwisePredictor):
         finally:
             self.transformer.register_to_config(sink_size=sink_size)
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
+
+
+def check_compiled_passes(config: ForwardProcessConfig, transformer, num_frames: int):
+    """A [`UserError`] where torch.compile would have to compile every pass of a window of latent frames for itself, as
+    each begins with another frame."""
+    blocks = num_frames // transformer.config.num_frames_per_block
+    one_pass = config.window_size is None and blocks <= config.blocks_per_pass
+    if config.compile and config.context == "clean" and config.blocks_per_pass > 1 and not one_pass:
+        raise UserError("compile needs blocks_per_pass=1 where a video is trained in a window or in several passes.")
+
+
+def _parts(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 # By the setting `context`.

@@ -1,6 +1,7 @@
 """NFT: the old policy samples; the current one is drawn to good samples and pushed away from bad ones."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -8,7 +9,7 @@ from ...rollout.samples import VideoBatch
 from ..advantages import Advantages
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import PREDICTORS
+from ..forward_process.predictors import PREDICTORS, check_compiled_passes
 from ..policies import OLD, REFERENCE, follow_current
 from ..trainer import OnlineTrainer
 from .config import NFTConfig
@@ -39,6 +40,7 @@ class NFTTrainer(OnlineTrainer):
     def prepare(self):
         self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
+        check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 
     def make_state(self):
@@ -108,12 +110,12 @@ def accumulate_gradients(
     """[`backward_by_block`] with the loss, its two parts, and the squares of `deviation`, the distance of the
     predictions of current and old policy, and of `x0_norm`, the current one's predictions."""
     transformer = accelerator.unwrap_model(model)
-    predictor_class = PREDICTORS[config.context]
+    make_predictor = partial(PREDICTORS[config.context], transformer, batch, blocks_per_pass=config.blocks_per_pass)
     frozen = ["old"] * (not batch.old_is_current) + ["reference"] * bool(batch.use_reference and config.kl_weight)
     # One past for all policies, and one cache; or each its own, one after the other, and one cache at a time.
     shared = config.context_policy == "old"
-    own = {} if shared else {policy: predictor_class(transformer, batch, policy).predict_window() for policy in frozen}
-    predictor = predictor_class(transformer, batch, past_policy="old" if shared else "current")
+    own = {} if shared else {policy: make_predictor(past_policy=policy).predict_window() for policy in frozen}
+    predictor = make_predictor(past_policy="old" if shared else "current")
 
     def targets(frames: slice) -> dict[str, torch.Tensor]:
         if shared:

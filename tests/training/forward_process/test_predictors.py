@@ -7,6 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from astrolabe_diffusers import CausalWanTransformer3DModel
+from astrolabe_diffusers.models.attention_causal_wan import CausalWanSelfAttnProcessor
 from astrolabe_diffusers.rollout.past import Past
 from astrolabe_diffusers.training.forward_process.noising import squared_distance
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor, WholeClipPredictor
@@ -14,10 +16,19 @@ from astrolabe_diffusers.training.nft.loss import nft_loss
 from astrolabe_diffusers.training.nft.trainer import accumulate_gradients
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
 from tests.models.test_reference_causal_wan import BASE, stock_masked_forward, stock_wan
+from tests.own_transformer import OwnTransformer
 from tests.training.helpers import config, noised_batch, policy_pipeline
 
 
 WINDOW = {"local_attn_size": 9, "sink_size": 3}
+MODELS = {
+    "unlimited": {},
+    "window": {"local_attn_size": 9},
+    "sink": WINDOW,
+    "relative": {**WINDOW, "rope_mode": "relative"},
+    "no whole blocks": {"local_attn_size": 8, "sink_size": 1, "rope_mode": "relative"},
+}
+OWN, ADAPTIVE = {"context_policy": "own"}, {"loss_weighting": "adaptive"}
 
 
 # Nothing here changes its weights.
@@ -89,6 +100,91 @@ def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
     result, shared_statistics = gradient(accelerator, pipe.transformer, batch, cfg)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(shared_statistics, statistics, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("past", [Past(), Past(9), Past(9, shared=True)])
+@pytest.mark.parametrize(
+    "model, values", [*((name, {}) for name in MODELS), ("sink", OWN), ("relative", OWN), ("relative", ADAPTIVE)]
+)
+def test_gradients_of_several_blocks_a_pass(accelerator, model, past, values):
+    """Five blocks, each by itself, two a pass, and all in one; values, too, are means over blocks."""
+    pipe = pipeline(**MODELS[model])
+    batch = same_past(noised_batch(pipe, frames=past.num_frames + 15), past.num_frames)
+    batch = replace(batch, noisy=batch.noisy[:, :, past.num_frames :], past=past)
+    expected, statistics = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=1, **values))
+    assert min(e.abs().max() for e in expected) > 1e-4
+    for number in (2, 5):
+        result, packed = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=number, **values))
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed, statistics, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_with_checkpointing(accelerator):
+    pipe = policy_pipeline(**MODELS["relative"])
+    batch = window_of(noised_batch(pipe, frames=18), 3)
+    expected, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=1))
+    pipe.transformer.enable_gradient_checkpointing()
+    result, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=3))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def count_linears(accelerator, transformer, batch, cfg):
+    """Calls of Linear layers in a step, those of LoRAs apart; and the frames of the model's passes."""
+    calls, frames = [], []
+    handles = [transformer.register_forward_pre_hook(lambda module, args: frames.append(args[0].shape[2]))]
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
+            handles.append(module.register_forward_pre_hook(lambda *_: calls.append(1)))
+    gradient(accelerator, transformer, batch, cfg)
+    for handle in handles:
+        handle.remove()
+    return len(calls), frames
+
+
+def test_passes_over_81_frames(accelerator):
+    """Seven blocks: the clean ones but the last, and those of three policies."""
+    pipe = pipeline()
+    transformer, batch = pipe.transformer, noised_batch(pipe, frames=21)
+    each, frames = count_linears(accelerator, transformer, batch, config(blocks_per_pass=1))
+    assert frames == [3, 3, 3, 3] * 6 + [3, 3, 3]
+    some, frames = count_linears(accelerator, transformer, batch, config(blocks_per_pass=3))
+    assert frames == [6, 9, 9, 9] + [9, 9, 9, 9] + [3, 3, 3, 3]
+    packed, frames = count_linears(accelerator, transformer, batch, config())
+    assert frames == [18, 21, 21, 21]
+    assert each > 2 * some and each > 6 * packed
+
+
+class SubclassOfOurs(CausalWanSelfAttnProcessor):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("own", ["processor", "transformer"])
+def test_who_knows_one_block_a_pass_is_given_one(accelerator, own):
+    pipe = policy_pipeline(**({"transformer": OwnTransformer()} if own == "transformer" else {}))
+    if own == "processor":
+        pipe.transformer.blocks[1].attn1.set_processor(SubclassOfOurs())
+    batch = noised_batch(pipe, frames=9)
+    expected, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=1))
+    result, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=3))
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    _, frames = count_linears(accelerator, pipe.transformer, batch, config(blocks_per_pass=3))
+    assert set(frames) == {3}
+
+
+class SaysSo(CausalWanTransformer3DModel):
+    packs_clips = True
+
+
+def test_who_knows_several_blocks_a_pass_says_so(accelerator):
+    pipe = policy_pipeline()
+    batch = noised_batch(pipe, frames=9)
+    expected, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=1))
+    pipe.transformer.__class__ = SaysSo
+    pipe.transformer.blocks[0].attn1.set_processor(SubclassOfOurs())
+    result, _ = gradient(accelerator, pipe.transformer, batch, config())
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert count_linears(accelerator, pipe.transformer, batch, config())[1] == [6, 9, 9, 9]
 
 
 def test_context_of_the_old_policy(accelerator):
@@ -184,4 +280,4 @@ def test_kl_of_some_samples(accelerator):
     none, _ = gradient(accelerator, pipe.transformer, batch, config())
     hook.remove()
     torch.testing.assert_close(none, without)
-    assert len(calls) == 5
+    assert len(calls) == 3  # the clean block, and both noisy ones as two policies

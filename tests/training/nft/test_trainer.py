@@ -40,16 +40,16 @@ def accelerator():
     return Accelerator(mixed_precision="no")
 
 
-def predict_window(transformer, batch, policy):
+def predict_window(transformer, batch, policy, blocks_per_pass=1):
     """Of the current policy with its graph."""
-    predictor = BlockwisePredictor(transformer, batch, policy)
+    predictor = BlockwisePredictor(transformer, batch, policy, blocks_per_pass)
     if policy != "current":
         return torch.cat(list(predictor.predict_window().values()), dim=2)
-    blocks = []
-    for frames in predictor.blocks:
-        blocks.append(predictor.predict(frames))
+    parts = []
+    for frames in predictor.passes:
+        parts.append(predictor.predict(frames))
         predictor.advance(frames)
-    return torch.cat(blocks, dim=2)
+    return torch.cat(parts, dim=2)
 
 
 def gradients(transformer):
@@ -66,11 +66,12 @@ def accumulate(accelerator, transformer, batches, cfg):
     return gradients(transformer), {n: sum(s[n] for s in statistics) / count for n in statistics[0]}
 
 
+@pytest.mark.parametrize("blocks_per_pass", [1, 2, 7])
 @pytest.mark.parametrize("policy", ["current", "old", "reference"])
-def test_blockwise_prediction_is_teacher_forcing(deep, policy):
+def test_blockwise_prediction_is_teacher_forcing(deep, policy, blocks_per_pass):
     """The model's own forward without a cache gives every noisy block the same clean context in one call."""
-    batch = noised_batch(deep)
-    prediction = predict_window(deep.transformer, batch, policy)
+    batch = noised_batch(deep, frames=15)
+    prediction = predict_window(deep.transformer, batch, policy, blocks_per_pass)
     with use_policy(deep.transformer, policy) as transformer:
         flow = transformer(batch.noisy, batch.timestep, batch.prompt_embeds, clean_hidden_states=batch.clean).sample
     expected = batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * flow
@@ -141,12 +142,14 @@ def test_skipped_sample_has_no_gradient(pipe, accelerator):
 def test_reference_pass_is_skipped_without_kl(pipe, accelerator):
     batch, calls = noised_batch(pipe), []
     hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-    accumulate(accelerator, pipe.transformer, [batch], config(kl_weight=0.1))
-    with_kl = len(calls)
-    accumulate(accelerator, pipe.transformer, [batch], config(kl_weight=0.0))
+    counts = []
+    for cfg in [config(kl_weight=kl, blocks_per_pass=number) for number in (1, 2) for kl in (0.1, 0.0)]:
+        accumulate(accelerator, pipe.transformer, [batch], cfg)
+        counts.append(len(calls))
+        calls.clear()
     hook.remove()
-    # Two blocks: two predictions a policy, and one clean pass.
-    assert (with_kl, len(calls) - with_kl) == (7, 5)
+    # Two blocks: one clean pass, and two predictions a policy, or one.
+    assert counts == [7, 5, 4, 3]
 
 
 def test_old_policy_has_no_pass_of_its_own_where_it_is_the_current_one(trained, accelerator):
@@ -158,7 +161,7 @@ def test_old_policy_has_no_pass_of_its_own_where_it_is_the_current_one(trained, 
     actual = accumulate(accelerator, trained.transformer, [replace(batch, old_is_current=True)], config())
     hook.remove()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    assert (both, len(calls) - both) == (7, 5)
+    assert (both, len(calls) - both) == (4, 3)
 
 
 def test_statistics(pipe, accelerator):
@@ -309,14 +312,15 @@ def test_noise_belongs_to_the_sample():
     assert abs(noise_only.std() - 1) < 0.05 and (not one.any() or not torch.equal(whole.noisy[one], latents[one]))
 
 
-def test_dropout_acts_on_the_current_policy_only():
+@pytest.mark.parametrize("blocks_per_pass", [1, 2])
+def test_dropout_acts_on_the_current_policy_only(blocks_per_pass):
     pipe = policy_pipeline(num_layers=1, vae_num_res_blocks=0)
     batch = noised_batch(pipe)
     for module in pipe.transformer.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout = torch.nn.ModuleDict({name: torch.nn.Dropout(0.5) for name in ("default", OLD)})
     pipe.transformer.train()
-    first, second = (predict_window(pipe.transformer, batch, "old") for _ in range(2))
+    first, second = (predict_window(pipe.transformer, batch, "old", blocks_per_pass) for _ in range(2))
     assert torch.equal(first, second)
-    first, second = (predict_window(pipe.transformer, batch, "current") for _ in range(2))
+    first, second = (predict_window(pipe.transformer, batch, "current", blocks_per_pass) for _ in range(2))
     assert not torch.equal(first, second)

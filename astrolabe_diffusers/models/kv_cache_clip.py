@@ -1,0 +1,78 @@
+"""A K/V cache for passes over several blocks of a clip."""
+
+import torch
+
+from .block_layout import BlockLayout
+from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
+
+
+class ClipKVLayerCache(CausalWanKVLayerCache):
+    """Keys and values of one transformer layer, of the clip's frames in their order.
+
+    Attributes:
+        keys, values: of each unit of frames ([`BlockLayout`]) `(batch, tokens, heads, head_dim)`, or `None` if no
+            block sees it any more.
+    """
+
+    unit_tokens: int
+
+    def clear(self):
+        super().clear()
+        self.keys: list[torch.Tensor | None] = []
+        self.values: list[torch.Tensor | None] = []
+
+    def commit(self):
+        if self._stored is None:
+            return
+        for units, stored in zip((self.keys, self.values), self._stored):
+            # Copies: a view of one unit would keep the whole pass in memory.
+            units.extend(unit.clone() for unit in stored.split(self.unit_tokens, dim=1))
+        self._stored = None
+
+    def forget_all_but(self, kept: set[int]):
+        for units in (self.keys, self.values):
+            units[:] = [unit if i in kept else None for i, unit in enumerate(units)]
+
+
+class ClipKVCache(CausalWanKVCache):
+    """Keys and values of a clip's clean blocks, for passes over any number of blocks, as in training.
+
+    `"store"` and `"write"` take the clean blocks that follow those stored; each sees the clean ones before it, of its
+    own pass too. `"read"` takes noisy blocks; each sees the clean ones before it, which have to be stored, and itself,
+    and with grad what is stored are constants. All of this as far as the model's window and sink allow.
+
+    A pass that stores first forgets what neither its first block nor a later one sees: memory follows the window and
+    the blocks of a pass. Blocks before it can then not be read any more.
+
+    Videos may share their past: what was stored as one video is seen by all of a later, larger batch.
+    """
+
+    def __init__(self, num_layers: int):
+        super().__init__(0)
+        self.layer_caches = [ClipKVLayerCache(self.state) for _ in range(num_layers)]
+
+    def begin_clip(self, layout: BlockLayout, shape: tuple[int, int, int], stores: bool):
+        """Check a pass over blocks of latents of this batch, height and width, and forget what it need not see."""
+        state, first, n = self.state, layout.first_frame, layout.block_frames
+        if state.num_frames and shape[1:] != state.shape[1:]:
+            raise ValueError(
+                f"`kv_cache` serves height and width {state.shape[1:]}, but these blocks have {shape[1:]}."
+            )
+        if state.num_frames and state.shape[0] not in (1, shape[0]):
+            raise ValueError(f"`kv_cache` has blocks of {state.shape[0]} videos, and these are of {shape[0]}.")
+        if not stores:
+            kept = {i for i, key in enumerate(self.layer_caches[0].keys) if key is not None}
+            for start in range(first, first + n * len(layout.sink_shifts), n):
+                if start % n or not kept.issuperset(layout.units(layout.context(start, start + n))):
+                    raise ValueError(f"`kv_cache` lacks frames that a block from latent frame {start} on sees.")
+            return
+        if first != state.num_frames:
+            raise ValueError(
+                f"`frame_offset` must be {state.num_frames}, the number of latent frames in `kv_cache`, but is "
+                f"{first}."
+            )
+        state.shape = shape
+        seen = set(layout.units(layout.context(first, first + n)))
+        for layer_cache in self.layer_caches:
+            layer_cache.unit_tokens = layout.unit * layout.frame_tokens
+            layer_cache.forget_all_but(seen)
