@@ -96,7 +96,7 @@ def test_trouble_of_one_process_ends_both_with_its_error(model_folder, tmp_path,
 def test_kills_change_nothing(model_folder, tmp_path):
     """kill -9 to the launcher and both processes: 20 at random moments of the training, 10 while a checkpoint is
     written or an old one removed, as the `.partial` folder shows."""
-    values = dict(max_train_steps=160, eval_steps=20, checkpointing_steps=2, checkpoints_total_limit=2)
+    values = dict(max_train_steps=400, eval_steps=50, checkpointing_steps=2, checkpoints_total_limit=2)
     values |= dict(learning_rate=1e-3)
     code, output = start(model_folder, tmp_path / "whole", **values).finish(timeout=600)
     assert code == 0, output
