@@ -237,7 +237,12 @@ def benchmark_hpsv3(rewards: list[HPSv3], args: argparse.Namespace, videos: torc
         # Last: the spread is that of every frame.
         f"every frame, {reward.batch_size} at a time": (lambda v: reward.score(v, prompts[: len(v)]).scores, videos),
     }
-    return [measure(f"HPSv3, {what}", score, clips, args.repetitions) for what, (score, clips) in ways.items()]
+    rows = [measure(f"HPSv3, {what}", score, clips, args.repetitions) for what, (score, clips) in ways.items()]
+    if args.compile:
+        reward.model.compile_layers()
+        what, (score, clips) = ways.popitem()
+        rows.append(measure(f"HPSv3, {what}, compiled", score, clips, args.repetitions))
+    return rows
 
 
 def benchmark_videoalign(rewards: list, args: argparse.Namespace, videos: torch.Tensor) -> list[Row]:
@@ -286,6 +291,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--batch_size", type=int, default=16, help="frames in a pass of HPSv3")
+    parser.add_argument("--compile", action="store_true", help="a row more, of HPSv3 with compiled layers")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="models of a few layers' width, to try the script")
     parser.add_argument("--scratch", help="folder that keeps the random weights, 17 and 5 GB, for the next time")

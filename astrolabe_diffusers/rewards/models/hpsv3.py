@@ -36,6 +36,8 @@ class HPSv3(FrameReward):
         base: Hub id or folder of the base model.
         template: the text that the model was trained to read, published as code: a `data_collator_qwen.py`, by default
             in the folder of the weights or of the package (`pip install --no-deps hpsv3`); it is read and never run.
+        compile: the layers of the language model by torch.compile, which takes its time at the first clip; scores
+            differ by rounding.
         frames, fps, top_fraction, batch_size, device, dtype: see [`FrameReward`].
     """
 
@@ -43,6 +45,7 @@ class HPSv3(FrameReward):
     base: str = "Qwen/Qwen2-VL-7B-Instruct"
     template: str | None = None
     _: KW_ONLY
+    compile: bool = False
     top_fraction: float = 0.3
 
     def __post_init__(self):
@@ -59,7 +62,9 @@ class HPSv3(FrameReward):
         base = fetch(self.base, BASE_FILES)
         self.prompt = RewardPrompt(AutoTokenizer.from_pretrained(base), text, (_TOKEN,), "<|image_pad|>")
         weights = read_reward_weights(find_weights(path, _WEIGHTS))
-        self.model = load_reward_model(weights, self.base, base, _head, self.prompt, self.device, self.dtype)
+        self.model = load_reward_model(
+            weights, self.base, base, _head, self.prompt, self.device, self.dtype, self.compile
+        )
 
     def frame_size(self, height, width):
         return resized_size(height, width, _PIXELS, _PIXELS)

@@ -115,6 +115,12 @@ class Qwen2VLRewardModel(nn.Module):
         rotary.inv_freq.copy_(rotary.inv_freq.bfloat16())
         self.backbone.visual.rotary_pos_emb = _RoundedVisionRotary(self.backbone.visual.rotary_pos_emb.inv_freq)
 
+    def compile_layers(self):
+        """Those of the language model, one graph for all, when they are first called; those of the vision model hold
+        lengths that only the host knows."""
+        for layer in self.backbone.language_model.layers:
+            layer.compile()
+
     def forward(self, frames: torch.Tensor, texts: list[torch.Tensor], token_ids: list[int]) -> torch.Tensor:
         """
         float32 [N, K, outputs of the head].
@@ -193,6 +199,7 @@ def load_reward_model(
     prompt: RewardPrompt,
     device: torch.device,
     dtype: torch.dtype,
+    compile: bool = False,
 ) -> Qwen2VLRewardModel:
     """
     The model with `weights` (named as in the module), the head in float32 and all else in `dtype`. A `ValueError` if a
@@ -202,6 +209,7 @@ def load_reward_model(
         base, folder: what the user calls the base model, and where its configuration is; the vocabulary is that of
             the weights.
         head: makes the head for hidden states of that width.
+        compile: the layers of the language model, by torch.compile, when they are first called.
     """
     from transformers import Qwen2VLConfig
 
@@ -219,4 +227,6 @@ def load_reward_model(
         )
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if name.startswith("head.") else dtype)
+    if compile:
+        model.compile_layers()
     return model.to(device).eval().requires_grad_(False)

@@ -32,7 +32,7 @@ class VideoReward:
     gray for a batch, whichever of them ask. See [`VideoAlign`] for the arguments.
     """
 
-    def __init__(self, checkpoint, base, template, batch_size, device, dtype):
+    def __init__(self, checkpoint, base, template, batch_size, device, dtype, compile):
         from transformers import AutoTokenizer
 
         self.batch_size = batch_size
@@ -62,7 +62,14 @@ class VideoReward:
         # The released head has one output for all three tokens; one trained with three has its own for each.
         outputs = len(weights["head.weight"]) if "head.weight" in weights else 1
         self.model = load_reward_model(
-            weights, base, base_folder, lambda width: nn.Linear(width, outputs, bias=False), self.prompt, device, dtype
+            weights,
+            base,
+            base_folder,
+            lambda width: nn.Linear(width, outputs, bias=False),
+            self.prompt,
+            device,
+            dtype,
+            compile,
         )
         self._passes: dict[bool, tuple] = {}
 
@@ -123,6 +130,7 @@ class VideoAlign(ModelReward):
             KlingAIResearch/VideoAlign, by default beside `model_config.json`; it is read and never run.
         dimensions: those of "VQ", "MQ" and "TA" whose mean is the score. Without "TA" the prompt does not count.
         gray: without the colours, which go before the frames are resized, as published; not with "TA".
+        compile: as of [`HPSv3`].
         frames, fps, batch_size, device, dtype: see [`ModelReward`]; a batch is of videos.
     """
 
@@ -132,6 +140,7 @@ class VideoAlign(ModelReward):
     _: KW_ONLY
     dimensions: Sequence[str] = DIMENSIONS
     gray: bool = False
+    compile: bool = False
     frames: str = "fps:2"
     batch_size: int = 4
 
@@ -143,7 +152,7 @@ class VideoAlign(ModelReward):
                 f"dimensions of VideoAlign{' in gray' * self.gray} are of {', '.join(known)}, not {self.dimensions!r}."
             )
         self.uses_prompt = "TA" in self.dimensions
-        settings = (self.checkpoint, self.base, self.template, self.batch_size, self.device, self.dtype)
+        settings = (self.checkpoint, self.base, self.template, self.batch_size, self.device, self.dtype, self.compile)
         self.video_reward = _MODELS.get(settings)
         if self.video_reward is None:
             self.video_reward = _MODELS[settings] = VideoReward(*settings)

@@ -1,5 +1,6 @@
 """HPSv3 at small size, in the layouts it is published in."""
 
+import functools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from astrolabe_diffusers.rewards.models.hpsv3 import HPSv3
@@ -115,6 +117,21 @@ def test_bfloat16_keeps_head_and_positions(published, reward):
     torch.testing.assert_close(
         half.score(videos, PROMPTS).scores, reward.score(videos, PROMPTS).scores, atol=0.02, rtol=0
     )
+
+
+def test_compiled_layers(published, reward, monkeypatch):
+    """All are one graph, and two for prompts of any length."""
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = HPSv3(str(published.folder), str(published.base), device="cpu", compile=True)
+    assert len(compiled.model.backbone.language_model.layers) > 1
+    for prompt in ("a", "a red fox", "a fox " * 30, "a dog"):
+        videos = patterns(1, frames=2)
+        expected = reward.score(videos, [prompt]).scores
+        torch.testing.assert_close(compiled.score(videos, [prompt]).scores, expected, atol=3e-6, rtol=0)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 @pytest.mark.gpu
