@@ -7,8 +7,8 @@ original:
 - All frames of a clip have noise of one level, and each block sees those before it with that noise (`context=noisy`),
   in one pass of the whole clip.
 - Self-attention is torch's flex attention under a mask of blocks, compiled by itself as there
-  (`max-autotune-no-cudagraphs`), on a sequence that is padded to a multiple of 128. The rest is eager. The mask is made
-  once. On a CPU, where flex attention has no backward pass, it is torch's plain attention under the same mask.
+  (`max-autotune-no-cudagraphs`), on a sequence that is padded to a multiple of 128. The rest is eager. The mask is
+  made once. On a CPU, where flex attention has no backward pass, it is torch's plain attention under the same mask.
 - Three passes: the old policy's and the reference's without gradients, the current policy's with them. Policies are
   peft's adapters, not merged, and the reference is the model with none.
 - The LoRA is in float32, the model in bfloat16, under autocast where the run has bf16.
@@ -22,8 +22,8 @@ are logged.
 
 import functools
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,19 @@ class BlockCausalAttention:
         return self.attend(query, key, value)[:, :, :num_tokens].transpose(1, 2)
 
 
+@contextmanager
+def frozen_policy(transformer: CausalWanTransformer3DModel, policy: str) -> Iterator[None]:
+    """Inside, without gradients, the adapter of the old policy acts, or of `"base"` none; afterwards the current's."""
+    if policy == "base":
+        transformer.disable_adapters()
+    else:
+        transformer.set_adapter(OLD)
+    with torch.no_grad():
+        yield
+    transformer.enable_adapters()
+    transformer.set_adapter(CURRENT)
+
+
 class PublishedTraining:
     """
     Gradients of NFT's loss. In float32 they are those of `context="noisy"`, up to rounding.
@@ -122,15 +135,11 @@ class PublishedTraining:
     def accumulate_gradients(self, batch: NFTBatch, samples_per_step: int) -> torch.Tensor:
         """Adds those of the batch, divided by `samples_per_step`, to the current policy's parameters, and returns the
         sum of its losses."""
-        transformer, config = self.transformer, self.config
-        transformer.set_adapter(OLD)
-        with torch.no_grad():
+        config = self.config
+        with frozen_policy(self.transformer, "old"):
             old = self.predict(batch)
-        transformer.disable_adapters()
-        with torch.no_grad():
+        with frozen_policy(self.transformer, "base"):
             reference = self.predict(batch)
-        transformer.enable_adapters()
-        transformer.set_adapter(CURRENT)
         current = self.predict(batch)
 
         def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
