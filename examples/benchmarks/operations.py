@@ -217,9 +217,9 @@ def layer_pass(
 def embedding(config, rows: int) -> Work:
     """The transformer's first layer and its last one."""
     dim, patch = config.num_attention_heads * config.attention_head_dim, prod(config.patch_size)
-    return Work({Linear(rows, config.in_channels * patch, dim): 1}) + Work(
-        {Linear(rows, dim, config.out_channels * patch): 1}
-    )
+    work = Work({Linear(rows, config.in_channels * patch, dim): 1})
+    work[Linear(rows, dim, config.out_channels * patch)] += 1
+    return work
 
 
 def transformer_pass(config, batch: int, frames: int, frame_tokens: int, keys: int, text_tokens: int) -> Work:
@@ -266,7 +266,7 @@ def gradient(
     and of the current one, what `checkpointing` has computed again, and the backward pass.
 
     Frozen policies count as merged weights, the current one's LoRA of this `rank` as on every linear layer of the
-    blocks. What [`transformer_pass`] leaves out is left out, and so are the gradients of the first and the last layer.
+    blocks. What [`transformer_pass`] leaves out is left out, and so is the gradient of the last layer.
     """
     config, n = pipe.transformer.config, pipe.transformer.config.num_frames_per_block
     scale = pipe.vae.config.scale_factor_spatial
@@ -284,6 +284,7 @@ def gradient(
         work += (clean_linears + clean_attention).times(config.num_layers - 1)
         rows, dim = batch * len(clean) * n * frame_tokens, config.num_attention_heads * config.attention_head_dim
         work[Linear(rows, dim, dim)] += 2
+        work[Linear(rows, config.in_channels * prod(config.patch_size), dim)] += 1
     forward, backward = Work(), Work()
     for linear, count in linears.items():
         down, up = Linear(linear.rows, linear.inputs, rank), Linear(linear.rows, rank, linear.outputs)

@@ -29,7 +29,7 @@ from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.cli.train import parse_settings
 from astrolabe_diffusers.distributed.agreement import raise_together
 from astrolabe_diffusers.distributed.sharding import full_tensor
-from astrolabe_diffusers.errors import exit_code
+from astrolabe_diffusers.errors import UserError, exit_code
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 from astrolabe_diffusers.training.algorithms import get_algorithm, get_config_class
@@ -75,13 +75,17 @@ def benchmark(argv: list[str] | None):
     parser.add_argument("--memory_gb", type=float, help="as on cards that have so many GB (1e9 bytes) for torch")
     parser.add_argument("--baseline", action="store_true", help="a table: the published way, ours, and ours compiled")
     help = "of --baseline: what is measured, of " + ", ".join(PARTS)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help=help)
-    parser.add_argument("--repetitions", type=int, default=2, help="of --baseline: gradients that are timed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help=help)
+    parser.add_argument("--repetitions", type=int, help="of --baseline: gradients that are timed [2]")
     parser.add_argument("--profile", action="store_true", help="of --baseline: a gradient's kernels by kind")
     algorithm, settings, arguments = parse_settings(parser, argv)
     recipe = recipe_of(arguments.pop("recipe"), arguments.get("model"))
     baseline = arguments.pop("baseline")
-    options = {name: arguments.pop(name) for name in ("repetitions", "profile", "parts")}
+    options = {name: arguments.pop(name) for name in ("parts", "repetitions", "profile")}
+    options["parts"] = options["parts"] and options["parts"].split(",")  # joined as a field's list is
+    options = {name: value for name, value in options.items() if value}
+    if options and not baseline:
+        raise UserError("--parts, --repetitions and --profile belong to --baseline.")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     limit = limited_memory(torch.device(device), arguments.pop("memory_gb"), argv)
     with limit, tempfile.TemporaryDirectory() as folder:
