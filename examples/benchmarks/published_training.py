@@ -16,8 +16,8 @@ original:
 - Positions, text, norms and modulation are computed as `published_way.py` says; the text's keys and values in every
   pass. The clean latents are computed in float64.
 
-What it has not, each of which would take time: DDP around the model, the loop over noise levels, and the values that
-are logged.
+What it has not, and what would only add to its time: DDP around the model, and the values that are logged. Attention
+to the text is torch's, with the kernel that is asked for, where the original calls flash-attn.
 """
 
 import functools

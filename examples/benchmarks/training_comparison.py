@@ -99,7 +99,7 @@ def measure_gradient(column: Column, trainer: NFTTrainer, repetitions: int, prof
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of what compiling took; the memory itself stays
     result.gradient = median(step() for _ in range(repetitions))
-    result.memory = gpu_peak()
+    result.memory = gpu_peak() or None
     if profile:
         result.kernels = kernel_times((step() for _ in range(1)), 1)
     trainer.optimizer.zero_grad()
@@ -130,7 +130,8 @@ def measure(
 
     if "gradient" in parts:
         measure_gradient(column, trainer, repetitions, profile, result)
-        say(f"gradient {result.gradient:.3f} s, the first {result.first:.1f} s, peak memory {result.memory:.1f} GB")
+        memory = f", peak memory {result.memory:.1f} GB" if result.memory else ""
+        say(f"gradient {result.gradient:.3f} s, the first {result.first:.1f} s{memory}")
         if profile:
             say("  ".join(f"{kind} {time.ms / 1e3:.3f} s ({time.number})" for kind, time in result.kernels.items()))
     if "decoding" in parts and column.generation:
