@@ -98,11 +98,12 @@ def benchmark(argv: list[str] | None):
             # A server's recipe cannot be trained; the plain loop has the same model.
             pipeline.register_to_config(num_context_frames=None)
         trainer = get_algorithm(algorithm)(pipeline, config)
-        if baseline:
-            compare(trainer, **options)
-            trainer.end()
-        else:
-            measure_epochs(trainer)
+        with trainer.resources:
+            if baseline:
+                compare(trainer, **options)
+                trainer.end()
+            else:
+                measure_epochs(trainer)
 
 
 def measure_epochs(trainer: OnlineTrainer):
