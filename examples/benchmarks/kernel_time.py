@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 # The first that fits a kernel's name, in any case. Compiled ones are named after all that they do, and cuDNN's
-# attention after convolutions, too.
+# attention after convolutions, too. Of the compiler's templates none is used but flex attention.
 KINDS = {
-    "compiled": r"^triton|compiled",
-    "attention": r"flash|fmha|sdpa|attention",
+    "compiled": r"^triton(?!_tem|_flex)|compiled",
+    "attention": r"^triton_tem|flash|fmha|sdpa|attention",
     "convolutions": r"conv|fprop|implicit_gemm",
     "products of matrices": r"gemm|gemv|nvjet|cutlass|splitk|::(mm|bmm|addmm|linear)\b",
     "copies": r"memcpy|memset|copy|cat|fill|nchwtonhwc|nhwctonchw|::(clone|zero_)",

@@ -1,14 +1,15 @@
-"""How many operations a video takes, and in what time this machine does them at best.
+"""How many operations a video or a gradient takes, and in what time this machine does them at best.
 
 What counts are the linear layers and the attention of the transformer and the convolutions of the autoencoder, at the
 shapes that they have. An addition and a multiplication are two operations. Each shape is measured by itself in every
-way that torch has for it, the fastest counts, and the sum is a floor: the time of a video of which nothing else took
-any, no norm, no copy and no launch.
+way that torch has for it, the fastest counts, and the sum is a floor: the time if nothing else took any, no norm, no
+copy and no launch.
 """
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -70,6 +71,34 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class AttentionGradient(Attention):
+    """Of queries, keys and values, for which the scores are computed again."""
+
+    @property
+    def operations(self) -> int:
+        return super().operations * 5 // 2
+
+    def ways(self, randn: Callable[..., torch.Tensor]) -> list[Callable[[], Any]]:
+        *inputs, gradient = (
+            randn(self.batch, length, self.heads, self.head_dim).transpose(1, 2)
+            for length in (self.queries, self.keys, self.keys, self.queries)
+        )
+        for x in inputs:
+            x.requires_grad_()
+
+        def backward(*kernels: SDPBackend) -> Callable[[], Any]:
+            @functools.cache
+            def attended() -> torch.Tensor:
+                with torch.enable_grad(), sdpa_kernel([*kernels]) if kernels else nullcontext():
+                    return F.scaled_dot_product_attention(*inputs)
+
+            return lambda: torch.autograd.grad(attended(), inputs, gradient, retain_graph=True)
+
+        ways = [backward(kernel) for kernel in KERNELS.values()] if gradient.is_cuda else []
+        return [*ways, backward()]
+
+
+@dataclass(frozen=True)
 class Convolution:
     """Of images or videos, without strides; `padding` as torch has it."""
 
@@ -105,7 +134,10 @@ class Convolution:
 
 
 class Work(Counter):
-    """How often each [`Linear`], [`Attention`] and [`Convolution`] is computed."""
+    """How often each [`Linear`], [`Attention`], [`AttentionGradient`] and [`Convolution`] is computed."""
+
+    def __add__(self, other: Counter) -> "Work":
+        return Work(super().__add__(other))
 
     def times(self, count: int) -> "Work":
         return Work({kernel: count * number for kernel, number in self.items()})
@@ -163,22 +195,40 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
     return matmul.operations / fastest(matmul, device, dtype)
 
 
+def layer_pass(
+    config, batch: int, blocks: Sequence[tuple[int, int]], frame_tokens: int, text_tokens: int
+) -> tuple[Work, Work]:
+    """The linear layers and the attention of a layer. `blocks` has of each block that passes together its latent
+    frames and those that it sees, itself included.
+
+    The text's keys and values, of which a video needs one pass, are left out.
+    """
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    tokens, dim = sum(frames for frames, _ in blocks) * frame_tokens, heads * head_dim
+    linears = Work({Linear(batch * tokens, dim, dim): 6})  # Q, K, V and output, and Q and output for the text
+    linears[Linear(batch * tokens, dim, config.ffn_dim)] += 1
+    linears[Linear(batch * tokens, config.ffn_dim, dim)] += 1
+    attention = Work({Attention(batch, heads, tokens, text_tokens, head_dim): 1})
+    for frames, keys in blocks:
+        attention[Attention(batch, heads, frames * frame_tokens, keys * frame_tokens, head_dim)] += 1
+    return linears, attention
+
+
+def embedding(config, rows: int) -> Work:
+    """The transformer's first layer and its last one."""
+    dim, patch = config.num_attention_heads * config.attention_head_dim, prod(config.patch_size)
+    work = Work({Linear(rows, config.in_channels * patch, dim): 1})
+    work[Linear(rows, dim, config.out_channels * patch)] += 1
+    return work
+
+
 def transformer_pass(config, batch: int, frames: int, frame_tokens: int, keys: int, text_tokens: int) -> Work:
     """A pass of `frames` latent frames that see `keys` frames, themselves included.
 
     The text's own layers, of which a video needs one pass, and those of the time are left out.
     """
-    rows, heads, head_dim = batch * frames * frame_tokens, config.num_attention_heads, config.attention_head_dim
-    dim, patch = heads * head_dim, prod(config.patch_size)
-    work = Work({Linear(rows, dim, dim): 6})  # Q, K, V and output, and Q and output for the text
-    work[Linear(rows, dim, config.ffn_dim)] += 1
-    work[Linear(rows, config.ffn_dim, dim)] += 1
-    work[Attention(batch, heads, frames * frame_tokens, keys * frame_tokens, head_dim)] += 1
-    work[Attention(batch, heads, frames * frame_tokens, text_tokens, head_dim)] += 1
-    work = work.times(config.num_layers)
-    work[Linear(rows, config.in_channels * patch, dim)] += 1
-    work[Linear(rows, dim, config.out_channels * patch)] += 1
-    return work
+    linears, attention = layer_pass(config, batch, [(frames, keys)], frame_tokens, text_tokens)
+    return (linears + attention).times(config.num_layers) + embedding(config, batch * frames * frame_tokens)
 
 
 def denoising(pipe: CausalWanPipeline, batch: int, num_frames: int, height: int, width: int) -> list[Work]:
@@ -200,6 +250,55 @@ def denoising(pipe: CausalWanPipeline, batch: int, num_frames: int, height: int,
             block += work(num_context, num_context) if num_context else work(n, start)
         blocks.append(block)
     return blocks
+
+
+def gradient(
+    pipe: CausalWanPipeline,
+    batch: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    rank: int,
+    checkpointing: str,
+    num_frozen: int,
+) -> Work:
+    """Of an optimizer step with clean context: the clean blocks' keys and values, the passes of the frozen policies
+    and of the current one, what `checkpointing` has computed again, and the backward pass.
+
+    Frozen policies count as merged weights, the current one's LoRA of this `rank` as on every linear layer of the
+    blocks. What [`transformer_pass`] leaves out is left out, and so is the gradient of the last layer.
+    """
+    config, n = pipe.transformer.config, pipe.transformer.config.num_frames_per_block
+    scale = pipe.vae.config.scale_factor_spatial
+    frame_tokens = (height // scale // config.patch_size[1]) * (width // scale // config.patch_size[2])
+    stops = range(n, (num_frames - 1) // pipe.vae.config.scale_factor_temporal + 2, n)
+    window = stops[-1] if config.local_attn_size == -1 else config.local_attn_size
+    blocks = [(n, min(stop, window)) for stop in stops]
+    sizes = frame_tokens, pipe.config.max_sequence_length
+    linears, attention = layer_pass(config, batch, blocks, *sizes)
+    ends = embedding(config, batch * stops[-1] * frame_tokens)
+    work = ((linears + attention).times(config.num_layers) + ends).times(1 + num_frozen)
+    if clean := blocks[:-1]:
+        # Of the last layer nothing but keys and values is wanted.
+        clean_linears, clean_attention = layer_pass(config, batch, clean, *sizes)
+        work += (clean_linears + clean_attention).times(config.num_layers - 1)
+        rows, dim = batch * len(clean) * n * frame_tokens, config.num_attention_heads * config.attention_head_dim
+        work[Linear(rows, dim, dim)] += 2
+        work[Linear(rows, config.in_channels * prod(config.patch_size), dim)] += 1
+    forward, backward = Work(), Work()
+    for linear, count in linears.items():
+        down, up = Linear(linear.rows, linear.inputs, rank), Linear(linear.rows, rank, linear.outputs)
+        forward += Work({down: count}) + Work({up: count})
+        # Of what goes in, and of the LoRA's weights.
+        for layer in (linear, down, up):
+            backward[Linear(layer.rows, layer.outputs, layer.inputs)] += count
+        for layer in (down, up):
+            backward[Linear(layer.inputs, layer.rows, layer.outputs)] += count
+    for kernel, count in attention.items():
+        backward[AttentionGradient(**vars(kernel))] += count
+    work += (forward + backward).times(config.num_layers)
+    again = {"none": Work(), "selective": linears + forward, "full": linears + attention + forward}[checkpointing]
+    return work + again.times(config.num_layers)
 
 
 class _Recorder(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The yardstick of `generation.py --baseline`: the same videos, computed the way the published code computes them.
+"""The yardstick of `--baseline`: the same videos, computed the way the published code computes them.
 
 Self-Forcing, Causal-Forcing, LongLive and Krea's server share one way of writing a causal Wan model. This is that way,
 written anew in plain eager PyTorch on the weights of one of our pipelines, and on its own: what becomes faster in the
@@ -22,7 +22,7 @@ read them:
   call, with its list of caches, and joins the video anew after each.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +31,15 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 
 
 TABLE_SIZE = 1000  # noise levels of the samplers
+
+# Of queries, keys and values, `(B, L, heads, head_dim)` each, as what comes of them.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -50,21 +54,18 @@ class Buffer:
 
 
 class PublishedAttention:
-    """The projections of one attention, as functions of the weights of ours."""
+    """The projections of one attention, with the linear layers of ours, which have the LoRAs beside them, if any."""
 
     def __init__(self, attention: nn.Module, kernel: SDPBackend | None):
         self.heads, self.eps, self.kernel = attention.heads, attention.norm_q.eps, kernel
-        self.q, self.k, self.v, self.out = (
-            (layer.weight, layer.bias)
-            for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-        )
+        self.q, self.k, self.v, self.out = attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
         self.norm_q, self.norm_k = attention.norm_q.weight, attention.norm_k.weight
 
     def query(self, x: torch.Tensor) -> torch.Tensor:
-        return self._heads(self._rms_norm(F.linear(x, *self.q), self.norm_q))
+        return self._heads(self._rms_norm(self.q(x), self.norm_q))
 
     def key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._heads(self._rms_norm(F.linear(x, *self.k), self.norm_k)), self._heads(F.linear(x, *self.v))
+        return self._heads(self._rms_norm(self.k(x), self.norm_k)), self._heads(self.v(x))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         inputs = (x.transpose(1, 2) for x in (query, key, value))
@@ -73,7 +74,7 @@ class PublishedAttention:
         else:
             with sdpa_kernel(self.kernel):
                 output = F.scaled_dot_product_attention(*inputs)
-        return F.linear(output.transpose(1, 2).flatten(2), *self.out)
+        return self.out(output.transpose(1, 2).flatten(2))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -91,38 +92,48 @@ class PublishedLayer:
         self.cross_attention = PublishedAttention(block.attn2, kernel)
         norm = block.norm2 if isinstance(block.norm2, nn.LayerNorm) else None
         self.cross_norm = norm and tuple(weight.to(dtype) for weight in (norm.weight, norm.bias))
-        first, last = block.ffn.net[0].proj, block.ffn.net[2]
-        self.ffn = (first.weight, first.bias), (last.weight, last.bias)
+        self.ffn = block.ffn.net[0].proj, block.ffn.net[2]
 
     def __call__(
         self,
         x: torch.Tensor,
         e: torch.Tensor,
         text: torch.Tensor,
-        buffer: Buffer,
+        past: Buffer | Attend,
         grid: tuple[int, int, int],
         start: int,
     ) -> torch.Tensor:
         """Tokens `(B, L, dim)` through the layer; `e` `(B, F, 6, dim)` is of the time, `text` `(B, tokens, dim)`. The
-        `grid` is frames, rows and columns, the first frame's index is `start`."""
+        `grid` is frames, rows and columns, the first frame's index is `start`. A block has a buffer as its past, a
+        whole clip has the attention in which its blocks see one another."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + e).chunk(6, dim=2)
         frames = (e.shape[1], -1)
 
         y = (self._norm(x).unflatten(1, frames) * (1 + scale) + shift).flatten(1, 2)
-        y = self._attend_to_past(y, buffer, grid, start)
+        if isinstance(past, Buffer):
+            y = self._attend_to_past(y, past, grid, start)
+            if past.text is None:
+                past.text = self.cross_attention.key_value(text)
+            key_value = past.text
+        else:
+            y = self._attend_in_clip(y, past, grid)
+            key_value = self.cross_attention.key_value(text)
         x = x + (y.unflatten(1, frames) * gate).flatten(1, 2)
 
-        if buffer.text is None:
-            buffer.text = self.cross_attention.key_value(text)
         y = x if self.cross_norm is None else self._norm(x, *self.cross_norm)
-        x = x + self.cross_attention.attend(self.cross_attention.query(y), *buffer.text)
+        x = x + self.cross_attention.attend(self.cross_attention.query(y), *key_value)
 
         y = (self._norm(x).unflatten(1, frames) * (1 + ffn_scale) + ffn_shift).flatten(1, 2)
-        y = F.linear(F.gelu(F.linear(y, *self.ffn[0]), approximate="tanh"), *self.ffn[1])
+        y = self.ffn[1](F.gelu(self.ffn[0](y), approximate="tanh"))
         return x + (y.unflatten(1, frames) * ffn_gate).flatten(1, 2)
 
     def _norm(self, x: torch.Tensor, *affine: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], *affine, eps=self.eps)
+        return F.layer_norm(x, x.shape[-1:], *affine, eps=self.eps).type_as(x)
+
+    def _attend_in_clip(self, x: torch.Tensor, attend: Attend, grid: tuple[int, int, int]) -> torch.Tensor:
+        query, (key, value) = self.self_attention.query(x), self.self_attention.key_value(x)
+        query, key = self.model.rotate(query, grid, 0), self.model.rotate(key, grid, 0)
+        return self.self_attention.out(attend(query, key, value).flatten(2))
 
     def _attend_to_past(self, x: torch.Tensor, buffer: Buffer, grid: tuple[int, int, int], start: int) -> torch.Tensor:
         model = self.model
@@ -208,10 +219,15 @@ class PublishedTransformer:
         return torch.stack(rotated).type_as(x)
 
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, buffers: list[Buffer], start: int
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        pasts: Sequence[Buffer | Attend],
+        start: int,
     ) -> torch.Tensor:
         """The flow, shaped as `latents`, of a block whose first latent frame is `start`. `timestep` is `(B, F)`,
-        `text` `(B, tokens, text_dim)`."""
+        `text` `(B, tokens, text_dim)`, `pasts` are the layers'. With gradients all layers are checkpointed."""
         patches = F.conv3d(latents.transpose(1, 2), *self.patch_embedding, stride=self.patch)
         grid = tuple(patches.shape[2:])
         x = patches.flatten(2).transpose(1, 2)
@@ -225,11 +241,12 @@ class PublishedTransformer:
         e = e.unflatten(0, timestep.shape)
         text = F.linear(F.gelu(F.linear(text, *self.text[0]), approximate="tanh"), *self.text[1])
 
-        for layer, buffer in zip(self.layers, buffers):
-            x = layer(x, of_layers, text, buffer, grid, start)
+        for layer, past in zip(self.layers, pasts):
+            args = x, of_layers, text, past, grid, start
+            x = checkpoint(layer, *args, use_reentrant=False) if torch.is_grad_enabled() else layer(*args)
 
         shift, scale = (self.modulation + e.unsqueeze(2)).chunk(2, dim=2)
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).unflatten(1, (grid[0], -1)) * (1 + scale) + shift
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).type_as(x).unflatten(1, (grid[0], -1)) * (1 + scale) + shift
         x = F.linear(x.flatten(1, 2), *self.head)
         flows = []
         for sample in x:
@@ -277,7 +294,7 @@ class PublishedWay:
     The sampler. For the same noise the videos are those of the pipeline, up to rounding.
 
     Args:
-        pipe: whose weights and settings it takes; no LoRA. The autoencoder's are copied.
+        pipe: whose weights and settings it takes, with the LoRA that is active. The autoencoder's are copied.
         kernel: of torch's attention; torch's choice by default.
     """
 

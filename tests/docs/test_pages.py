@@ -121,9 +121,11 @@ OTHERS = {
     "--memory_gb",
     "--num_streams",
     "--number",
+    "--parts",
     "--pipeline",
     "--jobs",
     "--profile",
+    "--repetitions",
     "--risk_ratio",
 }
 

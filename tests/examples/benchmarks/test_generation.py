@@ -298,6 +298,8 @@ def test_kinds_of_kernels():
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>, 4>": "copies",
         "Memcpy DtoH (Device -> Pageable)": "copies",
         "triton_poi_fused_cat_convolution_copy_0": "compiled",
+        "triton_per_fused__scaled_dot_product_cudnn_attention_mul_1": "compiled",
+        "triton_tem_fused_flex_attention_backward_zeros_1": "attention",
         "void at::native::vectorized_layer_norm_kernel<float, float>": "other",
     }.items():
         assert kind_of(kernel) == kind, kernel

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from astrolabe_diffusers.models import attention
+from astrolabe_diffusers.training.checkpointing import CHECKPOINTING
+from astrolabe_diffusers.training.nft.trainer import accumulate_gradients
 from tests.tiny_pipeline import tiny_pipeline
+from tests.training import helpers
 
 
 WINDOW = {"num_frames_per_block": 1, "local_attn_size": 3, "sink_size": 1}
@@ -46,6 +51,37 @@ def test_denoising(config, monkeypatch):
     if "num_context_frames" not in config:  # the last block is written, too
         found += transformer_pass(pipe.transformer.config, 2, n, 6, 3 if "sink_size" in config else 9, 16).operations
     assert found == expected
+
+
+@pytest.mark.parametrize("window", [-1, 4])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_gradient(checkpointing, window, monkeypatch):
+    """Of our passes, by what three more blocks add: the text's and the time's layers are the same for both clips."""
+    from operations import AttentionGradient, Linear, gradient
+
+    monkeypatch.setattr(attention, "_KERNELS", [SDPBackend.MATH])
+    rank, batch_size, frame_tokens, dim, patch = 4, 2, 4, 24, 16
+    pipe = helpers.policy_pipeline(rank=rank, num_frames_per_block=1, local_attn_size=window)
+    if checkpointing == "full":
+        pipe.transformer.enable_gradient_checkpointing(CHECKPOINTING["full"])
+    accelerator, counted, found = Accelerator(mixed_precision="no"), [], []
+    for num_latents in (3, 6):
+        batch = helpers.noised_batch(pipe, batch_size, num_latents)
+        with FlopCounterMode(display=False) as counter:
+            accumulate_gradients(accelerator, pipe.transformer, batch, helpers.config(), batch_size, True)
+        counted.append(counter.get_total_flops())
+        work = gradient(pipe, batch_size, 4 * num_latents - 3, 32, 32, rank, checkpointing, num_frozen=2)
+        # The plain kernel keeps its scores.
+        again = sum(n * kernel.operations // 5 for kernel, n in work.items() if isinstance(kernel, AttentionGradient))
+        # The old policy is not merged; of the first block no gradient of what goes into Q, K and V is wanted, but of
+        # what goes into the last layer.
+        rows, clean_rows = (batch_size * frames * frame_tokens for frames in (num_latents, num_latents - 1))
+        layers = {Linear(1, dim, dim): 6, Linear(1, dim, 32): 1, Linear(1, 32, dim): 1}
+        lora = sum(2 * n * rank * (layer.inputs + layer.outputs) for layer, n in layers.items())
+        of_old = 2 * rows * lora + clean_rows * (lora + 2 * 2 * rank * 2 * dim)
+        of_first, of_last = 3 * 2 * rows * (dim * dim + dim * rank), 2 * rows * dim * patch
+        found.append(work.operations - again + of_old - of_first + of_last)
+    assert found[1] - found[0] == counted[1] - counted[0]
 
 
 def test_decoding():
