@@ -168,7 +168,8 @@ def columns(trainer: NFTTrainer, batch: NFTBatch):
     def ours(config: NFTConfig) -> Callable[[], object]:
         return lambda: accumulate_gradients(accelerator, trainer.model, batch, config, size, True)
 
-    generation, policy = comparison.Column(OURS, pipe), partial(use_policy, transformer)
+    generation = comparison.Column(OURS, pipe)
+    policy = partial(use_policy, transformer, merge=config.merge_lora)
     yield Column(NOISY, ours(replace(config, context="noisy")))
     yield Column(OURS, ours(config), generation, policy)
     transformer.compile_repeated_blocks(fullgraph=True)

@@ -38,10 +38,10 @@ def test_another_algorithm(model_folder, capsys):
 
 
 def test_rewards_of_published_runs_exist():
-    from astrolabe_diffusers.rewards.registry import _REGISTRY
+    from astrolabe_diffusers.rewards.registry import _registered
     from tests.training.test_published_runs import RUNS
 
-    assert {reward for _, rewards, *_ in RUNS.values() for reward in rewards} <= set(_REGISTRY)
+    assert {reward for _, rewards, *_ in RUNS.values() for reward in rewards} <= set(_registered())
 
 
 def rows_of(output):
