@@ -25,7 +25,13 @@ from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline, CausalWanTransfo
 from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.distributed.sharding import whole_weight
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.pipelines.loading import find_lora, load_from, load_frozen_pipeline, load_loras, weights_digest
+from astrolabe_diffusers.pipelines.loading import (
+    find_lora,
+    load_from,
+    load_frozen_pipeline,
+    load_loras,
+    weights_digest,
+)
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.policies import load_policies
 from tests.tiny_pipeline import SMALL, model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
