@@ -55,18 +55,22 @@ def main(folder: str, output: Path):
         or (shards[name].dtype, shards[name].requires_grad) != (weight.dtype, weight.requires_grad)
     ]
     buffers = dict(transformer.named_buffers())
-    report = {
+    same_buffers = [torch.equal(buffers[name], buffer) for name, buffer in whole.named_buffers()]
+    sizes = {"whole": sum(w.nbytes for w in expected.values()), "largest": max(w.nbytes for w in expected.values())}
+    dtypes = sorted({str(weight.dtype) for name, weight in expected.items() if ".lora_" not in name})
+    same_identity = identity == policy_identity(whole)
+    given = dict(shard(whole, accelerator).named_parameters())
+    report = sizes | {
         "names": list(shards) == list(expected),
         "other": other,
-        "dtypes": sorted({str(weight.dtype) for name, weight in expected.items() if ".lora_" not in name}),
-        "buffers": [torch.equal(buffers[name], buffer) for name, buffer in whole.named_buffers()],
-        "identity": identity == policy_identity(whole),
+        "dtypes": dtypes,
+        "buffers": same_buffers,
+        "identity": same_identity,
+        "given": [torch.equal(given[name].to_local(), weight.to_local()) for name, weight in shards.items()],
         "sharded": all(isinstance(weight, DTensor) for weight in shards.values()),
         "peak": peak[0],
         "whole_peak": whole_peak[0],
         "local": sum(weight.to_local().nbytes for weight in shards.values()),
-        "whole": sum(weight.nbytes for weight in expected.values()),
-        "largest": max(weight.nbytes for weight in expected.values()),
     }
     (output / f"rank{accelerator.process_index}.json").write_text(json.dumps(report))
     accelerator.end_training()

@@ -176,6 +176,8 @@ def test_shards_are_parts_of_what_is_loaded_whole(shards):
         assert report["sharded"] and report["names"] and report["identity"] and report["other"] == []
         assert report["dtypes"] == ["torch.bfloat16", "torch.float32"]
         assert report["buffers"] and all(report["buffers"])
+        # A pipeline that is given is in memory.
+        assert all(report["given"])
 
 
 def test_no_process_holds_the_whole(shards):
