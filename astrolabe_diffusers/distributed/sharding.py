@@ -45,7 +45,7 @@ def shard(transformer: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shards a transformer with its adapters in place, block by block, over processes that hold the same weights, or
     have left them in the same files.
 
-    Of every weight each process takes its own part alone, to the device: of one in a file it never has more in memory.
+    A process brings its own part of every weight to the device, and of one in a file it reads no more.
 
     Not by `Accelerator.prepare`: it would cast what a block is given, the rotary tables too, to bf16, and write the
     frozen base into every checkpoint; and with `cpu_ram_efficient_loading` one process holds the whole model. Weights
@@ -56,7 +56,7 @@ def shard(transformer: nn.Module, accelerator: Accelerator) -> nn.Module:
     mesh = make_mesh(accelerator)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     parameters = dict(transformer.named_parameters())
-    # On the meta device: of a weight elsewhere FSDP2 first brings the whole to the device.
+    # On the meta device, for FSDP2 would first bring whole weights to the device.
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
     transformer.load_state_dict(shapes, strict=False, assign=True)
     blocks = [block for block in transformer.modules() if type(block).__name__ in transformer._repeated_blocks]
@@ -82,8 +82,8 @@ def make_mesh(accelerator: Accelerator) -> DeviceMesh:
 def mesh_sizes(local_sizes: list[int], parallelism: ParallelismConfig | None = None) -> tuple[int, int]:
     """How many replicas of the model there are, and in how many shards each is.
 
-    What accelerate's `parallelism_config` says; without one a machine has a replica, for every pass gathers the whole
-    model, and between machines that is slow.
+    It is what accelerate's `parallelism_config` says. Without one every machine has a replica: each pass gathers all
+    weights, which is slow between machines.
 
     Args:
         local_sizes: of every process, how many there are on its machine.

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -25,13 +24,7 @@ from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline, CausalWanTransfo
 from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.distributed.sharding import whole_weight
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.pipelines.loading import (
-    find_lora,
-    load_from,
-    load_frozen_pipeline,
-    load_loras,
-    weights_digest,
-)
+from astrolabe_diffusers.pipelines.loading import find_lora, load_from, load_loras, weights_digest
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.policies import load_policies
 from tests.tiny_pipeline import SMALL, model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
@@ -496,8 +489,8 @@ def test_files_that_do_not_fit_are_told_before_any_shard_is_read(folder, tmp_pat
 def test_a_lora_to_start_from_fits_weights_left_in_files(folder, tmp_path):
     save_lora(tmp_path)
     adapters = []
-    for to_shard in (True, False):
-        pipe = load_frozen_pipeline(str(folder), Accelerator(cpu=True, mixed_precision="bf16"), to_shard=to_shard)
+    for map_for in (torch.bfloat16, None):
+        pipe = load_from(str(folder), map_for=map_for, dtype=torch.bfloat16)
         load_policies(pipe, tmp_path, ["old", "reference"])
         named = pipe.transformer.named_parameters()
         adapters.append({name: (value, value.requires_grad) for name, value in named if ".lora_" in name})
