@@ -106,12 +106,24 @@ class Script:
 
 
 class Torchrun(Script):
-    """torchrun with two processes on the CPU."""
+    """torchrun with two processes on the CPU.
+
+    Args:
+        rendezvous: a new file through which `machines` launchers find each other; without one there is one.
+    """
+
+    def __init__(self, *arguments: str | Path, rendezvous: Path | None = None, machines: int = 1, **environment: str):
+        self._meeting = ["--standalone"]
+        if rendezvous:
+            options = {"nnodes": machines, "rdzv_backend": "c10d", "rdzv_conf": "store_type=file", "rdzv_id": 1}
+            self._meeting = [f"--{name}={value}" for name, value in options.items()]
+            self._meeting.append(f"--rdzv_endpoint={rendezvous}")
+        super().__init__(*arguments, **environment)
 
     def _start(self, function: Callable, arguments: tuple, environment: dict[str, str]):
         # A path, and not a program: the launcher forks its processes as the server forked it.
-        options = ["--standalone", "--nproc_per_node=2", "--start_method=fork", "--run_path"]
-        super()._start(_run_torchrun, (*options, *arguments), environment)
+        options = ["--nproc_per_node=2", "--start_method=fork", "--run_path"]
+        super()._start(_run_torchrun, (*self._meeting, *options, *arguments), environment)
 
 
 def _run_script(path: str, *arguments: str):

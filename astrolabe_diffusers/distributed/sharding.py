@@ -5,13 +5,19 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import str_to_bool
+from accelerate.utils import ParallelismConfig, gather_object, str_to_bool
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..errors import UserError
 from .agreement import is_first_process, raise_together
+
+
+# Of accelerate's dimensions those that data-parallel processes can have, with its names.
+REPLICATE, SHARD = "dp_replicate", "dp_shard"
 
 
 def is_sharded() -> bool:
@@ -22,22 +28,84 @@ def is_sharded() -> bool:
     return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
 
 
+def left_in_file(tensor: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter of this dtype, without memory and of NaNs, that stands for a tensor on a file's memory map until
+    [`shard`] reads this process's part."""
+    parameter = nn.Parameter(torch.full((), torch.nan, dtype=dtype).expand(tensor.shape))
+    parameter.in_file = tensor
+    return parameter
+
+
+def whole_weight(parameter: nn.Parameter) -> torch.Tensor:
+    """The values of a parameter before it is sharded, in a file's dtype if they are [`left_in_file`]."""
+    return getattr(parameter, "in_file", parameter.detach())
+
+
 def shard(transformer: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shards a transformer with its adapters in place, block by block, over processes that hold the same weights.
+    """Shards a transformer with its adapters in place, block by block, over processes that hold the same weights, or
+    have left them in the same files.
+
+    A process brings its own part of every weight to the device, and of one in a file it reads no more.
 
     Not by `Accelerator.prepare`: it would cast what a block is given, the rotary tables too, to bf16, and write the
-    frozen base into every checkpoint. Weights keep their dtype; in bf16 runs the forward pass is under autocast, as
-    accelerate has it for a model that is not sharded.
+    frozen base into every checkpoint; and with `cpu_ram_efficient_loading` one process holds the whole model. Weights
+    keep their dtype; in bf16 runs the forward pass is under autocast, as accelerate has it for a model that is not
+    sharded.
     """
     device = accelerator.device.type
-    mesh = init_device_mesh(device, (accelerator.num_processes,))
+    mesh = make_mesh(accelerator)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    parameters = dict(transformer.named_parameters())
+    # On the meta device, for FSDP2 would first bring whole weights to the device.
+    shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
+    transformer.load_state_dict(shapes, strict=False, assign=True)
     blocks = [block for block in transformer.modules() if type(block).__name__ in transformer._repeated_blocks]
     for module in (*blocks, transformer):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    # `pop`: a weight that is in memory goes when its shard is there.
+    shards = {name: shard_like(whole_weight(parameters.pop(name)), p) for name, p in transformer.named_parameters()}
+    transformer.load_state_dict(shards, strict=False, assign=True)
     if accelerator.mixed_precision == "bf16":
         transformer.forward = torch.autocast(device, torch.bfloat16)(transformer.forward)
     return transformer
+
+
+def make_mesh(accelerator: Accelerator) -> DeviceMesh:
+    """The processes in groups with a whole model each, in shards; every process calls it."""
+    number = accelerator.num_processes
+    local_sizes = gather_object([int(os.environ.get("LOCAL_WORLD_SIZE", number))])
+    replicas, shards = mesh_sizes(local_sizes, accelerator.parallelism_config)
+    sizes = {REPLICATE: replicas, SHARD: shards} if replicas > 1 else {SHARD: shards}
+    return init_device_mesh(accelerator.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def mesh_sizes(local_sizes: list[int], parallelism: ParallelismConfig | None = None) -> tuple[int, int]:
+    """How many replicas of the model there are, and in how many shards each is.
+
+    It is what accelerate's `parallelism_config` says. Without one every machine has a replica: each pass gathers all
+    weights, which is slow between machines.
+
+    Args:
+        local_sizes: of every process, how many there are on its machine.
+
+    Raises:
+        UserError: machines of different sizes, or dimensions that are not data-parallel.
+    """
+    number = len(local_sizes)
+    if parallelism is None:
+        if len(set(local_sizes)) > 1:
+            raise UserError(
+                f"machines have {min(local_sizes)} to {max(local_sizes)} processes: each holds a model, so they must "
+                f"have equally many, unless accelerate's parallelism_config has {REPLICATE}_size and {SHARD}_size."
+            )
+        return number // local_sizes[0], local_sizes[0]
+    sizes = parallelism.dp_replicate_size, parallelism.dp_shard_size
+    if sizes[0] * sizes[1] != number:
+        raise UserError(
+            f"accelerate's parallelism_config has {REPLICATE}_size={sizes[0]} and {SHARD}_size={sizes[1]}, whose "
+            f"product must be the {number} processes: there is no other parallelism here."
+        )
+    return sizes
 
 
 def together() -> AbstractContextManager:
@@ -58,7 +126,14 @@ def full_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor in the shards of another, if that has any."""
+    """A whole tensor, which every process has, in the shards of another, if that has any: this process's part, copied
+    to the shards' device and in their dtype."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    layout = like.device_mesh, like.placements
+    # The parts of other processes are not even read, where the tensor lies in a file.
+    local = tensor
+    for dim, (size, start) in enumerate(zip(*compute_local_shape_and_global_offset(like.shape, *layout))):
+        local = local.narrow(dim, start, size)
+    local = local.to(like.device_mesh.device_type, like.dtype, copy=True)
+    return DTensor.from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from diffusers.utils.hub_utils import _get_model_file
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from diffusers.utils.hub_utils import _add_variant, _get_model_file
 from safetensors import safe_open
 
 from ..files.text import parse_json, read_json
@@ -24,6 +24,8 @@ _LINK = re.compile(
 # What of a download a user may say.
 HUB_ARGUMENTS = ("force_download", "cache_dir", "proxies", "local_files_only", "token")
 _INDEX = ".index.json"
+# With the name of a variant, or without.
+_IS_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")
 _FOLDER_FILES = (SAFETENSORS_WEIGHTS_NAME, "model.safetensors", WEIGHTS_NAME, "pytorch_model.bin")
 
 # What is saved under the name of a checkpoint and is none, by its beginning in lower case.
@@ -107,7 +109,7 @@ def fetch_link(source: str | Path, revision: str | None = None, **hub) -> str | 
 
 def find_weights(path: Path, names: tuple[str, ...]) -> list[Path]:
     """The weight files: `path` if it is one, or in that folder the shards of an index, or the first of `names`."""
-    if path.name.endswith(_INDEX):
+    if _IS_INDEX.fullmatch(path.name):
         return _index_files(path)
     if not path.is_dir():
         return [path]
@@ -117,6 +119,16 @@ def find_weights(path: Path, names: tuple[str, ...]) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
     raise ValueError(f"{path} holds no weights: there is no {', no '.join(names)}.")
+
+
+def find_model(folder: Path, variant: str | None = None) -> Path:
+    """The file or index with the weights of a model that diffusers has saved, of a `variant` if there is one: what
+    `from_pretrained` of a pipeline takes. A `ValueError` if there is none."""
+    for kind in dict.fromkeys((variant, None)):
+        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+            if (path := folder / _add_variant(name, kind)).is_file():
+                return path
+    raise ValueError(f"{folder} holds no weights: there is no {SAFETENSORS_WEIGHTS_NAME}.")
 
 
 def _index_files(index: Path) -> list[Path]:

@@ -11,28 +11,37 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from accelerate import Accelerator, init_empty_weights
+from diffusers import AutoModel, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..distributed.sharding import left_in_file
 from ..errors import CHECKED, UserError, as_user_error, close_matches
 from ..files.output_folder import list_checkpoints
 from ..layouts.published_models import PUBLISHED_MODELS
+from ..layouts.tensor_files import find_model, load_tensors, misfits
 from ..models.attention_causal_wan import attend
 from ..models.tiny_decoder import TinyWanDecoder
+from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from .pipeline_causal_wan import CausalWanPipeline
 
 
 SAMPLED_VALUES = 64
+QUANTIZED = "the transformer is quantised: train with its own weights, and quantise for generation."
 # A value in a config of the user's that no code expects fails wherever it is used first.
 LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
 
-def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPipeline:
+def load_from(
+    model: str, revision: str | None = None, variant: str | None = None, map_for: torch.dtype | None = None, **kwargs
+) -> CausalWanPipeline:
     """The pipeline of a folder or Hub repository, without a bar of its own; `kwargs` of `from_pretrained`. A
-    [`UserError`] if it is of another class, which is said before anything is downloaded, or cannot be loaded whole."""
+    [`UserError`] if it is of another class, which is said before anything is downloaded, or cannot be loaded whole.
+
+    With `map_for` the transformer is that of [`map_transformer`] for this dtype.
+    """
     with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
         name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
         if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
@@ -40,10 +49,48 @@ def load_from(model: str, revision: str | None = None, **kwargs) -> CausalWanPip
                 f"{model} is a {name}, not a CausalWanPipeline: `astrolabe convert` makes one of the "
                 "weights of a published model."
             )
-        pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **kwargs)
+        if map_for:
+            if not Path(model).is_dir():
+                model = DiffusionPipeline.download(model, revision=revision, variant=variant)
+            kwargs["transformer"] = map_transformer(Path(model) / "transformer", variant, map_for)
+        pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, variant=variant, **kwargs)
         pipeline.check_components()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def map_transformer(folder: Path, variant: str | None, dtype: torch.dtype) -> CausalWanTransformer3DModel:
+    """The transformer in a pipeline's folder, its weights [`left_in_file`] for [`shard`].
+
+    All else is as `from_pretrained` leaves it for `dtype`: the parameters' dtypes, buffers, and the random generator's
+    state, which the adapters are drawn from.
+
+    Raises:
+        ValueError, OSError: weights are missing or of another shape, or a file is no readable one.
+        UserError: it is quantised.
+    """
+    config = AutoModel.load_config(folder)
+    if "quantization_config" in config:
+        raise UserError(QUANTIZED)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():
+            transformer = AutoModel.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    shapes = {name: weight.shape for name, weight in transformer.state_dict().items()}
+    # As in `from_pretrained`, files may hold more.
+    tensors = {name: value for name, value in load_tensors(find_model(folder, variant)).items() if name in shapes}
+    if found := misfits(tensors, shapes):
+        raise ValueError(f"the transformer of {folder} does not fit its config: {found}.")
+    keep = set(transformer._keep_in_fp32_modules)
+    weights = {
+        name: left_in_file(value, dtype if keep.isdisjoint(name.split(".")) else torch.float32)
+        for name, value in tensors.items()
+    }
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.eval()
 
 
 def cannot_load(model: str) -> str:
@@ -102,20 +149,29 @@ def load_frozen_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     vae_dtype: str | None = None,
+    to_shard: bool = False,
 ) -> CausalWanPipeline:
     """The frozen pipeline of a folder or the Hub on its device, in bfloat16 for bf16 runs; the autoencoder may be of
-    another dtype."""
+    another dtype. With `to_shard` the transformer's weights are left in their files."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     dtypes = {"default": dtype, "vae": getattr(torch, vae_dtype) if vae_dtype else dtype}
-    pipeline = load_from(model, revision, variant=variant, dtype=dtypes)
-    return freeze_pipeline(pipeline, accelerator)
+    pipeline = load_from(model, revision, variant, dtype if to_shard else None, dtype=dtypes)
+    return freeze_pipeline(pipeline, accelerator, to_shard)
 
 
-def freeze_pipeline(pipeline: DiffusionPipeline, accelerator: Accelerator) -> DiffusionPipeline:
+def freeze_pipeline(
+    pipeline: DiffusionPipeline, accelerator: Accelerator, to_shard: bool = False
+) -> DiffusionPipeline:
+    """`to_shard` leaves the transformer where it is: in shards it comes to the device."""
     pipeline.set_progress_bar_config(disable=True)
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
         component.requires_grad_(False).eval()
-    return pipeline.to(accelerator.device)
+    if not to_shard:
+        return pipeline.to(accelerator.device)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name != "transformer":
+            component.to(accelerator.device)
+    return pipeline
 
 
 def video_size(

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 from ..distributed.agreement import is_first_process, raise_together
-from ..distributed.sharding import full_tensors, shard_like, together
+from ..distributed.sharding import full_tensors, shard_like, together, whole_weight
 from ..errors import UserError, as_user_error, one_line
 from ..files.output_folder import checkpoint_step, list_checkpoints, set_aside
 from ..files.text import read_json
@@ -150,8 +150,8 @@ def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
     loaded in.
     """
     lora = transformer.peft_config[CURRENT]
-    weights = (value for name, value in transformer.named_parameters() if ".lora_" not in name)
-    values = torch.cat([value.detach().flatten()[:64].bfloat16() for value in weights])
+    weights = (whole_weight(value) for name, value in transformer.named_parameters() if ".lora_" not in name)
+    values = torch.cat([value.flatten()[:64].bfloat16() for value in weights])
     return {
         "rank": lora.r,
         "lora_alpha": lora.lora_alpha,

@@ -13,7 +13,7 @@ from ..distributed.agreement import Interruption, Resources, raise_together
 from ..distributed.sharding import is_sharded, shard
 from ..errors import Interrupted, UserError, as_user_error
 from ..evaluation.held_out import HeldOut, gather_videos
-from ..pipelines.loading import frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
+from ..pipelines.loading import QUANTIZED, frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..reporting.hub import create_hub_repo
 from ..reporting.machine import peak_memory_gb
@@ -145,13 +145,13 @@ class OnlineTrainer:
             self.resources.enter_context(reward_set)
         if pipeline is None:
             source = config.model, self.accelerator, config.revision, config.variant
-            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype)
+            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype, to_shard=is_sharded())
         else:
-            self.pipeline = freeze_pipeline(pipeline, self.accelerator)
+            self.pipeline = freeze_pipeline(pipeline, self.accelerator, to_shard=is_sharded())
             if config.vae_dtype:
                 self.pipeline.vae.to(getattr(torch, config.vae_dtype))
         if getattr(self.pipeline.transformer, "is_quantized", False):
-            raise UserError("the transformer is quantised: train with its own weights, and quantise for generation.")
+            raise UserError(QUANTIZED)
         set_recipe(self.pipeline, config)
         skip_bad = config.nan_reward == "skip"
         scoring = ScoringThread(self.pipeline.vae, rewards, watched, skip_bad, config.reward_timeout)

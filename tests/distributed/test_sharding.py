@@ -1,13 +1,18 @@
-"""FSDP2 over two processes on a CPU, against the same run in one process with the whole weights."""
+"""FSDP2 over processes on a CPU, against the same run in one process with the whole weights."""
 
 import json
+from uuid import uuid4
 
 import pytest
 import torch
+from accelerate.utils import ParallelismConfig
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from astrolabe_diffusers.distributed.sharding import mesh_sizes
+from astrolabe_diffusers.errors import UserError
 from tests.processes import Torchrun
+from tests.tiny_pipeline import SMALL, save_tiny_pipeline
 from tests.training.helpers import tiny_arguments
 from tests.training.sharded_worker import main
 
@@ -31,13 +36,20 @@ VALUES = {
 }
 
 
-def run(model, folder, **values):
-    """Two processes with the weights in shards; returns what each says of them."""
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def run(model, folder, machines=1, **values):
+    """Two processes a machine with the weights in shards; returns what each says of them."""
     arguments = tiny_arguments(model, folder, **VALUES | values)
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    code, output = Torchrun("tests/training/sharded_worker.py", *arguments, **fsdp).finish(timeout=300)
-    assert code == 0, output
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    options = FSDP
+    if machines > 1:
+        options = FSDP | {"rendezvous": folder.with_name(f"{folder.name}-{uuid4()}"), "machines": machines}
+    launchers = [Torchrun("tests/training/sharded_worker.py", *arguments, **options) for _ in range(machines)]
+    for launcher in launchers:
+        code, output = launcher.finish(timeout=300)
+        assert code == 0, output
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2 * machines)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +66,7 @@ def runs(model_folder, tmp_path_factory):
 def test_all_weights_are_in_shards(runs):
     _, reports = runs
     for report in reports[True]:
-        assert report["world_size"] == 2 and report["sharded"] == 1
+        assert report["world_size"] == 2 and report["sharded"] == 1 and report["meshes"] == ["(2,)"]
         assert report["adapters"] == ["default", "ema", "old", "reference"]
         # Rows that do not divide evenly are padded.
         assert report["local"] < 0.6
@@ -72,7 +84,10 @@ def test_all_weights_are_in_shards(runs):
 )
 def test_it_learns_the_same(runs, file):
     folders, _ = runs
-    sharded, whole = (load_file(folders[s] / file) for s in (True, False))
+    assert_same_adapter(*(load_file(folders[s] / file) for s in (True, False)))
+
+
+def assert_same_adapter(sharded, whole):
     assert sharded.keys() == whole.keys()
     for name, weight in whole.items():
         # Adam makes a step, of 1e-3 here, of any gradient, and of one that is small more of its rounding.
@@ -107,10 +122,82 @@ def test_the_adapter_loads_into_a_pipeline(runs, model_folder):
         assert torch.equal(weights[path], value)
 
 
-@pytest.mark.slow
-def test_resuming_is_exact(runs, model_folder, tmp_path):
+# Two launchers of two processes each, and one batch a process: as many samples as in the other runs.
+TWO_MACHINES = {"machines": 2, "batches_per_epoch": 1}
+
+
+@pytest.fixture(scope="module")
+def two_machines(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("machines")
+    return folder, run(model_folder, folder, **TWO_MACHINES)
+
+
+def test_two_machines_have_a_model_each(runs, two_machines):
     folders, _ = runs
-    run(model_folder, tmp_path, max_train_steps=1)
-    run(model_folder, tmp_path, resume_from_checkpoint="latest")
-    resumed, whole = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path, folders[True]))
+    folder, reports = two_machines
+    for report in reports:
+        assert report["world_size"] == 4 and report["sharded"] == 1 and report["meshes"] == ["(2, 2)"]
+        assert report["adapters"] == ["default", "ema", "old", "reference"]
+        assert report["local"] < 0.6
+    for name in ("checkpoint-1", "checkpoint-2"):
+        file = f"checkpoints/{name}/pytorch_lora_weights.safetensors"
+        assert_same_adapter(*(load_file(path / file) for path in (folder, folders[False])))
+    ours, theirs = ((path / "metrics.jsonl").read_text().splitlines() for path in (folder, folders[False]))
+    for a, b in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
+        for key in ("reward", "loss", "kl", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_resuming_is_exact(runs, two_machines, machines, model_folder, tmp_path):
+    folders, _ = runs
+    folder, options = (folders[True], {}) if machines == 1 else (two_machines[0], TWO_MACHINES)
+    run(model_folder, tmp_path / "run", max_train_steps=1, **options)
+    run(model_folder, tmp_path / "run", resume_from_checkpoint="latest", **options)
+    resumed, whole = (load_file(path / "pytorch_lora_weights.safetensors") for path in (tmp_path / "run", folder))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """What two processes say that load a pipeline, saved in float32, in parts and whole for a bf16 run."""
+    folder = tmp_path_factory.mktemp("shards")
+    sizes = {"num_attention_heads": 8, "ffn_dim": 512, "num_layers": 8}
+    model = save_tiny_pipeline(folder / "model", **SMALL, **sizes)
+    code, output = Torchrun("tests/distributed/shards_worker.py", model, folder, **FSDP).finish()
+    assert code == 0, output
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_shards_are_parts_of_what_is_loaded_whole(shards):
+    """The whole is loaded by diffusers. The adapters' values are drawn, and the same to the last bit."""
+    for report in shards:
+        assert report["sharded"] and report["names"] and report["identity"] and report["other"] == []
+        assert report["dtypes"] == ["torch.bfloat16", "torch.float32"]
+        assert report["buffers"] and all(report["buffers"])
+        # A pipeline that is given is in memory.
+        assert all(report["given"])
+
+
+def test_no_process_holds_the_whole(shards):
+    for report in shards:
+        assert report["local"] < 0.51 * report["whole"]
+        # The rest is small: the adapters before they are sharded, and the other models.
+        assert report["peak"] < report["local"] + report["largest"] + 0.2 * report["whole"]
+        assert report["whole_peak"] > report["whole"]
+
+
+def test_a_machine_has_a_model():
+    assert mesh_sizes([8] * 8) == (1, 8)
+    assert mesh_sizes([8] * 48) == (6, 8)
+    assert mesh_sizes([1] * 3) == (3, 1)
+    assert mesh_sizes([8] * 16, ParallelismConfig(dp_shard_size=16)) == (1, 16)
+    assert mesh_sizes([8, 8, 4] * 4, ParallelismConfig(dp_replicate_size=3, dp_shard_size=4)) == (3, 4)
+
+
+def test_meshes_that_cannot_be():
+    with pytest.raises(UserError, match="machines have 4 to 8 processes: .* dp_replicate_size and dp_shard_size"):
+        mesh_sizes([8] * 8 + [4] * 4)
+    with pytest.raises(UserError, match="dp_replicate_size=2 and dp_shard_size=4, whose product must be the 16"):
+        mesh_sizes([8] * 16, ParallelismConfig(dp_replicate_size=2, dp_shard_size=4, tp_size=2))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.cli.main import main as astrolabe
+from astrolabe_diffusers.distributed.sharding import whole_weight
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import find_lora, load_from, load_loras, weights_digest
 from astrolabe_diffusers.training.adapter_files import save_adapter
+from astrolabe_diffusers.training.policies import load_policies
 from tests.tiny_pipeline import SMALL, model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
 from tests.training.helpers import policy_pipeline
 from tests.training.test_checkpoints import plant
@@ -392,3 +395,106 @@ def test_code_in_a_lora_is_not_run(tmp_path, name):
     with pytest.raises(UserError, match="cannot load the LoRA"):
         load_loras(pipe, {str(tmp_path / name): 1.0})
     assert not mark.exists()
+
+
+# What `save_pretrained` of the transformer is told; the files of an index have two or three tensors each.
+SAVED_AS = {
+    "one file": {},
+    "an index": {"max_shard_size": "20KB"},
+    "one file of a variant": {"variant": "ema"},
+    "an index of a variant": {"variant": "ema", "max_shard_size": "20KB"},
+    "a torch file": {"safe_serialization": False},
+}
+
+
+@pytest.mark.parametrize("saved_as", SAVED_AS)
+def test_weights_left_in_files_are_those_that_diffusers_loads(saved_as, folder, tmp_path):
+    options = SAVED_AS[saved_as]
+    model = shutil.copytree(folder, tmp_path / "model")
+    other = tiny_pipeline(seed=1, **OVERRIDES).transformer
+    if "variant" not in options:
+        shutil.rmtree(model / "transformer")
+    other.save_pretrained(model / "transformer", **options)
+    kwargs = {"variant": options.get("variant"), "dtype": torch.bfloat16}
+    expected = DiffusionPipeline.from_pretrained(model, **kwargs).transformer
+    mapped = load_from(str(model), map_for=torch.bfloat16, **kwargs).transformer
+    assert type(mapped) is CausalWanTransformer3DModel
+    assert {**mapped.config, "_name_or_path": None} == {**expected.config, "_name_or_path": None}
+    found = dict(mapped.named_parameters())
+    assert found.keys() == dict(expected.named_parameters()).keys()
+    for name, weight in expected.named_parameters():
+        assert found[name].dtype == weight.dtype and found[name].isnan().all()
+        assert torch.equal(whole_weight(found[name]).to(weight.dtype), weight)
+    weight = "blocks.0.attn1.to_q.weight"
+    assert torch.equal(whole_weight(found[weight]), other.get_parameter(weight))
+
+
+def test_a_variant_that_only_another_model_has(folder, tmp_path):
+    """As diffusers has it, the transformer is then the one without."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    file = "diffusion_pytorch_model"
+    (model / "vae" / f"{file}.safetensors").rename(model / "vae" / f"{file}.ema.safetensors")
+    options = {"variant": "ema", "map_for": torch.float32, "dtype": torch.float32}
+    mapped = load_from(str(model), **options).transformer
+    expected = tiny_pipeline(**OVERRIDES).transformer
+    assert all(torch.equal(whole_weight(p), expected.get_parameter(n)) for n, p in mapped.named_parameters())
+    (model / "vae" / f"{file}.ema.safetensors").rename(model / "vae" / f"{file}.safetensors")
+    with pytest.raises(UserError, match="`variant=ema`, but no such"):
+        load_from(str(model), **options)
+
+
+def test_weights_left_in_files_of_the_hub(folder, tmp_path, monkeypatch):
+    """In its cache, of a revision that is not the newest; without the network."""
+    repo = tmp_path / "models--me--tiny"
+    revisions = {"old": "1" * 40, "main": "0" * 40}
+    (repo / "refs").mkdir(parents=True)
+    for revision, commit in revisions.items():
+        (repo / "refs" / revision).write_text(commit)
+        snapshot = shutil.copytree(folder, repo / "snapshots" / commit)
+        tiny_pipeline(seed=len(revision), **OVERRIDES).transformer.save_pretrained(snapshot / "transformer")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision in revisions:
+        mapped = load_from("me/tiny", revision, map_for=torch.float32, dtype=torch.float32).transformer
+        expected = tiny_pipeline(seed=len(revision), **OVERRIDES).transformer
+        assert all(torch.equal(whole_weight(p), expected.get_parameter(n)) for n, p in mapped.named_parameters())
+
+
+def test_files_that_do_not_fit_are_told_before_any_shard_is_read(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model") / "transformer"
+    path = model / "diffusion_pytorch_model.safetensors"
+    whole = load_file(path)
+    name = "blocks.1.attn1.to_q.weight"
+
+    def refused(words):
+        with pytest.raises(UserError, match=rf"^cannot load {model.parent}: .*{words}") as error:
+            load_from(str(model.parent), map_for=torch.float32, dtype=torch.float32)
+        assert "\n" not in str(error.value)
+
+    save_file({key: value for key, value in whole.items() if key != name}, path)
+    refused(rf"1 missing \({name}\)")
+    save_file(whole | {name: whole[name][:-1].clone()}, path)
+    refused(rf"1 of another shape \({name} ")
+    path.write_bytes(path.read_bytes()[:-4])
+    refused("no readable checkpoint")
+    path.unlink()
+    refused("there is no diffusion_pytorch_model.safetensors")
+    save_file(whole | {"norm_added_q.weight": torch.ones(1)}, path)
+    assert load_from(str(model.parent), map_for=torch.float32, dtype=torch.float32)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(UserError, match="the transformer is quantised"):
+        load_from(str(model.parent), map_for=torch.float32, dtype=torch.float32)
+
+
+def test_a_lora_to_start_from_fits_weights_left_in_files(folder, tmp_path):
+    save_lora(tmp_path)
+    adapters = []
+    for map_for in (torch.bfloat16, None):
+        pipe = load_from(str(folder), map_for=map_for, dtype=torch.bfloat16)
+        load_policies(pipe, tmp_path, ["old", "reference"])
+        named = pipe.transformer.named_parameters()
+        adapters.append({name: (value, value.requires_grad) for name, value in named if ".lora_" in name})
+    left, loaded = adapters
+    assert left.keys() == loaded.keys() and {name.split(".")[-2] for name in left} == {"default", "old", "reference"}
+    for name, (value, requires_grad) in loaded.items():
+        assert torch.equal(left[name][0], value) and left[name][1] == requires_grad

@@ -19,6 +19,7 @@ def main(argv: list[str]):
     report = {
         "world_size": trainer.accelerator.num_processes,
         "sharded": len(sharded) / len(weights),
+        "meshes": sorted({str(weights[name].device_mesh.shape) for name in sharded}),
         "adapters": sorted({name.split(".")[-2] for name in sharded if ".lora_" in name}),
         "local": local / sum(weight.numel() for weight in weights.values()),
     }
