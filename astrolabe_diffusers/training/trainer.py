@@ -31,7 +31,17 @@ from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity
 from .config import OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
-from .policies import EMA, add_policies, ema_decay, follow_current, load_policies, policy_parameters, use_policy
+from .policies import (
+    EMA,
+    add_policies,
+    cast_once,
+    ema_decay,
+    follow_current,
+    leave_casts_to_autocast,
+    load_policies,
+    policy_parameters,
+    use_policy,
+)
 from .results import BestAdapter, write_results
 from .run_folder import open_training_folder
 
@@ -191,6 +201,8 @@ class OnlineTrainer:
             self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
                 self.model, self.optimizer, self.lr_scheduler
             )
+        if self.accelerator.mixed_precision != "no":
+            leave_casts_to_autocast(self.transformer)
         self.checkpoints = Checkpoints(self.transformer, self.optimizer, config, self.identity)
         self.best = BestAdapter(self.transformer, config)
         self.report = RunReport(config, self.accelerator)
@@ -273,7 +285,7 @@ class OnlineTrainer:
         batches, past = [], self.windows.past(self.epoch)
         scale = self.pipeline.vae.config.scale_factor_temporal
         size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
-        with raise_together(), use_policy(self.transformer, self.sampling_policy):
+        with raise_together(), use_policy(self.transformer, self.sampling_policy), cast_once(self.transformer):
             for batch in self.rollouts.generate(self.split(samples), size, past, keep_trajectory=self.keep_trajectory):
                 batches.append(batch)
                 self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
@@ -314,7 +326,7 @@ class OnlineTrainer:
         """Score the current policy, or its average, on the held-out prompts; the best one is kept."""
         self.report.progress.set_postfix_str("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
-        with use_policy(self.transformer, self.config.judged_policy):
+        with use_policy(self.transformer, self.config.judged_policy), cast_once(self.transformer):
             evaluation, videos = self.held_out.evaluate(self.step, folder, self.after_evaluation_batch)
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():
