@@ -49,6 +49,11 @@ class OnlineConfig(VideoConfig):
     )
     train_split: str = option("train", "split of a dataset")
     eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
+    prompt_embeds_dir: str | None = option(
+        None,
+        "folder of the prompts' text embeddings, which later runs find there: without new prompts they load no text "
+        "encoder, and none keeps it; not of a pipeline given in Python",
+    )
     output_dir: str = option("lora", "everything the run writes")
     overwrite_output_dir: bool = option(False, "begin anew in an output_dir that has a run, or files of others")
     seed: int = option(42, "seed of LoRA, prompts, samples and training noise", minimum=0, maximum=2**32 - 1)

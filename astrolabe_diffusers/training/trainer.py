@@ -20,12 +20,13 @@ from ..reporting.machine import peak_memory_gb
 from ..reporting.report import RunReport
 from ..reporting.trackers import closing_trackers
 from ..rollout.past import make_windows
-from ..rollout.samples import Sample, VideoBatch, epoch_samples, eval_samples, process_batches
+from ..rollout.prompt_embeds import COMPONENTS
+from ..rollout.samples import Sample, VideoBatch, epoch_prompts, epoch_samples, eval_samples, process_batches
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread, gather_scores
 from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
-from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
+from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe, store_prompt_embeds
 from .callbacks import TrainerCallback
 from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity
@@ -153,9 +154,19 @@ class OnlineTrainer:
         rewards, watched = make_rewards(config, fps, self.accelerator.process_index, self.named_rewards)
         for reward_set in filter(None, (rewards, watched)):
             self.resources.enter_context(reward_set)
+        prompt_embeds = None
         if pipeline is None:
             source = config.model, self.accelerator, config.revision, config.variant
-            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype)
+            without = dict.fromkeys(COMPONENTS) if config.prompt_embeds_dir else {}
+            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype, **without)
+            if config.prompt_embeds_dir:
+                used = epoch_prompts(self.prompts, self.num_groups, config.num_train_epochs, config.seed)
+                prompt_embeds = store_prompt_embeds(config, self.accelerator, [*self.eval_prompts, *used])
+        elif config.prompt_embeds_dir:
+            raise UserError(
+                "prompt_embeds_dir knows a text encoder by its files: give the model as a folder or Hub id, and no "
+                "pipeline."
+            )
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator)
             if config.vae_dtype:
@@ -166,7 +177,7 @@ class OnlineTrainer:
         skip_bad = config.nan_reward == "skip"
         scoring = ScoringThread(self.pipeline.vae, rewards, watched, skip_bad, config.reward_timeout)
         self.rewards = self.resources.enter_context(scoring)
-        self.rollouts = Rollout(self.pipeline, self.rewards)
+        self.rollouts = Rollout(self.pipeline, self.rewards, prompt_embeds)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.held_out = HeldOut(
             self.rollouts,
