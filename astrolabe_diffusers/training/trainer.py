@@ -1,7 +1,7 @@
 """The online trainer: prompts -> videos of a policy -> rewards -> advantages -> update, whatever the algorithm."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,18 +19,19 @@ from ..reporting.hub import create_hub_repo
 from ..reporting.machine import peak_memory_gb
 from ..reporting.report import RunReport
 from ..reporting.trackers import closing_trackers
-from ..rollout.past import make_windows
+from ..rollout.past import Past, make_windows
 from ..rollout.prompt_embeds import COMPONENTS
 from ..rollout.samples import Sample, VideoBatch, epoch_prompts, epoch_samples, eval_samples, process_batches
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread, gather_scores
 from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
+from .batch_size import check_auto, set_batch_size
 from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe, store_prompt_embeds
 from .callbacks import TrainerCallback
 from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity
-from .config import OnlineConfig
+from .config import AUTO, OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
 from .policies import (
     EMA,
@@ -144,6 +145,7 @@ class OnlineTrainer:
     def load(self, pipeline: CausalWanPipeline | None, train_prompts: Iterable | None, eval_prompts: Iterable | None):
         """Everything that this process makes alone: it exchanges nothing with others."""
         config = self.config
+        check_auto(config, self.accelerator)
         self.num_groups = config.groups_per_epoch(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
@@ -294,14 +296,18 @@ class OnlineTrainer:
     def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
         """This process's part of the epoch's videos, sampled from the sampling policy and being scored."""
         batches, past = [], self.windows.past(self.epoch)
-        scale = self.pipeline.vae.config.scale_factor_temporal
-        size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
         with raise_together(), use_policy(self.transformer, self.sampling_policy), cast_once(self.transformer):
-            for batch in self.rollouts.generate(self.split(samples), size, past, keep_trajectory=self.keep_trajectory):
+            for batch in self.generate(self.split(samples), past):
                 batches.append(batch)
                 self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
                 self.interruption.check()
         return batches
+
+    def generate(self, batches: Iterable[Sequence[Sample]], past: Past) -> Iterator[VideoBatch]:
+        """Videos of the active policy that end with a window which begins after `past`."""
+        scale = self.pipeline.vae.config.scale_factor_temporal
+        size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
+        return self.rollouts.generate(batches, size, past, keep_trajectory=self.keep_trajectory)
 
     @property
     def primary_reward(self) -> str:
@@ -377,6 +383,8 @@ class OnlineTrainer:
                 self.folder.refuse_finished()
         if path is not None:
             self.load_state(self.checkpoints.load(path, like=self.state()))
+        if config.train_batch_size == AUTO:
+            lines.append(set_batch_size(self, path))
         self.completed = self.state()
         self.saved = path and path.resolve()
         self.best.resume(self.step)
