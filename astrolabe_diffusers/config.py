@@ -6,7 +6,7 @@ import operator
 import types
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -67,7 +67,8 @@ class Config:
             if choices is not None and value not in choices:
                 near = close_matches(str(value), choices)
                 raise UserError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}{near}.")
-            if not all(_WITHIN[words](value, bound) for words, bound in bounds.items()):
+            # A word that stands in the place of a number has none.
+            if not isinstance(value, str) and not all(_WITHIN[words](value, b) for words, b in bounds.items()):
                 listed = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
                 raise UserError(f"{f.name} must be {listed}, not {value}.")
         if found := find_secret(asdict(self)):
@@ -116,11 +117,17 @@ FORMS = {
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """A value from YAML or the command line as the type that the field declares."""
+    """A value from YAML or the command line as the type that the field declares, such as `int`, `int | None` or
+    `int | Literal["auto"]`."""
+    words = []
     if get_origin(hint) in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        said = value.lower() if isinstance(value, str) else value
+        if type(None) in get_args(hint) and said in (None, "none", "null"):
             return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+        words = [word for arg in get_args(hint) if get_origin(arg) is Literal for word in get_args(arg)]
+        if said in words:
+            return said
+        hint = next(arg for arg in get_args(hint) if arg is not type(None) and get_origin(arg) is not Literal)
     try:
         if hint is str:
             if not isinstance(value, (str, int, float, Path)) or isinstance(value, bool):
@@ -148,7 +155,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         return {str(key): item for key, item in mapping.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         of_options = hint == dict[str, dict[str, Any]] and not isinstance(value, str)
-        form = "{name: {argument: value}}" if of_options else FORMS[hint]
+        form = " or ".join(["{name: {argument: value}}" if of_options else FORMS[hint], *words])
         raise UserError(f"{name} must be {form}, not {value!r}.") from error
 
 

@@ -10,6 +10,7 @@ from ..config import Config, coerce, read_yaml
 from ..errors import UserError, as_user_error, close_matches
 from ..files.text import read_text
 from ..training.algorithms import get_algorithm, get_config_class
+from ..training.config import AUTO
 from ..training.published_runs import RECIPES, SIZES, PublishedRun, find_published_run, published_names
 from .arguments import ArgumentParser, command
 from .options import parse_fields
@@ -82,7 +83,8 @@ def _for_processes(
 ) -> dict[str, Any]:
     given = {name: arguments[name] for name in SIZES if name in arguments}
     checked = config_class(**given)  # numbers, and none of them zero
-    given = {name: getattr(checked, name) for name in given}
+    # Where it is auto, batches are counted as if each were of one video.
+    given = {name: 1 if getattr(checked, name) == AUTO else getattr(checked, name) for name in given}
     with as_user_error("the environment variable WORLD_SIZE"):
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
     values, sizes = run.settings_for(num_processes, given)

@@ -150,13 +150,32 @@ def load_frozen_pipeline(
     variant: str | None = None,
     vae_dtype: str | None = None,
     to_shard: bool = False,
+    **components,
 ) -> CausalWanPipeline:
     """The frozen pipeline of a folder or the Hub on its device, in bfloat16 for bf16 runs; the autoencoder may be of
-    another dtype. With `to_shard` the transformer's weights are left in their files."""
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    another dtype. With `to_shard` the transformer's weights are left in their files. `components` that are given, or
+    `None`, are not loaded."""
+    dtype = frozen_dtype(accelerator)
     dtypes = {"default": dtype, "vae": getattr(torch, vae_dtype) if vae_dtype else dtype}
-    pipeline = load_from(model, revision, variant, dtype if to_shard else None, dtype=dtypes)
+    pipeline = load_from(model, revision, variant, dtype if to_shard else None, dtype=dtypes, **components)
     return freeze_pipeline(pipeline, accelerator, to_shard)
+
+
+def load_text_encoder(
+    model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
+) -> CausalWanPipeline:
+    """The pipeline of [`load_frozen_pipeline`] with what `encode_prompt` needs alone."""
+    without = {"vae": None, "transformer": None}
+    with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, revision=revision, variant=variant, dtype=frozen_dtype(accelerator), **without
+        )
+    return freeze_pipeline(pipeline, accelerator)
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Of models that are not trained."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def freeze_pipeline(
@@ -165,7 +184,8 @@ def freeze_pipeline(
     """`to_shard` leaves the transformer where it is: in shards it comes to the device."""
     pipeline.set_progress_bar_config(disable=True)
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
-        component.requires_grad_(False).eval()
+        if component is not None:
+            component.requires_grad_(False).eval()
     if not to_shard:
         return pipeline.to(accelerator.device)
     for name, component in pipeline.components.items():

@@ -29,10 +29,19 @@ def epoch_samples(prompts: Sequence[Prompt], num_groups: int, group_size: int, e
     for group in range(num_groups):
         cycle, position = divmod(epoch * num_groups + group, len(prompts))
         if group == 0 or position == 0:
-            order = torch.randperm(len(prompts), generator=seeded_generator("prompts", seed, cycle)).tolist()
+            order = _order(prompts, cycle, seed)
         prompt = prompts[order[position]]
         samples += [Sample(prompt, group, (seed, epoch, group, k)) for k in range(group_size)]
     return samples
+
+
+def epoch_prompts(prompts: Sequence[Prompt], num_groups: int, num_epochs: int, seed: int) -> list[Prompt]:
+    """The prompts of the first `num_epochs` of [`epoch_samples`], each once."""
+    return [prompts[i] for i in _order(prompts, 0, seed)[: num_groups * num_epochs]]
+
+
+def _order(prompts: Sequence[Prompt], cycle: int, seed: int) -> list[int]:
+    return torch.randperm(len(prompts), generator=seeded_generator("prompts", seed, cycle)).tolist()
 
 
 def eval_samples(prompts: Sequence[Prompt], num_seeds: int) -> list[Sample]:

@@ -9,6 +9,7 @@ import torch
 from ..errors import as_user_error
 from ..pipelines.block_generation import BlockGenerator, Sampling
 from .past import Past
+from .prompt_embeds import StoredPromptEmbeds
 from .samples import Sample, Trajectory, VideoBatch
 from .scoring import ScoringThread
 from .seeds import seeded_generator
@@ -16,10 +17,15 @@ from .seeds import seeded_generator
 
 class PromptEncoder:
     """Text embeddings of prompts, each computed once, and alone, so that it does not depend on which others are asked
-    for. The least recently used of more than `max_prompts` go."""
+    for; or those that are `stored`. The least recently used of more than `max_prompts` go."""
 
-    def __init__(self, pipeline, max_prompts: int = 512):
-        self._encode = lru_cache(max_prompts)(lambda prompt: pipeline.encode_prompt([prompt]))
+    def __init__(self, pipeline, max_prompts: int = 512, stored: StoredPromptEmbeds | None = None):
+        def encode(prompt: str) -> torch.Tensor:
+            if stored is None:
+                return pipeline.encode_prompt([prompt])
+            return pipeline.encode_prompt(prompt_embeds=stored.read(prompt))
+
+        self._encode = lru_cache(max_prompts)(encode)
 
     @torch.no_grad()
     def __call__(self, prompts: Iterable[str]) -> torch.Tensor:
@@ -119,9 +125,10 @@ class Rollout:
 
     pipeline: object
     scoring: ScoringThread
+    prompt_embeds: StoredPromptEmbeds | None = None  # where the pipeline has no text encoder
 
     def __post_init__(self):
-        self.encoder = PromptEncoder(self.pipeline)
+        self.encoder = PromptEncoder(self.pipeline, stored=self.prompt_embeds)
 
     def generate(
         self,

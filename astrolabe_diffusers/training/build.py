@@ -1,19 +1,23 @@
 """What a run is made of, from its settings: processes, prompts, rewards, and the pipeline's recipe."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..errors import UserError, as_user_error
+from ..pipelines.loading import frozen_dtype, load_text_encoder
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet, named_reward_funcs
+from ..rollout.prompt_embeds import StoredPromptEmbeds, encoder_digest
 from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, train_and_eval_prompts
 from .config import OnlineConfig
 
@@ -43,6 +47,26 @@ def load_prompts(
         raise UserError("eval_prompts go with train_prompts; the settings' `prompts` have both.")
     source = PromptSource.of(config)
     return train_and_eval_prompts(source, config.num_eval_prompts, config.train_split, config.eval_split)
+
+
+def store_prompt_embeds(
+    config: OnlineConfig, accelerator: Accelerator, prompts: Sequence[Prompt]
+) -> StoredPromptEmbeds:
+    """Those of the settings' model and folder, and in it those of this process's part of the prompts: all are there
+    once every process has called it. The text encoder is loaded if one is missing, and let go of."""
+    source = config.revision, config.variant
+    with as_user_error("prompt_embeds_dir"):
+        stored = StoredPromptEmbeds(
+            config.prompt_embeds_dir, encoder_digest(config.model, frozen_dtype(accelerator), *source)
+        )
+
+    def load_encoder() -> Callable[[str], torch.Tensor]:
+        return load_text_encoder(config.model, accelerator, *source).encode_prompt
+
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    stored.complete(texts[accelerator.process_index :: accelerator.num_processes], load_encoder)
+    clear_device_cache(garbage_collection=True)
+    return stored
 
 
 def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):

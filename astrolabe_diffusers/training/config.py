@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import yaml
 
@@ -17,6 +17,8 @@ from .algorithms import algorithm_name
 
 # The published runs have 1152 at most. What is far beyond is a slip, and would fill the memory with their list.
 MAX_EPOCH_SAMPLES = 1_000_000
+# Of `train_batch_size`, until the run has found a number.
+AUTO = "auto"
 
 
 @dataclass
@@ -49,6 +51,11 @@ class OnlineConfig(VideoConfig):
     )
     train_split: str = option("train", "split of a dataset")
     eval_split: str = option("test", "split of a dataset for held-out prompts; the same one: they are held out of it")
+    prompt_embeds_dir: str | None = option(
+        None,
+        "folder of the prompts' text embeddings, which later runs find there: without new prompts they load no text "
+        "encoder, and none keeps it; not of a pipeline given in Python",
+    )
     output_dir: str = option("lora", "everything the run writes")
     overwrite_output_dir: bool = option(False, "begin anew in an output_dir that has a run, or files of others")
     seed: int = option(42, "seed of LoRA, prompts, samples and training noise", minimum=0, maximum=2**32 - 1)
@@ -66,7 +73,12 @@ class OnlineConfig(VideoConfig):
     shared_past: bool = option(False, "videos of a group part only at the window: what is before is sampled once")
 
     # Rollout
-    train_batch_size: int = option(3, "videos in a batch on each device, in sampling and in training", minimum=1)
+    train_batch_size: int | Literal["auto"] = option(
+        3,
+        "videos in a batch on each device, in sampling and in training; auto: as many as fit a GPU, and what counts "
+        "batches counts videos: batches_per_epoch and gradient_accumulation_steps",
+        minimum=1,
+    )
     batches_per_epoch: int = option(16, "batches an epoch on each device", minimum=1)
     samples_per_prompt: int = option(24, "videos of a group, from one prompt; one has nothing to compare", minimum=2)
     merge_lora: bool = option(
@@ -177,7 +189,7 @@ class OnlineConfig(VideoConfig):
             raise UserError(f"logging_dir {self.logging_dir!r} must be a folder inside output_dir, such as logs.")
         if self.shared_past and self.window_size is None:
             raise UserError("shared_past needs window_size: without a window there is nothing before it to share.")
-        if self.shared_past and self.samples_per_prompt % self.train_batch_size:
+        if self.shared_past and self.samples_per_prompt % self._batch_size:
             raise UserError(
                 f"with shared_past a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
                 f"samples_per_prompt={self.samples_per_prompt}."
@@ -215,14 +227,31 @@ class OnlineConfig(VideoConfig):
         """Optimizer steps an epoch."""
         return self.batches_per_epoch // self.gradient_accumulation_steps
 
+    @property
+    def _batch_size(self) -> int:
+        """As what counts batches has it."""
+        return 1 if self.train_batch_size == AUTO else self.train_batch_size
+
+    def batch_sizes(self) -> list[int]:
+        """What `train_batch_size` can be, the largest first, with as many samples a step and an epoch as there are."""
+        sizes = _divisors(self._batch_size * self.gradient_accumulation_steps)
+        return [size for size in reversed(sizes) if not self.shared_past or self.samples_per_prompt % size == 0]
+
+    def set_batch_size(self, size: int):
+        """One of [`~OnlineConfig.batch_sizes`], with as many batches as that makes."""
+        for name in ("batches_per_epoch", "gradient_accumulation_steps"):
+            setattr(self, name, self._batch_size * getattr(self, name) // size)
+        self.train_batch_size = size
+
     def groups_per_epoch(self, num_processes: int) -> int:
         """Prompts an epoch on all processes together; a `UserError` unless that is a whole number."""
-        samples = num_processes * self.train_batch_size * self.batches_per_epoch
+        samples = num_processes * self._batch_size * self.batches_per_epoch
         if samples % self.samples_per_prompt:
             processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+            videos = " videos" if self.train_batch_size == AUTO else ""
             raise UserError(
-                f"{processes} x train_batch_size {self.train_batch_size} x batches_per_epoch {self.batches_per_epoch} "
-                f"= {samples} samples an epoch are no whole number of groups of samples_per_prompt="
+                f"{processes} x train_batch_size {self.train_batch_size} x batches_per_epoch {self.batches_per_epoch}"
+                f"{videos} = {samples} samples an epoch are no whole number of groups of samples_per_prompt="
                 f"{self.samples_per_prompt}; samples_per_prompt can be {_listing(_divisors(samples)[1:])}."
             )
         if samples > MAX_EPOCH_SAMPLES:

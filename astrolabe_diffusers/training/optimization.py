@@ -14,7 +14,7 @@ from ..distributed.sharding import full_tensor
 from ..errors import UserError, as_user_error
 from ..rollout.samples import VideoBatch
 from .config import OnlineConfig
-from .policies import policy_parameters
+from .policies import cast_once, policy_parameters
 
 
 # Values that are reported as root mean squares; what is summed are squares.
@@ -120,10 +120,11 @@ class Optimization:
         transformer.train()
         count = sum(len(batch.samples) for batch, _ in parts)
         totals = {}
-        for i, part in enumerate(parts):
-            before_batch()
-            for name, value in accumulate_gradients(*part, count, i == len(parts) - 1).items():
-                totals[name] = totals.get(name, 0) + value
+        with cast_once(transformer):
+            for i, part in enumerate(parts):
+                before_batch()
+                for name, value in accumulate_gradients(*part, count, i == len(parts) - 1).items():
+                    totals[name] = totals.get(name, 0) + value
         means = self.accelerator.reduce(torch.stack(list(totals.values())) / count, reduction="mean").tolist()
         statistics = {name: mean**0.5 if name in ROOTS else mean for name, mean in zip(totals, means)}
         parameters = policy_parameters(transformer)

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..models.lora_layers import LoraDiff
+from ..distributed.sharding import is_sharded
+from ..models.lora_layers import LoraDiff, tuner_layers
 from .merging import merged_weights
 
 
@@ -127,6 +128,28 @@ def use_policy(transformer: nn.Module, policy: str, merge: bool = False) -> Iter
         elif adapter != CURRENT:
             transformer.set_adapter(CURRENT)
         transformer.train(training)
+
+
+def leave_casts_to_autocast(transformer: nn.Module):
+    """Of a transformer whose forward pass is under autocast. peft makes float32 of what LoRA layers are given, as
+    their weights are, and autocast makes its own dtype of that again."""
+    # Dropout rounds differently in another dtype.
+    if not transformer.peft_config[CURRENT].lora_dropout:
+        for layer in tuner_layers(transformer):
+            layer.cast_input_dtype_enabled = False
+
+
+@contextmanager
+def cast_once(transformer: nn.Module) -> Iterator[None]:
+    """Inside, where nothing may change the LoRA weights, autocast casts each once for all passes, forward and
+    backward. Gradients are added up in the weights' float32, pass by pass. Without autocast nothing is cast anyway."""
+    if is_sharded():  # the copies would be of whole weights, and all of them there at once
+        yield
+        return
+    # Autocast forgets its copies at the end of its outermost context, which was that of a forward pass, and of every
+    # block that the backward pass computes again. Disabled, for what is around these passes never was under it.
+    with torch.autocast(next(transformer.parameters()).device.type, enabled=False):
+        yield
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The online trainer: prompts -> videos of a policy -> rewards -> advantages -> update, whatever the algorithm."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,19 +20,31 @@ from ..reporting.hub import create_hub_repo
 from ..reporting.machine import peak_memory_gb
 from ..reporting.report import RunReport
 from ..reporting.trackers import closing_trackers
-from ..rollout.past import make_windows
-from ..rollout.samples import Sample, VideoBatch, epoch_samples, eval_samples, process_batches
+from ..rollout.past import Past, make_windows
+from ..rollout.prompt_embeds import COMPONENTS
+from ..rollout.samples import Sample, VideoBatch, epoch_prompts, epoch_samples, eval_samples, process_batches
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread, gather_scores
 from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
-from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe
+from .batch_size import check_auto, set_batch_size
+from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe, store_prompt_embeds
 from .callbacks import TrainerCallback
 from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity
-from .config import OnlineConfig
+from .config import AUTO, OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
-from .policies import EMA, add_policies, ema_decay, follow_current, load_policies, policy_parameters, use_policy
+from .policies import (
+    EMA,
+    add_policies,
+    cast_once,
+    ema_decay,
+    follow_current,
+    leave_casts_to_autocast,
+    load_policies,
+    policy_parameters,
+    use_policy,
+)
 from .results import BestAdapter, write_results
 from .run_folder import open_training_folder
 
@@ -133,6 +146,7 @@ class OnlineTrainer:
     def load(self, pipeline: CausalWanPipeline | None, train_prompts: Iterable | None, eval_prompts: Iterable | None):
         """Everything that this process makes alone: it exchanges nothing with others."""
         config = self.config
+        check_auto(config, self.accelerator)
         self.num_groups = config.groups_per_epoch(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
@@ -143,9 +157,19 @@ class OnlineTrainer:
         rewards, watched = make_rewards(config, fps, self.accelerator.process_index, self.named_rewards)
         for reward_set in filter(None, (rewards, watched)):
             self.resources.enter_context(reward_set)
+        prompt_embeds = None
         if pipeline is None:
             source = config.model, self.accelerator, config.revision, config.variant
-            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype, to_shard=is_sharded())
+            without = dict.fromkeys(COMPONENTS) if config.prompt_embeds_dir else {}
+            self.pipeline = load_frozen_pipeline(*source, config.vae_dtype, to_shard=is_sharded(), **without)
+            if config.prompt_embeds_dir:
+                used = epoch_prompts(self.prompts, self.num_groups, config.num_train_epochs, config.seed)
+                prompt_embeds = store_prompt_embeds(config, self.accelerator, [*self.eval_prompts, *used])
+        elif config.prompt_embeds_dir:
+            raise UserError(
+                "prompt_embeds_dir knows a text encoder by its files: give the model as a folder or Hub id, and no "
+                "pipeline."
+            )
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator, to_shard=is_sharded())
             if config.vae_dtype:
@@ -156,7 +180,7 @@ class OnlineTrainer:
         skip_bad = config.nan_reward == "skip"
         scoring = ScoringThread(self.pipeline.vae, rewards, watched, skip_bad, config.reward_timeout)
         self.rewards = self.resources.enter_context(scoring)
-        self.rollouts = Rollout(self.pipeline, self.rewards)
+        self.rollouts = Rollout(self.pipeline, self.rewards, prompt_embeds)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
         self.held_out = HeldOut(
             self.rollouts,
@@ -191,6 +215,8 @@ class OnlineTrainer:
             self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
                 self.model, self.optimizer, self.lr_scheduler
             )
+        if self.accelerator.mixed_precision != "no":
+            leave_casts_to_autocast(self.transformer)
         self.checkpoints = Checkpoints(self.transformer, self.optimizer, config, self.identity)
         self.best = BestAdapter(self.transformer, config)
         self.report = RunReport(config, self.accelerator)
@@ -271,15 +297,22 @@ class OnlineTrainer:
     def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
         """This process's part of the epoch's videos, sampled from the sampling policy and being scored."""
         batches, past = [], self.windows.past(self.epoch)
-        scale = self.pipeline.vae.config.scale_factor_temporal
-        size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
-        merge = self.config.merge_lora and not is_sharded()
-        with raise_together(), use_policy(self.transformer, self.sampling_policy, merge):
-            for batch in self.rollouts.generate(self.split(samples), size, past, keep_trajectory=self.keep_trajectory):
+        with raise_together(), self.sampling(), cast_once(self.transformer):
+            for batch in self.generate(self.split(samples), past):
                 batches.append(batch)
                 self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
                 self.interruption.check()
         return batches
+
+    def sampling(self) -> AbstractContextManager:
+        """Inside, the transformer is the policy that samples the videos for training."""
+        return use_policy(self.transformer, self.sampling_policy, self.config.merge_lora and not is_sharded())
+
+    def generate(self, batches: Iterable[Sequence[Sample]], past: Past) -> Iterator[VideoBatch]:
+        """Videos of the active policy that end with a window which begins after `past`."""
+        scale = self.pipeline.vae.config.scale_factor_temporal
+        size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
+        return self.rollouts.generate(batches, size, past, keep_trajectory=self.keep_trajectory)
 
     @property
     def primary_reward(self) -> str:
@@ -315,7 +348,7 @@ class OnlineTrainer:
         """Score the current policy, or its average, on the held-out prompts; the best one is kept."""
         self.report.progress.set_postfix_str("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
-        with use_policy(self.transformer, self.config.judged_policy):
+        with use_policy(self.transformer, self.config.judged_policy), cast_once(self.transformer):
             evaluation, videos = self.held_out.evaluate(self.step, folder, self.after_evaluation_batch)
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():
@@ -355,6 +388,8 @@ class OnlineTrainer:
                 self.folder.refuse_finished()
         if path is not None:
             self.load_state(self.checkpoints.load(path, like=self.state()))
+        if config.train_batch_size == AUTO:
+            lines.append(set_batch_size(self, path))
         self.completed = self.state()
         self.saved = path and path.resolve()
         self.best.resume(self.step)

@@ -116,7 +116,8 @@ def test_settings(name, monkeypatch, capsys):
 FREE = {"import_modules", "reward_options", "reward_placement", "reward_timeout", "revision", "variant"}
 FREE |= {"prompt_column", "output_dir", "eval_rewards", "num_eval_prompts", "eval_seeds", "num_eval_videos"}
 FREE |= {"checkpoints_total_limit", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_dir"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_base_model", "hub_license", "blocks_per_pass", "compile"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_base_model", "hub_license"}
+FREE |= {"blocks_per_pass", "compile", "prompt_embeds_dir"}
 # These say nothing in a run whose KL is for all samples and whose reference stays.
 SELECTIVE = RISK.keys() | RESET.keys() - {"reference_reset_kl", "reference_reset_epochs"}
 

@@ -1,15 +1,19 @@
+from collections import Counter
+
 import pytest
 import torch
 
 from astrolabe_diffusers.cli.train import parse_args
+from astrolabe_diffusers.rollout.samples import epoch_samples
 from astrolabe_diffusers.rollout.sampling import Sampler
 from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.adapter_files import save_adapter
+from astrolabe_diffusers.training.awm import AWMTrainer
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor
 from astrolabe_diffusers.training.policies import use_policy
 from tests.tiny_pipeline import tiny_pipeline
-from tests.training.helpers import numbers_of_run, randomize_adapters, tiny_arguments
+from tests.training.helpers import BRIGHTNESS, numbers_of_run, randomize_adapters, tiny_arguments, tiny_settings
 
 
 pytestmark = pytest.mark.usefixtures("no_charts")
@@ -128,6 +132,49 @@ def test_old_policy_that_follows_at_once_needs_no_pass_in_the_first_step(model_f
     all_passes, expected = run("all", old_policy_decay_rate=0)
     assert weights == expected
     assert (passes, with_dropout, all_passes) == (2, 4, 4)  # both blocks in one, four steps
+
+
+BOTH = f"{BRIGHTNESS}=1,tests.training.rewards:contrast=0"
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "values", "others", "passes"),
+    [
+        # Two batches, each a pass over the clean block that is seen, and one for each policy over both noisy ones.
+        (NFTTrainer, {}, None, {"default": 2, "old": 4, "base": 2}),
+        (NFTTrainer, {"kl_weight": 0.0}, None, {"default": 2, "old": 4}),
+        # Each policy has its own context.
+        (NFTTrainer, {"context_policy": "own"}, None, {"default": 4, "old": 4, "base": 4}),
+        (NFTTrainer, {"context_policy": "own", "kl_weight": 0.0}, None, {"default": 4, "old": 4}),
+        # The reference moves, and is an adapter.
+        (NFTTrainer, {"reference_reset_kl": 9.0}, None, {"default": 2, "old": 4, "reference": 2}),
+        (NFTTrainer, {"reference_reset_kl": 9.0, "kl_weight": 0.0}, None, {"default": 2, "old": 4}),
+        # Held is the last sample, which is of the second batch; and none, for both rewards agree.
+        (NFTTrainer, {"selective_kl": True, "rewards": BOTH}, -1.0, {"default": 2, "old": 4, "base": 1}),
+        (NFTTrainer, {"selective_kl": True, "rewards": BOTH}, 1.0, {"default": 2, "old": 4}),
+        (AWMTrainer, {}, None, {"default": 4, "base": 2}),
+        (AWMTrainer, {"kl_weight": 0.0}, None, {"default": 4}),
+    ],
+)
+def test_the_reference_has_no_pass_without_samples_that_are_held_to_it(
+    trainer_class, values, others, passes, model_folder, tmp_path
+):
+    settings = tiny_settings(model_folder, tmp_path, batches_per_epoch=2, **values)
+    trainer = trainer_class(config=trainer_class.config_class(**settings))
+    trainer.start()
+    samples = epoch_samples(trainer.prompts, num_groups=2, group_size=4, epoch=0, seed=0)
+    batches = trainer.rollout(samples)
+    rewards = torch.arange(8.0)
+    scores = {"reward": rewards, BRIGHTNESS: rewards}
+    if others is not None:
+        scores["tests.training.rewards:contrast"] = others * rewards
+    layer, counts = trainer.transformer.blocks[0].attn1.to_q, Counter()
+    trainer.transformer.register_forward_pre_hook(
+        lambda *_: counts.update(["base" if layer.disable_adapters else layer.active_adapter[0]])
+    )
+    trainer.update(batches, trainer.sample_values(scores, trainer.advantages(scores, samples)))
+    trainer.end()
+    assert counts == passes
 
 
 def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path_factory):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ...config import option
 from ...errors import UserError
+from ..config import AUTO
 from ..forward_process.config import ForwardProcessConfig
 
 
@@ -69,6 +70,9 @@ class NFTConfig(ForwardProcessConfig):
                 "selective_kl compares the primary reward with the others: name another reward, with weight 0 if it "
                 "is not to be trained on."
             )
+
+        if self.train_batch_size == AUTO and self.selective_kl and self.kl_average == "batch":
+            raise UserError("kl_average=batch trains something else with batches of another size: not with auto.")
 
     @property
     def other_adapters(self) -> list[str]:

@@ -1,0 +1,185 @@
+"""What `train_batch_size` `auto` stands for: the largest batch that fits the device."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+
+from ..distributed.agreement import raise_together
+from ..distributed.sharding import is_sharded
+from ..errors import UserError
+from ..files.text import read_text
+from ..rollout.past import Past
+from ..rollout.samples import Sample, VideoBatch, epoch_samples
+from .config import AUTO, OnlineConfig
+from .policies import cast_once, policy_parameters, use_policy
+
+
+if TYPE_CHECKING:
+    from .trainer import OnlineTrainer
+
+
+def says_when_memory_is_full(device: torch.device) -> bool:
+    """A CPU's memory goes on on the disk, and then the system ends the process."""
+    return device.type != "cpu"
+
+
+def check_auto(config: OnlineConfig, accelerator: Accelerator):
+    """A [`UserError`] where `auto` is asked for and cannot be found."""
+    if config.train_batch_size != AUTO:
+        return
+    if not says_when_memory_is_full(accelerator.device):
+        raise UserError(
+            "train_batch_size=auto needs a GPU: a CPU does not say when its memory is full; give a number."
+        )
+    if is_sharded():
+        raise UserError(
+            "train_batch_size=auto is not for a sharded model (FSDP): a process without memory would leave the others "
+            "waiting; give a number."
+        )
+
+
+def set_batch_size(trainer: "OnlineTrainer", checkpoint: Path | None) -> str:
+    """Puts a number in the place of `auto`, the same in every process, which all call it. That of the `checkpoint` the
+    run goes on from, if it has one; else the largest that fits every process. Returns a line that says so."""
+    config = trainer.config
+    sizes = config.batch_sizes()
+    number = _written(checkpoint) if checkpoint else None
+    if number in sizes:
+        origin = f"as {checkpoint.name} has it"
+    else:
+        with raise_together(), _as_it_was(trainer):
+            number = _largest(trainer, sizes)
+        number = min(gather_object([number]))
+        origin = f"the largest of {', '.join(map(str, reversed(sizes)))} that fits"
+    config.set_batch_size(number)
+    trainer.held_out.batch_size = number
+    return (
+        f"train_batch_size auto: {number}, {origin}; {config.batches_per_epoch} batches an epoch, "
+        f"{config.gradient_accumulation_steps} a step on each device"
+    )
+
+
+def _written(checkpoint: Path) -> int | None:
+    return yaml.safe_load(read_text(checkpoint / "config.yaml"))["train_batch_size"]
+
+
+@contextmanager
+def _as_it_was(trainer: "OnlineTrainer") -> Iterator[None]:
+    """Inside, the trainer is used as in training; afterwards random numbers, gradients and what checkpoints hold are
+    as before. The transformer is not DDP's, whose passes wait for other processes, and not compiled, which would be
+    done anew for every size."""
+    device, model, training = trainer.accelerator.device, trainer.model, trainer.transformer.training
+    state = copy.deepcopy({name: item.state_dict() for name, item in trainer.stateful.items()})
+    # What AdamW takes with its first step.
+    reserved = [torch.empty_like(p) for p in policy_parameters(trainer.transformer) for _ in range(2)]
+    trainer.model = trainer.transformer
+    devices = [] if device.type == "cpu" else [device]  # a CPU's random numbers are kept anyway
+    with torch.random.fork_rng(devices, device_type=device.type), torch.compiler.set_stance("force_eager"):
+        yield
+    del reserved
+    trainer.model = model
+    trainer.transformer.train(training)
+    trainer.optimizer.zero_grad()
+    for name, item in trainer.stateful.items():
+        item.load_state_dict(state[name])
+    if device.type == "cuda":  # the run's peak is its own
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _largest(trainer: "OnlineTrainer", sizes: list[int]) -> int:
+    """The first of these sizes, which fall, that fits this process."""
+    smaller = iter([*sizes[1:], 0])
+
+    @find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller))
+    def fits(size: int) -> int:
+        with _out_of_memory_as_it_is():
+            _try(trainer, size, epoch)
+        return size
+
+    try:
+        with _out_of_memory_as_it_is():
+            one = _sample(trainer, 1)[0]
+        # All videos of an epoch are there at once; as long as it is auto, batches are videos.
+        videos = _samples(trainer, trainer.config.batches_per_epoch)
+        epoch = _each(one, videos, lambda x: x.repeat(len(videos), *[1] * (x.ndim - 1)))
+        return fits()
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error) and "No executable batch size" not in str(error):
+            raise
+        raise UserError(
+            "train_batch_size=auto: not even a batch of one video fits; gradient_checkpointing, fewer blocks_per_pass "
+            "or smaller videos take less memory."
+        ) from error
+
+
+@contextmanager
+def _out_of_memory_as_it_is() -> Iterator[None]:
+    """Of rewards it is told in a line."""
+    try:
+        yield
+    except UserError as error:
+        raise error.__cause__ if should_reduce_batch_size(error.__cause__) else error
+
+
+def _try(trainer: "OnlineTrainer", size: int, epoch: VideoBatch):
+    """The largest passes of a run with batches of `size` videos: two batches of a step, which fail soonest, two of a
+    rollout, of which one is scored while the other is sampled, and one of an evaluation. All videos of the epoch, with
+    the scores of one, are given."""
+    config = trainer.config
+    config.set_batch_size(size)
+    batch, values = _each(epoch, epoch.samples[:size], lambda x: x[:size]), _values(trainer, epoch)
+    trainer.transformer.train()
+    with cast_once(trainer.transformer):
+        # From the second on there are gradients.
+        for _ in range(min(2, config.gradient_accumulation_steps)):
+            trainer.accumulate_gradients(batch, values, config.gradient_accumulation_steps * size, synchronize=False)
+    del batch, values
+    _sample(trainer, size)
+    held_out = trainer.held_out.samples[:size]
+    with use_policy(trainer.transformer, config.judged_policy), cast_once(trainer.transformer):
+        for batch in trainer.rollouts.generate([held_out], trainer.held_out.size, watched=True):
+            batch.scores.result()
+
+
+def _samples(trainer: "OnlineTrainer", size: int) -> list[Sample]:
+    return [Sample(trainer.eval_prompts[0], 0, ("trial", 0, k)) for k in range(size)]
+
+
+def _sample(trainer: "OnlineTrainer", size: int) -> list[VideoBatch]:
+    """Two scored batches of the longest videos that are trained."""
+    past = Past(max(trainer.windows.starts), trainer.windows.shared_past)
+    with trainer.sampling(), cast_once(trainer.transformer):
+        batches = list(trainer.generate([_samples(trainer, size)] * min(2, trainer.config.batches_per_epoch), past))
+        for batch in batches:
+            batch.scores.result()
+    return batches
+
+
+def _each(
+    batch: VideoBatch, samples: Sequence[Sample], function: Callable[[torch.Tensor], torch.Tensor]
+) -> VideoBatch:
+    """A batch of what `function` makes of the tensors of another one."""
+    trajectory = copy.copy(batch.trajectory)
+    if trajectory is not None:
+        trajectory.latents = [[function(latents) for latents in block] for block in trajectory.latents]
+    embeds, latents = function(batch.prompt_embeds), function(batch.latents)
+    return replace(batch, samples=samples, prompt_embeds=embeds, latents=latents, trajectory=trajectory)
+
+
+def _values(trainer: "OnlineTrainer", batch: VideoBatch) -> dict[str, torch.Tensor]:
+    """What the update needs of the first batch of an epoch, were its scores those of one video, but for a little."""
+    config = trainer.config
+    samples = epoch_samples(trainer.prompts, trainer.num_groups, config.samples_per_prompt, 0, config.seed)
+    spread = torch.arange(len(samples)) / len(samples)
+    scores = {name: score.nan_to_num() + spread for name, score in batch.scores.result().values.items()}
+    values = trainer.sample_values(scores, trainer.advantages(scores, samples))
+    return {name: trainer.split(column)[0].to(batch.latents.device) for name, column in values.items()}
