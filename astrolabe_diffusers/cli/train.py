@@ -67,6 +67,8 @@ def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str,
         settings = _for_processes(run, config_class, recommended, arguments)
     elif recommended:
         raise UserError("--recommended goes with the name of a published run; --config list prints them.")
+    else:
+        settings = settings | _batches_as_videos(settings, config_class, arguments)
     settings = _check_names(settings, get_config_class(written_for), config_class, given.config)
     names = [f.name for f in fields(config_class)]
     if (without_use := [name for name in settings if name not in names]) and _is_main():
@@ -78,13 +80,27 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _batches_as_videos(
+    settings: dict[str, Any], config_class: type[Config], arguments: dict[str, Any]
+) -> dict[str, int]:
+    """How many videos the batches are that a recipe or the defaults count, where only the command line has batches of
+    `auto`: then batches are counted as videos."""
+    name = "train_batch_size"
+    if name not in arguments or config_class(**{name: arguments[name]}).train_batch_size != AUTO:
+        return {}
+    written = {f.name: settings.get(f.name, f.default) for f in fields(config_class)}
+    if written[name] == AUTO:
+        return {}
+    counts = {name: written[name] for name in ("batches_per_epoch", "gradient_accumulation_steps")}
+    return {count: written[name] * number for count, number in counts.items() if number is not None}
+
+
 def _for_processes(
     run: PublishedRun, config_class: type[Config], recommended: bool, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     given = {name: arguments[name] for name in SIZES if name in arguments}
     checked = config_class(**given)  # numbers, and none of them zero
-    # Where it is auto, batches are counted as if each were of one video.
-    given = {name: 1 if getattr(checked, name) == AUTO else getattr(checked, name) for name in given}
+    given = {name: getattr(checked, name) for name in given}
     with as_user_error("the environment variable WORLD_SIZE"):
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
     values, sizes = run.settings_for(num_processes, given)

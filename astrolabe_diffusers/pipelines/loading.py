@@ -1,6 +1,7 @@
 """Pipelines of folders and Hub repositories, loaded whole and in silence, with LoRAs, and placed on a device."""
 
 import hashlib
+import importlib
 import inspect
 import logging
 import re
@@ -12,7 +13,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -24,7 +25,6 @@ from ..layouts.published_models import PUBLISHED_MODELS
 from ..layouts.tensor_files import find_model, load_tensors, misfits
 from ..models.attention_causal_wan import attend
 from ..models.tiny_decoder import TinyWanDecoder
-from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from .pipeline_causal_wan import CausalWanPipeline
 
 
@@ -43,7 +43,8 @@ def load_from(
     With `map_for` the transformer is that of [`map_transformer`] for this dtype.
     """
     with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
-        name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
+        index = DiffusionPipeline.load_config(model, revision=revision)
+        name = index["_class_name"]
         if not issubclass(getattr(diffusers, name, object), CausalWanPipeline):
             raise UserError(
                 f"{model} is a {name}, not a CausalWanPipeline: `astrolabe convert` makes one of the "
@@ -52,15 +53,17 @@ def load_from(
         if map_for:
             if not Path(model).is_dir():
                 model = DiffusionPipeline.download(model, revision=revision, variant=variant)
-            kwargs["transformer"] = map_transformer(Path(model) / "transformer", variant, map_for)
+            folder = Path(model) / "transformer"
+            kwargs["transformer"] = map_transformer(folder, index["transformer"], variant, map_for)
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, variant=variant, **kwargs)
         pipeline.check_components()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def map_transformer(folder: Path, variant: str | None, dtype: torch.dtype) -> CausalWanTransformer3DModel:
-    """The transformer in a pipeline's folder, its weights [`left_in_file`] for [`shard`].
+def map_transformer(folder: Path, kind: tuple[str, str], variant: str | None, dtype: torch.dtype) -> ModelMixin:
+    """The transformer in a pipeline's folder, of the module and class that the pipeline names, its weights
+    [`left_in_file`] for [`shard`].
 
     All else is as `from_pretrained` leaves it for `dtype`: the parameters' dtypes, buffers, and the random generator's
     state, which the adapters are drawn from.
@@ -69,14 +72,16 @@ def map_transformer(folder: Path, variant: str | None, dtype: torch.dtype) -> Ca
         ValueError, OSError: weights are missing or of another shape, or a file is no readable one.
         UserError: it is quantised.
     """
-    config = AutoModel.load_config(folder)
+    module, name = kind
+    transformer_class = getattr(importlib.import_module(module), name)
+    config = transformer_class.load_config(folder)
     if "quantization_config" in config:
         raise UserError(QUANTIZED)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with init_empty_weights():
-            transformer = AutoModel.from_config(config)
+            transformer = transformer_class.from_config(config)
     finally:
         torch.set_default_dtype(before)
     shapes = {name: weight.shape for name, weight in transformer.state_dict().items()}
@@ -84,7 +89,7 @@ def map_transformer(folder: Path, variant: str | None, dtype: torch.dtype) -> Ca
     tensors = {name: value for name, value in load_tensors(find_model(folder, variant)).items() if name in shapes}
     if found := misfits(tensors, shapes):
         raise ValueError(f"the transformer of {folder} does not fit its config: {found}.")
-    keep = set(transformer._keep_in_fp32_modules)
+    keep = set(transformer._keep_in_fp32_modules or ())
     weights = {
         name: left_in_file(value, dtype if keep.isdisjoint(name.split(".")) else torch.float32)
         for name, value in tensors.items()

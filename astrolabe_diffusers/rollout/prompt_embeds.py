@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -77,10 +77,19 @@ class StoredPromptEmbeds:
             raise UserError(f"prompt_embeds_dir: {self.path(prompt)}, of {prompt[:80]!r}, is missing or damaged.")
         return embeds
 
+    def check(self, prompts: Iterable[str]):
+        """A [`UserError`] if this process does not see what others wrote of these."""
+        if not all(self.path(prompt).is_file() for prompt in prompts):
+            raise UserError(
+                f"prompt_embeds_dir {self.folder.parent}: a process does not see the files of the others; it must be "
+                "a folder that all processes share."
+            )
+
     def write(self, prompt: str, embeds: torch.Tensor):
         """`embeds` `(1, L, D)`; a [`UserError`] if they cannot be written."""
         path, length = self.path(prompt), embeds.shape[1]
-        number = int(embeds[0].any(1).nonzero().max()) + 1  # rows until the last one that is not zero
+        rows = embeds[0].any(1).nonzero()
+        number = int(rows[-1]) + 1 if len(rows) else 0  # until the last one that is not zero
         embeds = embeds[0, :number].cpu().contiguous()
         # Not `save_file`, whose files only their owner can read.
         data = save({"prompt_embeds": embeds}, {"sha256": _sha256(embeds), "length": str(length)})

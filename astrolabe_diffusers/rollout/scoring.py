@@ -105,6 +105,10 @@ class ScoringThread(Closing):
             raise UserError(f"a reward failed on {prompts[0]!r}: {summarize_exception(error)}") from error
         return {"reward": output.total, **output.scores, **output.info}
 
+    def wait(self):
+        """For what was submitted, whatever comes of it."""
+        wait([self._thread.submit(lambda: None)], self.timeout)
+
     def close(self):
         # The rewards first, for which a call may be waiting.
         for reward_set in self._reward_sets:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, gather_object
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..distributed.agreement import raise_together
 from ..distributed.sharding import is_sharded
@@ -101,6 +101,9 @@ def _largest(trainer: "OnlineTrainer", sizes: list[int]) -> int:
 
     @find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller))
     def fits(size: int) -> int:
+        # What failed before may still be scored, and be held by its error.
+        trainer.rewards.wait()
+        clear_device_cache(garbage_collection=True)
         with _out_of_memory_as_it_is():
             _try(trainer, size, epoch)
         return size

@@ -48,7 +48,7 @@ def _changes(layer: LoraLayer, adapter: str) -> Iterator[tuple[nn.Parameter, tor
 
 
 def round_stochastically(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Float32 `x` in bfloat16 or float16: one of the two values around it, the nearer one more often, so that their
+    """Float32 `x` in bfloat16: one of the two values around it, the nearer one more often, so that their
     mean is `x` (arXiv 2010.06192). What the dtype has stays as it is.
 
     To the nearest value would lose a young LoRA: a base's weight has one already, and leaves it only for a change of

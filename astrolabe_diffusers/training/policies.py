@@ -141,8 +141,12 @@ def leave_casts_to_autocast(transformer: nn.Module):
 
 @contextmanager
 def cast_once(transformer: nn.Module) -> Iterator[None]:
-    """Inside, where nothing may change the LoRA weights, autocast casts each once for all passes, forward and
-    backward. Gradients are added up in the weights' float32, pass by pass. Without autocast nothing is cast anyway."""
+    """Inside, where nothing may change the LoRA weights, autocast casts each once for many passes. Gradients are added
+    up in the weights' float32, pass by pass. Without autocast nothing is cast anyway.
+
+    A thread that leaves autocast has all copies made anew: that which decodes for the rewards, and on CUDA that of the
+    backward pass, for every block it computes again.
+    """
     if is_sharded():  # the copies would be of whole weights, and all of them there at once
         yield
         return

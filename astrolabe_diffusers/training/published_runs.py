@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, close_matches
+from .config import AUTO
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -42,8 +43,11 @@ class PublishedRun:
 
         They are the published ones of the same base if there are some for that number. Otherwise, and beside a size
         of `SIZES` that is `given` by the user and stays, the batches are as many as come nearest to the published
-        samples an epoch and make up whole groups.
+        samples an epoch and make up whole groups. A `train_batch_size` of `auto` counts batches as videos.
         """
+        auto = given.get("train_batch_size") == AUTO
+        if auto:
+            given = given | {"train_batch_size": 1}
         source = num_processes if num_processes in self.sizes else self.processes
         published = {name: self.sizes[source][name] for name in SIZES}
         sizes = published | given
@@ -60,8 +64,8 @@ class PublishedRun:
         batch, group, batches = sizes.values()
         samples = num_processes * batch * batches
         return self.settings | sizes, (
-            f"{self.name} on {num_processes} process{'es' if num_processes > 1 else ''}: batches of {batch}, "
-            f"groups of {group}, {samples} samples an epoch, {origin}"
+            f"{self.name} on {num_processes} process{'es' if num_processes > 1 else ''}: batches "
+            f"{'as large as fit' if auto else f'of {batch}'}, groups of {group}, {samples} samples an epoch, {origin}"
         )
 
     def choose(self, recommended: bool, given: list[str]) -> tuple[dict[str, Any], str]:

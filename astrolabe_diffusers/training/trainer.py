@@ -96,6 +96,9 @@ class OnlineTrainer:
                     self.folder = self.resources.enter_context(open_training_folder(self.config))
             with raise_together():
                 self.load(model, train_prompts, eval_prompts)
+            with raise_together():
+                if self.rollouts.prompt_embeds:
+                    self.rollouts.prompt_embeds.check(prompt.text for prompt in self.eval_prompts)
             self.prepare()
             self.resources = self.resources.pop_all()
 

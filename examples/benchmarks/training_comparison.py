@@ -21,7 +21,7 @@ from astrolabe_diffusers.reporting.markdown import markdown_table
 from astrolabe_diffusers.training.forward_process.noising import add_noise
 from astrolabe_diffusers.training.nft import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.nft.trainer import NFTBatch, accumulate_gradients
-from astrolabe_diffusers.training.policies import use_policy
+from astrolabe_diffusers.training.policies import cast_once, use_policy
 
 
 PARTS = ("gradient", "rollout", "decoding")
@@ -166,7 +166,11 @@ def columns(trainer: NFTTrainer, batch: NFTBatch):
     )
 
     def ours(config: NFTConfig) -> Callable[[], object]:
-        return lambda: accumulate_gradients(accelerator, trainer.model, batch, config, size, True)
+        def step():
+            with cast_once(transformer):
+                accumulate_gradients(accelerator, trainer.model, batch, config, size, True)
+
+        return step
 
     generation = comparison.Column(OURS, pipe)
     policy = partial(use_policy, transformer, merge=config.merge_lora)

@@ -27,6 +27,7 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import find_lora, load_from, load_loras, weights_digest
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.policies import load_policies
+from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import SMALL, model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
 from tests.training.helpers import policy_pipeline
 from tests.training.test_checkpoints import plant
@@ -427,6 +428,14 @@ def test_weights_left_in_files_are_those_that_diffusers_loads(saved_as, folder, 
         assert torch.equal(whole_weight(found[name]).to(weight.dtype), weight)
     weight = "blocks.0.attn1.to_q.weight"
     assert torch.equal(whole_weight(found[weight]), other.get_parameter(weight))
+
+
+def test_weights_of_a_transformer_of_ones_own(tmp_path):
+    own = OwnTransformer()
+    CausalWanPipeline(**{**tiny_pipeline(**OVERRIDES).components, "transformer": own}).save_pretrained(tmp_path)
+    mapped = load_from(str(tmp_path), map_for=torch.bfloat16).transformer
+    assert type(mapped) is OwnTransformer
+    assert all(torch.equal(whole_weight(p), own.get_parameter(name)) for name, p in mapped.named_parameters())
 
 
 def test_a_variant_that_only_another_model_has(folder, tmp_path):

@@ -116,3 +116,17 @@ def test_another_encoder_has_another_digest(change, model_folder, tmp_path):
     assert encoder_digest(str(folder), torch.bfloat16) != before
     change(folder)
     assert encoder_digest(str(folder), torch.float32) != before
+
+
+def test_a_folder_that_a_process_does_not_share(tmp_path):
+    stored = StoredPromptEmbeds(tmp_path / "mine", "digest")
+    stored.write("a", torch.ones(1, 2, 4))
+    stored.check(["a"])
+    with pytest.raises(UserError, match="mine: a process does not see the files of the others; it must be a folder"):
+        stored.check(["a", "of another process"])
+
+
+def test_embeddings_of_nothing_but_zeros(tmp_path):
+    stored = StoredPromptEmbeds(tmp_path, "digest")
+    stored.write("", torch.zeros(1, 3, 4))
+    assert torch.equal(stored.find(""), torch.zeros(1, 3, 4))

@@ -1,6 +1,8 @@
 """`train_batch_size` `auto`, with memory that is made up."""
 
 import json
+import time
+import weakref
 
 import pytest
 import torch
@@ -113,6 +115,42 @@ def test_rewards_and_the_decoder_need_memory_too(watched, model_folder, tmp_path
     trainer.end()
 
 
+def slow(videos, prompts, metadata):
+    BUSY.append((len(videos), weakref.ref(videos)))
+    time.sleep(1 if len(videos) > 4 else 0)
+    return hungry(videos, prompts, metadata) if HUNGRY else (videos.flatten(1).mean(1), None)
+
+
+BUSY, HUNGRY = [], []
+
+
+@pytest.mark.parametrize("hungry", [False, True])
+def test_a_trial_begins_with_nothing_of_the_one_before(hungry, model_folder, tmp_path, gpu, monkeypatch):
+    """Neither a batch that is scored when sampling the next one fails, nor what a reward that failed was given."""
+    BUSY.clear()
+    HUNGRY[:] = [True] * hungry
+    begin, alive = batch_size._try, []
+
+    def trial(*args):
+        alive.extend(videos for _, ref in BUSY if (videos := ref()) is not None)
+        return begin(*args)
+
+    monkeypatch.setattr(batch_size, "_try", trial)
+    trainer, _ = make_trainer(model_folder, tmp_path, rewards=f"{__name__}:slow", **AUTO | dict(batches_per_epoch=16))
+
+    def fills_up(_, args):  # with the second batch of eight, while the first is scored
+        if hungry or len(args[0]) <= 4 or torch.is_grad_enabled():
+            return
+        time.sleep(0.1)
+        if any(size > 4 for size, _ in BUSY):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    trainer.transformer.register_forward_pre_hook(fills_up)
+    trainer.start()
+    assert BUSY and not alive and trainer.config.train_batch_size == (2 if hungry else 4)
+    trainer.end()
+
+
 def test_not_even_one_fits(model_folder, tmp_path, gpu):
     trainer, _ = make_trainer(model_folder, tmp_path, **AUTO)
     limit_batches(trainer.transformer, 0)
@@ -151,10 +189,22 @@ def test_sizes():
         NFTConfig(train_batch_size="automatic")
 
 
-def test_a_published_run_keeps_its_samples(monkeypatch):
+@pytest.mark.parametrize("recipe", [[], ["--config", "tiny_shapes"]])
+def test_a_recipe_and_the_defaults_keep_their_samples(recipe):
+    written, auto = parse_args(recipe), parse_args([*recipe, "--train_batch_size", "auto"])
+    assert auto.train_batch_size == "auto"
+    assert auto.batches_per_epoch == written.train_batch_size * written.batches_per_epoch
+    assert (auto.groups_per_epoch(8), auto.steps_per_epoch) == (written.groups_per_epoch(8), written.steps_per_epoch)
+    # What the command line counts are videos already.
+    given = parse_args([*recipe, "--train_batch_size", "auto", "--batches_per_epoch", "48"])
+    assert given.batches_per_epoch == 48
+
+
+def test_a_published_run_keeps_its_samples(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
     run = ["--config", "longlive_video_hpsv3", "--prompts", "mine.txt"]
     published, auto = parse_args(run), parse_args([*run, "--train_batch_size", "auto"])
     assert auto.train_batch_size == "auto"
     assert auto.batches_per_epoch == published.train_batch_size * published.batches_per_epoch
     assert auto.groups_per_epoch(8) == published.groups_per_epoch(8)
+    assert ": batches as large as fit, groups of " in capsys.readouterr().out

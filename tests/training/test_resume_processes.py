@@ -117,3 +117,16 @@ def test_kills_change_nothing(model_folder, tmp_path):
     code, output = start(model_folder, folder, resume_from_checkpoint="latest", **values).finish(timeout=600)
     assert code == 0 and "resuming from" in output, output
     assert numbers_of_run(folder) == numbers_of_run(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_kill_of_a_compiled_run_changes_nothing(model_folder, tmp_path):
+    values = dict(max_train_steps=4, eval_steps=4, compile=True, learning_rate=1e-3)
+    code, output = start(model_folder, tmp_path / "whole", **values).finish(timeout=600)
+    assert code == 0, output
+    run = start(model_folder, tmp_path / "killed", **values)
+    run.wait_for("step 3/4", timeout=600)
+    run.kill_all()
+    code, output = start(model_folder, tmp_path / "killed", resume_from_checkpoint="latest", **values).finish(600)
+    assert code == 0 and "resuming from" in output, output
+    assert numbers_of_run(tmp_path / "killed") == numbers_of_run(tmp_path / "whole")

@@ -72,7 +72,10 @@ class NFTConfig(ForwardProcessConfig):
             )
 
         if self.train_batch_size == AUTO and self.selective_kl and self.kl_average == "batch":
-            raise UserError("kl_average=batch trains something else with batches of another size: not with auto.")
+            raise UserError(
+                "kl_average=batch trains something else with batches of another size: give train_batch_size a number, "
+                "or set kl_average=selected."
+            )
 
     @property
     def other_adapters(self) -> list[str]:
