@@ -99,7 +99,7 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict
         settings = {"config": "tiny_shapes", "seed": seed, "output_dir": folder, "eval_split": split}
         settings |= {"eval_num_frames": 21, "eval_steps": 10_000, "num_eval_videos": 0}
         settings |= {"checkpointing_steps": 10_000, "report_to": "none"}
-        # The recipe goes as far in half as many steps, but rates were chosen for these.
+        # The recipe goes as far in fewer, but rates were chosen for these.
         settings |= {"max_train_steps": 40, "learning_rate": 2.5e-2, "lr_warmup_steps": 5}
         settings |= {"eval_rewards": DETAIL} | EXPERIMENTS[name]
         start("train_nft.py", settings, folder / "log.txt", number)
