@@ -32,7 +32,7 @@ DETAIL = "experiments:plain_detail"
 EASIER = ("two_objects", "one_object")
 # 97.5 % quantile of Student's t with two degrees of freedom, three seeds.
 STUDENT = 4.303
-# At the others' rate the videos collapse before the run ends.
+# At the recipe's rate the videos collapse before the run ends.
 HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 8e-3}
 # The same beside the one that is meant.
 TEMPTED = {"rewards": f"{DETAIL}=2,{MATCH}=1", "eval_rewards": "flicker"}
@@ -99,8 +99,6 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict
         settings = {"config": "tiny_shapes", "seed": seed, "output_dir": folder, "eval_split": split}
         settings |= {"eval_num_frames": 21, "eval_steps": 10_000, "num_eval_videos": 0}
         settings |= {"checkpointing_steps": 10_000, "report_to": "none"}
-        # The recipe goes as far in fewer, but rates were chosen for these.
-        settings |= {"max_train_steps": 40, "learning_rate": 2.5e-2, "lr_warmup_steps": 5}
         settings |= {"eval_rewards": DETAIL} | EXPERIMENTS[name]
         start("train_nft.py", settings, folder / "log.txt", number)
     changes = {}
