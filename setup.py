@@ -69,7 +69,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["diffusion", "video generation", "autoregressive", "reinforcement learning", "lora", "diffusers"],
     packages=find_packages(include=["astrolabe_diffusers", "astrolabe_diffusers.*"]),
-    package_data={"astrolabe_diffusers": ["assets/**", "recipes/**/*.yaml", "reporting/*.md"]},
+    package_data={"astrolabe_diffusers": ["assets/**", "recipes/**/*.yaml", "reporting/*.md", "live/page/*"]},
     # diffusers 0.42 needs it.
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
