@@ -4,7 +4,7 @@ const H264 = "avc1.42E01F";
 
 /** The codecs that this browser decodes, best first. */
 export async function decodableCodecs() {
-  const images = ["webp", "jpeg"];
+  const images = ["jpeg", "webp"];
   if (!globalThis.isSecureContext || !globalThis.VideoDecoder) return images;
   const { supported } = await VideoDecoder.isConfigSupported({ codec: H264 });
   return supported ? ["h264", ...images] : images;

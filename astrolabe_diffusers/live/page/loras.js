@@ -14,11 +14,13 @@ export class Loras {
     this.#changed = changed;
   }
 
-  /** `weights` of the LoRAs as they were loaded, by name. */
+  /** `weights` of the LoRAs as they were loaded, by name. What somebody has set stays set. */
   load(weights) {
+    const before = this.weights;
     this.#loaded = weights;
     this.#controls.clear();
     this.#list.replaceChildren(...Object.entries(weights).map(([name, weight]) => this.#row(name, weight)));
+    this.show(before);
   }
 
   get weights() {
@@ -26,13 +28,16 @@ export class Loras {
     return Object.fromEntries(entries);
   }
 
-  get moved() {
-    return Object.entries(this.weights).some(([name, weight]) => weight !== this.#loaded[name]);
+  /** What a session has to begin with so that it has these weights, not those that were loaded. */
+  get events() {
+    const moved = Object.entries(this.weights).filter(([name, weight]) => weight !== this.#loaded[name]);
+    return moved.length ? [{ block: 0, type: "lora", weights: Object.fromEntries(moved) }] : [];
   }
 
-  /** To the weights of a replayed event, or back to those that were loaded. */
+  /** To the weights of an event, or back to those that were loaded. */
   show(weights = this.#loaded) {
     for (const [name, weight] of Object.entries(weights)) {
+      if (!this.#controls.has(name)) continue;
       const { on, slider, value } = this.#controls.get(name);
       on.checked = weight !== 0;
       if (weight !== 0) slider.value = weight;

@@ -11,7 +11,8 @@ const UPDATE_MS = 250;
 const codecs = await decodableCodecs();
 let hello = null; // what the server has; null while there is no connection
 let player = null;
-let startMessage = null; // of the session that runs or waits
+let asked = null; // the start that was sent last
+let accepted = null; // the start of the session that runs or waits
 let waiting = null; // the place in the queue
 let running = false;
 let paused = false;
@@ -56,16 +57,18 @@ const receive = {
       get("height").value = message.height;
       setAspect(message);
     }
-    if (startMessage) start(startMessage);
+    // The session goes on with what was on.
+    if (accepted) start({ ...accepted, events: loras.events });
   },
   queue({ position, sessions }) {
+    accepted = asked;
     waiting = position > 0 ? position : null;
     const places = `${sessions} ${sessions === 1 ? "session" : "sessions"} at once`;
     get("queue").textContent = waiting ? `place ${position}, ${places}` : "running";
   },
   started(message) {
     player?.close();
-    const canvases = [get("lane-0"), get("lane-1")].slice(0, startMessage.compare ? 2 : 1);
+    const canvases = [get("lane-0"), get("lane-1")].slice(0, message.compare ? 2 : 1);
     get("second").hidden = canvases.length < 2;
     get("stage").dataset.lanes = canvases.length;
     setAspect(message);
@@ -82,11 +85,12 @@ const receive = {
   },
   mark(message) {
     player.mark(message);
-    if (startMessage.events && message.event.type === "lora") loras.show(message.event.weights);
+    if (message.event.type === "lora") loras.show(message.event.weights);
   },
   recording({ url, frames }) {
-    recording = url == null;
-    if (url != null) offer(downloadAddress(url), `video of ${frames} frames`);
+    // Without an address it has begun, or ended without a frame.
+    recording = url === null && !recording;
+    if (url !== null) offer(downloadAddress(url), `video of ${frames} frames`);
   },
   session({ session }) {
     const file = new Blob([JSON.stringify(session, null, 1)], { type: "application/json" });
@@ -98,7 +102,7 @@ const receive = {
   },
   ended({ reason }) {
     running = recording = false;
-    waiting = startMessage = null;
+    waiting = accepted = null;
     ended = reason;
     player?.finish();
   },
@@ -118,11 +122,8 @@ function disconnected(words) {
 // What is sent.
 
 function start(message) {
-  startMessage = message;
+  asked = message;
   connection.send(message);
-  // The server starts with the weights that it loaded; a replayed session has its own.
-  if (message.events) loras.show();
-  else if (loras.moved) connection.send({ type: "lora", weights: loras.weights });
 }
 
 function startAnew() {
@@ -137,14 +138,17 @@ function startAnew() {
     width: number("width"),
     codecs,
     compare: get("compare").checked,
+    events: loras.events,
   });
 }
 
 function replay(session) {
   get("prompt").value = session.prompt;
   for (const name of ["seed", "height", "width"]) get(name).value = session[name];
-  const { prompt, seed, height, width, events } = session;
-  start({ type: "start", prompt, seed, height, width, codecs, events, compare: get("compare").checked });
+  get("compare").checked = session.compare;
+  loras.show();
+  const { prompt, seed, height, width, compare, events } = session;
+  start({ type: "start", prompt, seed, height, width, codecs, compare, events });
 }
 
 function steer(event) {
@@ -161,7 +165,7 @@ function sendPrompt() {
   const transition = get("transition").value;
   const prompt = get("prompt").value;
   // If the server goes and comes back, the session goes on with what was typed last.
-  startMessage = { ...startMessage, prompt, events: undefined };
+  accepted = { ...accepted, prompt };
   const blocks = transition === "roll" ? get("num-blocks").valueAsNumber : 1;
   steer({ type: "prompt", prompt, transition, num_blocks: blocks });
 }
@@ -195,7 +199,9 @@ function describe() {
   setText("restart", running ? "Restart" : "Start");
   setText("send", running ? "Send" : "Start");
   get("record").setAttribute("aria-pressed", recording);
-  for (const id of ["pause", "record", "save"]) get(id).disabled = !running;
+  for (const id of ["pause", "record"]) get(id).disabled = !running;
+  // A video that has come to its end can be kept as well.
+  get("save").disabled = hello === null || player === null;
   for (const id of ["restart", "send", "load"]) get(id).disabled = hello === null;
   get("num-blocks").disabled = get("transition").value !== "roll";
   document.body.classList.toggle("slow", running && player.figures.slow);

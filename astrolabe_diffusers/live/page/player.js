@@ -66,14 +66,17 @@ export class Player {
 
   /** An event is being sent. */
   send(event) {
-    this.#sent.push({ event, time: performance.now(), ...this.#timeline.send(Math.max(0, this.#screen)) });
+    const frame = Math.max(0, this.#screen);
+    this.#sent.push({ event, frame, time: performance.now() });
+    this.#timeline.send(frame);
   }
 
-  /** The server says from which block on an event holds. Of several of one kind between two blocks the last does. */
+  /** The server says from which block on an event holds. Of several prompts between two blocks the last does. */
   mark(mark) {
-    const last = this.#sent.findLastIndex(({ event }) => same(event, mark.event));
+    const { type, prompt } = mark.event;
+    const last = this.#sent.findLastIndex(({ event }) => event.type === type && event.prompt === prompt);
     const sent = this.#sent[last];
-    if (sent) this.#sent = this.#sent.filter(({ event }, i) => i > last || event.type !== mark.event.type);
+    if (sent) this.#sent = this.#sent.filter(({ event }, i) => i > last || event.type !== type);
     this.#held.push({ sent, mark });
     this.#write();
   }
@@ -98,19 +101,20 @@ export class Player {
       const frame = this.#blocks.get(mark.block);
       const seen = this.#seen.get(frame);
       if (seen === undefined) return true;
-      const made = Math.round(1000 * mark.seconds);
-      const delay = sent ? Math.round(seen - sent.time) : made;
-      const when = sent ? `ready after ${made} ms, seen after ${delay} ms` : `ready after ${made} ms`;
-      const words = `Block ${mark.block}: ${describe(mark.event)}; sent after ${mark.sent_after_block}, ${when}.`;
-      this.#timeline.hold(sent, frame, delay, words);
-      if (mark.event.type === "prompt") this.figures.latency(delay);
+      const words = `Block ${mark.block}: ${describe(mark.event)}`;
+      if (sent) {
+        const ready = Math.round(1000 * mark.seconds);
+        const delay = Math.round(seen - sent.time);
+        const when = `sent before block ${mark.sent_after_block + 1}, ready after ${ready} ms, seen after ${delay} ms`;
+        this.#timeline.hold(frame, `${words}; ${when}.`, delay, sent);
+        if (mark.event.type === "prompt") this.figures.latency(delay);
+      } else {
+        // It is of a session that is replayed.
+        this.#timeline.hold(frame, `${words}.`);
+      }
       return false;
     });
   }
-}
-
-function same(a, b) {
-  return a.type === b.type && a.prompt === b.prompt && JSON.stringify(a.weights) === JSON.stringify(b.weights);
 }
 
 function describe({ type, prompt, transition, num_blocks: blocks, weights }) {

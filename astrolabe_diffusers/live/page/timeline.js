@@ -41,15 +41,15 @@ export class Timeline {
     this.#write(`The buffer ran dry before frame ${frame}.`);
   }
 
-  /** An event was sent while `frame` was on the screen. Returns it, for `hold`. */
+  /** An event was sent while `frame` was on the screen. */
   send(frame) {
-    return { frame, element: this.#add("sent", frame) };
+    this.#add("sent", frame);
   }
 
-  /** A sent event takes hold at `frame`, the first of a block, and is seen `milliseconds` after it was sent. */
-  hold(sent, frame, milliseconds, words) {
-    this.#add("span", sent.frame, frame - sent.frame);
-    this.#add("hold", frame).dataset.label = `${milliseconds} ms`;
+  /** An event takes hold at `frame`, the first of a block; a `sent` one is seen `milliseconds` after it was sent. */
+  hold(frame, words, milliseconds, sent) {
+    if (sent) this.#add("span", sent.frame, frame - sent.frame);
+    this.#add("hold", frame).dataset.label = sent ? `${milliseconds} ms` : "";
     this.#write(words);
   }
 
