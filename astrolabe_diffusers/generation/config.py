@@ -1,12 +1,15 @@
 """The settings of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..config import option
 from ..errors import UserError, as_user_error
 from ..pipelines.config import PipelineConfig
 from ..pipelines.sigmas import check_sigmas
 from ..rollout.config import VideoConfig
+
+
+SAID_BY_SESSION = ("seed", "height", "width", "num_frames", "fps", "sigmas", "num_videos_per_prompt", "lora_scale")
 
 
 @dataclass
@@ -17,6 +20,7 @@ class GenerationConfig(PipelineConfig, VideoConfig):
 
     prompt: str | None = option(None, "the only prompt; or give prompts")
     prompts: str | None = option(None, "a .txt or .jsonl file (objects with a `prompt`), or a dataset, id or folder")
+    session: str | None = option(None, "a session that `astrolabe live` has saved: the same frames again")
     split: str = option("train", "split of a dataset, also a slice such as test[:100]")
     plain_prompts: bool = option(False, "prompts without scenes: | and [ in them mean themselves")
     output_dir: str = option("videos", "folder of the videos and manifest.jsonl")
@@ -32,8 +36,15 @@ class GenerationConfig(PipelineConfig, VideoConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.prompt is None) == (self.prompts is None):
-            raise UserError("give either prompt, a text, or prompts, a file or a dataset.")
+        if [self.prompt, self.prompts, self.session].count(None) != 2:
+            raise UserError(
+                "give one of prompt, a text, prompts, a file or a dataset, and session, a file of `astrolabe live`."
+            )
+        if self.session:
+            defaults = {f.name: f.default for f in fields(self)}
+            for name in SAID_BY_SESSION:
+                if getattr(self, name) not in (defaults[name], []):
+                    raise UserError(f"a session says itself what {name} is: leave it out.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
         if (self.reward_options or self.reward_placement) and not self.rewards:
