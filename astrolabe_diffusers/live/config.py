@@ -27,7 +27,7 @@ class LiveConfig(PipelineConfig):
     sessions: int = option(1, "viewers whose videos are made at the same time, in turns", minimum=1)
     waiting: int = option(16, "viewers that may wait for one of these to leave", minimum=0)
     idle_seconds: float = option(60, "after which a paused viewer makes room for one who waits", minimum=1)
-    max_pixels: int | None = option(None, "of a frame that a viewer asks for; the model's own size if not given", minimum=1)
+    max_pixels: int | None = option(None, "of a frame, at most; those of the model's own size if not given", minimum=1)
     max_connections: int = option(64, "connections at a time; further ones are closed", minimum=1)
     codecs: list[str] = option(list(CODECS), "how frames may be sent; the first that a viewer can decode is taken")
     max_recordings: int = option(16, "recordings that are kept; the oldest goes first", minimum=1)

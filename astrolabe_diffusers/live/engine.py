@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from ..errors import one_line, summarize_exception
 from .session import Block, LiveSession, Mark
@@ -39,8 +40,8 @@ class FullError(Exception):
 
 class LiveEngine:
     """
-    Makes the blocks of up to `sessions` sessions, that one's first whose viewer will need it first; others wait until
-    one leaves. A context manager: the thread ends with the context.
+    Makes the blocks of up to `sessions` sessions, of those whose next one is due in turns; others wait until one
+    leaves. A context manager: the thread ends with the context.
 
     What happens to a session its listener is told, in the engine's thread: it must not wait for anything. An error of
     one session ends that one alone.
@@ -164,10 +165,11 @@ class LiveEngine:
                     self._end(session, f"nothing was seen for {self.idle_seconds:g} s, and others wait")
         turn = sum(session.block_seconds for session in self._running)
         due = {session: session.due_at(turn) for session in self._running}
-        first = min(due, key=due.get, default=None)
-        if first is not None and due[first] <= now:
-            return first, 0
-        times = [due[first]] if first is not None else []
+        # Not that one's first whose frames run out first: one that takes all it can get would always be.
+        ready = [session for session in due if due[session] <= now]
+        if ready:
+            return min(ready, key=attrgetter("ready_at")), 0
+        times = list(due.values())
         if self._queue:
             times += [session.active_at + self.idle_seconds for session in self._running]
         until = min(times, default=math.inf)

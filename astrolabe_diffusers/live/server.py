@@ -528,8 +528,9 @@ def create_app(live: LiveApp) -> FastAPI:
     return app
 
 
-def make_live_server(live: LiveApp, max_connections: int = 64):
-    """The uvicorn server of it, with bounds for connections and messages."""
+def make_live_server(live: LiveApp, max_connections: int = 64, ping_seconds: float = 5.0):
+    """The uvicorn server of it, with bounds for connections and messages. That a viewer has gone without a word is
+    found out after three times `ping_seconds`."""
     return make_server(
         create_app(live),
         ConnectionLimits(max_connections),
@@ -537,7 +538,6 @@ def make_live_server(live: LiveApp, max_connections: int = 64):
         ws_max_size=MAX_MESSAGE,
         # Frames are compressed, and windows of compression are memory of each connection.
         ws_per_message_deflate=False,
-        # Who has gone without a word is found out within seconds.
-        ws_ping_interval=5.0,
-        ws_ping_timeout=10.0,
+        ws_ping_interval=ping_seconds,
+        ws_ping_timeout=2 * ping_seconds,
     )

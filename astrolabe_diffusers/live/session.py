@@ -219,7 +219,7 @@ class LiveSession:
         # Of the flow: ends of blocks, what was shown of them and when, and how long blocks took.
         self._last_frames: deque[int] = deque(maxlen=4)
         self._shown, self._shown_at = -1, None
-        self._ready_at = self.active_at = time.monotonic()
+        self.ready_at = self.active_at = time.monotonic()
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._slack = _SLACK
 
@@ -295,7 +295,7 @@ class LiveSession:
             if self.paused or self.held or ahead > self.model.frames_per_block:
                 return math.inf
             if self._shown_at is None:
-                return self._ready_at
+                return self.ready_at
             lead = 1.5 * turn_seconds + self._slack
             return self._shown_at + ahead / rate - lead
 
@@ -332,7 +332,7 @@ class LiveSession:
             seconds = time.monotonic() - started
             blocks.append(Block(lane, number, self.num_frames, frames, seconds, self.model.memory_gb()))
         with self._lock:
-            ready = self._ready_at = self.active_at = time.monotonic()
+            ready = self.ready_at = self.active_at = time.monotonic()
             # The first one encodes the prompt and allocates.
             if number:
                 self._recent.append(ready - began)
