@@ -58,8 +58,10 @@ EXTRAS_REQUIRE = {
     "docs": ["mkdocs-material>=9.5"],
     # A minor version of ruff may change its rules.
     "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "wandb>=0.31", "markdown-it-py>=3"],
+    # With a Chromium of the system: `pytest tests -m browser`.
+    "browser": ["playwright>=1.50"],
 }
-EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"] + EXTRAS_REQUIRE["live"]
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"] + EXTRAS_REQUIRE["live"] + EXTRAS_REQUIRE["browser"]
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
 
 setup(

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import socket
 import struct
 
@@ -71,14 +72,19 @@ def free_port() -> int:
 
 
 class Server:
-    def __init__(self, *arguments, port: int | None = None):
+    def __init__(self, *arguments, port: int | None = None, **environment: str):
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
-        self._process = Script("examples/live.py", "--model", "tiny_shapes", "--port", self.port, *arguments)
+        arguments = ("--model", "tiny_shapes", "--port", self.port, *arguments)
+        self._process = Script("examples/live.py", *arguments, **environment)
         self._process.wait_for(f"at {self.url}")
 
     def kill(self):
         self._process.kill_all()
+
+    def stop(self):
+        self._process.send_signal(signal.SIGINT)
+        self._process.finish(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def lora(tmp_path_factory):
 def server(lora):
     server = Server("--lora", lora, "--sessions", "2")
     yield server
-    server.kill()
+    server.stop()
 
 
 @pytest.fixture
@@ -105,7 +111,7 @@ def small_server():
     """Has room for one session."""
     server = Server("--sessions", "1")
     yield server
-    server.kill()
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +236,7 @@ def test_type_watch_steer(server, open_tab, codec):
     delay = int(re.search(r"seen after (\d+) ms", tab.page.text_content("#log"))[1])
     assert 1000 * mark["seconds"] - 50 <= delay < 3000
     assert tab.page.text_content("#latency") == f"{delay} ms"
+    assert tab.page.get_by_role("img", name=f"Video of “{BLUE}”").is_visible()
     assert tab.page.locator("#track .hold").get_attribute("data-label") == f"{delay} ms"
 
 
@@ -396,7 +403,28 @@ def test_the_server_goes_and_comes_back(open_tab):
     tab.wait_for_text("#state", "The server is back. Playing")
     # With the prompt that was on.
     assert match(tab.frames(0, 33), BLUE) > 0.7
-    again.kill()
+    again.stop()
+
+
+@pytest.mark.parametrize("place", ["?token=", "#token="])
+def test_a_token(browser, open_tab, place):
+    """It goes from the page's address to the connection and to downloads."""
+    server = Server(ASTROLABE_LIVE_TOKEN="open sesame")
+    stranger = browser.new_page()
+    stranger.goto(server.url)
+    words = "The server closed the connection: this server wants its token"
+    sync_api.expect(stranger.locator("#state")).to_contain_text(words)
+    assert stranger.is_disabled("#send")
+    stranger.close()
+    tab = open_tab(f"{server.url}{place}open%20sesame")
+    tab.start(RED)
+    tab.page.get_by_role("button", name="Record").click()
+    tab.wait_for_frames(FIRST + LATER)
+    tab.page.get_by_role("button", name="Record").click()
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("link", name="Download").click()
+    assert download.value.path().stat().st_size > 1000
+    server.stop()
 
 
 def test_markup_is_text(server, open_tab):

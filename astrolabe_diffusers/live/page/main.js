@@ -6,7 +6,8 @@ import { Player } from "./player.js";
 import { Connection, downloadAddress, unpackPictures } from "./protocol.js";
 
 const get = (id) => document.getElementById(id);
-const UPDATE_MS = 250;
+const UPDATE_MS = 250; // between two looks at the figures
+const BACK_MS = 5000; // for which the page says that the server is back
 
 const codecs = await decodableCodecs();
 let hello = null; // what the server has; null while there is no connection
@@ -42,21 +43,18 @@ const receiver = {
 // What the server says, by the type of its message.
 const receive = {
   hello(message) {
-    const first = hello === null && trouble === null;
     hello = message;
-    cameBack = trouble !== null;
+    if (trouble !== null) sayThatItIsBack();
     trouble = null;
     get("model").textContent = message.model;
     get("transition").replaceChildren(...message.transitions.map((name) => new Option(name)));
     showPresets(message.presets);
     loras.load(message.loras);
     get("loras").hidden = Object.keys(message.loras).length === 0;
-    if (first) {
-      get("prompt").value ||= message.presets[0] ?? "";
-      get("width").value = message.width;
-      get("height").value = message.height;
-      setAspect(message);
-    }
+    get("prompt").value ||= message.presets[0] ?? "";
+    get("width").value ||= message.width;
+    get("height").value ||= message.height;
+    if (player === null) setAspect(message);
     // The session goes on with what was on.
     if (accepted) start({ ...accepted, events: loras.events });
   },
@@ -75,6 +73,7 @@ const receive = {
     const shown = (frame) => connection.send({ type: "shown", frame });
     player = new Player(canvases, hello.frame_rate, message, shown, (error) => showError(error.message));
     get("seed").value = message.seed;
+    showPrompt(asked.prompt);
     running = true;
     waiting = ended = null;
     paused = recording = false;
@@ -86,6 +85,7 @@ const receive = {
   mark(message) {
     player.mark(message);
     if (message.event.type === "lora") loras.show(message.event.weights);
+    else showPrompt(message.event.prompt);
   },
   recording({ url, frames }) {
     // Without an address it has begun, or ended without a frame.
@@ -110,6 +110,14 @@ const receive = {
     showError(message);
   },
 };
+
+function sayThatItIsBack() {
+  cameBack = true;
+  setTimeout(() => {
+    cameBack = false;
+    describe();
+  }, BACK_MS);
+}
 
 function disconnected(words) {
   hello = waiting = null;
@@ -215,6 +223,12 @@ function setText(id, text) {
 function setAspect({ width, height }) {
   get("stage").style.setProperty("--aspect", width / height);
   get("stage").classList.toggle("pixels", width < 256);
+}
+
+/** To those who do not see it. */
+function showPrompt(prompt) {
+  get("lane-0").ariaLabel = `Video of “${prompt}”`;
+  get("lane-1").ariaLabel = `Video with LoRA of “${prompt}”`;
 }
 
 function showPresets(presets) {
