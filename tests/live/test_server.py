@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import psutil
@@ -485,9 +485,10 @@ def test_words_that_are_not_read_end_the_connection(model, monkeypatch):
         raw.sendall(masked(json.dumps({"type": "start", "prompt": "a" * 4000, "seed": 0})))
         wait_for(lambda: live.viewers)
         (viewer,) = live.viewers
-        most = 0
-        with pytest.raises(OSError):
-            for _ in range(4000):
+        most, deadline = 0, time.monotonic() + 20
+        with suppress(OSError):  # the connection may be gone before the viewer is
+            while viewer in live.viewers:
+                assert time.monotonic() < deadline
                 raw.sendall(masked(json.dumps({"type": "save"})) * 10)
                 time.sleep(0.002)
                 most = max(most, len(viewer._outbox))
