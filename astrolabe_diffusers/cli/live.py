@@ -2,6 +2,7 @@
 
 import os
 import signal
+from urllib.parse import quote
 
 from ..errors import Interrupted, as_user_error
 from ..live.config import TOKEN_VARIABLE, LiveConfig
@@ -35,7 +36,7 @@ def serve(config: LiveConfig):
         with as_user_error("server"):
             server = make_live_server(live, config.max_connections)
             listener.listen()
-        query = f"?token={token}" if token else ""
+        query = f"?token={quote(token, safe='')}" if token else ""
         print(f"{live.model.name} at http://{config.host}:{config.port}/{query}", flush=True)
         try:
             server.run(sockets=[listener])

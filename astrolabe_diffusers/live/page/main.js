@@ -83,9 +83,15 @@ const receive = {
     player.block(message);
   },
   mark(message) {
-    player.mark(message);
-    if (message.event.type === "lora") loras.show(message.event.weights);
-    else showPrompt(message.event.prompt);
+    const ours = player.mark(message);
+    if (message.event.type === "lora") {
+      // Ours are where they were moved to, perhaps further by now.
+      if (!ours) loras.show(message.event.weights);
+    } else {
+      // If the server goes and comes back, the session goes on with this.
+      accepted = { ...accepted, prompt: message.event.prompt };
+      showPrompt(message.event.prompt);
+    }
   },
   recording({ url, frames }) {
     // Without an address it has begun, or ended without a frame.
@@ -150,6 +156,14 @@ function startAnew() {
   });
 }
 
+function readSession(text) {
+  const session = JSON.parse(text);
+  const parts = ["model", "prompt", "seed", "height", "width", "compare", "events"];
+  if (!parts.every((name) => name in Object(session))) throw new Error(`a session has ${parts.join(", ")}`);
+  if (session.model !== hello.model) throw new Error(`it was made with ${session.model}, not ${hello.model}`);
+  return session;
+}
+
 function replay(session) {
   get("prompt").value = session.prompt;
   for (const name of ["seed", "height", "width"]) get(name).value = session[name];
@@ -172,8 +186,6 @@ function sendPrompt() {
   }
   const transition = get("transition").value;
   const prompt = get("prompt").value;
-  // If the server goes and comes back, the session goes on with what was typed last.
-  accepted = { ...accepted, prompt };
   const blocks = transition === "roll" ? get("num-blocks").valueAsNumber : 1;
   steer({ type: "prompt", prompt, transition, num_blocks: blocks });
 }
@@ -289,10 +301,9 @@ get("file").addEventListener("change", async () => {
   const text = await file.text();
   get("file").value = "";
   try {
-    replay(JSON.parse(text));
+    replay(readSession(text));
   } catch (error) {
-    if (!(error instanceof SyntaxError)) throw error;
-    showError(`${file.name} is no saved session: ${error.message}`);
+    showError(`${file.name}: ${error.message}`);
   }
 });
 get("new-seed").addEventListener("click", () => {

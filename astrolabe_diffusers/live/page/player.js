@@ -71,7 +71,10 @@ export class Player {
     this.#timeline.send(frame);
   }
 
-  /** The server says from which block on an event holds. Of several prompts between two blocks the last does. */
+  /**
+   * The server says from which block on an event holds; of several prompts between two blocks the last does. Returns
+   * whether it was sent here, or else is of a session that is replayed.
+   */
   mark(mark) {
     const { type, prompt } = mark.event;
     const last = this.#sent.findLastIndex(({ event }) => event.type === type && event.prompt === prompt);
@@ -79,6 +82,7 @@ export class Player {
     if (sent) this.#sent = this.#sent.filter(({ event }, i) => i > last || event.type !== type);
     this.#held.push({ sent, mark });
     this.#write();
+    return sent !== undefined;
   }
 
   update() {

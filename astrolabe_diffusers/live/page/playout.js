@@ -1,5 +1,8 @@
 // Pictures onto the canvases at the model's frame rate: each once and in order, none made up, none left out in secret.
 
+// A screen is drawn every 16 ms or sooner, and half of that early is as near as half of it late.
+const EARLY_MS = 4;
+
 /**
  * `canvases`, one a lane, show the same frame at the same time. `watcher` has `shown(frame)` and `underrun(frame)`.
  *
@@ -76,8 +79,7 @@ export class Playout {
 
   #tick(now) {
     this.#request = requestAnimationFrame((later) => this.#tick(later));
-    // Half a refresh early is nearer than half a refresh late.
-    if (this.#due !== null && now < this.#due - 4) return;
+    if (this.#due !== null && now < this.#due - EARLY_MS) return;
     this.#skipGaps();
     const lanes = this.#bitmaps.get(this.next);
     if (!lanes || Object.keys(lanes).length < this.#contexts.length) {
