@@ -9,7 +9,9 @@ from ..pipelines.sigmas import check_sigmas
 from ..rollout.config import VideoConfig
 
 
-SAID_BY_SESSION = ("seed", "height", "width", "num_frames", "fps", "sigmas", "num_videos_per_prompt", "lora_scale")
+# What a session says itself, or what makes other frames of it.
+NOT_OF_SESSIONS = ("seed", "height", "width", "num_frames", "fps", "sigmas", "num_videos_per_prompt", "batch_size")
+NOT_OF_SESSIONS += ("lora_scale", "plain_prompts", "rewards", "compile")
 
 
 @dataclass
@@ -42,9 +44,9 @@ class GenerationConfig(PipelineConfig, VideoConfig):
             )
         if self.session:
             defaults = {f.name: f.default for f in fields(self)}
-            for name in SAID_BY_SESSION:
-                if getattr(self, name) not in (defaults[name], []):
-                    raise UserError(f"a session says itself what {name} is: leave it out.")
+            for name in NOT_OF_SESSIONS:
+                if (value := getattr(self, name)) and value != defaults[name]:
+                    raise UserError(f"{name} is not for a session, which says itself how its video is: leave it out.")
         if self.lora_scale != 1 and not self.lora:
             raise UserError("lora_scale needs a lora.")
         if (self.reward_options or self.reward_placement) and not self.rewards:
