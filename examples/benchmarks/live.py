@@ -6,8 +6,8 @@ python examples/benchmarks/live.py --url 'ws://127.0.0.1:7860/ws?token=TOKEN'
 python examples/benchmarks/live.py --encoding
 
 Viewers are processes of their own. Each shows frames at the model's rate from what has come, as the page does, and
-sends another prompt every few seconds. An underrun is a frame that was due and not there. The delay of a prompt is that
-from sending it to showing the first frame that was made with it; nothing is decoded.
+sends another prompt every few seconds. An underrun is a frame that was due and not there. The delay of a prompt is
+that from sending it to showing the first frame that was made with it; nothing is decoded.
 """
 
 import argparse
