@@ -114,6 +114,8 @@ OTHERS = {
     "--batch_sizes",
     "--config_file",
     "--cpu",
+    "--encoding",
+    "--viewers",
     "--num_processes",
     "--no-deps",
     "--lengths",
