@@ -234,6 +234,8 @@ class Viewer:
         tasks = [self.loop.create_task(run()) for run in (self._read, self._write)]
         try:
             done, _ = await asyncio.wait([*tasks, self._unread], return_when=asyncio.FIRST_COMPLETED)
+            if self._unread.done():
+                raise ViewerError("messages are not read")
             for task in done:
                 task.result()
         except ViewerError as error:
@@ -354,7 +356,7 @@ class Viewer:
             self._outbox.append(message)
             self._something.set()
         elif not self._unread.done():
-            self._unread.set_exception(ViewerError("messages are not read"))
+            self._unread.set_result(None)
 
     def _listener(self, session: LiveSession) -> Callable[[object], None]:
         def listen(item):

@@ -115,6 +115,8 @@ OTHERS = {
     "--batch_sizes",
     "--config_file",
     "--cpu",
+    "--encoding",
+    "--viewers",
     "--num_processes",
     "--no-deps",
     "--lengths",
