@@ -13,6 +13,7 @@ from ..files.text import read_json
 from ..files.video import VideoWriter
 from ..files.writing import writing
 from ..generation.config import GenerationConfig
+from ..generation.run import make_accelerator
 from ..pipelines.config import PipelineConfig
 from ..pipelines.loading import load_pipeline, prepare_pipeline
 from ..rollout.prompts import read_prompts
@@ -20,7 +21,7 @@ from ..shareable import shareable_value
 from .config import LiveConfig
 from .engine import LiveEngine
 from .server import LiveApp
-from .session import LiveModel, check_record, replay
+from .session import LiveModel, check_form, replay
 
 
 # Prompts that a page offers, of those that lie beside a model.
@@ -34,7 +35,9 @@ def load_live_app(config: LiveConfig, token: str | None = None) -> LiveApp:
     Raises:
         UserError: a mistake in the settings.
     """
-    model = load_model(config, config.num_frames, config.max_pixels)
+    with as_user_error(f"device {config.device}", (RuntimeError,)):
+        device = torch.device(config.device) if config.device else None
+    model = load_model(config, config.num_frames, config.max_pixels, device)
     if config.compile:
         print(f"compiled in {model.pipe.compile(**model.stream_settings):.0f} s", flush=True)
     model.warm_up()
@@ -51,9 +54,11 @@ def load_live_app(config: LiveConfig, token: str | None = None) -> LiveApp:
         )
 
 
-def load_model(config: PipelineConfig, num_frames: int | None, max_pixels: float | None) -> LiveModel:
-    """The model of these settings on its device."""
-    device = torch.device(getattr(config, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
+def load_model(
+    config: PipelineConfig, num_frames: int | None, max_pixels: float | None, device: torch.device | None = None
+) -> LiveModel:
+    """The model of these settings on its device, by default the GPU if there is one."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe, _ = load_pipeline(config, device)
     sizes = {name: value for name in ("height", "width") if (value := getattr(config, name))}
     with as_user_error("video size"):
@@ -82,16 +87,14 @@ def generate_session(config: GenerationConfig):
     """
     path = Path(config.session)
     with as_user_error(f"session {path.name}"):
-        record = read_json(path)
-        dtype = record.get("dtype") if isinstance(record, dict) else None
-    if isinstance(dtype, str) and config.dtype is None:
-        config = replace(config, dtype=dtype)
+        record = check_form(read_json(path))
+        config = replace(config, dtype=config.dtype or record.get("dtype"))
+    lanes = ("-base", "") if record.get("compare") else ("",)
+    files = [Path(config.output_dir) / f"{path.stem}{lane}.mp4" for lane in lanes]
     with RunFolder(config.output_dir, "generation"):
-        with as_user_error(f"session {path.name}"):
-            model = load_model(config, record.get("num_frames"), math.inf)
-            check_record(model, record)
-        lanes = ("-base", "") if record.get("compare") else ("",)
-        files = [Path(config.output_dir) / f"{path.stem}{lane}.mp4" for lane in lanes]
+        if present := [str(file) for file in files if file.exists()]:
+            raise UserError(f"{present[0]} is there already: name another --output_dir.")
+        model = load_model(config, record.get("num_frames"), math.inf, make_accelerator().device)
         with as_user_error(f"session {path.name}"), writing(f"to {config.output_dir}"), ExitStack() as stack:
             writers = []
             for blocks in replay(model, record):

@@ -114,8 +114,10 @@ class LiveModel:
         return self.pipe.config.frame_rate
 
     def memory_gb(self) -> float:
-        if self.pipe.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.pipe.device) / 1e9
+        # Not where the weights are, which may be offloaded.
+        device = self.pipe._execution_device
+        if device.type == "cuda":
+            return torch.cuda.memory_allocated(device) / 1e9
         return psutil.Process().memory_info().rss / 1e9
 
     def warm_up(self):
@@ -412,17 +414,27 @@ def replay(model: LiveModel, record: dict[str, Any]) -> Iterator[list[Block]]:
     names = ("prompt", "seed", "height", "width", "compare", "events")
     session = LiveSession(model, **{name: record[name] for name in names if name in record})
     try:
-        for _ in range(record["num_blocks"]):
-            yield session.make_block()[0]
+        for number in range(record["num_blocks"]):
+            try:
+                blocks, _ = session.make_block()
+            except StopIteration:
+                raise ValueError(f"it has {record['num_blocks']} blocks, and its video only {number}.") from None
+            yield blocks
     finally:
         session.close()
 
 
-def check_record(model: LiveModel, record: Any):
-    """`ValueError` unless these are values of a session which this model has made."""
+def check_form(record: Any) -> dict[str, Any]:
+    """What [`LiveSession.record`] gave, or a `ValueError`."""
     needed = {"version", "weights", "loras", "seed", "height", "width", "prompt", "num_blocks", "events"}
     if not isinstance(record, dict) or not needed <= record.keys():
         raise ValueError(f"it is no session, which has {', '.join(sorted(needed))}.")
+    return record
+
+
+def check_record(model: LiveModel, record: Any):
+    """`ValueError` unless these are values of a session which this model has made."""
+    check_form(record)
     if record["version"] != VERSION or record.get("noise_layout", NOISE_LAYOUT) != NOISE_LAYOUT:
         raise ValueError(f"it is a session of another release: its version is {record['version']!r}, not {VERSION}.")
     check_whole_number("num_blocks", record["num_blocks"], MAX_SEED)

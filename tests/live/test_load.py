@@ -77,10 +77,14 @@ def test_the_session_of_another_model_is_refused(folder, tmp_path, capsys):
         assert generate(folder, *words, *output) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    (tmp_path / "no.json").write_text('{"version": 1}')
-    assert main(["generate", "--session", str(tmp_path / "no.json"), *output]) == 2
-    assert "session no.json: it is no session, which has" in capsys.readouterr().err
+    for text in ('{"version": 1}', "[]", "3"):
+        (tmp_path / "no.json").write_text(text)
+        assert main(["generate", "--session", str(tmp_path / "no.json"), *output]) == 2
+        assert "session no.json: it is no session, which has" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.mp4*"))
+    (tmp_path / "mine.mp4").write_text("somebody's")
+    assert generate(folder, *output) == 2
+    assert "mine.mp4 is there already: name another --output_dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,8 @@ def test_a_model_that_cannot_go_on_has_an_end():
         with pytest.raises(StopIteration):
             session.make_block()
         assert session.record()["num_frames"] == len(wanted) == 21
+        with pytest.raises(ValueError, match="it has 3 blocks, and its video only 2"):
+            list(replay(session.model, {**session.record(), "num_blocks": 3}))
 
 
 # The flow, by a clock of ours
