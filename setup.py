@@ -46,6 +46,9 @@ EXTRAS_REQUIRE = {
     # Only its weights are read. Its libsvm is compiled on installation; `pip install --no-deps brisque` is enough.
     "brisque": ["brisque>=0.2"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    # The oldest uvicorn with the WebSocket protocol that waits for a client to read. Without av frames are sent as
+    # images.
+    "live": ["fastapi>=0.115", "uvicorn>=0.54", "websockets>=17", "av>=18"],
     # The oldest version that diffusers dispatches to. It is compiled against the installed torch: install that first,
     # then this extra with pip's --no-build-isolation.
     "flash": ["flash-attn>=2.6.3"],
@@ -55,8 +58,10 @@ EXTRAS_REQUIRE = {
     "docs": ["mkdocs-material>=9.5"],
     # A minor version of ruff may change its rules.
     "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "wandb>=0.31", "markdown-it-py>=3"],
+    # With a Chromium of the system: `pytest tests -m browser`.
+    "browser": ["playwright>=1.50"],
 }
-EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"]
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"] + EXTRAS_REQUIRE["live"] + EXTRAS_REQUIRE["browser"]
 EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
 
 setup(
@@ -69,7 +74,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["diffusion", "video generation", "autoregressive", "reinforcement learning", "lora", "diffusers"],
     packages=find_packages(include=["astrolabe_diffusers", "astrolabe_diffusers.*"]),
-    package_data={"astrolabe_diffusers": ["assets/**", "recipes/**/*.yaml", "reporting/*.md"]},
+    package_data={"astrolabe_diffusers": ["assets/**", "recipes/**/*.yaml", "reporting/*.md", "live/page/**"]},
     # diffusers 0.42 needs it.
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

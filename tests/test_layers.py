@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "astrolabe_diffusers"
 LAYERS = (
     ("errors", "shareable", "config", "registration"),
     ("files",),
+    ("serving",),
     ("distributed",),
     ("layouts",),
     ("models",),
@@ -22,6 +23,7 @@ LAYERS = (
     ("reporting",),
     ("generation",),
     ("evaluation",),
+    ("live",),
     ("training",),
     ("cli",),
 )

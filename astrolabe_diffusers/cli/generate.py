@@ -19,9 +19,14 @@ def main(argv: list[str] | None):
     )
     config = GenerationConfig(**parse_fields(parser, GenerationConfig, argv))
     try:
-        from ..generation.run import generate_videos
+        if config.session:
+            from ..live.load import generate_session
 
-        generate_videos(config)
+            generate_session(config)
+        else:
+            from ..generation.run import generate_videos
+
+            generate_videos(config)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted: the same command makes the videos that are missing.", file=sys.stderr)

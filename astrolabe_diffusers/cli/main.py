@@ -12,6 +12,7 @@ from ..errors import UserError, close_matches, exit_code
 COMMANDS = {
     "train": "trains a LoRA of a causal video model by online reinforcement learning",
     "generate": "generates many videos",
+    "live": "opens a page on which a video follows what is typed",
     "evaluate": "scores a model's videos with and without LoRAs, from the same seeds",
     "score": "scores videos that are there",
     "serve": "serves rewards over HTTP",

@@ -53,14 +53,15 @@ def main(argv: list[str] | None):
 def serve(config: ServerConfig):
     """Answers until a signal comes."""
     with as_user_error("server"):
-        from ..rewards.placement.bounded_protocol import ConnectionLimits
         from ..rewards.placement.remote import TOKEN_VARIABLE
-        from ..rewards.placement.server import bind, check_binding, create_app, make_server
+        from ..rewards.placement.server import create_app
+        from ..serving.binding import bind, check_binding
+        from ..serving.bounded_protocol import ConnectionLimits, make_server
 
         token = os.environ.get(TOKEN_VARIABLE)
         # Before the rewards, which may take minutes to load.
         listener = bind(config.host, config.port)
-        check_binding(config.host, token)
+        check_binding(config.host, token, TOKEN_VARIABLE, ", here and for the runs")
     from ..rewards.placement.local import LocalRewards
 
     with as_user_error("rewards"):

@@ -23,15 +23,13 @@ from ..files.writing import writing
 from ..pipelines.block_generation import NOISE_LAYOUT
 from ..pipelines.loading import (
     frame_rate,
-    load_from,
-    load_loras,
-    load_tiny_decoder,
+    load_pipeline,
     prepare_pipeline,
+    sampled_components,
     video_size,
     weights_digest,
 )
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from ..pipelines.quantization import quantization_config
 from ..pipelines.scene_prompt import escape_scenes
 from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
@@ -63,22 +61,7 @@ def generate_videos(config: GenerationConfig):
         if config.rewards:
             fps = config.fps or frame_rate(config.model, config.revision)
             rewards = resources.enter_context(config.make_rewards(config.rewards, fps, accelerator.process_index))
-        exact_on_cpu = accelerator.device.type == "cpu" and not config.quantization
-        dtype = config.dtype or ("float32" if exact_on_cpu else "bfloat16")
-        quantized = config.quantization and quantization_config(config.quantization, accelerator.device)
-        pipe = load_from(
-            config.model,
-            config.revision,
-            variant=config.variant,
-            dtype=getattr(torch, dtype),
-            quantization_config=quantized,
-        )
-        if quantized and pipe.transformer.hf_quantizer.pre_quantized:
-            raise UserError(f"{config.model} is quantised as it is: leave out quantization.")
-        if config.lora:
-            load_loras(pipe, config.lora)
-        if config.tiny_decoder:
-            load_tiny_decoder(pipe, config.tiny_decoder, getattr(torch, dtype))
+        pipe, dtype = load_pipeline(config, accelerator.device)
         settings = video_settings(config, pipe, dtype)
         lengths = []
         for index, prompt in enumerate(prompts):
@@ -139,7 +122,6 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
     # Not `None` without one: the videos in a folder of before have no such entry, and are still what they were.
     lossy = {name: shareable_value(getattr(config, name)) for name in ("quantization", "tiny_decoder")}
     lossy = {name: value for name, value in lossy.items() if value}
-    sampled = filter(None, (pipe.vae, pipe.text_encoder, pipe.tiny_decoder))
     return {name: getattr(config, name) for name in same} | lossy | {
         "noise_layout": NOISE_LAYOUT,
         "height": config.height or pipe.config.height,
@@ -148,7 +130,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "model": shareable_value(config.model),
         "lora": shareable_value(config.lora),
         # A folder's name says nothing of what is in it.
-        "weights": weights_digest(pipe.transformer, *sampled),
+        "weights": weights_digest(pipe.transformer, *sampled_components(pipe)),
         "sigmas": config.sigmas or None,
         "dtype": dtype,
     }

@@ -106,6 +106,22 @@ def lora_weights(model: nn.Module, weights: list[dict[str, float]]) -> Iterator[
             layer.scaling.update(outside)
 
 
+@contextmanager
+def adapter_weights(model: nn.Module, weights: dict[str, float]) -> Iterator[None]:
+    """Inside, which other threads that call the model wait for, its adapters have these weights, by name.
+
+    Raises:
+        ValueError: one is not finite, or is not 1 and of a DoRA.
+    """
+    for name, weight in weights.items():
+        check_lora_weights(model, [weight], [name])
+    with lora_lock(model), lora_weights(model, lora_weights_of(model)):
+        for layer in tuner_layers(model):
+            for name, weight in weights.items():
+                layer.set_scale(name, weight)
+        yield
+
+
 def recomputed(block: nn.Module) -> Callable:
     """A block for gradient checkpointing. It is computed again in the backward pass, when the call that gave its LoRAs
     their weights is over: with those weights."""

@@ -3,9 +3,10 @@
 import hashlib
 import importlib
 import inspect
+import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from ..layouts.published_models import PUBLISHED_MODELS
 from ..layouts.tensor_files import find_model, load_tensors, misfits
 from ..models.attention_causal_wan import attend
 from ..models.tiny_decoder import TinyWanDecoder
+from .config import PipelineConfig
 from .pipeline_causal_wan import CausalWanPipeline
+from .quantization import quantization_config
 
 
 SAMPLED_VALUES = 64
@@ -59,6 +62,27 @@ def load_from(
         pipeline.check_components()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_pipeline(config: PipelineConfig, device: torch.device) -> tuple[CausalWanPipeline, str]:
+    """The pipeline of these settings with its LoRAs, not on the device yet, and the name of its dtype."""
+    exact_on_cpu = device.type == "cpu" and not config.quantization
+    dtype = config.dtype or ("float32" if exact_on_cpu else "bfloat16")
+    quantized = config.quantization and quantization_config(config.quantization, device)
+    pipe = load_from(
+        config.model,
+        config.revision,
+        variant=config.variant,
+        dtype=getattr(torch, dtype),
+        quantization_config=quantized,
+    )
+    if quantized and pipe.transformer.hf_quantizer.pre_quantized:
+        raise UserError(f"{config.model} is quantised as it is: leave out quantization.")
+    if config.lora:
+        load_loras(pipe, config.lora)
+    if config.tiny_decoder:
+        load_tiny_decoder(pipe, config.tiny_decoder, getattr(torch, dtype))
+    return pipe, dtype
 
 
 def map_transformer(folder: Path, kind: tuple[str, str], variant: str | None, dtype: torch.dtype) -> ModelMixin:
@@ -245,8 +269,34 @@ def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> s
 
     Of these each parameter's `SAMPLED_VALUES` are looked at: training changes all, and UMT5's 11 GB take 11 s to read.
     """
+    return _digest(transformer.named_parameters(), *sampled)
+
+
+def base_digest(pipe: CausalWanPipeline) -> str:
+    """[`weights_digest`] of all in a pipeline that makes frames, as it is without the LoRAs that are loaded."""
+    parameters = pipe.transformer.named_parameters()
+    base = ((name.replace(".base_layer.", "."), value) for name, value in parameters if ".lora_" not in name)
+    return _digest(base, *sampled_components(pipe))
+
+
+def lora_digest(transformer: torch.nn.Module, adapter: str) -> str:
+    """Changes when the weights of an adapter do, or what they are multiplied with."""
+    config = transformer.peft_config[adapter]
+    scale = (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern, config.use_rslora)
+    parameters = transformer.named_parameters()
+    # By a name that does not depend on the order in which LoRAs were loaded.
+    own = ((name.replace(f".{adapter}", ""), value) for name, value in parameters if f".{adapter}." in f"{name}.")
+    return _digest(itertools.chain([(str(scale), torch.zeros(()))], own))
+
+
+def sampled_components(pipe: CausalWanPipeline) -> list[torch.nn.Module]:
+    """Those that [`weights_digest`] looks at beside the transformer."""
+    return [module for module in (pipe.vae, pipe.text_encoder, pipe.tiny_decoder) if module is not None]
+
+
+def _digest(parameters: Iterable[tuple[str, torch.Tensor]], *sampled: torch.nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in parameters:
         hashes = (str(torch.hash_tensor(tensor).item()) for tensor in plain_tensors(parameter.detach()))
         digest.update(f"{name} {' '.join(hashes)}\n".encode())
     for module in sampled:

@@ -241,6 +241,13 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         self._require("vae", "scheduler", "transformer")
         self._check_kinds()
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether a video may go on for ever: the memory of the model is bounded, and positions are not."""
+        config = self.transformer.config
+        windowed = config.rope_mode == "relative" and config.local_attn_size != -1
+        return windowed or self.config.num_context_frames is not None
+
     def round_num_frames(self, num_frames: float) -> float:
         """The frames of the most whole blocks that `num_frames` has room for, with a warning if that is fewer.
         `math.inf` stays; a `ValueError` if it is no whole number, or less than a block."""
@@ -325,7 +332,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         self.check_size(height, width)
         config, in_cache = self.transformer.config, self.config.num_context_frames is None
         bounded = config.rope_mode == "absolute" and in_cache
-        if num_frames == math.inf and (bounded or (config.local_attn_size == -1 and in_cache)):
+        if num_frames == math.inf and not self.is_endless:
             raise ValueError(
                 "`num_frames=inf` needs a model whose memory is bounded and positions are not: local_attn_size and "
                 "rope_mode='relative', or num_context_frames."

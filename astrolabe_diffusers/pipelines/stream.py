@@ -95,6 +95,30 @@ class PromptSwitch:
     num_blocks: int
     global_sink: bool
 
+    @classmethod
+    def parse(
+        cls,
+        prompt: str | list[str],
+        transition: str = "roll",
+        num_blocks: int = 1,
+        global_sink: bool = True,
+        batch_size: int = 1,
+    ) -> "PromptSwitch":
+        """Of the arguments of `set_prompt`, whose errors it raises."""
+        if transition not in TRANSITIONS:
+            raise ValueError(f"`transition` must be one of {TRANSITIONS} but is {transition!r}.")
+        if not isinstance(num_blocks, Integral) or num_blocks < 1 or (num_blocks > 1 and transition != "roll"):
+            raise ValueError(
+                f"`num_blocks={num_blocks}`: a whole number of at least 1, and more than 1 only with "
+                "transition='roll'."
+            )
+        if not global_sink and transition != "recache":
+            raise ValueError("`global_sink=False` only with transition='recache'.")
+        if isinstance(prompt, list) and len(prompt) != batch_size:
+            raise ValueError(f"{len(prompt)} prompts for {batch_size} videos: pass one, or one a video.")
+        texts = prompt if isinstance(prompt, list) else [prompt] * batch_size
+        return cls([parse_scenes(text) for text in texts], transition, num_blocks, global_sink)
+
 
 class CausalWanStream(Iterator, AbstractContextManager):
     """
@@ -150,16 +174,4 @@ class CausalWanStream(Iterator, AbstractContextManager):
         Raises:
             ValueError: an argument that is none of these, or that this transition does not use.
         """
-        if transition not in TRANSITIONS:
-            raise ValueError(f"`transition` must be one of {TRANSITIONS} but is {transition!r}.")
-        if not isinstance(num_blocks, Integral) or num_blocks < 1 or (num_blocks > 1 and transition != "roll"):
-            raise ValueError(
-                f"`num_blocks={num_blocks}`: a whole number of at least 1, and more than 1 only with "
-                "transition='roll'."
-            )
-        if not global_sink and transition != "recache":
-            raise ValueError("`global_sink=False` only with transition='recache'.")
-        if isinstance(prompt, list) and len(prompt) != self._batch_size:
-            raise ValueError(f"{len(prompt)} prompts for {self._batch_size} videos: pass one, or one a video.")
-        texts = prompt if isinstance(prompt, list) else [prompt] * self._batch_size
-        self._inbox.append(PromptSwitch([parse_scenes(text) for text in texts], transition, num_blocks, global_sink))
+        self._inbox.append(PromptSwitch.parse(prompt, transition, num_blocks, global_sink, self._batch_size))

@@ -17,6 +17,7 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from ..errors import one_line
+from ..serving.binding import check_key
 from .reward import RewardPlacementError
 
 
@@ -153,9 +154,3 @@ def split_url(url: str) -> tuple[str, tuple[str, str] | None]:
     name, _, password = (parts.auth or "").partition(":")
     user = None if parts.auth is None else (unquote(name), unquote(password))
     return f"{parts.scheme}://{parts.netloc}{(parts.path or '').rstrip('/')}", user
-
-
-def check_key(key: str, name: str):
-    """`ValueError` unless a header can hold the key `name`."""
-    if not all("!" <= c <= "~" for c in key):
-        raise ValueError(f"{name} holds a blank, a line break or another character that no header can have.")

@@ -18,8 +18,8 @@ from random_models import random_pipeline, recipe_of
 from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.errors import CHECKED, UserError, as_user_error, exit_code
-from astrolabe_diffusers.generation.config import OFFLOADS
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.pipelines.config import OFFLOADS
 from astrolabe_diffusers.pipelines.loading import load_from, load_tiny_decoder, prepare_pipeline, video_size
 from astrolabe_diffusers.pipelines.quantization import QUANTIZATIONS, quantization_config
 

@@ -36,6 +36,8 @@ print("\\nresult:", code, time.perf_counter() - start, "torch" in sys.modules)
         (["evaluate", "--lora", "a/run,b/run"], 2),
         (["score", "video.mp4", "--reward", "sharpness=high"], 2),
         (["serve", "--port", "0"], 2),
+        (["live", "--port", "0"], 2),
+        (["generate", "--session", "a.json", "--seed", "3"], 2),
         (["convert", "--recipe", "self-forcin"], 2),
     ],
 )

@@ -33,6 +33,9 @@ from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.live.config import LiveConfig
+from astrolabe_diffusers.live.load import load_model
+from astrolabe_diffusers.live.session import LiveSession
 from astrolabe_diffusers.training.config import OnlineConfig
 from tests.conftest import skip_charts
 from tests.layouts.original_layout import original_names, original_weights
@@ -72,6 +75,7 @@ SCRIPTS = {
     "examples/evaluate.py": "evaluate",
     "examples/score.py": "score",
     "examples/serve_reward.py": "serve",
+    "examples/live.py": "live",
     "examples/convert_checkpoint.py": "convert",
 }
 # What each command calls once its arguments are read and its settings made.
@@ -81,6 +85,7 @@ WORK = {
     "evaluate": "evaluation.loras.evaluate_loras",
     "score": "evaluation.score_files.score_videos",
     "serve": "cli.serve.serve",
+    "live": "cli.live.serve",
     "convert": "cli.convert.convert",
 }
 # What a reader has set, for $NAME.
@@ -223,11 +228,13 @@ class Reader:
             assert command.environment.get("PYTHONPATH") == ".", "the page's module is not on the path"
         if name == "train" and argv == QUICK_START:
             return
-        if name == "serve" or num_processes > 1 or self.needs_more(name, argv):
+        if name in ("serve", "live") or num_processes > 1 or self.needs_more(name, argv):
             with self.monkeypatch.context() as patch:
                 patch.setenv("WORLD_SIZE", str(num_processes))
                 stop_at(f"astrolabe_diffusers.{WORK[name]}", astrolabe, [name, *argv])
             return
+        if session := value_of(argv, "--session"):
+            self.write_session(Path(session), value_of(argv, "--lora"))
         if name == "convert":
             self.write_published(argv)
             argv = ["tiny-base" if word.startswith("Wan-AI/") else word for word in argv]
@@ -248,6 +255,15 @@ class Reader:
         """Whether a command wants a published model, which are tiny here, or a server that is not there."""
         published = value_of(argv, "--model") in PUBLISHED_MODELS and name != "convert"
         return published or any("http://" in word for word in argv)
+
+    def write_session(self, path: Path, lora: str):
+        """What the page saves: two blocks."""
+        model = load_model(LiveConfig(lora={lora: 1.0}), None, None)
+        session = LiveSession(model, "a red circle moves left on a black background", seed=0)
+        for _ in range(2):
+            session.make_block()
+        session.close()
+        path.write_text(json.dumps(session.record()))
 
     def write_published(self, argv: list[str]):
         """The files that a conversion reads, in their published layout."""

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -114,6 +115,8 @@ OTHERS = {
     "--batch_sizes",
     "--config_file",
     "--cpu",
+    "--encoding",
+    "--viewers",
     "--num_processes",
     "--no-deps",
     "--lengths",
@@ -207,6 +210,12 @@ def test_many_videos(follow):
     assert len(prompts) == 2 and "|" in prompts[1]
     assert [entry["prompt"] for entry in made] == prompts
     assert all((folder / "videos" / entry["file"]).is_file() for entry in made)
+
+
+def test_a_session_as_a_file(follow):
+    videos = list((follow("docs/live.md") / "replay").glob("*.mp4"))
+    assert [video.name for video in videos] == ["session-0.mp4"]
+    assert len(iio.imread(videos[0], plugin="FFMPEG")) == 9 + 12
 
 
 def test_settings_of_a_file(follow):

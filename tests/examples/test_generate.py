@@ -388,8 +388,9 @@ def test_bfloat16(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({}, ["give either prompt, a text, or prompts"]),
-        ({"prompt": "a", "prompts": "b"}, ["give either prompt, a text, or prompts"]),
+        ({}, ["give one of prompt, a text, prompts"]),
+        ({"prompt": "a", "prompts": "b"}, ["give one of prompt, a text, prompts"]),
+        ({"prompt": "a", "session": "b"}, ["give one of prompt, a text, prompts"]),
         ({"prompts": "nowhere.txt"}, ["nowhere.txt is no prompt file", "dataset"]),
         ({"prompt": "a", "num_frame": 21}, ["--num_frame", "did you mean --num_frames"]),
         ({"prompt": "a", "seed": "1 | --seed | 2"}, ["--seed is given twice"]),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from astrolabe_diffusers.models.lora_layers import adapter_weights
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -54,6 +55,22 @@ def test_scale_of_a_call(pipe, weight, scale):
     assert torch.equal(video(pipe), as_before)
     pipe.set_adapters(["x", "y"], [weight * scale, 0.2 * scale])
     assert (video(pipe) - scaled).abs().max() < 1e-5
+
+
+def test_weights_inside_a_block_of_code(pipe):
+    """They are those of `set_adapters`, by name, and what they were afterwards, also after an error."""
+    pipe.set_adapters(["x", "y"], [0.4, 0.2])
+    before = weights(pipe)
+    with adapter_weights(pipe.transformer, {"y": 0.9, "x": 0.0}):
+        inside = video(pipe)
+    assert weights(pipe) == before
+    with pytest.raises(ZeroDivisionError), adapter_weights(pipe.transformer, {"x": 2.0}):
+        1 / 0
+    assert weights(pipe) == before
+    with pytest.raises(ValueError, match="has to be a finite number"), adapter_weights(pipe.transformer, {"x": None}):
+        pass
+    pipe.set_adapters(["x", "y"], [0.0, 0.9])
+    assert torch.equal(video(pipe), inside)
 
 
 def test_scale_is_put_back_after_an_error(pipe):

@@ -42,8 +42,8 @@ def serving(app, limits=None):
     """A server of `create_app` in a thread; yields its URL."""
     import time
 
-    from astrolabe_diffusers.rewards.placement.bounded_protocol import ConnectionLimits
-    from astrolabe_diffusers.rewards.placement.server import bind, make_server
+    from astrolabe_diffusers.serving.binding import bind
+    from astrolabe_diffusers.serving.bounded_protocol import ConnectionLimits, make_server
 
     with bind("127.0.0.1", 0) as listener:
         server = make_server(app, limits or ConnectionLimits())

@@ -5,37 +5,26 @@ failed (its own words are in the log), 503 busy.
 """
 
 import asyncio
-import ipaddress
 import logging
 import secrets
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Annotated
 
 from ...errors import one_line, summarize_exception
-from ..http_client import check_key
 from ..reward import RewardError
 from .batcher import Batcher
 from .local import LocalRewards
-from .remote import TOKEN_VARIABLE
 from .wire import VERSION, outputs_to_json, requests_to_json, unpack_job
 
 
 try:
-    import resource
-except ImportError:  # on Windows, where open files have no such limit
-    resource = None
-
-try:
-    import uvicorn
     from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.requests import ClientDisconnect
 
-    from .bounded_protocol import BoundedProtocol, ConnectionLimits
+    from ...serving.bounded_protocol import ConnectionLimits
 except ImportError as error:
     raise ImportError(f"serving rewards needs FastAPI ({error}): pip install 'astrolabe_diffusers[serve]'") from error
 
@@ -50,39 +39,6 @@ _Side = Annotated[int, Query(ge=1, le=MAX_SIDE)]
 # Of a request: its pieces and the whole, then this and what is unpacked, then that and the batch which it is part of.
 # Only what rewards make of a batch comes on top.
 _COPIES = 2
-# Connections that wait to be accepted, which are open files too.
-_BACKLOG = 64
-
-
-def check_binding(host: str, token: str | None):
-    """`ValueError` if others than this machine could ask the server without a token, or none could send the token."""
-    if token:
-        check_key(token, TOKEN_VARIABLE)
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not token:
-        raise ValueError(
-            f"a server on {host} can be reached from elsewhere: set {TOKEN_VARIABLE}, here and for the runs."
-        )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at this address, which does not listen yet; `OSError` or `ValueError` if there cannot be one."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"there is no address {host!r}: {error}") from None
-    listener = socket.socket(family, kind, protocol)
-    # As everywhere: so that a server can be started anew at once.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from None
-    return listener
 
 
 router = APIRouter()
@@ -249,27 +205,3 @@ def create_app(
         return response
 
     return app
-
-
-def make_server(app: FastAPI, limits: ConnectionLimits) -> uvicorn.Server:
-    """The server of an app, with limits for its connections; `ValueError` if it may not open as many files."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else float("inf")
-    needed = limits.connections + 4 * _BACKLOG
-    if needed > files:
-        raise ValueError(
-            f"{limits.connections} connections need {needed} open files, and this process may have {files} "
-            "(ulimit -n)."
-        )
-    config = uvicorn.Config(
-        app,
-        http=partial(BoundedProtocol, limits),
-        ws="none",
-        lifespan="off",
-        backlog=_BACKLOG,
-        access_log=False,
-        log_level="warning",
-        h11_max_incomplete_event_size=2**14,
-        # Whoever holds a connection does not keep the server from ending.
-        timeout_graceful_shutdown=10,
-    )
-    return uvicorn.Server(config)

@@ -2,13 +2,23 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+try:
+    import resource
+except ImportError:  # on Windows, where open files have no such limit
+    resource = None
 
 
 # What a client has to send in the long run, on top of `seconds`: a job of 1 GB may take an hour.
 BYTES_PER_SECOND = 2**18
+# Connections that wait to be accepted, which are open files too.
+_BACKLOG = 64
 
 
 @dataclass
@@ -57,6 +67,11 @@ class BoundedProtocol(H11Protocol):
         if not self._is_receiving():
             self._began = None
 
+    def handle_websocket_upgrade(self, event):
+        # From here on the connection is another protocol's.
+        self._timer.cancel()
+        super().handle_websocket_upgrade(event)
+
     def send_400_response(self, msg):
         self.limits.refused += 1
         super().send_400_response(msg)
@@ -81,3 +96,30 @@ class BoundedProtocol(H11Protocol):
     def _refuse(self):
         self.limits.refused += 1
         self.transport.abort()
+
+
+def make_server(app, limits: ConnectionLimits, **config) -> uvicorn.Server:
+    """The server of an app, with limits for its connections; `config` are uvicorn's settings of WebSockets, of which
+    there are none by default. `ValueError` if it may not open as many files."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else float("inf")
+    needed = limits.connections + 4 * _BACKLOG
+    if needed > files:
+        raise ValueError(
+            f"{limits.connections} connections need {needed} open files, and this process may have {files} "
+            "(ulimit -n)."
+        )
+    settings = {"ws": "none"} | config
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=partial(BoundedProtocol, limits),
+            lifespan="off",
+            backlog=_BACKLOG,
+            access_log=False,
+            log_level="warning",
+            h11_max_incomplete_event_size=2**14,
+            # Whoever holds a connection does not keep the server from ending.
+            timeout_graceful_shutdown=10,
+            **settings,
+        )
+    )

@@ -1,0 +1,167 @@
+"""Frames as bytes that browsers decode, and as files while they come."""
+
+import importlib.util
+import io
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..files.video import VideoWriter
+from .config import CODECS
+from .session import Block
+
+
+# The kind in the header of a message.
+KINDS = {"jpeg": 0, "webp": 1, "h264": 2}
+# Version, lane, frames, block, first frame, kind; then the length of each frame.
+HEADER = "<BBHIII"
+PROTOCOL_VERSION = 1
+
+
+class ImageEncoder:
+    """Every frame by itself, by Pillow."""
+
+    codec_string = None
+
+    def __init__(self, **options):
+        self.options = options
+
+    def encode(self, frames: np.ndarray) -> list[bytes]:
+        """Of frames `(F, H, W, 3)`, uint8."""
+        return [self._encode(frame) for frame in frames]
+
+    def _encode(self, frame: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, **self.options)
+        return buffer.getvalue()
+
+
+class H264Encoder:
+    """
+    H.264 of constrained baseline profile by PyAV's x264, in Annex B: one access unit a frame and no delay. Every call
+    begins with a key frame and its parameter sets, so that a call that gets lost leaves nothing behind.
+
+    Args:
+        height, width: in pixels, even numbers.
+        frame_rate: that the bits are rationed for.
+    """
+
+    def __init__(self, height: int, width: int, frame_rate: float):
+        # An extra, and it costs a moment.
+        import av
+
+        self._av = av
+        context = self._context = av.CodecContext.create("libx264", "w")
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.framerate = Fraction(frame_rate).limit_denominator(1000)
+        context.time_base = 1 / context.framerate
+        # The encoder is called from a pool with threads of its own.
+        context.thread_count = 1
+        context.options = {
+            "preset": "superfast",
+            "tune": "zerolatency",
+            "profile": "baseline",
+            "crf": "20",
+            "forced-idr": "1",
+            # Browsers take BT.601 or 709 by the size of a picture, unless it is said.
+            "x264-params": "colorprim=bt709:transfer=bt709:colormatrix=bt709:fullrange=off",
+        }
+        self._num_frames = 0
+        self.codec_string: str | None = None
+
+    def encode(self, frames: np.ndarray) -> list[bytes]:
+        """Of frames `(F, H, W, 3)`, uint8."""
+        packets = []
+        for i, frame in enumerate(frames):
+            picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(
+                format="yuv420p",
+                src_colorspace=self._av.video.reformatter.Colorspace.ITU709,
+                dst_colorspace=self._av.video.reformatter.Colorspace.ITU709,
+                dst_color_range=self._av.video.reformatter.ColorRange.MPEG,
+            )
+            picture.pts = self._num_frames
+            picture.pict_type = self._av.video.frame.PictureType.I if i == 0 else self._av.video.frame.PictureType.NONE
+            self._num_frames += 1
+            (packet,) = self._context.encode(picture)
+            packets.append(bytes(packet))
+        self.codec_string = self.codec_string or avc_string(packets[0])
+        return packets
+
+
+def avc_string(access_unit: bytes) -> str:
+    """The name, `avc1.PPCCLL`, of what a sequence parameter set in Annex B says of profile and level (RFC 6381)."""
+    parts = access_unit.split(b"\0\0\1")
+    parameters = next(part for part in parts if part and part[0] & 0x1F == 7)
+    return f"avc1.{parameters[1:4].hex()}"
+
+
+Encoder = ImageEncoder | H264Encoder
+_ENCODERS: dict[str, Callable[[int, int, float], Encoder]] = {
+    # Colours in full resolution: edges of red on white stay what they are.
+    "jpeg": lambda *size: ImageEncoder(format="JPEG", quality=90, subsampling=0),
+    "webp": lambda *size: ImageEncoder(format="WEBP", quality=80, method=0),
+    "h264": H264Encoder,
+}
+
+
+def available_codecs(codecs: Sequence[str] = CODECS) -> list[str]:
+    """Those of them that this installation has."""
+    return [codec for codec in codecs if codec != "h264" or importlib.util.find_spec("av")]
+
+
+def make_encoder(codec: str, height: int, width: int, frame_rate: float) -> Encoder:
+    encoder = _ENCODERS[codec](height, width, frame_rate)
+    # So that its name is known before the first block, and the first call of a library is over.
+    encoder.encode(np.zeros((1, height, width, 3), np.uint8))
+    return encoder
+
+
+def pack_block(block: Block, codec: str, frames: Sequence[bytes]) -> bytes:
+    """A message with the frames of a block."""
+    header = struct.pack(
+        HEADER, PROTOCOL_VERSION, block.lane, len(frames), block.number, block.first_frame, KINDS[codec]
+    )
+    return b"".join([header, struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames])
+
+
+class Recorder:
+    """
+    An MP4 of every frame that it is given, encoded as they come, from any thread. At most `max_frames` of them: what
+    comes later is left out.
+    """
+
+    def __init__(self, path: Path, height: int, width: int, frame_rate: int, max_frames: int):
+        self.path, self.max_frames, self.num_frames = path, max_frames, 0
+        self._writer = VideoWriter(path, height, width, frame_rate)
+        self._stack = ExitStack()
+        self._lock = threading.Lock()
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_frames >= self.max_frames
+
+    def write(self, frames: np.ndarray):
+        """Frames `(F, H, W, 3)`, uint8; an `OSError` if they cannot be written."""
+        with self._lock:
+            if not self.num_frames:
+                self._stack.enter_context(self._writer)
+            frames = frames[: self.max_frames - self.num_frames]
+            self._writer.write(frames)
+            self.num_frames += len(frames)
+
+    def finish(self):
+        """The file is whole now, or an `OSError` says that it is not there."""
+        with self._lock:
+            self._stack.close()
+
+    def discard(self):
+        """Nothing is left of it."""
+        with self._lock, suppress(OSError):
+            self._stack.__exit__(InterruptedError, InterruptedError(), None)

@@ -1,0 +1,80 @@
+// A slider and a switch for each LoRA that the server has loaded.
+
+const HIGHEST = 2;
+
+/** `changed(weights)` is called when somebody moves a slider; a LoRA that is switched off has weight 0. */
+export class Loras {
+  #list;
+  #changed;
+  #controls = new Map(); // name -> {on, slider, value}
+  #loaded = {};
+
+  constructor(list, changed) {
+    this.#list = list;
+    this.#changed = changed;
+  }
+
+  /** `weights` of the LoRAs as they were loaded, by name. What somebody has set stays set. */
+  load(weights) {
+    const before = this.weights;
+    this.#loaded = weights;
+    this.#controls.clear();
+    this.#list.replaceChildren(...Object.entries(weights).map(([name, weight]) => this.#row(name, weight)));
+    this.show(before);
+  }
+
+  get weights() {
+    const entries = [...this.#controls].map(([name, { on, slider }]) => [name, on.checked ? Number(slider.value) : 0]);
+    return Object.fromEntries(entries);
+  }
+
+  /** What a session has to begin with so that it has these weights, not those that were loaded. */
+  get events() {
+    const moved = Object.entries(this.weights).filter(([name, weight]) => weight !== this.#loaded[name]);
+    return moved.length ? [{ block: 0, type: "lora", weights: Object.fromEntries(moved) }] : [];
+  }
+
+  /** To the weights of an event, or back to those that were loaded. */
+  show(weights = this.#loaded) {
+    for (const [name, weight] of Object.entries(weights)) {
+      if (!this.#controls.has(name)) continue;
+      const { on, slider, value } = this.#controls.get(name);
+      on.checked = weight !== 0;
+      if (weight !== 0) slider.value = weight;
+      value.textContent = Number(slider.value).toFixed(2);
+    }
+  }
+
+  #row(name, weight) {
+    const row = document.createElement("div");
+    row.className = "lora";
+    const on = input("checkbox", `lora-on-${name}`);
+    const slider = input("range", `lora-${name}`);
+    const value = document.createElement("output");
+    const label = document.createElement("label");
+    label.htmlFor = on.id;
+    label.textContent = name;
+    slider.setAttribute("aria-label", `Strength of ${name}`);
+    Object.assign(slider, { min: 0, max: Math.max(HIGHEST, 2 * weight), step: 0.05, value: weight });
+    value.htmlFor = slider.id;
+    on.checked = weight !== 0;
+    value.textContent = Number(slider.value).toFixed(2);
+    on.addEventListener("change", () => this.#changed(this.weights));
+    slider.addEventListener("input", () => {
+      value.textContent = Number(slider.value).toFixed(2);
+    });
+    // When the slider is let go or stepped: not for every pixel that it is dragged over.
+    slider.addEventListener("change", () => {
+      on.checked = true;
+      this.#changed(this.weights);
+    });
+    row.append(on, label, slider, value);
+    this.#controls.set(name, { on, slider, value });
+    return row;
+  }
+}
+
+function input(type, id) {
+  const element = document.createElement("input");
+  return Object.assign(element, { type, id });
+}

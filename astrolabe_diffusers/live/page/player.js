@@ -1,0 +1,129 @@
+// One session on the screen: from its pictures to the canvases, its marks and its figures.
+
+import { newDecoder } from "./decoding.js";
+import { Figures } from "./figures.js";
+import { Playout } from "./playout.js";
+import { Timeline } from "./timeline.js";
+
+const get = (id) => document.getElementById(id);
+
+export class Player {
+  figures;
+  #timeline;
+  #playout;
+  #decoders;
+  #shown; // the page's, called with every frame
+  #screen = -1; // the frame that is on the screen
+  #blocks = new Map(); // block -> its first frame
+  #seen = new Map(); // first frame of a block -> when it was shown
+  #sent = []; // events that have not taken hold
+  #held = []; // [sent, mark], whose first frame is not shown yet
+
+  /** `started` is the server's message; `shown(frame)` is called once for each frame on the screen. */
+  constructor(canvases, frameRate, started, shown, fail) {
+    for (const canvas of canvases) Object.assign(canvas, { width: started.width, height: started.height });
+    this.figures = new Figures(frameRate);
+    this.#shown = shown;
+    this.#timeline = new Timeline(get("strip"), get("track"), get("log"), frameRate);
+    this.#playout = new Playout(canvases, frameRate, {
+      shown: (frame) => this.#show(frame),
+      underrun: (frame) => this.#timeline.underrun(frame),
+    });
+    const add = (lane) => (frame, bitmap) => this.#playout.add(lane, frame, bitmap);
+    this.#decoders = canvases.map((_, lane) => newDecoder(started, add(lane), fail));
+  }
+
+  play() {
+    this.#playout.play();
+  }
+
+  hold() {
+    this.#playout.hold();
+  }
+
+  /** No more blocks will come: what is there is played to its end. */
+  finish() {
+    this.#playout.finish();
+  }
+
+  close() {
+    this.#playout.close();
+    for (const decoder of this.#decoders) decoder.close();
+  }
+
+  block(message) {
+    this.figures.block(message);
+    if (message.lane > 0) return;
+    this.#blocks.set(message.block, message.first_frame);
+    this.#timeline.block(message);
+    this.#write();
+  }
+
+  pictures({ lane, firstFrame, pictures }) {
+    this.#playout.expect(lane, firstFrame, pictures.length);
+    this.#decoders[lane].decode(firstFrame, pictures);
+  }
+
+  /** An event is being sent. */
+  send(event) {
+    const frame = Math.max(0, this.#screen);
+    this.#sent.push({ event, frame, time: performance.now() });
+    this.#timeline.send(frame);
+  }
+
+  /**
+   * The server says from which block on an event holds; of several prompts between two blocks the last does. Returns
+   * whether it was sent here, or else is of a session that is replayed.
+   */
+  mark(mark) {
+    const { type, prompt } = mark.event;
+    const last = this.#sent.findLastIndex(({ event }) => event.type === type && event.prompt === prompt);
+    const sent = this.#sent[last];
+    if (sent) this.#sent = this.#sent.filter(({ event }, i) => i > last || event.type !== type);
+    this.#held.push({ sent, mark });
+    this.#write();
+    return sent !== undefined;
+  }
+
+  update() {
+    this.figures.update(this.#playout);
+  }
+
+  #show(frame) {
+    this.#screen = frame;
+    this.#seen.set(frame, performance.now());
+    this.#seen.delete(frame - 1000);
+    this.figures.show();
+    this.#timeline.show(frame);
+    this.#shown(frame);
+    if (this.#held.length) this.#write();
+  }
+
+  /** Marks whose first frame has been shown. */
+  #write() {
+    this.#held = this.#held.filter(({ sent, mark }) => {
+      const frame = this.#blocks.get(mark.block);
+      const seen = this.#seen.get(frame);
+      if (seen === undefined) return true;
+      const words = `Block ${mark.block}: ${describe(mark.event)}`;
+      if (sent) {
+        const ready = Math.round(1000 * mark.seconds);
+        const delay = Math.round(seen - sent.time);
+        const when = `sent before block ${mark.sent_after_block + 1}, ready after ${ready} ms, seen after ${delay} ms`;
+        this.#timeline.hold(frame, `${words}; ${when}.`, delay, sent);
+        if (mark.event.type === "prompt") this.figures.latency(delay);
+      } else {
+        // It is of a session that is replayed.
+        this.#timeline.hold(frame, `${words}.`);
+      }
+      return false;
+    });
+  }
+}
+
+function describe({ type, prompt, transition, num_blocks: blocks, weights }) {
+  if (type === "lora") {
+    return `LoRA ${Object.entries(weights).map(([name, weight]) => `${name} at ${weight}`).join(", ")}`;
+  }
+  return `“${prompt}”, ${transition}${blocks > 1 ? ` over ${blocks} blocks` : ""}`;
+}

@@ -1,0 +1,88 @@
+// What goes over the WebSocket: JSON both ways, pictures from the server. docs/live.md has the messages.
+
+const VERSION = 1;
+const HEADER_BYTES = 16;
+export const KINDS = ["jpeg", "webp", "h264"];
+
+/** Pictures of a block: `{lane, block, firstFrame, codec, pictures}`, `pictures` an array of `Uint8Array`. */
+export function unpackPictures(buffer) {
+  const view = new DataView(buffer);
+  const version = view.getUint8(0);
+  if (version !== VERSION) {
+    throw new Error(`the server speaks version ${version}, this page ${VERSION}: reload the page`);
+  }
+  const count = view.getUint16(2, true);
+  const pictures = [];
+  let start = HEADER_BYTES + 4 * count;
+  for (let i = 0; i < count; i++) {
+    const length = view.getUint32(HEADER_BYTES + 4 * i, true);
+    pictures.push(new Uint8Array(buffer, start, length));
+    start += length;
+  }
+  return {
+    lane: view.getUint8(1),
+    block: view.getUint32(4, true),
+    firstFrame: view.getUint32(8, true),
+    codec: KINDS[view.getUint32(12, true)],
+    pictures,
+  };
+}
+
+/** The page's token, which the WebSocket and downloads need too. */
+function withToken(url) {
+  const fragment = new URLSearchParams(location.hash.slice(1));
+  const token = new URLSearchParams(location.search).get("token") ?? fragment.get("token");
+  if (token !== null) url.searchParams.set("token", token);
+  return url;
+}
+
+export function downloadAddress(path) {
+  return withToken(new URL(path, location.href.split("#")[0])).href;
+}
+
+function socketAddress() {
+  const url = new URL("ws", location.href.split("#")[0].split("?")[0]);
+  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+  return withToken(url).href;
+}
+
+const POLICY_VIOLATION = 1008;
+const RETRY_MS = [500, 1000, 2000, 4000];
+
+/**
+ * A WebSocket that comes back after its server does. `receiver` has `message(object)`, `pictures(ArrayBuffer)`,
+ * `lost()` and `refused(reason)`; a connection that the server refuses is not tried again.
+ */
+export class Connection {
+  #receiver;
+  #socket;
+  #failures = 0;
+
+  constructor(receiver) {
+    this.#receiver = receiver;
+    this.#open();
+  }
+
+  #open() {
+    this.#socket = new WebSocket(socketAddress());
+    this.#socket.binaryType = "arraybuffer";
+    this.#socket.addEventListener("message", ({ data }) => {
+      this.#failures = 0;
+      if (typeof data === "string") this.#receiver.message(JSON.parse(data));
+      else this.#receiver.pictures(data);
+    });
+    this.#socket.addEventListener("close", ({ code, reason }) => {
+      if (code === POLICY_VIOLATION) {
+        this.#receiver.refused(reason);
+        return;
+      }
+      this.#receiver.lost();
+      const wait = RETRY_MS[Math.min(this.#failures++, RETRY_MS.length - 1)];
+      setTimeout(() => this.#open(), wait);
+    });
+  }
+
+  send(message) {
+    if (this.#socket.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(message));
+  }
+}

@@ -1,0 +1,545 @@
+"""
+The page and its WebSocket: what a viewer asks for goes to the engine, what the engine makes goes to the viewer.
+
+docs/live.md has the messages. Whatever a viewer sends, the answer is a line, and one that is not read costs no memory:
+of frames the newest block waits, of words a few.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import secrets
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import CHECKED, one_line
+from ..files.text import parse_json
+from ..pipelines.stream import TRANSITIONS
+from ..serving.binding import is_loopback
+from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_block
+from .engine import Ended, FullError, LiveEngine, Queued
+from .session import MAX_SEED, Block, LiveModel, LiveSession, Mark
+
+
+try:
+    from fastapi import APIRouter, FastAPI, Request, WebSocket, WebSocketDisconnect
+    from fastapi.responses import FileResponse, JSONResponse
+    from fastapi.staticfiles import StaticFiles
+
+    from ..serving.bounded_protocol import ConnectionLimits, make_server
+    from ..serving.bounded_websocket import BoundedWebSocket
+except ImportError as error:
+    raise ImportError(
+        f"the live page needs FastAPI and websockets ({error}): pip install 'astrolabe_diffusers[live]'"
+    ) from error
+
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "page"
+MAX_MESSAGE = 2**16
+# Of a connection, messages that come; a page tells of every frame that it shows.
+MESSAGES_PER_SECOND = 200
+# Of a connection, words that wait to be read.
+_MAX_WAITING = 256
+# Of a recording, blocks that wait to be encoded before the session waits for them.
+_MAX_BEHIND = 2
+POLICY_VIOLATION = 1008
+HEADERS = {
+    # Nothing is from elsewhere, and what a viewer types runs nowhere.
+    "Content-Security-Policy": (
+        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; media-src 'self' blob:; "
+        "worker-src 'self' blob:; connect-src 'self' ws: wss:; object-src 'none'; base-uri 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    # An address may have the token.
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class ViewerError(Exception):
+    """What a viewer did that ends the connection."""
+
+
+class LiveApp(AbstractContextManager):
+    """
+    What the server of one model has: its engine, encoders, recordings and viewers. A context manager: threads and
+    files end with the context.
+
+    Args:
+        model: that the sessions are made with.
+        engine: that makes their blocks; it is started and stopped here.
+        token: what viewers have to know, if anything.
+        any_host: whether pages of any name may be this one's. Else, without a token, only names of this machine are
+            served: a page of elsewhere whose name is made to mean this machine is not.
+        codecs: that frames may be sent in, the best first.
+        presets: prompts that the page offers.
+        max_recordings, max_recording_seconds: files that are kept, and the length of one.
+    """
+
+    def __init__(
+        self,
+        model: LiveModel,
+        engine: LiveEngine,
+        token: str | None = None,
+        any_host: bool = False,
+        codecs: Sequence[str] | None = None,
+        presets: Sequence[str] = (),
+        max_recordings: int = 16,
+        max_recording_seconds: float = 600.0,
+    ):
+        self.model, self.engine, self.token = model, engine, token
+        self.any_host = any_host or bool(token)
+        self.codecs = available_codecs() if codecs is None else available_codecs(codecs)
+        if not self.codecs:
+            raise ValueError("h264 needs PyAV, which 'astrolabe_diffusers[live]' has; jpeg and webp need nothing.")
+        self.presets = list(presets)
+        self.max_recordings = max_recordings
+        self.max_recording_frames = max(int(max_recording_seconds * model.frame_rate), 1)
+        self.recordings: dict[str, Path] = {}
+        self.viewers: set[Viewer] = set()
+        self._folder = tempfile.TemporaryDirectory(prefix="astrolabe-live-")
+        # Those that wait for a recording's encoder are not those that the frames of others wait for.
+        self.encoders = ThreadPoolExecutor(engine.sessions + 1, "live-encode")
+        self.recorders = ThreadPoolExecutor(engine.sessions + 1, "live-record")
+
+    def __enter__(self):
+        self.engine.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.engine.__exit__(*error)
+        self.encoders.shutdown()
+        self.recorders.shutdown()
+        self._folder.cleanup()
+
+    def new_recording(self) -> Path:
+        return Path(self._folder.name, f"{secrets.token_urlsafe(16)}.mp4")
+
+    def keep_recording(self, path: Path):
+        self.recordings[path.stem] = path
+        while len(self.recordings) > self.max_recordings:
+            self.recordings.pop(next(iter(self.recordings))).unlink(missing_ok=True)
+
+    def hello(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "type": "hello",
+            "version": PROTOCOL_VERSION,
+            "model": model.name,
+            "frame_rate": model.frame_rate,
+            "height": model.pipe.config.height,
+            "width": model.pipe.config.width,
+            "max_pixels": model.max_pixels,
+            "frames_first_block": model.frames_first_block,
+            "frames_per_block": model.frames_per_block,
+            "num_frames": None if model.num_frames == math.inf else model.num_frames,
+            "transitions": list(TRANSITIONS),
+            "presets": self.presets,
+            "loras": model.weights,
+            "codecs": self.codecs,
+            "sessions": self.engine.sessions,
+        }
+
+    # Who may come in
+
+    def knows(self, token: str | None) -> bool:
+        return not self.token or secrets.compare_digest((token or "").encode(), self.token.encode())
+
+    def serves(self, host: str) -> bool:
+        """Whether `Host` of a request is a name of this server."""
+        with suppress(ValueError):
+            return self.any_host or is_loopback(urlsplit(f"//{host}").hostname or "")
+        return False
+
+    def is_own(self, origin: str | None, host: str) -> bool:
+        """Whether a request comes from this server's own page, or from no page."""
+        if origin is None:
+            return True
+        with suppress(ValueError):
+            return urlsplit(origin).netloc == host
+        return False
+
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request):
+    """Without a token."""
+    return {"status": "ok", "sessions": request.app.state.live.engine.running}
+
+
+@router.get("/")
+async def page():
+    return FileResponse(PAGE / "index.html")
+
+
+@router.get("/recordings/{name}.mp4")
+async def recording(request: Request, name: str, token: str | None = None):
+    live: LiveApp = request.app.state.live
+    if not live.knows(token):
+        return JSONResponse({"error": "no token, or a wrong one"}, 401)
+    if name not in live.recordings:
+        return JSONResponse({"error": "there is no such recording, or not any more"}, 404)
+    return FileResponse(live.recordings[name], media_type="video/mp4", filename="astrolabe.mp4")
+
+
+@router.websocket("/ws")
+async def connect(websocket: WebSocket, token: str | None = None):
+    live: LiveApp = websocket.app.state.live
+    host = websocket.headers.get("host", "")
+    if not live.serves(host) or not live.is_own(websocket.headers.get("origin"), host):
+        await websocket.close()  # before it was accepted: status 403
+        return
+    await websocket.accept()
+    viewer = Viewer(websocket, live)
+    if not live.knows(token):
+        await viewer.leave("this server wants its token: open the page by the address that has it", POLICY_VIOLATION)
+        return
+    await viewer.run()
+
+
+class Viewer:
+    """One connection, and the session that it has, if any."""
+
+    def __init__(self, websocket: WebSocket, live: LiveApp):
+        self.websocket, self.live = websocket, live
+        self.loop = asyncio.get_running_loop()
+        self.session: LiveSession | None = None
+        self.codec: str | None = None
+        self.encoders = []  # of the lanes
+        self.recording: Recording | None = None
+        # What is to be sent, in this order: words, or the lane whose newest block it is the turn of.
+        self._outbox: deque[dict[str, Any] | int] = deque()
+        self._blocks: dict[int, Block] = {}
+        self._something = asyncio.Event()
+        self._unread = self.loop.create_future()
+        self._allowance, self._counted_at = float(MESSAGES_PER_SECOND), time.monotonic()
+
+    # From the viewer
+
+    async def run(self):
+        self.live.viewers.add(self)
+        self.say(self.live.hello())
+        tasks = [self.loop.create_task(run()) for run in (self._read, self._write)]
+        try:
+            done, _ = await asyncio.wait([*tasks, self._unread], return_when=asyncio.FIRST_COMPLETED)
+            if self._unread.done():
+                raise ViewerError("messages are not read")
+            for task in done:
+                task.result()
+        except ViewerError as error:
+            self._end_session()
+            for task in tasks:
+                task.cancel()
+            await self.leave(str(error), POLICY_VIOLATION)
+        except WebSocketDisconnect:
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.live.viewers.discard(self)
+            self._end_session()
+            if self.recording:
+                await self.recording.discard()
+
+    async def leave(self, reason: str, code: int):
+        """A line, and the end."""
+        with suppress(WebSocketDisconnect, RuntimeError):
+            await self.websocket.send_text(json.dumps({"type": "error", "message": reason}))
+            await self.websocket.close(code, reason[:120])
+
+    async def _read(self):
+        while True:
+            message = await self.websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect
+            self._count()
+            try:
+                await self._answer(message.get("text"))
+            except (FullError, *CHECKED) as error:
+                self.say({"type": "error", "message": one_line(error.args[0] if error.args else error)[:500]})
+
+    def _count(self):
+        now = time.monotonic()
+        self._allowance += (now - self._counted_at) * MESSAGES_PER_SECOND
+        self._allowance, self._counted_at = min(self._allowance, 2.0 * MESSAGES_PER_SECOND) - 1, now
+        if self._allowance < 0:
+            raise ViewerError(f"more than {MESSAGES_PER_SECOND} messages a second")
+
+    async def _answer(self, text: str | None):
+        if text is None:
+            raise ValueError("a message is a text, an object of JSON.")
+        message = parse_json(text, "the message")
+        kind = message.get("type") if isinstance(message, dict) else None
+        if not isinstance(kind, str) or kind not in ANSWERS:
+            raise ValueError(f"the type of a message is one of {', '.join(ANSWERS)}.")
+        if kind != "start" and self.session is None:
+            raise ValueError("there is no video: start one first.")
+        await ANSWERS[kind](self, message)
+
+    async def _start(self, message: dict[str, Any]):
+        wanted = message.get("codecs", self.live.codecs)
+        codec = next((c for c in self.live.codecs if isinstance(wanted, list) and c in wanted), None)
+        if codec is None:
+            raise ValueError(f"codecs must be a list with one of {', '.join(self.live.codecs)}.")
+        seed = message.get("seed")
+        session = LiveSession(
+            self.live.model,
+            message.get("prompt"),
+            secrets.randbelow(MAX_SEED) if seed is None else seed,
+            message.get("height"),
+            message.get("width"),
+            False if message.get("compare") is None else message["compare"],
+            message.get("events") or (),
+        )
+        size = session.height, session.width, self.live.model.frame_rate
+        encoders = [
+            await self.loop.run_in_executor(self.live.encoders, make_encoder, codec, *size)
+            for _ in range(1 + session.compare)
+        ]
+        self.live.engine.add(session, self._listener(session), instead_of=self.session)
+        self.session, self.codec, self.encoders = session, codec, encoders
+        self._end_recording()
+        self._blocks.clear()
+        self._outbox = deque(item for item in self._outbox if isinstance(item, dict))
+
+    async def _change(self, message: dict[str, Any]):
+        self.session.send(message)
+        self.live.engine.wake()
+
+    async def _pause(self, message: dict[str, Any]):
+        self.session.pause(message["type"] == "pause")
+        self.live.engine.wake()
+
+    async def _shown(self, message: dict[str, Any]):
+        self.session.show(message.get("frame"))
+        self.live.engine.wake()
+
+    async def _record(self, message: dict[str, Any]):
+        if not isinstance(message.get("on"), bool):
+            raise ValueError("on must be true or false.")
+        if not message["on"]:
+            self._end_recording()
+        elif self.recording is None:
+            self.recording = Recording(self, self.session)
+            self.say({"type": "recording", "url": None, "frames": 0})
+
+    async def _save(self, message: dict[str, Any]):
+        self.say({"type": "session", "session": self.session.record()})
+
+    def _end_session(self):
+        if self.session:
+            self.live.engine.remove(self.session)
+        self.session = None
+
+    def _end_recording(self):
+        recording, self.recording = self.recording, None
+        if recording:
+            recording.finish()
+
+    # To the viewer
+
+    def say(self, message: dict[str, Any]):
+        if len(self._outbox) < _MAX_WAITING:
+            self._outbox.append(message)
+            self._something.set()
+        elif not self._unread.done():
+            self._unread.set_result(None)
+
+    def _listener(self, session: LiveSession) -> Callable[[object], None]:
+        def listen(item):
+            with suppress(RuntimeError):  # the loop is closed: the server ends
+                self.loop.call_soon_threadsafe(self._take, session, item)
+
+        return listen
+
+    def _take(self, session: LiveSession, item: Block | Mark | Queued | Ended):
+        if session is not self.session:
+            return
+        if isinstance(item, Block):
+            if self.recording and item.lane == session.compare:
+                self.recording.add(item)
+            if item.lane not in self._blocks:
+                self._outbox.append(item.lane)
+            # The newest in place of one that was not sent.
+            self._blocks[item.lane] = item
+            self._something.set()
+        elif isinstance(item, Mark):
+            self.say({"type": "mark", **vars(item)})
+        elif isinstance(item, Queued):
+            self.say({"type": "queue", **vars(item)})
+            if item.position == 0:
+                self.say(self._started(session))
+        else:
+            self._end_recording()
+            self.say({"type": "ended", "reason": item.reason})
+
+    def _started(self, session: LiveSession) -> dict[str, Any]:
+        return {
+            "type": "started",
+            "seed": session.seed,
+            "height": session.height,
+            "width": session.width,
+            "compare": session.compare,
+            "codec": self.codec,
+            "codec_string": self.encoders[0].codec_string,
+        }
+
+    async def _write(self):
+        while True:
+            await self._something.wait()
+            self._something.clear()
+            while self._outbox:
+                item = self._outbox.popleft()
+                if isinstance(item, dict):
+                    await self._send(json.dumps(item))
+                elif (block := self._blocks.pop(item, None)) is not None:
+                    await self._send_block(block)
+
+    async def _send_block(self, block: Block):
+        session, codec, encoder = self.session, self.codec, self.encoders[block.lane]
+        frames = await self.loop.run_in_executor(self.live.encoders, encoder.encode, block.frames)
+        if session is not self.session:
+            return
+        about = {"type": "block", "block": block.number, "first_frame": block.first_frame}
+        about |= {"frames": len(frames), "seconds": block.seconds, "memory_gb": block.memory_gb, "lane": block.lane}
+        await self._send(json.dumps(about))
+        await self._send(pack_block(block, codec, frames))
+
+    async def _send(self, data: str | bytes):
+        try:
+            await (self.websocket.send_text if isinstance(data, str) else self.websocket.send_bytes)(data)
+        except RuntimeError:  # it was closed by another task
+            raise WebSocketDisconnect from None
+
+
+ANSWERS = {
+    "start": Viewer._start,
+    "prompt": Viewer._change,
+    "lora": Viewer._change,
+    "pause": Viewer._pause,
+    "resume": Viewer._pause,
+    "shown": Viewer._shown,
+    "record": Viewer._record,
+    "save": Viewer._save,
+}
+
+
+class Recording:
+    """Every frame of a session from its next block on, to a file. The session waits for it rather than leave one
+    out."""
+
+    def __init__(self, viewer: Viewer, session: LiveSession):
+        self.viewer, self.session, self.live = viewer, session, viewer.live
+        self._blocks: deque[Block] = deque()
+        self._something = asyncio.Event()
+        self._finished = False
+        self._recorder: Recorder | None = None
+        self._task = viewer.loop.create_task(self._run())
+
+    def add(self, block: Block):
+        self._blocks.append(block)
+        self.session.hold(len(self._blocks) >= _MAX_BEHIND)
+        self._something.set()
+
+    def finish(self):
+        """After what it has; the viewer is told of the file."""
+        self._finished = True
+        self._something.set()
+
+    async def discard(self):
+        """Nothing is left of it."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self):
+        try:
+            frames = await self._write()
+        except OSError as error:
+            logger.error("a recording failed: %s", one_line(error))
+            text = "the recording has failed: the server's disk is full, or cannot be written to"
+            self.viewer.say({"type": "error", "message": text})
+            self.viewer.say({"type": "recording", "url": None, "frames": 0})
+        else:
+            url = f"/recordings/{self._recorder.path.stem}.mp4" if frames else None
+            self.viewer.say({"type": "recording", "url": url, "frames": frames})
+        finally:
+            if self.viewer.recording is self:
+                self.viewer.recording = None
+            self.session.hold(False)
+            self.live.engine.wake()
+
+    async def _write(self) -> int:
+        call = lambda *args: self.viewer.loop.run_in_executor(self.live.recorders, *args)  # noqa: E731
+        try:
+            while not (self._finished and not self._blocks):
+                await self._something.wait()
+                self._something.clear()
+                while self._blocks:
+                    frames = self._blocks[0].frames
+                    if self._recorder is None:
+                        height, width = frames.shape[1:3]
+                        size = height, width, self.live.model.frame_rate, self.live.max_recording_frames
+                        self._recorder = Recorder(self.live.new_recording(), *size)
+                    await call(self._recorder.write, frames)
+                    self._blocks.popleft()
+                    self.session.hold(False)
+                    self.live.engine.wake()
+                    if self._recorder.is_full:
+                        self._finished = True
+                        self._blocks.clear()
+            if self._recorder is None:
+                return 0
+            await call(self._recorder.finish)
+            self.live.keep_recording(self._recorder.path)
+            return self._recorder.num_frames
+        except BaseException:
+            if self._recorder:
+                self.live.recorders.submit(self._recorder.discard)
+            raise
+
+
+def create_app(live: LiveApp) -> FastAPI:
+    """The ASGI application of a server; the context of `live` has to be entered."""
+    # No pages of documentation: they load scripts from elsewhere.
+    app = FastAPI(title="astrolabe_diffusers live", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.live = live
+    app.include_router(router)
+    app.mount("/static", StaticFiles(directory=PAGE), name="static")
+
+    @app.middleware("http")
+    async def check_host(request: Request, call_next):
+        if not live.serves(request.headers.get("host", "")):
+            return JSONResponse({"error": "this server has another name"}, 403)
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    return app
+
+
+def make_live_server(live: LiveApp, max_connections: int = 64, ping_seconds: float = 5.0):
+    """The uvicorn server of it, with bounds for connections and messages. That a viewer has gone without a word is
+    found out after three times `ping_seconds`."""
+    return make_server(
+        create_app(live),
+        ConnectionLimits(max_connections),
+        ws=BoundedWebSocket,
+        ws_max_size=MAX_MESSAGE,
+        # Frames are compressed, and windows of compression are memory of each connection.
+        ws_per_message_deflate=False,
+        ws_ping_interval=ping_seconds,
+        ws_ping_timeout=2 * ping_seconds,
+    )

@@ -1,0 +1,56 @@
+"""Models with LoRAs for sessions, on the random tiny pipeline."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from astrolabe_diffusers.live.session import LiveModel, LiveSession
+from astrolabe_diffusers.pipelines.loading import load_loras
+from astrolabe_diffusers.training.adapter_files import save_adapter
+from tests.pipelines.test_scenes import TWO_STEPS
+from tests.tiny_pipeline import tiny_pipeline
+from tests.training.helpers import policy_pipeline
+
+
+# A model whose videos may go on for ever, in frames of 16x32 pixels.
+ENDLESS = {**TWO_STEPS, "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"}
+
+
+def save_loras(folder: Path) -> list[Path]:
+    """Files of two LoRAs, `first` and `second`, that change frames a lot, and not alike."""
+    folder.mkdir(exist_ok=True)
+    transformer = policy_pipeline(**ENDLESS).transformer
+    paths = []
+    for adapter, name in (("default", "first"), ("old", "second")):
+        (folder / name).mkdir()
+        save_adapter(transformer, folder / name, adapter, "pytorch_lora_weights.safetensors")
+        paths.append(folder / name)
+    return paths
+
+
+def make_model(loras: dict[Path, float] | None = None, **settings) -> LiveModel:
+    pipe = tiny_pipeline(**ENDLESS)
+    loras = {str(path): weight for path, weight in (loras or {}).items()}
+    if loras:
+        load_loras(pipe, loras)
+    return LiveModel(pipe, "tiny", loras, **settings)
+
+
+def make_blocks(session: LiveSession, number: int, lane: int = 0) -> list[torch.Tensor]:
+    return [torch.from_numpy(session.make_block()[0][lane].frames) for _ in range(number)]
+
+
+def all_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def wait_for(condition, seconds: float = 20.0):
+    """What `condition` returns once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
+    return result

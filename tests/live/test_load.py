@@ -1,0 +1,170 @@
+"""From settings to a server, and from a saved session to its video."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3
+import numpy as np
+import pytest
+import requests
+import torch
+from websockets.sync.client import connect
+
+from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.cli.main import main
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.files.video import VideoWriter
+from astrolabe_diffusers.live.config import LiveConfig
+from astrolabe_diffusers.live.load import load_live_app, load_model, read_presets
+from astrolabe_diffusers.live.session import LiveSession
+from astrolabe_diffusers.rewards import get_reward
+from astrolabe_diffusers.serving.binding import bind
+from tests.live.helpers import ENDLESS, save_loras, wait_for
+from tests.pipelines.test_scenes import A, B
+from tests.tiny_pipeline import save_tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder, two LoRAs, and a session that was steered, with its frames."""
+    folder = tmp_path_factory.mktemp("live")
+    save_tiny_pipeline(folder / "model", **ENDLESS)
+    loras = save_loras(folder / "loras")
+    model = load_model(LiveConfig(model=str(folder / "model"), lora={str(loras[0]): 1.0}), None, None)
+    session = LiveSession(model, A, 11, compare=True)
+    lanes = [session.make_block()[0] for _ in range(2)]
+    session.send({"type": "prompt", "prompt": B, "transition": "recache"})
+    session.send({"type": "lora", "weights": {"first": 0.25}})
+    lanes += [session.make_block()[0] for _ in range(3)]
+    (folder / "mine.json").write_text(json.dumps(session.record()))
+    for lane, name in enumerate(("base", "tuned")):
+        np.save(folder / f"{name}.npy", np.concatenate([blocks[lane].frames for blocks in lanes]))
+    return folder
+
+
+def generate(folder, *words):
+    return main(["generate", "--model", str(folder / "model"), "--session", str(folder / "mine.json"), *words])
+
+
+def test_the_frames_of_a_session_again(folder, tmp_path, monkeypatch):
+    """Bit for bit, as they come to the encoder."""
+    written = {}
+    write = VideoWriter.write
+
+    def keep(self, frames):
+        written.setdefault(self.path.name, []).append(frames)
+        write(self, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", keep)
+    assert generate(folder, "--lora", f"{folder}/loras/first=0.5", "--output_dir", str(tmp_path)) == 0
+    for file, name in (("mine-base.mp4", "base"), ("mine.mp4", "tuned")):
+        frames = np.load(folder / f"{name}.npy")
+        assert np.array_equal(np.concatenate(written[file]), frames)
+        assert imageio.v3.imread(tmp_path / file).shape == frames.shape
+
+
+def test_the_session_of_another_model_is_refused(folder, tmp_path, capsys):
+    output = ("--output_dir", str(tmp_path))
+    for words, message in (
+        ((), "session mine.json: it was made with the LoRA first: load that one, and under this name."),
+        (("--dtype", "bfloat16", "--lora", f"{folder}/loras/first"), "it was made with other weights"),
+        (("--compile", "--lora", f"{folder}/loras/first"), "compile is not for a session"),
+    ):
+        assert generate(folder, *words, *output) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    for text in ('{"version": 1}', "[]", "3"):
+        (tmp_path / "no.json").write_text(text)
+        assert main(["generate", "--session", str(tmp_path / "no.json"), *output]) == 2
+        assert "session no.json: it is no session, which has" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.mp4*"))
+    (tmp_path / "mine.mp4").write_text("somebody's")
+    assert generate(folder, *output) == 2
+    assert "mine.mp4 is there already: name another --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"codecs": ["h265"]}, "codecs may be h264, jpeg, webp, not h265"),
+        ({"codecs": []}, "codecs may be h264, jpeg, webp, not empty"),
+        ({"compile": True, "lora": {"a": 1.0}}, "compile takes no lora here"),
+        ({"sessions": 0}, "sessions must be at least 1"),
+        ({"offload": "model", "sessions": 2}, "offload is for one session"),
+        ({"max_sequence_length": 9999}, "max_sequence_length"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=message):
+        LiveConfig(**settings)
+
+
+def test_what_only_the_model_knows_is_told_in_a_line(folder):
+    config = {"model": str(folder / "model")}
+    with pytest.raises(UserError, match="video size: `height` must be a multiple of 16"):
+        load_live_app(LiveConfig(**config, height=17))
+    with pytest.raises(UserError, match="num_frames: .* at least 9"):
+        load_live_app(LiveConfig(**config, num_frames=2))
+
+
+def test_h264_that_is_not_there_is_said(folder, monkeypatch):
+    monkeypatch.setattr("astrolabe_diffusers.live.encoding.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="codecs: h264 needs PyAV"):
+        load_live_app(LiveConfig(model=str(folder / "model"), codecs=["h264"]))
+
+
+def test_an_app_of_settings(folder):
+    lora = {f"{folder}/loras/first": 2}
+    live = load_live_app(LiveConfig(model=str(folder / "model"), height=32, width=16, lora=lora))
+    hello = live.hello()
+    assert (hello["height"], hello["width"], hello["max_pixels"]) == (32, 16, 512)
+    assert (hello["model"], hello["loras"]) == ("model", {"first": 2.0})
+    assert hello["presets"] == (folder / "model/prompts/test.txt").read_text().splitlines()
+    with live:
+        pass
+
+
+def test_presets_of_the_embedded_model_work():
+    """Every one of them, from a seed of nobody's choice."""
+    presets = read_presets(TINY_SHAPES)
+    assert len(presets) >= 6 and presets == [
+        line for line in (Path(TINY_SHAPES) / "prompts/presets.txt").read_text().splitlines() if line
+    ]
+    model = load_model(LiveConfig(model="tiny_shapes"), None, None)
+    reward = get_reward("tiny_shapes_prompt_match")
+    reward = reward() if isinstance(reward, type) else reward
+    for preset in presets:
+        session = LiveSession(model, preset, 123)
+        frames = [torch.from_numpy(session.make_block()[0][0].frames) for _ in range(2)]
+        video = torch.cat(frames).permute(0, 3, 1, 2)[None] / 255
+        assert reward.score(video, [preset], [{}]).scores.item() > 0.85, preset
+
+
+def test_the_command(folder):
+    """It says where it is, serves, needs its token, and ends at a signal."""
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    words = ["live", "--model", str(folder / "model"), "--port", str(port)]
+    environment = os.environ | {"ASTROLABE_LIVE_TOKEN": "secret"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "astrolabe_diffusers.cli.main", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == f"model at http://127.0.0.1:{port}/?token=secret\n"
+        wait_for(lambda: requests.get(f"http://127.0.0.1:{port}/health").status_code == 200)
+        with connect(f"ws://127.0.0.1:{port}/ws?token=secret", max_size=None, proxy=None) as client:
+            assert json.loads(client.recv())["type"] == "hello"
+            client.send(json.dumps({"type": "start", "prompt": A, "seed": 0}))
+            while isinstance(client.recv(20), str):
+                pass
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()

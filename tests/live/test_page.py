@@ -1,0 +1,585 @@
+"""The page in a real browser, in front of the real server: what is typed, and what is then on the canvas."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import struct
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+
+from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.rewards.metrics.tiny_shapes import TinyShapesPromptMatch
+from tests.processes import Script
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium"),
+]
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright is installed: pip install playwright")
+
+RED = "a red circle moves left on a black background"
+BLUE = "a blue square moves up on a white background"
+FIRST, LATER = 9, 12  # frames of the first block and of every other
+
+# Keeps what the canvases show since the last start, read back from them after each drawing.
+CAPTURE = """(() => {
+  window.pictures = [];
+  window.WebSocket = class extends WebSocket {
+    constructor(address) {
+      super(address);
+      this.addEventListener("message", ({ data }) => {
+        if (typeof data === "string" && JSON.parse(data).type === "started") window.pictures.length = 0;
+      });
+    }
+  };
+  const draw = CanvasRenderingContext2D.prototype.drawImage;
+  CanvasRenderingContext2D.prototype.drawImage = function (...what) {
+    draw.apply(this, what);
+    const { id, width, height } = this.canvas;
+    const { data } = this.getImageData(0, 0, width, height);
+    window.pictures.push({ id, width, height, data, time: performance.now() });
+  };
+})()"""
+WITHOUT_WEBCODECS = "delete window.VideoDecoder"
+WEBP_ALONE = """(() => {
+  const send = WebSocket.prototype.send;
+  WebSocket.prototype.send = function (text) {
+    const message = JSON.parse(text);
+    if (message.codecs) message.codecs = ["webp"];
+    send.call(this, JSON.stringify(message));
+  };
+})()"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Server:
+    def __init__(self, *arguments, port: int | None = None, **environment: str):
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}/"
+        arguments = ("--model", "tiny_shapes", "--port", self.port, *arguments)
+        self._process = Script("examples/live.py", *arguments, **environment)
+        self._process.wait_for(f"at {self.url}")
+        self.address = self._process.output().split()[-1]
+
+    def kill(self):
+        self._process.kill_all()
+
+    def stop(self):
+        self._process.send_signal(signal.SIGINT)
+        self._process.finish(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A random LoRA, strong enough to be seen."""
+    folder = tmp_path_factory.mktemp("lora") / "strong"
+    pipe = DiffusionPipeline.from_pretrained(TINY_SHAPES)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"])
+    pipe.transformer.add_adapter(config)
+    pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(lora):
+    server = Server("--lora", lora, "--sessions", "2")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def small_server():
+    """Has room for one session."""
+    server = Server("--sessions", "1")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        # As root, as in a container, Chromium has no sandbox.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_tab(browser):
+    """Opens tabs, and closes them; an error on a page fails the test."""
+    contexts, errors = [], []
+
+    def open_tab(url, *scripts, answer=None, **options):
+        contexts.append(browser.new_context(**options))
+        tab = Tab(contexts[-1].new_page(), scripts)
+        if answer:
+            tab.page.route_web_socket(re.compile("/ws$"), answer)
+        tab.page.on("pageerror", lambda error: errors.append(str(error)))
+        tab.page.goto(url)
+        tab.page.wait_for_selector("#send:enabled")
+        return tab
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+class Tab:
+    def __init__(self, page, scripts=()):
+        self.page = page
+        self.received, self.sent = [], []  # JSON messages, since the last start
+        page.on("websocket", self._listen)
+        for script in (CAPTURE, *scripts):
+            page.add_init_script(script)
+
+    def _listen(self, websocket):
+        def received(data):
+            if isinstance(data, str):
+                message = json.loads(data)
+                if message["type"] == "started":
+                    self.received.clear()
+                    self.sent.clear()
+                self.received.append(message)
+
+        websocket.on("framereceived", received)
+        websocket.on("framesent", lambda data: self.sent.append(json.loads(data)))
+
+    def start(self, prompt: str, seed: int = 0):
+        self.page.evaluate("pictures.length = 0")
+        self.received.clear()
+        self.page.fill("#seed", str(seed))
+        self.page.fill("#prompt", prompt)
+        if self.page.text_content("#send") == "Start":
+            self.page.press("#prompt", "Enter")
+        else:
+            self.page.click("#restart")
+
+    def send(self, prompt: str):
+        self.page.fill("#prompt", prompt)
+        self.page.press("#prompt", "Enter")
+
+    def count(self, lane: int = 0) -> int:
+        return self.page.evaluate("id => pictures.filter(p => p.id === id).length", f"lane-{lane}")
+
+    def wait_for_frames(self, number: int, lane: int = 0):
+        self.page.wait_for_function(
+            "([id, number]) => pictures.filter(p => p.id === id).length >= number", arg=[f"lane-{lane}", number]
+        )
+
+    def frames(self, start: int, end: int, lane: int = 0) -> np.ndarray:
+        """uint8 (F, H, W, 3): what the canvas of a lane has shown, from frame `start` to before `end`."""
+        self.wait_for_frames(end, lane)
+        read = """([id, start, end]) => pictures.filter(p => p.id === id).slice(start, end).map(
+            ({ width, height, data }) => [width, height, btoa(String.fromCharCode(...data))])"""
+        pictures = self.page.evaluate(read, [f"lane-{lane}", start, end])
+        return np.stack(
+            [np.frombuffer(base64.b64decode(d), np.uint8).reshape(h, w, 4)[..., :3] for w, h, d in pictures]
+        )
+
+    def of_type(self, name: str) -> list[dict]:
+        return [message for message in self.received if message["type"] == name]
+
+    def wait_for_message(self, name: str) -> dict:
+        """The first of this type since the last start."""
+        while not self.of_type(name):
+            self.page.wait_for_timeout(20)
+        return self.of_type(name)[0]
+
+    def wait_for_text(self, selector: str, text: str):
+        sync_api.expect(self.page.locator(selector)).to_contain_text(text, timeout=20_000)
+
+
+def match(frames: np.ndarray, prompt: str) -> float:
+    """How well frames (F, H, W, 3) show a prompt, 0 to 1."""
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+    return TinyShapesPromptMatch().score(video[None], [prompt]).scores.item()
+
+
+CODECS = {"h264": "", "jpeg": WITHOUT_WEBCODECS, "webp": WEBP_ALONE}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_type_watch_steer(server, open_tab, codec):
+    tab = open_tab(server.url, CODECS[codec])
+    tab.start(RED)
+    assert tab.wait_for_message("started")["codec"] == codec
+    tab.wait_for_frames(FIRST + LATER)
+    tab.send(BLUE)
+    mark = tab.wait_for_message("mark")
+    assert mark["sent_after_block"] < mark["block"] <= mark["sent_after_block"] + 2
+    first = FIRST + (mark["block"] - 1) * LATER
+    before, after = tab.frames(0, first), tab.frames(first + LATER, first + 3 * LATER)
+    assert match(before, RED) > 0.7 > 0.3 > match(before, BLUE)
+    assert match(after, BLUE) > 0.7 > 0.3 > match(after, RED)
+    # The mark, and the delay as the page has it: later than the block was ready, before it was shown to its end.
+    tab.wait_for_text("#log", f"Block {mark['block']}: “{BLUE}”, roll")
+    delay = int(re.search(r"seen after (\d+) ms", tab.page.text_content("#log"))[1])
+    assert 1000 * mark["seconds"] - 50 <= delay < 3000
+    assert tab.page.text_content("#latency") == f"{delay} ms"
+    assert tab.page.get_by_role("img", name=f"Video of “{BLUE}”").is_visible()
+    assert tab.page.locator("#track .hold").get_attribute("data-label") == f"{delay} ms"
+
+
+def test_frames_come_at_the_models_rate(server, open_tab):
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(90)
+    times = tab.page.evaluate("pictures.slice(10, 90).map(p => p.time)")
+    assert np.mean(np.diff(times)) == pytest.approx(1000 / 16, rel=0.03)
+    shown = [message["frame"] for message in tab.sent if message["type"] == "shown"]
+    assert shown == list(range(len(shown))) and len(shown) >= 90
+    assert tab.page.text_content("#lost") == "0"
+
+
+def test_a_slider_changes_the_picture(server, open_tab):
+    """From one seed, base and LoRA side by side: they differ until the LoRA is switched off before a start."""
+    tab = open_tab(server.url)
+    tab.page.check("#compare")
+    tab.start(RED)
+    base, with_lora = tab.frames(0, 21), tab.frames(0, 21, lane=1)
+    assert np.abs(base.astype(int) - with_lora).mean() > 2
+    assert match(base, RED) > 0.7
+    tab.page.get_by_role("checkbox", name="strong").uncheck()
+    mark = tab.wait_for_message("mark")
+    assert mark["event"]["weights"] == {"strong": 0}
+    tab.start(RED)
+    assert np.array_equal(tab.frames(0, 21), base)
+    # And while it runs.
+    tab.received.clear()
+    tab.page.get_by_role("slider", name="Strength of strong").press("End")
+    mark = tab.wait_for_message("mark")
+    assert mark["event"]["weights"] == {"strong": 2}
+    first = FIRST + (mark["block"] - 1) * LATER
+    base, with_lora = (tab.frames(0, first + 2 * LATER, lane) for lane in (0, 1))
+    assert np.array_equal(base[:first], with_lora[:first])
+    assert np.abs(base[first:].astype(int) - with_lora[first:]).mean() > 1
+
+
+def test_pause_stops_generation(server, open_tab):
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(20)
+    tab.page.press("#prompt", "Escape")
+    tab.page.keyboard.press("Space")
+    tab.wait_for_text("#state", "Paused")
+    tab.page.wait_for_timeout(500)  # the block that was being made
+    blocks, frames = len(tab.of_type("block")), tab.count()
+    tab.page.wait_for_timeout(1500)
+    assert (len(tab.of_type("block")), tab.count()) == (blocks, frames)
+    tab.page.keyboard.press("Space")
+    tab.wait_for_text("#state", "Playing")
+    tab.wait_for_frames(frames + 30)
+    assert match(tab.frames(0, frames + 30), RED) > 0.7
+    assert tab.page.text_content("#underruns") == "0"
+
+
+def test_a_hidden_tab_waits(server, open_tab):
+    tab = open_tab(server.url)
+    hide = """hidden => {
+      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    tab.start(RED)
+    tab.wait_for_frames(20)
+    tab.page.evaluate(hide, True)
+    tab.page.wait_for_timeout(500)
+    blocks = len(tab.of_type("block"))
+    tab.page.wait_for_timeout(1500)
+    assert len(tab.of_type("block")) == blocks
+    count = tab.count()
+    tab.page.evaluate(hide, False)
+    tab.wait_for_frames(count + 30)
+    assert [tab.page.text_content(name) for name in ("#underruns", "#lost")] == ["0", "0"]
+
+
+def test_record_and_replay(server, open_tab, tmp_path):
+    """The same frames as at first, and in the recording all of them in their order."""
+    tab = open_tab(server.url)
+    tab.start(RED, seed=3)
+    tab.page.get_by_role("button", name="Record").click()
+    tab.wait_for_frames(FIRST + LATER)
+    tab.page.select_option("#transition", "cut")
+    tab.send(BLUE)
+    mark = tab.wait_for_message("mark")
+    length = FIRST + (mark["block"] + 2) * LATER
+    frames = tab.frames(0, length)
+    tab.page.get_by_role("button", name="Record").click()
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("link", name="Download").click()
+    video = iio.imread(download.value.path(), plugin="FFMPEG", extension=".mp4")
+    assert len(video) == tab.of_type("recording")[-1]["frames"]
+    # It begins with a block. Each of its frames is nearest to one of the canvas, and these follow each other; but for
+    # the first of a scene, which is held for four.
+    errors = [np.abs(frames - frame.astype(float)).mean((1, 2, 3)) for frame in video[: length - 2 * LATER]]
+    nearest = np.argmin(errors, 1)
+    assert nearest[0] in (0, FIRST)
+    assert np.mean(nearest == nearest[0] + np.arange(len(nearest))) > 0.9
+
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("button", name="Save session").click()
+    saved = json.loads(download.value.path().read_text())
+    assert saved["seed"] == 3 and saved["prompt"] == RED
+    prompts = [(event["block"], event["prompt"]) for event in saved["events"] if event["type"] == "prompt"]
+    assert prompts == [(mark["block"], BLUE)]
+
+    tab.page.evaluate("pictures.length = 0")
+    tab.received.clear()
+    tab.page.set_input_files("#file", download.value.path())
+    assert np.array_equal(tab.frames(0, length), frames)
+    tab.wait_for_text("#log", f"Block {mark['block']}: “{BLUE}”, cut")
+
+
+def test_files_that_are_no_session_of_this_model(server, open_tab, tmp_path):
+    tab = open_tab(server.url)
+    session = {"model": "another", "prompt": RED, "seed": 0, "height": 96, "width": 96, "compare": False, "events": []}
+    for text, error in (
+        ("red", "notes.json: Unexpected token"),
+        ("[]", "notes.json: a session has model, prompt, seed"),
+        (json.dumps(session), "notes.json: it was made with another, not tiny_shapes"),
+    ):
+        (tmp_path / "notes.json").write_text(text)
+        tab.page.set_input_files("#file", tmp_path / "notes.json")
+        tab.wait_for_text("[role=alert]", error)
+    assert tab.page.text_content("#state") == "Ready"
+
+
+def test_two_tabs(server, open_tab):
+    tabs = {prompt: open_tab(server.url) for prompt in (RED, BLUE)}
+    for prompt, tab in tabs.items():
+        tab.start(prompt)
+    for prompt, tab in tabs.items():
+        assert match(tab.frames(0, 45), prompt) > 0.7
+
+
+def test_reload_in_the_middle(small_server, open_tab):
+    """The session of before gives its place back."""
+    tab = open_tab(small_server.url)
+    tab.start(RED)
+    tab.wait_for_frames(20)
+    tab.page.reload()
+    tab.page.wait_for_selector("#send:enabled")
+    tab.start(BLUE)
+    assert match(tab.frames(0, 33), BLUE) > 0.7
+
+
+def test_three_on_one_slot(small_server, open_tab):
+    first, second, third = (open_tab(small_server.url) for _ in range(3))
+    for tab, state in ((first, "Playing"), (second, "place 1 in the queue"), (third, "place 2 in the queue")):
+        tab.start(RED)
+        tab.wait_for_text("#state", state)
+    first.page.close()
+    second.wait_for_text("#state", "Playing")
+    third.wait_for_text("#state", "place 1 in the queue")
+    assert match(second.frames(0, 33), RED) > 0.7
+    assert third.count() == 0
+
+
+def test_the_server_goes_and_comes_back(open_tab):
+    server = Server()
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(20)
+    tab.send(BLUE)
+    tab.wait_for_message("mark")
+    server.kill()
+    tab.wait_for_text("#state", "No connection")
+    assert tab.page.is_disabled("#send")
+    tab.page.evaluate("pictures.length = 0")
+    again = Server(port=server.port)
+    tab.wait_for_text("#state", "The server is back. Playing")
+    # With the prompt that was on.
+    assert match(tab.frames(0, 33), BLUE) > 0.7
+    again.stop()
+
+
+def test_a_token(browser, open_tab):
+    """It goes from the address that the command prints to the connection and to downloads."""
+    server = Server(ASTROLABE_LIVE_TOKEN="open+sesame&1")
+    stranger = browser.new_page()
+    stranger.goto(server.url)
+    words = "The server closed the connection: this server wants its token"
+    sync_api.expect(stranger.locator("#state")).to_contain_text(words)
+    assert stranger.is_disabled("#send")
+    stranger.close()
+    open_tab(server.address.replace("?", "#"))
+    tab = open_tab(server.address)
+    tab.start(RED)
+    tab.page.get_by_role("button", name="Record").click()
+    tab.wait_for_frames(FIRST + LATER)
+    tab.page.get_by_role("button", name="Record").click()
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("link", name="Download").click()
+    assert download.value.path().stat().st_size > 1000
+    server.stop()
+
+
+def test_markup_is_text(server, open_tab):
+    tab = open_tab(server.url)
+    markup = '<img src=x onerror="document.title = 1"> a red circle'
+    tab.start(markup)
+    tab.wait_for_frames(12)
+    tab.send(f"{markup} moves")
+    tab.wait_for_text("#log", f"{markup} moves")
+    # What the server says of a prompt that it refuses has the prompt in it.
+    tab.send("<b>a | [9x]</b>")
+    tab.wait_for_text("[role=alert]", "<b>a")
+    assert tab.page.locator("main img, main b, [role=alert] b").count() == 0
+    assert tab.page.title() == "Astrolabe live"
+
+
+def test_scenes(server, open_tab):
+    tab = open_tab(server.url)
+    tab.start(f"{RED} [2.1s#] | {BLUE}")
+    # 33 frames are two seconds, of 9 and twice 12.
+    frames = tab.frames(0, 33 + 3 * LATER)
+    assert match(frames[:30], RED) > 0.7 and match(frames[-2 * LATER :], BLUE) > 0.7
+
+
+# With a server of which every message is the test's.
+
+
+HELLO = {
+    "type": "hello",
+    "model": "a model",
+    "frame_rate": 16,
+    "height": 16,
+    "width": 32,
+    "frames_first_block": 4,
+    "frames_per_block": 4,
+    "transitions": ["roll", "recache", "cut"],
+    "presets": ["one"],
+    "loras": {},
+    "max_pixels": 4096,
+    "version": 1,
+}
+
+
+def pictures(block: int, first_frame: int, colors: list[tuple[int, int, int]]) -> bytes:
+    """A block's JPEG pictures of 32x16 pixels, each of one colour, as the server sends them."""
+    files = []
+    for color in colors:
+        file = io.BytesIO()
+        Image.new("RGB", (32, 16), color).save(file, "JPEG", quality=95)
+        files.append(file.getvalue())
+    header = struct.pack("<BBHIII", 1, 0, len(files), block, first_frame, 0)
+    return header + struct.pack(f"<{len(files)}I", *map(len, files)) + b"".join(files)
+
+
+@pytest.fixture
+def server_of_messages(server, open_tab):
+    """A tab that has pressed start, the test's end of its connection, and what the page has sent."""
+    ends, sent = [], []
+
+    def answer(end):
+        ends.append(end)
+        end.on_message(lambda text: sent.append(json.loads(text)))
+        end.send(json.dumps(HELLO))
+
+    tab = open_tab(server.url, answer=answer)
+    tab.start("one")
+    started = {"type": "started", "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
+    ends[0].send(json.dumps(started))
+    yield tab, ends, sent
+
+
+def block(number: int, first_frame: int) -> dict:
+    figures = {"seconds": 1.0, "memory_gb": 0.5, "lane": 0}
+    return {"type": "block", "block": number, "first_frame": first_frame, "frames": 4, **figures}
+
+
+GREYS = [(shade, shade, shade) for shade in range(0, 240, 20)]
+
+
+def test_an_empty_buffer_holds_the_picture_and_is_counted(server_of_messages):
+    """Also when the server leaves out what a slow reader has not read: neither is hidden."""
+    tab, (end,), sent = server_of_messages
+    for number, first in ((0, 0), (2, 8)):  # block 1 is never sent
+        end.send(json.dumps(block(number, first)))
+        end.send(pictures(number, first, GREYS[first : first + 4]))
+        tab.page.wait_for_timeout(1000)
+    shades = tab.frames(0, 8).mean((1, 2, 3))
+    assert np.allclose(shades, [grey[0] for grey in GREYS[:4] + GREYS[8:]], atol=2)
+    assert tab.count() == 8
+    assert [message["frame"] for message in sent if message["type"] == "shown"] == [0, 1, 2, 3, 8, 9, 10, 11]
+    figures = {name: tab.page.text_content(f"#{name}") for name in ("underruns", "lost", "made", "memory")}
+    assert figures == {"underruns": "2", "lost": "4", "made": "4.0 frames/s", "memory": "0.50 GB"}
+    tab.wait_for_text("#log", "The buffer ran dry before frame 4.")
+    tab.wait_for_text("#state", "Playing, slower than real time")
+
+
+def test_a_refused_connection_is_not_tried_again(server_of_messages):
+    tab, ends, _ = server_of_messages
+    ends[0].close(code=1008, reason="the token is wrong")
+    tab.wait_for_text("#state", "The server closed the connection: the token is wrong")
+    tab.page.wait_for_timeout(1500)
+    assert len(ends) == 1
+
+
+# Who looks at it and how.
+
+
+@pytest.mark.parametrize("width", [360, 390, 800, 1280, 2560, 3840])
+def test_fits_every_screen(server, open_tab, width):
+    """Nothing is cut off, and the picture and the prompt are seen without scrolling."""
+    height = {360: 740, 390: 844}.get(width, width * 9 // 16)
+    tab = open_tab(server.url, viewport={"width": width, "height": height})
+    tab.page.check("#compare")
+    tab.start(RED)
+    tab.wait_for_frames(9)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+    for name in ("#lane-0", "#lane-1", "#prompt", "#pause"):
+        box = tab.page.locator(name).bounding_box()
+        assert 0 <= box["x"] and box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
+    assert tab.page.locator("#lane-0").bounding_box()["width"] >= min(0.25 * width, 400)
+
+
+def test_every_control_has_a_name_and_is_reached_by_tab(server, open_tab):
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(9)
+    name = "e => e.ariaLabel || e.labels?.[0]?.textContent.trim() || e.textContent.trim()"
+    controls = tab.page.locator("button, input, select, textarea, summary, a").filter(visible=True)
+    visible = controls.evaluate_all(f"all => all.filter(e => !e.disabled).map({name})")
+    assert len(visible) > 15 and all(visible)
+    tab.page.evaluate("document.activeElement.blur()")
+    reached = set()
+    for _ in range(len(visible) + 5):
+        tab.page.keyboard.press("Tab")
+        reached.add(tab.page.evaluate(f"({name})(document.activeElement)"))
+    assert set(visible) <= reached
+    tab.page.evaluate("document.activeElement.blur()")
+    tab.page.keyboard.press("/")
+    assert tab.page.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_nothing_comes_from_elsewhere(server, browser):
+    """No CDN: every address that the page asks for is the server's."""
+    page = browser.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(server.url)
+    page.wait_for_selector("#send:enabled")
+    page.close()
+    assert len(asked) > 5
+    assert all(url.startswith((server.url, "data:,")) for url in asked)

@@ -1,0 +1,622 @@
+"""The server of the page, over real connections."""
+
+import gc
+import json
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
+
+import numpy as np
+import psutil
+import pytest
+import requests
+import websockets.exceptions
+from websockets.sync.client import connect
+
+from astrolabe_diffusers.live import server as server_module
+from astrolabe_diffusers.live.engine import LiveEngine
+from astrolabe_diffusers.live.server import LiveApp, make_live_server
+from astrolabe_diffusers.live.session import replay
+from astrolabe_diffusers.serving.binding import bind
+from tests.live.helpers import make_model, save_loras, wait_for
+from tests.live.test_encoding import decode
+from tests.pipelines.test_scenes import A, B
+from tests.training.helpers import full_disk
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    loras = save_loras(tmp_path_factory.mktemp("loras"))
+    return make_model(dict(zip(loras, (1.0, 0.0))))
+
+
+@contextmanager
+def serving(model, connections=64, ping_seconds=30.0, engine=None, **settings):
+    """A server in a thread; yields its application, with its address as `host`."""
+    with LiveApp(model, LiveEngine(**(engine or {})), **settings) as live, bind("127.0.0.1", 0) as listener:
+        server = make_live_server(live, connections, ping_seconds)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        live.host = f"127.0.0.1:{listener.getsockname()[1]}"
+        yield live
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def live(model):
+    with serving(model, engine={"sessions": 2}, presets=[A, B]) as live:
+        yield live
+
+
+class Client:
+    """A viewer who shows each frame as soon as it has come."""
+
+    def __init__(self, live, query="", watches=True, **settings):
+        # What a test does not read would let its own end wait.
+        settings |= {"max_size": None, "proxy": None, "close_timeout": 0.3}
+        self._connection = connect(f"ws://{live.host}/ws{query}", **settings)
+        self.socket = self._connection.__enter__()
+        self.watches, self.messages, self.blocks = watches, [], []
+        self.told = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._connection.__exit__(*error)
+
+    def send(self, kind, **values):
+        self.socket.send(json.dumps({"type": kind, **values}))
+
+    def start(self, **values):
+        self.send("start", **{"prompt": A, "seed": 0, "codecs": ["webp"], **values})
+        return self
+
+    def receive(self, timeout=20.0):
+        data = self.socket.recv(timeout)
+        if isinstance(data, str):
+            message = json.loads(data)
+            self.messages.append(message)
+            return message
+        _, lane, number, block, first, kind = struct.unpack("<BBHIII", data[:16])
+        packets, at = [], 16 + 4 * number
+        for length in struct.unpack(f"<{number}I", data[16:at]):
+            packets.append(data[at : at + length])
+            at += length
+        assert at == len(data)
+        message = {"type": "pictures", "lane": lane, "block": block, "first": first, "kind": kind, "packets": packets}
+        self.blocks.append(message)
+        if self.watches:
+            self.send("shown", frame=first + number - 1)
+        return message
+
+    def until(self, kind, timeout=20.0, **values):
+        """The first message of this type, with these values."""
+        deadline = time.monotonic() + timeout
+        while True:
+            message = self.receive(max(deadline - time.monotonic(), 0.01))
+            if message["type"] == kind and all(message[name] == value for name, value in values.items()):
+                return message
+
+
+def idle(live):
+    return live.engine.running == 0 and not live.viewers
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    yield
+    if "live" in request.fixturenames:
+        live = request.getfixturevalue("live")
+        wait_for(lambda: idle(live), 10)
+
+
+# What it says
+
+
+def test_hello(live):
+    with Client(live) as client:
+        hello = client.until("hello")
+    assert hello == {
+        "type": "hello", "version": 1, "model": "tiny", "frame_rate": 16, "height": 16, "width": 32,
+        "max_pixels": 512, "frames_first_block": 9, "frames_per_block": 12, "num_frames": None,
+        "transitions": ["roll", "recache", "cut"], "presets": [A, B], "loras": {"first": 1.0, "second": 0.0},
+        "codecs": ["h264", "jpeg", "webp"], "sessions": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("codec,kind", [("h264", 2), ("jpeg", 0), ("webp", 1)])
+def test_frames_are_the_sessions(live, model, codec, kind):
+    with Client(live) as client:
+        client.start(seed=4, codecs=[codec])
+        started = client.until("started")
+        assert (started["seed"], started["height"], started["width"], started["codec"]) == (4, 16, 32, codec)
+        assert (started["codec_string"] or "").startswith("avc1." if codec == "h264" else "")
+        first = client.until("block")
+        client.until("pictures", block=2)
+        client.send("save")
+        record = client.until("session")["session"]
+    assert (first["block"], first["first_frame"], first["frames"], first["lane"]) == (0, 0, 9, 0)
+    assert first["seconds"] > 0 and first["memory_gb"] > 0.05
+    wanted = [blocks[0] for blocks in replay(model, {**record, "num_blocks": 3})]
+    for block, sent in zip(wanted, client.blocks[:3], strict=True):
+        assert (sent["block"], sent["first"], sent["kind"]) == (block.number, block.first_frame, kind)
+        assert abs(decode(codec, sent["packets"]).astype(int) - block.frames).mean() < 25
+
+
+def test_of_codecs_the_servers_best_is_taken(live):
+    with Client(live) as client:
+        for offered, taken in ((["webp", "av1", "jpeg"], "jpeg"), (["webp", "h264"], "h264"), (None, "h264")):
+            client.send("start", prompt=A, **({"codecs": offered} if offered else {}))
+            assert client.until("started")["codec"] == taken
+
+
+def test_steering(live, model):
+    with Client(live) as client:
+        client.start(compare=True)
+        assert client.until("started")["compare"]
+        client.until("pictures", block=1, lane=1)
+        client.send("prompt", prompt=B, transition="recache", num_blocks=1)
+        mark = client.until("mark")
+        assert mark["event"] == {"type": "prompt", "prompt": B, "transition": "recache", "num_blocks": 1}
+        assert mark["block"] > mark["sent_after_block"] >= 1 and mark["seconds"] > 0
+        client.send("lora", weights={"first": 0.25})
+        later = client.until("mark")
+        assert later["block"] > mark["block"]
+        client.until("pictures", block=later["block"], lane=1)
+        client.send("save")
+        record = client.until("session")["session"]
+    assert [(event["type"], event["block"]) for event in record["events"]] == [
+        ("lora", 0), ("prompt", mark["block"]), ("lora", later["block"]),
+    ]  # fmt: skip
+    # Replayed by another connection, the pictures are the same.
+    wanted = {(block["block"], block["lane"]): block["packets"] for block in client.blocks}
+    with Client(live) as again:
+        names = ("prompt", "seed", "height", "width", "compare", "events")
+        again.start(**{name: record[name] for name in names})
+        again.until("pictures", block=later["block"], lane=1)
+    got = {(block["block"], block["lane"]): block["packets"] for block in again.blocks}
+    assert all(wanted[key] == packets for key, packets in got.items() if key in wanted) and len(got) > 6
+
+
+def test_pause_and_resume(live):
+    with Client(live) as client:
+        client.start()
+        client.until("pictures", block=2)
+        client.send("pause")
+        with pytest.raises(TimeoutError):
+            while True:
+                client.receive(timeout=0.5)
+        client.send("resume")
+        client.until("pictures")
+
+
+def test_restart_begins_anew(live):
+    with Client(live) as client:
+        client.start(seed=1)
+        client.until("pictures", block=3)
+        client.start(seed=2)
+        client.until("started", seed=2)
+        count = len(client.blocks)
+        client.until("pictures", block=1)
+        assert [block["block"] for block in client.blocks[count:]] == [0, 1]
+
+
+# Who may
+
+
+def test_a_token_is_asked_for(model):
+    with serving(model, token="secret") as live:
+        for query in ("", "?token=wrong", "?token="):
+            with Client(live, query) as client:
+                assert client.receive()["message"].startswith("this server wants its token")
+                with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+                    client.receive()
+                assert closed.value.rcvd.code == 1008
+        with Client(live, "?token=secret") as client:
+            assert client.receive()["type"] == "hello"
+        for path, status in (("/health", 200), ("/", 200), ("/recordings/a.mp4", 401)):
+            assert requests.get(f"http://{live.host}{path}").status_code == status
+        # With a token a server may have any name.
+        assert requests.get(f"http://{live.host}/", headers={"Host": "my.host:80"}).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://[", "file://"])
+def test_pages_of_others_are_refused(live, origin):
+    with pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
+        Client(live, additional_headers={"Origin": origin})
+
+
+def test_its_own_page_is_served(live):
+    with Client(live, additional_headers={"Origin": f"http://{live.host}"}) as client:
+        assert client.receive()["type"] == "hello"
+
+
+def test_a_name_that_was_made_to_mean_this_machine_is_refused(live):
+    """DNS rebinding: page and socket have the same name, which is not this machine's."""
+    for host in ("evil.example", "evil.example:7860", "["):
+        assert requests.get(f"http://{live.host}/health", headers={"Host": host}).status_code == 403
+    for name in ("localhost", "127.0.0.1", "[::1]"):
+        assert requests.get(f"http://{live.host}/health", headers={"Host": f"{name}:80"}).status_code == 200
+    with connect_raw(live) as raw:
+        raw.sendall(handshake("evil.example", "http://evil.example"))
+        assert raw.recv(4096).startswith(b"HTTP/1.1 403")
+
+
+def test_the_page_loads_nothing_from_elsewhere(live):
+    answer = requests.get(f"http://{live.host}/")
+    assert "<html" in answer.text and "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert requests.get(f"http://{live.host}/static/../server.py").status_code == 404
+    assert requests.get(f"http://{live.host}/static/%2e%2e/server.py").status_code == 404
+    assert requests.get(f"http://{live.host}/docs").status_code == 404
+
+
+# What viewers get wrong
+
+
+@pytest.mark.parametrize(
+    "sent,message",
+    [
+        ("nonsense", "the message is no JSON"),
+        ("[" * 60_000, "nested too deeply"),
+        ("[]", "one of start, prompt, lora, pause, resume, shown, record, save"),
+        ('{"type": {}}', "the type of a message"),
+        (b"bytes", "a message is a text"),
+        ('{"type": "pause"}', "start one first"),
+        ('{"type": "start"}', "prompt must be text"),
+        ('{"type": "start", "prompt": "a", "codecs": "h264"}', "codecs must be a list with one of h264, jpeg, webp"),
+        ('{"type": "start", "prompt": "a", "codecs": ["av1", {}]}', "codecs must be a list"),
+        ('{"type": "start", "prompt": "a", "seed": 1e400}', "seed must be a whole number"),
+        ('{"type": "start", "prompt": "a [b] c"}', "character 3"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(live, sent, message):
+    with Client(live) as client:
+        client.socket.send(sent)
+        error = client.until("error")["message"]
+        assert message in error and "\n" not in error
+        client.start()
+        client.until("pictures")
+
+
+def test_what_is_wrong_changes_nothing(live):
+    with Client(live) as client:
+        client.start()
+        for kind, values, message in (
+            ("prompt", {"prompt": "x", "transition": "fade"}, "must be one of"),
+            ("lora", {"weights": {"third": 1}}, "no LoRA 'third'; there are first, second"),
+            ("shown", {"frame": -1}, "frame must be a whole number"),
+            ("record", {"on": "yes"}, "on must be true or false"),
+            ("start", {"prompt": A, "height": 7}, "multiple of 16"),
+        ):
+            client.send(kind, **values)
+            assert message in client.until("error")["message"]
+        block = client.blocks[-1]["block"] if client.blocks else 0
+        client.until("pictures", block=block + 3)
+        client.send("save")
+        assert [event["type"] for event in client.until("session")["session"]["events"]] == ["lora"]
+
+
+def test_markup_in_a_prompt_is_text(live):
+    text = "<img src=x onerror=alert(1)> <script>alert(1)</script>"
+    with Client(live) as client:
+        client.start()
+        client.send("prompt", prompt=text)
+        assert client.until("mark")["event"]["prompt"] == text
+        client.send("save")
+        assert client.until("session")["session"]["events"][-1]["prompt"] == text
+
+
+def test_a_message_that_is_too_long_ends_the_connection(live):
+    with Client(live) as client:
+        client.start()
+        client.until("pictures")
+        client.socket.send("x" * (2**16 + 1))
+        with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+            client.until("error")
+        assert closed.value.rcvd.code == 1009
+
+
+def test_a_flood_ends_the_connection(live):
+    with Client(live) as client, pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+        client.start()
+        for _ in range(5000):
+            client.send("shown", frame=0)
+        client.until("never")
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "more than 200 messages a second")
+
+
+def test_random_messages_do_no_harm(live):
+    """Types and fields that exist, with values that do not fit, and bytes of all kinds."""
+    chance = random.Random(0)
+    values = [None, True, -1, 0, 5, 10**30, 1e308, "", "a", A, [], [1], {}, {"first": 1}, {"first": None}, "\0", "[#]"]
+    fields = "prompt seed height width codecs compare events transition num_blocks weights frame on".split()
+    kinds = [*server_module.ANSWERS, "hello", None]
+    with Client(live, watches=False) as good:
+        good.start()
+        good.until("pictures", block=1)
+        for _ in range(8):
+            with Client(live, watches=False) as client:
+                for _ in range(40):
+                    message = {"type": chance.choice(kinds)}
+                    message |= {chance.choice(fields): chance.choice(values) for _ in range(4)}
+                    client.socket.send(json.dumps(message) if chance.random() < 0.8 else chance.randbytes(40))
+        for frames in (8, 20, 32):
+            good.send("shown", frame=frames)
+        good.until("pictures", block=2)
+        good.until("pictures", block=3)
+
+
+# Many, slow and gone
+
+
+def test_three_on_one_slot(model):
+    with serving(model) as live, ExitStack() as stack:
+        first, second, third = (stack.enter_context(Client(live)).start(seed=i) for i in range(3))
+        assert first.until("queue") == {"type": "queue", "position": 0, "sessions": 1}
+        first.until("pictures")
+        assert [second.until("queue")["position"], third.until("queue")["position"]] in ([1, 2], [2, 1])
+        second, third = sorted((second, third), key=lambda client: client.messages[-1]["position"])
+        first.socket.close()
+        began = time.monotonic()
+        assert second.until("queue")["position"] == 0
+        second.until("pictures")
+        assert time.monotonic() - began < 3
+        assert third.until("queue")["position"] == 1
+        with pytest.raises(TimeoutError):
+            third.receive(0.3)
+        # A reload: the page is gone and comes again, behind those who wait.
+        second.socket.close()
+        again = stack.enter_context(Client(live)).start()
+        third.until("pictures")
+        assert again.until("queue")["position"] == 1
+
+
+def test_no_more_may_wait_than_there_are_places(model):
+    with serving(model, engine={"waiting": 1}) as live, ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(Client(live)).start().until("queue")
+        late = stack.enter_context(Client(live)).start()
+        assert late.until("error")["message"] == "1 viewers are waiting already: come again later."
+
+
+def test_fifty_at_once(model):
+    with serving(model, connections=60, engine={"sessions": 2, "waiting": 20}) as live:
+        outcomes = []
+
+        def visit(number):
+            with Client(live) as client:
+                client.start(seed=number)
+                while (outcome := client.receive(60)["type"]) not in ("pictures", "error"):
+                    pass
+                outcomes.append(outcome)
+
+        threads = [threading.Thread(target=visit, args=(number,)) for number in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(90)
+        assert len(outcomes) == 50 and outcomes.count("pictures") >= 22
+        wait_for(lambda: idle(live))
+        with Client(live) as client:
+            client.start().until("pictures", block=2)
+
+
+def connect_raw(live):
+    host, port = live.host.split(":")
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.settimeout(10)
+    raw.connect((host, int(port)))
+    return raw
+
+
+def connect_silent(live):
+    """A connection that is made, and then not read."""
+    raw, answer = connect_raw(live), b""
+    raw.sendall(handshake(live.host))
+    while b"\r\n\r\n" not in answer:
+        answer += raw.recv(1)
+    assert answer.startswith(b"HTTP/1.1 101")
+    return raw
+
+
+def handshake(host, origin=None):
+    lines = [
+        "GET /ws HTTP/1.1", f"Host: {host}", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *([f"Origin: {origin}"] if origin else []),
+    ]  # fmt: skip
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def masked(text):
+    """A text frame of a client, RFC 6455."""
+    data = text.encode()
+    length = bytes([0x80 | len(data)]) if len(data) < 126 else bytes([0x80 | 126]) + struct.pack(">H", len(data))
+    return b"\x81" + length + bytes(4) + data
+
+
+def test_who_does_not_read_loses_frames_and_costs_no_memory(model, monkeypatch):
+    """A client that says it has shown everything and reads nothing, in a server whose frames are large."""
+    monkeypatch.setattr(server_module.BoundedWebSocket, "seconds", 2.0)
+    big = make_model(max_pixels=256 * 256)
+    with serving(big, engine={"sessions": 2}) as live, Client(live) as good:
+        good.start()
+        raw = connect_silent(live)
+        raw.sendall(masked(json.dumps({"type": "start", "prompt": A, "seed": 0, "height": 256, "width": 256,
+                                       "codecs": ["jpeg"]})))  # fmt: skip
+        wait_for(lambda: live.engine.running == 2)
+        (slow,) = [viewer for viewer in live.viewers if viewer.session and viewer.session.height == 256]
+        session, held, made = slow.session, [], 0
+        began = time.monotonic()
+        while slow in live.viewers:
+            assert time.monotonic() - began < 60
+            with_frames = session.num_frames
+            if with_frames:
+                try:
+                    raw.sendall(masked(json.dumps({"type": "shown", "frame": with_frames - 1})))
+                except OSError:
+                    break
+            held.append(sum(block.frames.nbytes for block in slow._blocks.values()) + len(slow._outbox))
+            made = max(made, session.num_blocks)
+            good.receive(5)
+            time.sleep(0.02)
+        assert made > 6  # the engine went on
+        assert max(held) <= 12 * 256 * 256 * 3 + 300  # one block waits, whatever was made
+        good.until("pictures", block=good.blocks[-1]["block"] + 3)
+        wait_for(lambda: live.engine.running == 1, 10)
+        raw.close()
+
+
+def test_words_that_are_not_read_end_the_connection(model, monkeypatch):
+    monkeypatch.setattr(server_module, "MESSAGES_PER_SECOND", 10_000)
+    monkeypatch.setattr(server_module.BoundedWebSocket, "seconds", 1.0)
+    with serving(model) as live:
+        raw = connect_silent(live)
+        raw.sendall(masked(json.dumps({"type": "start", "prompt": "a" * 4000, "seed": 0})))
+        wait_for(lambda: live.viewers)
+        (viewer,) = live.viewers
+        most, deadline = 0, time.monotonic() + 20
+        with suppress(OSError):  # the connection may be gone before the viewer is
+            while viewer in live.viewers:
+                assert time.monotonic() < deadline
+                raw.sendall(masked(json.dumps({"type": "save"})) * 10)
+                time.sleep(0.002)
+                most = max(most, len(viewer._outbox))
+        assert 0 < most <= 256
+        wait_for(lambda: idle(live), 10)
+        raw.close()
+
+
+def test_who_has_gone_without_a_word_is_found_out(model):
+    """No answer to a ping, and no end of the connection: a cable that was pulled."""
+    with serving(model, ping_seconds=0.5) as live:
+        raw = connect_silent(live)
+        raw.sendall(masked(json.dumps({"type": "start", "prompt": A, "seed": 0})))
+        wait_for(lambda: live.engine.running == 1)
+        wait_for(lambda: idle(live), 5)
+        raw.close()
+
+
+def test_twenty_visits_leave_nothing(model):
+    with serving(model, engine={"sessions": 2}) as live:
+
+        def visit(number):
+            with Client(live) as client:
+                client.start(seed=number, compare=number % 3 == 0, codecs=[("h264", "jpeg", "webp")[number % 3]])
+                if number % 4 == 0:
+                    client.send("record", on=True)
+                client.until("pictures", block=1)
+                if number % 2:  # without a word
+                    client.socket.socket.shutdown(socket.SHUT_RDWR)
+
+        def left():
+            gc.collect()
+            kinds = [type(x).__name__ for x in gc.get_objects()]
+            wanted = ("BlockGenerator", "LiveSession", "Viewer", "Recorder", "CausalWanStream")
+            return {name: kinds.count(name) for name in wanted}, {thread.name for thread in threading.enumerate()}
+
+        for number in range(6):
+            visit(number)
+        wait_for(lambda: idle(live))
+        time.sleep(0.3)
+        before, children = left(), len(psutil.Process().children(recursive=True))
+        files = len(os.listdir(live._folder.name))
+        for number in range(20):
+            visit(number)
+        wait_for(lambda: idle(live))
+        time.sleep(0.5)
+        after = left()
+        assert after[0] == before[0] and after[0]["BlockGenerator"] == after[0]["Viewer"] == 0
+        assert after[1] <= before[1]
+        assert len(psutil.Process().children(recursive=True)) == children
+        assert len(os.listdir(live._folder.name)) == files == 0
+
+
+# Recordings
+
+
+def test_a_recording_is_every_frame_and_the_replay_its_equal(live, model):
+    import imageio.v3
+
+    with Client(live) as client:
+        client.start(seed=3)
+        client.send("record", on=True)
+        assert client.until("recording") == {"type": "recording", "url": None, "frames": 0}
+        client.until("pictures", block=3)
+        client.send("prompt", prompt=B, transition="cut")
+        client.until("pictures", block=6)
+        client.send("record", on=False)
+        recording = client.until("recording")
+        client.send("save")
+        record = client.until("session")["session"]
+    answer = requests.get(f"http://{live.host}{recording['url']}")
+    assert answer.status_code == 200 and answer.headers["Content-Type"] == "video/mp4"
+    video = imageio.v3.imread(answer.content, extension=".mp4")
+    made = np.concatenate([blocks[0].frames for blocks in replay(model, record)])
+    # From the next block on: it begins with one of the first, and each frame comes once.
+    assert len(video) == recording["frames"] >= 40
+    starts = [0, 9, 21]
+    made = np.concatenate([made, made[:21]])  # so that every beginning can be tried
+    errors = [abs(video.astype(int) - made[start : start + len(video)]).mean() for start in starts]
+    assert min(errors) < 15 and sorted(errors)[1] > min(errors) + 1
+    assert requests.get(f"http://{live.host}/recordings/none.mp4").status_code == 404
+
+
+def test_a_full_disk_ends_the_recording_alone(live):
+    with Client(live) as client:
+        client.start()
+        client.until("pictures")
+        with full_disk(2000):
+            client.send("record", on=True)
+            assert client.until("recording")["url"] is None
+            client.until("pictures", block=client.blocks[-1]["block"] + 20)
+            client.send("record", on=False)
+            error = client.until("error")["message"]
+        assert error == "the recording has failed: the server's disk is full, or cannot be written to"
+        assert client.until("recording")["url"] is None
+        client.until("pictures", block=client.blocks[-1]["block"] + 3)
+        client.send("record", on=True)  # there is room again
+        client.until("recording")
+        client.until("pictures", block=client.blocks[-1]["block"] + 3)
+        client.send("record", on=False)
+        assert client.until("recording")["frames"] >= 12
+
+
+def test_the_oldest_recording_goes_first_and_none_is_endless(model):
+    with serving(model, max_recordings=2, max_recording_seconds=1.0) as live, Client(live) as client:
+        client.start()
+        urls = []
+        for _ in range(3):
+            client.send("record", on=True)
+            client.until("recording")
+            done = client.until("recording")  # by itself, after 16 frames
+            assert done["frames"] == 16
+            urls.append(done["url"])
+        statuses = [requests.get(f"http://{live.host}{url}").status_code for url in urls]
+        assert statuses == [404, 200, 200] and len(os.listdir(live._folder.name)) == 2
+
+
+def test_a_server_that_ends_lets_go(model):
+    before = set(threading.enumerate())
+    with serving(model) as live:
+        client = Client(live)
+        client.start()
+        client.until("pictures")
+        folder = live._folder.name
+    with pytest.raises(websockets.exceptions.ConnectionClosed):
+        while True:
+            client.receive()
+    client.socket.close()
+    assert not os.path.exists(folder)
+    names = {thread.name for thread in set(threading.enumerate()) - before if thread.is_alive()}
+    assert not {name for name in names if name.startswith("live")}

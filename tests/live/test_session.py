@@ -1,0 +1,386 @@
+"""Sessions: what is asked for holds from the next block on, is written down, and comes again bit for bit."""
+
+import json
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from astrolabe_diffusers.live import session as session_module
+from astrolabe_diffusers.live.session import LiveModel, LiveSession, replay
+from astrolabe_diffusers.models.kv_cache import CausalWanKVCache
+from astrolabe_diffusers.models.lora_layers import lora_weights_of
+from tests.live.helpers import ENDLESS, all_equal, make_blocks, make_model, save_loras
+from tests.pipelines.test_scenes import A, B, C
+from tests.tiny_pipeline import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def lora_paths(tmp_path_factory):
+    return save_loras(tmp_path_factory.mktemp("loras"))
+
+
+@pytest.fixture(scope="module")
+def model(lora_paths):
+    return make_model(dict(zip(lora_paths, (1.0, 0.0))))
+
+
+def prompt(text, **values):
+    return {"type": "prompt", "prompt": text, **values}
+
+
+def lora(**weights):
+    return {"type": "lora", "weights": weights}
+
+
+def reference(model, changes, number=6, seed=0, weights=(1.0, 0.0)):
+    """Blocks of the pipeline's own stream, whose adapters diffusers sets between blocks, and whose passes all compute
+    the keys and values of their text anew. `changes` are functions of the stream, by block."""
+    pipe = model.pipe
+    names = list(model.adapters.values())
+    before = list(model.weights.values())
+    forget = CausalWanKVCache.set_text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalWanKVCache, "set_text", lambda self, text: forget(self, None))
+        pipe.set_adapters(names, list(weights))
+        blocks = []
+        with pipe.stream(
+            A, num_frames=math.inf, generator=torch.Generator().manual_seed(seed), output_type="uint8"
+        ) as stream:
+            for block in range(number):
+                changes.get(block, lambda stream: None)(stream)
+                blocks.append(next(stream)[0])
+        pipe.set_adapters(names, before)
+    return blocks
+
+
+@pytest.mark.parametrize("transition", ["roll", "recache", "cut"])
+def test_a_prompt_holds_from_the_next_block_on(model, transition):
+    session = LiveSession(model, A, 0)
+    blocks = make_blocks(session, 2)
+    session.send(prompt(B, transition=transition))
+    (block,), (mark,) = session.make_block()
+    assert (mark.block, mark.sent_after_block, mark.event["prompt"]) == (2, 1, B)
+    assert mark.seconds >= block.seconds > 0
+    blocks += [torch.from_numpy(block.frames), *make_blocks(session, 3)]
+    assert all_equal(blocks, reference(model, {2: lambda stream: stream.set_prompt(B, transition)}))
+    assert not torch.equal(blocks[2], reference(model, {}, 3)[2])
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.0), (0.0, 0.0), (0.3, 1.5)])
+def test_a_lora_weight_is_that_of_a_stream_with_fresh_text_keys(model, weights):
+    session = LiveSession(model, A, 0)
+    blocks = make_blocks(session, 3)
+    session.send(lora(first=weights[0], second=weights[1]))
+    blocks += make_blocks(session, 3)
+    names = list(model.adapters.values())
+    wanted = reference(model, {3: lambda stream: model.pipe.set_adapters(names, list(weights))})
+    assert all_equal(blocks, wanted)
+    assert (blocks[3].int() - reference(model, {}, 4)[3].int()).abs().max() > 3
+
+
+def test_sessions_of_other_strengths_do_not_touch(model):
+    """Blocks in turns are those of each alone, and the pipeline is as it was after each."""
+
+    def sessions():
+        first, second = LiveSession(model, A, 0), LiveSession(model, A, 0)
+        second.send(lora(first=0.2, second=0.7))
+        return first, second
+
+    alone = []
+    for session in sessions():
+        alone.append(make_blocks(session, 5))
+    assert (alone[0][0].int() - alone[1][0].int()).abs().max() > 3
+    before = lora_weights_of(model.pipe.transformer)
+    mixed = [[], []]
+    pair = sessions()
+    for turn in (0, 1, 1, 0, 1, 0, 0, 1, 0, 1):
+        mixed[turn] += make_blocks(pair[turn], 1)
+        assert lora_weights_of(model.pipe.transformer) == before
+    assert all_equal(mixed[0], alone[0]) and all_equal(mixed[1], alone[1])
+
+
+def test_lanes_are_the_base_and_the_loras(model):
+    session = LiveSession(model, A, 0, compare=True)
+    lanes = [session.make_block() for _ in range(3)]
+    session.send(prompt(B))
+    lanes += [session.make_block() for _ in range(2)]
+    base, tuned = ([torch.from_numpy(blocks[lane].frames) for blocks, _ in lanes] for lane in (0, 1))
+    plain = LiveSession(LiveModel(tiny_pipeline(**ENDLESS), "tiny"), A, 0)
+    wanted = make_blocks(plain, 3)
+    plain.send(prompt(B))
+    assert all_equal(base, wanted + make_blocks(plain, 2))
+    assert all_equal(tuned, reference(model, {3: lambda stream: stream.set_prompt(B)}, 5))
+
+
+def steered(model, **settings):
+    """A session with every kind of change, and its frames."""
+    session = LiveSession(model, A, 7, **settings)
+    session.send(lora(second=0.4))
+    blocks = [session.make_block()[0]]
+    for event in (
+        prompt(B, transition="recache"), lora(first=0.3), prompt(C, num_blocks=3), prompt(A, transition="cut"),
+    ):  # fmt: skip
+        session.send(event)
+        blocks += [session.make_block()[0], session.make_block()[0]]
+    return session, blocks
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_a_saved_session_is_the_same_again(model, lora_paths, compare):
+    session, blocks = steered(model, compare=compare)
+    record = json.loads(json.dumps(session.record()))
+    assert record["num_blocks"] == 9
+    assert [event["block"] for event in record["events"]] == [0, 1, 3, 5, 7]
+    # Loaded anew, and in another order.
+    again = make_model(dict(zip(lora_paths[::-1], (1.0, 1.0))))
+    repeated = list(replay(again, record))
+    assert len(repeated) == len(blocks)
+    for old, new in zip(blocks, repeated):
+        assert [block.lane for block in new] == [block.lane for block in old]
+        assert all(np.array_equal(a.frames, b.frames) for a, b in zip(old, new))
+
+
+def test_a_replay_can_be_steered_on(model):
+    session, blocks = steered(model)
+    record = session.record()
+    second = LiveSession(model, record["prompt"], record["seed"], events=record["events"])
+    made = [second.make_block() for _ in range(9)]
+    assert all(np.array_equal(a[0].frames, b[0].frames) for a, (b, _) in zip(blocks, made))
+    assert [mark.block for _, marks in made for mark in marks] == [0, 1, 3, 5, 7]
+    second.send(prompt(B))
+    second.make_block()
+    assert second.record()["events"] == [*record["events"], {"block": 9, **second.record()["events"][-1]}]
+
+
+def test_of_several_prompts_the_last_counts_and_weights_add_up(model):
+    session = LiveSession(model, A, 0)
+    session.make_block()
+    for event in (prompt(C), lora(first=0.2), prompt(B), lora(second=0.9), lora(first=0.5)):
+        session.send(event)
+    _, marks = session.make_block()
+    assert [mark.event for mark in marks] == [
+        prompt(B, transition="roll", num_blocks=1), lora(first=0.5, second=0.9),
+    ]  # fmt: skip
+    assert session.record()["events"] == [
+        {"block": 0, **lora(first=1.0, second=0.0)},
+        {"block": 1, **lora(first=0.5, second=0.9)},
+        {"block": 1, **prompt(B, transition="roll", num_blocks=1)},
+    ]
+
+
+def test_a_model_that_cannot_go_on_has_an_end():
+    for overrides, number in (({"rope_mode": "absolute"}, 2), ({"local_attn_size": -1}, 2)):
+        pipe = tiny_pipeline(**{**ENDLESS, **overrides})
+        session = LiveSession(LiveModel(pipe, "tiny"), A, 0)
+        wanted = pipe(A, generator=torch.Generator().manual_seed(0), output_type="uint8").frames[0]
+        assert torch.equal(torch.cat(make_blocks(session, number)), wanted)
+        with pytest.raises(StopIteration):
+            session.make_block()
+        assert session.record()["num_frames"] == len(wanted) == 21
+        with pytest.raises(ValueError, match="it has 3 blocks, and its video only 2"):
+            list(replay(session.model, {**session.record(), "num_blocks": 3}))
+
+
+# The flow, by a clock of ours
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(session_module, "time", clock)
+    return clock
+
+
+def test_one_block_at_most_is_made_beyond_the_one_that_is_shown(model, clock):
+    session = LiveSession(model, A, 0)
+    assert session.due_at(0.1) <= clock.now
+    session.make_block()  # frames 0 to 8
+    assert session.due_at(0.1) <= clock.now
+    session.make_block()  # 9 to 20
+    assert session.due_at(0.1) == math.inf
+    session.show(7)
+    assert session.due_at(0.1) == math.inf
+    session.show(8)
+    assert session.due_at(0.1) < math.inf
+    session.make_block()
+    clock.now += 1000
+    assert session.due_at(0.1) == math.inf
+
+
+def test_a_block_is_made_as_late_as_is_in_time(model, clock):
+    session = LiveSession(model, A, 0)
+    session.make_block(), session.make_block()
+    rate = model.frame_rate
+    for frame in range(9):
+        session.show(frame)
+        clock.now += 1 / rate
+    # Twelve frames are left, counted from when the last report came.
+    left = clock.now - 1 / rate + 12 / rate
+    early = [left - session.due_at(seconds) for seconds in (0.0, 0.1, 0.2)]
+    assert 0.1 < early[0] < 0.2
+    assert early[1] - early[0] == pytest.approx(0.15) and early[2] - early[1] == pytest.approx(0.15)
+    session.show(14)  # reports may be left out
+    assert session.due_at(0.1) == pytest.approx(clock.now + 6 / rate - early[1])
+
+
+def test_a_picture_that_stood_still_makes_blocks_come_earlier(model, clock):
+    session = LiveSession(model, A, 0)
+    session.make_block(), session.make_block()
+    rate = model.frame_rate
+
+    def show_up_to(frame, wait):
+        """At the frame rate, but for the first one, which comes `wait` seconds late."""
+        clock.now += wait
+        for shown in range(session._shown + 1, frame + 1):
+            clock.now += 1 / rate
+            session.show(shown)
+
+    show_up_to(8, 0.0)
+    before = clock.now + 12 / rate - session.due_at(0.1)
+    show_up_to(20, 0.3)
+    session.make_block()
+    assert clock.now + 12 / rate - session.due_at(0.1) == pytest.approx(before + 0.3)
+    session.pause()
+    assert session.due_at(0.1) == math.inf
+    clock.now += 60
+    session.pause(False)
+    show_up_to(32, 5.0)  # while it was paused nothing was late
+    session.make_block()
+    assert clock.now + 12 / rate - session.due_at(0.1) <= before + 0.3
+    for _ in range(40):  # it goes back when all is in time
+        show_up_to(session.num_frames - 1, 0.0)
+        session.make_block()
+    assert clock.now + 12 / rate - session.due_at(0.1) == pytest.approx(before)
+
+
+def test_frames_of_a_video_before_are_not_this_ones(model):
+    session = LiveSession(model, A, 0)
+    session.make_block(), session.make_block()
+    session.show(500)
+    assert session.due_at(0.1) == math.inf
+
+
+def test_a_recording_that_is_behind_is_waited_for(model):
+    session = LiveSession(model, A, 0)
+    session.hold(True)
+    assert session.due_at(0.1) == math.inf
+    session.hold(False)
+    assert session.due_at(0.1) < math.inf
+
+
+# What a viewer gets wrong
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"prompt": 5}, "prompt must be text"),
+        ({"prompt": "a" * 5000}, "at most 4096 characters"),
+        ({"prompt": "|".join("a" * 33)}, "at most 32 scenes"),
+        ({"prompt": "a [red] car"}, "character 3"),
+        ({"seed": -1}, "seed must be a whole number from 0 to"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"height": 17}, "`height` must be a multiple of 16"),
+        ({"height": "16"}, "`height` must be a multiple of 16"),
+        ({"height": 1600}, "1600x32 are more than 512 pixels"),
+        ({"width": 16 * 10**400}, "are more than 512 pixels"),
+        ({"compare": 1}, "compare must be true or false"),
+        ({"events": {}}, "events must be a list"),
+        ({"events": [5]}, "an event is an object whose type is one of prompt, lora"),
+        ({"events": [{"type": "lora", "weights": {"first": 1}}]}, "block of an event must be a whole number"),
+    ],
+)
+def test_sessions_that_cannot_be(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LiveSession(model, **{"prompt": A, "seed": 0, **arguments})
+
+
+@pytest.mark.parametrize(
+    "event,message",
+    [
+        ({}, "type is one of prompt, lora"),
+        ({"type": []}, "type is one of prompt, lora"),
+        ([], "type is one of prompt, lora"),
+        (prompt(None), "prompt must be text"),
+        (prompt(B, transition="fade"), "must be one of .*roll.*recache.*cut"),
+        (prompt(B, transition=[]), "must be one of .*roll.*recache.*cut"),
+        (prompt(B, num_blocks=0), "num_blocks must be a whole number from 1 to 32"),
+        (prompt(B, num_blocks=10**30), "num_blocks must be a whole number from 1 to 32"),
+        (prompt(B, num_blocks=2, transition="cut"), "more than 1 only with transition='roll'"),
+        ({"type": "lora"}, "weights must be an object"),
+        (lora(), "weights must be an object"),
+        (lora(firts=1.0), r"no LoRA 'firts' \(did you mean first\?\); there are first, second"),
+        (lora(first="1"), "a number from -100 to 100"),
+        (lora(first=math.nan), "a number from -100 to 100"),
+        (lora(first=10**400), "a number from -100 to 100"),
+    ],
+)
+def test_events_that_cannot_be(model, event, message):
+    session = LiveSession(model, A, 0)
+    with pytest.raises(ValueError, match=message):
+        session.send(event)
+    assert session.make_block()[1] == []
+
+
+def test_without_a_lora_there_is_none_to_compare():
+    with pytest.raises(ValueError, match="only with a LoRA"):
+        LiveSession(make_model(), A, 0, compare=True)
+    with pytest.raises(ValueError, match="no LoRA 'first'; none is loaded"):
+        LiveSession(make_model(), A, 0).send(lora(first=1.0))
+
+
+def test_sessions_of_others_are_told_apart(model, lora_paths):
+    session = LiveSession(model, A, 0)
+    session.make_block()
+    record = session.record()
+
+    def refuse(message, model=model, **values):
+        with pytest.raises(ValueError, match=message):
+            next(replay(model, {**record, **values}))
+
+    refuse("other weights than those of tiny", weights="0" * 16)
+    refuse("with the LoRA first: load that one", model=make_model())
+    refuse("another release: its version is 2", version=2)
+    refuse("made in bfloat16, not float32", dtype="bfloat16")
+    refuse("ends after 33 frames", num_frames=33)
+    refuse("num_blocks must be a whole number", num_blocks=-1)
+    with pytest.raises(ValueError, match="it is no session, which has events"):
+        next(replay(model, []))
+    # The base is told from one that was trained, with the same LoRAs.
+    other = make_model(dict(zip(lora_paths, (1.0, 0.0))))
+    next(other.pipe.transformer.parameters()).data.add_(1e-3)
+    changed = LiveModel(other.pipe, "tiny", {str(path): 1.0 for path in lora_paths})
+    refuse("other weights", model=changed)
+    assert changed.lora_digests == model.lora_digests
+
+
+def test_it_is_steered_from_any_thread(model):
+    session = LiveSession(model, A, 0)
+    stop = threading.Event()
+
+    def steer():
+        while not stop.is_set():
+            session.send(lora(first=0.5))
+            session.send(prompt(B))
+            session.show(session.num_frames - 1) if session.num_frames else None
+
+    threads = [threading.Thread(target=steer) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    blocks = make_blocks(session, 8)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    record = session.record()
+    repeated = [torch.from_numpy(lanes[0].frames) for lanes in replay(model, record)]
+    assert all_equal(blocks, repeated)
