@@ -9,7 +9,7 @@ from ..pipelines.config import PipelineConfig
 
 # The environment variable with what viewers have to know.
 TOKEN_VARIABLE = "ASTROLABE_LIVE_TOKEN"
-# By what they cost and what they send, as docs/live.md has it; H.264 needs PyAV.
+# By what they cost and what they send, as docs/benchmarks.md has it; H.264 needs PyAV.
 CODECS = ("h264", "jpeg", "webp")
 
 

@@ -34,6 +34,8 @@ MAX_WEIGHT = 100
 MAX_EVENTS = 10_000
 # What a block may take longer than the slowest of the last ones, on its way too.
 _SLACK = 0.15
+# What remains of more than that after a block that was in time.
+_CALM = 0.97
 _RECENT = 8
 
 
@@ -279,7 +281,7 @@ class LiveSession:
             if self._shown_at is not None and before in self._last_frames:
                 late = now - self._shown_at - (frame - before) / rate
                 # The picture stood still between two blocks: from now on they are made earlier.
-                grown = self._slack + late if late > 1.5 / rate else 0.9 * self._slack
+                grown = self._slack + late if late > 1.5 / rate else _CALM * self._slack
                 self._slack = min(max(grown, _SLACK), self.model.frames_per_block / rate)
             self._shown, self._shown_at, self.active_at = frame, now, now
 
