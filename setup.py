@@ -61,8 +61,8 @@ EXTRAS_REQUIRE = {
     # With a Chromium of the system: `pytest tests -m browser`.
     "browser": ["playwright>=1.50"],
 }
-EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"] + EXTRAS_REQUIRE["live"] + EXTRAS_REQUIRE["browser"]
-EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + ["build>=1.2"]
+EXTRAS_REQUIRE["test"] += EXTRAS_REQUIRE["serve"] + EXTRAS_REQUIRE["live"]
+EXTRAS_REQUIRE["dev"] = EXTRAS_REQUIRE["test"] + EXTRAS_REQUIRE["browser"] + ["build>=1.2"]
 
 setup(
     name="astrolabe_diffusers",
