@@ -153,6 +153,8 @@ def test_the_command(folder):
     process = subprocess.Popen(
         [sys.executable, "-m", "astrolabe_diffusers.cli.main", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        # A shell has its background jobs ignore SIGINT, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         assert process.stdout.readline() == f"model at http://127.0.0.1:{port}/?token=secret\n"
