@@ -48,6 +48,16 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_precision():
+    """A process has one precision, of all that accelerate makes in it: here another one than before and after."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def counting_backend(request):
     name = request.config.option.compile

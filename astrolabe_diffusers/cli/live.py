@@ -1,10 +1,9 @@
 """`astrolabe live`."""
 
 import os
-import signal
 from urllib.parse import quote
 
-from ..errors import Interrupted, as_user_error
+from ..errors import as_user_error
 from ..live.config import TOKEN_VARIABLE, LiveConfig
 from .arguments import ArgumentParser, command
 from .options import parse_fields
@@ -26,6 +25,7 @@ def serve(config: LiveConfig):
     with as_user_error("server"):
         from ..live.server import make_live_server
         from ..serving.binding import bind, check_binding
+        from ..serving.running import run
 
         # Before the model, which may take minutes to load.
         listener = bind(config.host, config.port)
@@ -38,7 +38,4 @@ def serve(config: LiveConfig):
             listener.listen()
         query = f"?token={quote(token, safe='')}" if token else ""
         print(f"{live.model.name} at http://{config.host}:{config.port}/{query}", flush=True)
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            raise Interrupted(signal.SIGINT) from None
+        run(server, listener)

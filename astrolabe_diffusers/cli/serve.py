@@ -1,12 +1,11 @@
 """`astrolabe serve`."""
 
 import os
-import signal
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, option
-from ..errors import Interrupted, UserError, as_user_error
+from ..errors import UserError, as_user_error
 from .arguments import ArgumentParser, command
 from .options import parse_fields
 
@@ -57,6 +56,7 @@ def serve(config: ServerConfig):
         from ..rewards.placement.server import create_app
         from ..serving.binding import bind, check_binding
         from ..serving.bounded_protocol import ConnectionLimits, make_server
+        from ..serving.running import run
 
         token = os.environ.get(TOKEN_VARIABLE)
         # Before the rewards, which may take minutes to load.
@@ -72,7 +72,4 @@ def serve(config: ServerConfig):
         server = make_server(create_app(rewards, token, *sizes, limits), limits)
         listener.listen()
     print(f"{', '.join(config.rewards)} at http://{config.host}:{config.port}", flush=True)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:  # by then it has answered whom it could
-        raise Interrupted(signal.SIGINT) from None
+    run(server, listener)

@@ -127,18 +127,20 @@ class Row:
     more_is_faster: bool = False
     compared: bool = True
 
-    def cells(self, num_yardsticks: int) -> list[str]:
-        """Label, columns, how many times faster the last column is than each yardstick, floor."""
+    def cells(self, pairs: Sequence[tuple[int, int]]) -> list[str]:
+        """Label, columns, how many times faster the second column of each pair is than the first, floor."""
 
-        def cell(value: float | None) -> str:
-            return "-" if value is None else f"{value:.{self.digits}f}"
+        def cell(value: float | None, digits: int = self.digits) -> str:
+            return "-" if value is None else f"{value:.{digits}f}"
 
-        last = self.values[-1]
-        faster = "-"
-        if self.compared and last and all(self.values[:num_yardsticks]):
-            ratios = (last / value if self.more_is_faster else value / last for value in self.values[:num_yardsticks])
-            faster = " / ".join(f"{ratio:.2f}" for ratio in ratios)
-        return [self.label, *map(cell, self.values), faster, cell(self.floor)]
+        def faster(slow: int, fast: int) -> float | None:
+            slow, fast = self.values[slow], self.values[fast]
+            if not slow or not fast:
+                return None
+            return fast / slow if self.more_is_faster else slow / fast
+
+        ratios = " / ".join(cell(faster(*pair), 2) for pair in pairs) if self.compared else "-"
+        return [self.label, *map(cell, self.values), ratios, cell(self.floor)]
 
 
 def rows_of(
@@ -240,6 +242,7 @@ def compare(
     num_latents = (clip.num_frames - 1) // pipe.vae.config.scale_factor_temporal + 1
     blocks = denoising(pipe, clip.batch_size, **clip.sizes)
     latents = decoding(pipe.vae, clip.batch_size, num_latents, clip.height, clip.width)
+    pairs = [(yardstick, len(results) - 1) for yardstick in range(len(kernels))]
     rows = rows_of(clip, list(results.values()), blocks, latents, device, dtype, peak)
     print(
         f"{device_name(device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {clip.batch_size} x "
@@ -248,11 +251,11 @@ def compare(
         f"{sum(work.operations for work in blocks) / 1e12:.3g} TFLOP of denoising and "
         f"{sum(work.operations for work in latents) / 1e12:.3g} of decoding.\n"
     )
-    print(markdown_table([["", *results, "times faster", "floor"], *(row.cells(len(kernels)) for row in rows)]))
+    print(markdown_table([["", *results, "times faster", "floor"], *(row.cells(pairs) for row in rows)]))
     if others:
         label = "{0.batch_size} x {0.num_frames} frames, s"
         rows = [
-            Row(label.format(clip), [scaling[name][i] for name in results]).cells(len(kernels))[:-1]
+            Row(label.format(clip), [scaling[name][i] for name in results]).cells(pairs)[:-1]
             for i, clip in enumerate(others)
         ]
         print("\n" + markdown_table([["denoised and decoded", *results, "times faster"], *rows]))

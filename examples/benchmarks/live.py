@@ -18,7 +18,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -160,6 +159,7 @@ def serving(args: argparse.Namespace):
     from astrolabe_diffusers.live.server import LiveApp, make_live_server
     from astrolabe_diffusers.live.session import LiveModel
     from astrolabe_diffusers.serving.binding import bind
+    from astrolabe_diffusers.serving.running import in_thread
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.recipe:
@@ -173,14 +173,8 @@ def serving(args: argparse.Namespace):
     else:
         app = load_live_app(LiveConfig(model=args.model, sessions=args.viewers, compile=args.compile))
     with app as live, bind("127.0.0.1", 0) as listener:
-        server = make_live_server(live)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"ws://127.0.0.1:{listener.getsockname()[1]}/ws"
-        server.should_exit = True
-        thread.join()
+        with in_thread(make_live_server(live), listener) as address:
+            yield f"ws://{address}/ws"
 
 
 def measure_encoding(height: int, width: int, number: int = 48) -> dict[str, tuple[float, float, float]]:

@@ -8,7 +8,7 @@ from statistics import median
 
 import comparison
 import torch
-from comparison import Clip
+from comparison import Clip, Row
 from kernel_time import KernelTime, kernel_times
 from measuring import clock, forget_peak, gpu_peak, timed
 from operations import Attention, Linear, Work, attention_kernels, denoising, gradient
@@ -183,25 +183,6 @@ def columns(trainer: NFTTrainer, batch: NFTBatch):
     yield Column(COMPILED, ours(replace(config, blocks_per_pass=passes)), generation, policy)
 
 
-@dataclass
-class Row:
-    label: str
-    values: list[float | None]  # of each column
-    floor: float | None = None
-    digits: int = 3
-    compared: bool = True
-
-    def cells(self) -> list[str]:
-        """Label, columns, how many times faster than the first column each of the others is, floor."""
-
-        def cell(value: float | None, digits: int = self.digits) -> str:
-            return "-" if value is None else f"{value:.{digits}f}"
-
-        yardstick, *others = self.values
-        faster = [yardstick / value if self.compared and yardstick and value else None for value in others]
-        return [self.label, *map(cell, self.values), " / ".join(cell(x, 2) for x in faster), cell(self.floor)]
-
-
 def rows_of(
     trainer: NFTTrainer, results: Sequence[Measurement], profile: bool, parts: Sequence[str], rank: int
 ) -> list[Row]:
@@ -270,5 +251,7 @@ def compare(
     for column in columns(trainer, batch):
         results[column.name] = measure(column, trainer, batch, repetitions, profile, parts)
     rows = rows_of(trainer, list(results.values()), profile, parts, rank)
-    print("\n" + markdown_table([["", *results, "times faster", "floor"], *(row.cells() for row in rows)]), flush=True)
+    pairs = [(0, column) for column in range(1, len(results))]
+    table = [["", *results, "times faster", "floor"], *(row.cells(pairs) for row in rows)]
+    print("\n" + markdown_table(table), flush=True)
     return results

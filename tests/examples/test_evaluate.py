@@ -11,7 +11,6 @@ from pathlib import Path
 import imageio.v3
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from astrolabe_diffusers import TINY_SHAPES
@@ -96,15 +95,11 @@ def test_figures_are_the_runs_own(finished, run):
         assert columns["bright"]["change"][score] == {k: after[score][k] for k in ("change", "half_width_95")}
 
 
-def test_figures_are_the_runs_own_in_bfloat16(model_folder, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        values = dict(max_train_steps=1, eval_seeds=2, num_frames=9, mixed_precision="bf16")
-        assert train(tiny_arguments(model_folder, tmp_path / "run", **values)) == 0
-        lora = tmp_path / "run"
-        assert main(arguments(model_folder, tmp_path / "eval", [lora], num_videos=0, mixed_precision="bf16")) == 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+def test_figures_are_the_runs_own_in_bfloat16(model_folder, tmp_path, own_precision):
+    values = dict(max_train_steps=1, eval_seeds=2, num_frames=9, mixed_precision="bf16")
+    assert train(tiny_arguments(model_folder, tmp_path / "run", **values)) == 0
+    lora = tmp_path / "run"
+    assert main(arguments(model_folder, tmp_path / "eval", [lora], num_videos=0, mixed_precision="bf16")) == 0
     columns = read_results(tmp_path / "eval")["columns"]
     for name, step in (("base", 0), ("run", 1)):
         expected = run_scores(lora, step)

@@ -13,7 +13,6 @@ import imageio.v3
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -214,13 +213,9 @@ def test_held_out_videos_of_another_length(model_folder, tmp_path):
     assert len(imageio.v3.imread(tmp_path / "eval_videos/step-1/000.mp4")) == 21
 
 
-def test_bfloat16_run(model_folder, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        arguments = tiny_arguments(model_folder, tmp_path, mixed_precision="bf16", old_policy_decay_rate=0.5)
-        assert main(arguments) == 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+def test_bfloat16_run(model_folder, tmp_path, own_precision):
+    arguments = tiny_arguments(model_folder, tmp_path, mixed_precision="bf16", old_policy_decay_rate=0.5)
+    assert main(arguments) == 0
     metrics = read_jsonl(tmp_path / "metrics.jsonl")
     # Old and current policy run at the same precision: what tells them apart is training alone.
     assert metrics[0]["deviation"] == pytest.approx(0, abs=1e-6) and metrics[1]["deviation"] > 1e-2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -45,12 +44,3 @@ def make_blocks(session: LiveSession, number: int, lane: int = 0) -> list[torch.
 
 def all_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
-
-
-def wait_for(condition, seconds: float = 20.0):
-    """What `condition` returns once that is true."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.005)
-    return result

@@ -11,9 +11,10 @@ import pytest
 
 from astrolabe_diffusers.live.engine import Ended, FullError, LiveEngine, Queued
 from astrolabe_diffusers.live.session import Block, LiveSession, Mark
-from tests.live.helpers import make_model, save_loras, wait_for
+from tests.live.helpers import make_model, save_loras
 from tests.pipelines.test_scenes import A, B
 from tests.training.helpers import threads_left
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

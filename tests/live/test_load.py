@@ -23,9 +23,10 @@ from astrolabe_diffusers.live.load import load_live_app, load_model, read_preset
 from astrolabe_diffusers.live.session import LiveSession
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.serving.binding import bind
-from tests.live.helpers import ENDLESS, save_loras, wait_for
+from tests.live.helpers import ENDLESS, save_loras
 from tests.pipelines.test_scenes import A, B
 from tests.tiny_pipeline import save_tiny_pipeline
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,12 @@ from astrolabe_diffusers.live.engine import LiveEngine
 from astrolabe_diffusers.live.server import LiveApp, make_live_server
 from astrolabe_diffusers.live.session import replay
 from astrolabe_diffusers.serving.binding import bind
-from tests.live.helpers import make_model, save_loras, wait_for
+from astrolabe_diffusers.serving.running import in_thread
+from tests.live.helpers import make_model, save_loras
 from tests.live.test_encoding import decode
 from tests.pipelines.test_scenes import A, B
 from tests.training.helpers import full_disk
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +40,8 @@ def model(tmp_path_factory):
 def serving(model, connections=64, ping_seconds=30.0, engine=None, **settings):
     """A server in a thread; yields its application, with its address as `host`."""
     with LiveApp(model, LiveEngine(**(engine or {})), **settings) as live, bind("127.0.0.1", 0) as listener:
-        server = make_live_server(live, connections, ping_seconds)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        live.host = f"127.0.0.1:{listener.getsockname()[1]}"
-        yield live
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+        with in_thread(make_live_server(live, connections, ping_seconds), listener) as live.host:
+            yield live
 
 
 @pytest.fixture(scope="module")

@@ -40,17 +40,10 @@ def answering(answer):
 @contextmanager
 def serving(app, limits=None):
     """A server of `create_app` in a thread; yields its URL."""
-    import time
-
     from astrolabe_diffusers.serving.binding import bind
     from astrolabe_diffusers.serving.bounded_protocol import ConnectionLimits, make_server
+    from astrolabe_diffusers.serving.running import in_thread
 
     with bind("127.0.0.1", 0) as listener:
-        server = make_server(app, limits or ConnectionLimits())
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        with in_thread(make_server(app, limits or ConnectionLimits()), listener) as address:
+            yield f"http://{address}"

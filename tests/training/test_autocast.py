@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astrolabe_diffusers.models.lora_layers import tuner_layers
@@ -27,12 +26,7 @@ from tests.tiny_pipeline import SMALL, tiny_pipeline
 from tests.training.helpers import BRIGHTNESS, config, make_samples, policy_pipeline
 
 
-@pytest.fixture(autouse=True)
-def precision_of_its_own():
-    """Accelerate has one for all that a process makes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 class CountingCasts(TorchDispatchMode):

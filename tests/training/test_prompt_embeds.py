@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
@@ -16,15 +15,7 @@ from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import numbers_of_run, tiny_arguments
 
 
-pytestmark = pytest.mark.usefixtures("no_charts")
-
-
-@pytest.fixture(autouse=True)
-def precision_of_its_own():
-    """Accelerate has one for all that a process makes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("no_charts", "own_precision")
 
 
 @pytest.fixture

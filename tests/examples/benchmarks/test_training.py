@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from astrolabe_diffusers import CausalWanTransformer3DModel
 from tests.examples.benchmarks.test_generation import cells
@@ -58,14 +57,6 @@ SAMPLING = ["rollout of a video, the old policy, s", "..., the base, s", "decodi
 
 
 @pytest.fixture
-def bf16():
-    """A process has one precision, which tests before may have made another."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
 def passes(monkeypatch):
     """Whether ours is compiled, its context and blocks a pass, of every gradient; nothing is compiled, which would
     take a minute."""
@@ -86,7 +77,7 @@ def passes(monkeypatch):
     return seen
 
 
-def test_the_table(model_folder, bf16, passes, monkeypatch, capsys):
+def test_the_table(model_folder, own_precision, passes, monkeypatch, capsys):
     """In the precision of published runs, on the LoRA in float32."""
     import training
 
@@ -133,7 +124,7 @@ def test_parts_of_the_table(model_folder, passes, capsys):
 
 
 @pytest.mark.gpu
-def test_the_table_of_a_gpu(tmp_path, bf16, capsys):
+def test_the_table_of_a_gpu(tmp_path, own_precision, capsys):
     """Compiled in earnest, flex attention too."""
     from training import main
 

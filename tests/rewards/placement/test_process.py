@@ -13,6 +13,7 @@ from astrolabe_diffusers.rewards import RewardError, RewardPlacementError, Rewar
 from astrolabe_diffusers.rewards.placement import process as process_module
 from astrolabe_diffusers.rewards.placement.process import ProcessRewards
 from tests.rewards.placed_rewards import assert_own_scores, make_batch
+from tests.waiting import wait_for
 
 
 PATH = "tests.rewards.placed_rewards"
@@ -131,18 +132,11 @@ def test_it_can_be_ended_while_it_loads_anew(tmp_path, monkeypatch):
     with ProcessRewards({name: name}, options={name: {"file": str(file)}}) as rewards, ThreadPoolExecutor(1) as thread:
         os.kill(rewards._process.pid, signal.SIGKILL)
         answer = thread.submit(rewards.score, *make_batch([1]))
-        wait_for(file.read_text)
+        wait_for(file.read_text, 60)
         rewards.close()
         with pytest.raises(RewardPlacementError, match="LoadsOnce was ended"):
             answer.result(20)
     assert not multiprocessing.active_children()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def score_and_be_killed(connection, method):
@@ -172,7 +166,7 @@ def test_a_trainer_that_is_killed_leaves_no_process(method):
         except ProcessLookupError:
             return True
 
-    wait_for(is_gone)
+    wait_for(is_gone, 60)
 
 
 @pytest.mark.gpu
