@@ -355,8 +355,10 @@ def test_random_messages_do_no_harm(live):
 
 def test_three_on_one_slot(model):
     with serving(model) as live, ExitStack() as stack:
-        first, second, third = (stack.enter_context(Client(live)).start(seed=i) for i in range(3))
+        first = stack.enter_context(Client(live)).start(seed=0)
+        # Who asks at the same time may come first.
         assert first.until("queue") == {"type": "queue", "position": 0, "sessions": 1}
+        second, third = (stack.enter_context(Client(live)).start(seed=i) for i in (1, 2))
         first.until("pictures")
         assert [second.until("queue")["position"], third.until("queue")["position"]] in ([1, 2], [2, 1])
         second, third = sorted((second, third), key=lambda client: client.messages[-1]["position"])
@@ -486,7 +488,7 @@ def test_words_that_are_not_read_end_the_connection(model, monkeypatch):
                 raw.sendall(masked(json.dumps({"type": "save"})) * 10)
                 time.sleep(0.002)
                 most = max(most, len(viewer._outbox))
-        assert 0 < most <= 256
+        assert 0 < most <= 256 + 1  # words, and the turn of a block
         wait_for(lambda: idle(live), 10)
         raw.close()
 
