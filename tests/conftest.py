@@ -27,6 +27,13 @@ def pytest_addoption(parser):
     parser.addoption("--compile", choices=("inductor", "aot_eager", "eager"), help="run every transformer compiled")
 
 
+def pytest_configure(config):
+    # All tests but those of GPUs are about the CPU, on a machine with a GPU too.
+    selected = config.option.markexpr
+    if "gpu" not in selected or "not gpu" in selected:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_finish(session):
     # Every run collects garbage at its end, and would look through all that was imported here.
     gc.freeze()
