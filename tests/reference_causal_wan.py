@@ -91,6 +91,7 @@ class ReferenceCausalWan:
         self.sink = config["sink_size"]
         self.window = config["local_attn_size"]
         self.relative = config["rope_mode"] == "relative"
+        self.rope_window = config.get("rope_window") or self.window
         self.past_weight = 1.0  # of the frames before a noisy block, the first one excepted
 
     # Which frames a block sees, and where their keys sit in time.
@@ -105,8 +106,8 @@ class ReferenceCausalWan:
     def key_position(self, frame: int, end: int, sink_offset: int = 0) -> int:
         if not self.relative and frame < self.sink:
             return frame + sink_offset
-        if self.relative and self.window != -1 and end > self.window and frame < self.sink:
-            return frame + (end - self.window)
+        if self.relative and self.window != -1 and frame < self.sink:
+            return frame + max(end - self.rope_window, sink_offset)
         return frame
 
     # Layers.

@@ -121,6 +121,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             `"absolute"`: a frame keeps the position of its index, which must stay below `rope_max_seq_len`.
             `"relative"`: once the window moves, the sink is placed right before it, so that no distance exceeds the
             window and the video may go on for ever.
+        rope_window (`int`, *optional*):
+            Of `"relative"`: positions that sink and window have between them, `local_attn_size` if not given. With
+            more the sink is moved later, and there is a gap between it and the window (Self Gradient Forcing).
     """
 
     # A subclass with blocks of its own names them in `_repeated_blocks` too: their Linear layers get a LoRA.
@@ -157,6 +160,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         sink_size: int = 0,
         local_attn_size: int = -1,
         rope_mode: str = "absolute",
+        rope_window: int | None = None,
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None:
             raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
@@ -172,6 +176,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = "
                 f"{sink_size + num_frames_per_block}, but is {local_attn_size}."
             )
+        if rope_window is not None:
+            check_rope_window(self.config)
         # The parent builds everything but the blocks, whose class is ours.
         stock = signature(WanTransformer3DModel.__init__).parameters.keys() & self.config.keys()
         super().__init__(**{name: self.config[name] for name in stock} | {"num_layers": 0})
@@ -452,12 +458,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         paired = kv_cache_mode == "store+read"
         if paired and relative:
             # Where the first block sees it.
-            kv_cache.place_sink(frame_offset + num_frames // 2, self.rope, latents.device)
+            kv_cache.place_sink(frame_offset + num_frames // 2 - self._rope_window, self.rope, latents.device)
         shape = (batch_size, height, width)
         kv_cache.begin_block(frame_offset, num_frames, frame_tokens, shape, self.config, paired)
         if relative:
-            kv_cache.place_sink(frame_offset + num_frames, self.rope, latents.device)
+            kv_cache.place_sink(frame_offset + num_frames - self._rope_window, self.rope, latents.device)
         return None
+
+    @property
+    def _rope_window(self) -> int:
+        return self.config.rope_window or self.config.local_attn_size
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
@@ -511,10 +521,23 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         moves_sink = self.config.rope_mode == "relative" and sink_size
         # A list: of a dict, torch.compile does not guard that a block's number is no key.
         shifts = [
-            self.rope.shift(end - attn_window, device) if moves_sink and end > attn_window else None
+            self.rope.shift(end - self._rope_window, device) if moves_sink and end > self._rope_window else None
             for end in range(first_frame + n, first_frame + num_frames + 1, n)
         ]
         return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame)
+
+
+def check_rope_window(config):
+    """Raises a `ValueError` if the `rope_window` of a transformer's config does not go with the rest."""
+    value, window = config.rope_window, config.local_attn_size
+    if config.rope_mode != "relative" or window == -1:
+        raise ValueError(
+            f"`rope_window={value!r}` needs rope_mode='relative' and a window (`local_attn_size`): leave it None."
+        )
+    if not isinstance(value, int) or value < window:
+        raise ValueError(
+            f"`rope_window` must be None or a whole number of at least `local_attn_size` = {window}, but is {value!r}."
+        )
 
 
 _KNOW_ALL_MODES = {
