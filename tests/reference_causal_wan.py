@@ -343,6 +343,7 @@ class ReferenceCausalWan:
         recache_at=None,
         global_sink=True,
         given=None,
+        exact_levels=False,
     ):
         """The few-step sampler.
 
@@ -360,8 +361,9 @@ class ReferenceCausalWan:
         context = self.context_of(video, texts[0])
         for index, x in enumerate(noise.to(self.dtype).split(self.frames_per_block, dim=2)):
             timesteps = np.float32(1000) * warped_sigmas(sigmas if index else first_sigmas or sigmas, shift)
-            # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98.
+            # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98. Or they are the timesteps'.
             levels = [float(table[abs(np.float32(1000) * table - t).argmin()]) for t in timesteps]
+            levels = [float(t) / 1000 for t in timesteps] if exact_levels else levels
             if original is not None:
                 x = (1 - levels[0]) * original[:, :, video.shape[2] :][:, :, : x.shape[2]] + levels[0] * x
             text = texts[index]

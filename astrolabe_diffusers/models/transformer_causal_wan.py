@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import close_matches
-from ..layouts.published_models import find_published_model
+from ..layouts.published_models import PublishedModel, find_published_model
 from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
@@ -235,8 +235,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             pretrained_model_link_or_path_or_dict:
                 Path or Hub link of a safetensors or torch file, path of a folder of shards or of their index, or what
                 such a file holds. 8-bit weights are multiplied by their scales; their files become float32.
-            recipe: the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is taken,
-                and the config gets its block, window and sink. Sigmas are the pipeline's.
+            recipe: the published model that it is, of `PUBLISHED_MODELS`, or the YAML file that says what one is: the
+                entry that its authors load is taken, and the config gets its block, window and sink. Sigmas are the
+                pipeline's.
             weights: the entry of a training checkpoint that holds the model, or several of which the first found is
                 taken. A file with several that may be meant needs this or `recipe`.
             config: pipeline folder or Hub id whose transformer's config (in `subfolder`) is taken; sizes are read off
@@ -265,7 +266,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         else:
             sizes = infer_config(original.tensors, kwargs.get("attention_head_dim", 128))
         with init_empty_weights():
-            model = cls.from_config(sizes, **((published.transformer if published else {}) | kwargs))
+            model = cls.from_recipe(sizes, published, **kwargs) if published else cls.from_config(sizes, **kwargs)
         check_fits(original.tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
         tensors = {}
         for name in original.tensors:
@@ -274,6 +275,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             tensors[name] = original.value(name).to(device, torch.float32 if keep else dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval() if device is not None else model.eval()
+
+    @classmethod
+    def from_recipe(cls, sizes: dict[str, Any], recipe: PublishedModel, **kwargs) -> "CausalWanTransformer3DModel":
+        """A model of these sizes, as `from_config`, with what a recipe says of it; `kwargs` go before either."""
+        recipe.check_names("transformer", cls._get_init_keys(cls) - {"self"})
+        return cls.from_config(sizes, **recipe.transformer | kwargs)
 
     @classmethod
     def _check_single_file_arguments(cls, dtype: Any, config: dict[str, Any]):
