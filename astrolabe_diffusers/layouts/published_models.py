@@ -34,12 +34,7 @@ class PublishedModel:
     weights: tuple[str, ...] = ()
     transformer: dict[str, Any] = field(default_factory=dict)
     pipeline: dict[str, Any] = field(default_factory=dict)
-    size: str = "1.3B"
-
-    def __post_init__(self):
-        object.__setattr__(self, "weights", tuple(self.weights))
-        if self.size not in _SIZES:
-            raise ValueError(f"size must be one of {', '.join(_SIZES)}, not {self.size!r}.")
+    size: str = _SIZES[0]
 
     def check_names(self, part: str, known: Collection[str]):
         """Raises a `ValueError` if `part`, `"transformer"` or `"pipeline"`, has a name that is not `known`."""
@@ -65,10 +60,9 @@ def read_published_model(path: Path) -> PublishedModel:
         if not isinstance(value, kind):
             words = {list: "a list of names", dict: "a mapping of names to values", str: "text"}
             raise ValueError(f"{path}: {name} must be {words[kind]}, not {value!r}.")
-    try:
-        return PublishedModel(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    if values.get("size", _SIZES[0]) not in _SIZES:
+        raise ValueError(f"{path}: size must be one of {', '.join(_SIZES)}, not {values['size']!r}.")
+    return PublishedModel(**values | {"weights": tuple(values.get("weights", ()))})
 
 
 PUBLISHED_MODELS = dict(sorted((path.stem, read_published_model(path)) for path in MODELS.glob("*.yaml")))

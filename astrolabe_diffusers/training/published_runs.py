@@ -41,7 +41,7 @@ class PublishedRun:
     recommended: dict[str, Any]
     processes: int
     sizes: dict[int, dict[str, Any]]  # of its base, by number of processes
-    said: str = "published"  # or "recommended"
+    kind: str = "published"  # or "recommended"
 
     def settings_for(self, num_processes: int, given: dict[str, int]) -> tuple[dict[str, Any], str]:
         """The settings for a number of processes, and a line that says where batch and group sizes come from.
@@ -57,7 +57,7 @@ class PublishedRun:
         published = {name: self.sizes[source][name] for name in SIZES}
         sizes = published | given
         if sizes == published and source == num_processes:
-            origin = f"as {self.said}" if source == self.processes else f"those {self.said} for {source} processes"
+            origin = f"as {self.kind}" if source == self.processes else f"those {self.kind} for {source} processes"
         elif "batches_per_epoch" in given:
             origin = "as given"
         else:
@@ -65,7 +65,7 @@ class PublishedRun:
             unit = sizes["samples_per_prompt"] // math.gcd(sizes["samples_per_prompt"], together)
             total = source * published["train_batch_size"] * published["batches_per_epoch"]
             sizes["batches_per_epoch"] = unit * max(1, round(total / together / unit))
-            origin = f"near to those {self.said} for {source} processes"
+            origin = f"near to those {self.kind} for {source} processes"
         batch, group, batches = sizes.values()
         samples = num_processes * batch * batches
         return self.settings | sizes, (
@@ -77,7 +77,7 @@ class PublishedRun:
         """What is to be changed of the settings, nothing unless `recommended`, and a line that says whose they are.
         Fields that are `given` by the user go before either."""
         changed = {k: v for k, v in self.recommended.items() if v != self.settings.get(k, v) and k not in given}
-        if self.said == "recommended":
+        if self.kind == "recommended":
             line = "as we recommend; of this model no run was published"
         elif recommended:
             line = f"with what we recommend: {', '.join(f'{name}={value}' for name, value in changed.items())}"
@@ -155,4 +155,4 @@ def _recommended_run(name: str) -> PublishedRun:
     (model, variant, processes), data = recommended_names()[name], _read_recommended()
     settings = _read("common") | _read("recommended") | {"model": model} | data["settings"]
     settings |= data["processes"][processes] | data["variants"][variant]
-    return PublishedRun(name, settings, {}, processes, data["processes"], said="recommended")
+    return PublishedRun(name, settings, {}, processes, data["processes"], kind="recommended")
