@@ -91,6 +91,7 @@ class ReferenceCausalWan:
         self.sink = config["sink_size"]
         self.window = config["local_attn_size"]
         self.relative = config["rope_mode"] == "relative"
+        self.rope_window = config.get("rope_window") or self.window
         self.past_weight = 1.0  # of the frames before a noisy block, the first one excepted
 
     # Which frames a block sees, and where their keys sit in time.
@@ -105,8 +106,8 @@ class ReferenceCausalWan:
     def key_position(self, frame: int, end: int, sink_offset: int = 0) -> int:
         if not self.relative and frame < self.sink:
             return frame + sink_offset
-        if self.relative and self.window != -1 and end > self.window and frame < self.sink:
-            return frame + (end - self.window)
+        if self.relative and self.window != -1 and frame < self.sink:
+            return frame + max(end - self.rope_window, sink_offset)
         return frame
 
     # Layers.
@@ -342,6 +343,7 @@ class ReferenceCausalWan:
         recache_at=None,
         global_sink=True,
         given=None,
+        exact_levels=False,
     ):
         """The few-step sampler.
 
@@ -359,8 +361,9 @@ class ReferenceCausalWan:
         context = self.context_of(video, texts[0])
         for index, x in enumerate(noise.to(self.dtype).split(self.frames_per_block, dim=2)):
             timesteps = np.float32(1000) * warped_sigmas(sigmas if index else first_sigmas or sigmas, shift)
-            # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98.
+            # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98. Or they are the timesteps'.
             levels = [float(table[abs(np.float32(1000) * table - t).argmin()]) for t in timesteps]
+            levels = [float(t) / 1000 for t in timesteps] if exact_levels else levels
             if original is not None:
                 x = (1 - levels[0]) * original[:, :, video.shape[2] :][:, :, : x.shape[2]] + levels[0] * x
             text = texts[index]

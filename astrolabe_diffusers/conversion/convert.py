@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download, split_state_dict_into_shards_fact
 
 from ..files.writing import PARTIAL
 from ..layouts.lora_modules import OriginalLora, load_original_lora
-from ..layouts.published_models import PUBLISHED_MODELS
+from ..layouts.published_models import PublishedModel, find_published_model
 from ..layouts.wan_checkpoints import check_fits, load_original_weights
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
@@ -61,12 +61,13 @@ def convert(config: ConversionConfig) -> tuple[str, ...]:
 
 
 def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, folder: Path):
-    model = PUBLISHED_MODELS[config.recipe]
+    model = find_published_model(config.recipe)
+    _check_pipeline(model)
     original = load_original_weights(config.checkpoint, config.weights or (), model)
     base, index = _base_folder(config.base)
     with init_empty_weights():
         sizes = CausalWanTransformer3DModel.load_config(base, subfolder="transformer")
-        transformer = CausalWanTransformer3DModel.from_config(sizes, **model.transformer)
+        transformer = CausalWanTransformer3DModel.from_recipe(sizes, model)
     check_fits(original.tensors, {name: tensor.shape for name, tensor in transformer.state_dict().items()})
     if adapter is not None:
         adapter.check_fits(original.tensors)
@@ -97,6 +98,13 @@ def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, fold
     }
     text = json.dumps(written | model.pipeline, indent=2, sort_keys=True) + "\n"
     (folder / CausalWanPipeline.config_name).write_text(text)
+
+
+def _check_pipeline(model: PublishedModel):
+    """Raises a `ValueError` if the pipeline's settings of a recipe would only fail when the folder is loaded."""
+    components, settings = CausalWanPipeline._get_signature_keys(CausalWanPipeline)
+    model.check_names("pipeline", settings)
+    CausalWanPipeline(**dict.fromkeys(components), **model.pipeline)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
     same = ("seed", "revision", "variant", "lora_scale", "max_sequence_length")
     same += ("vae_tiling", "attention_backend", "plain_prompts")
     # Not `None` without one: the videos in a folder of before have no such entry, and are still what they were.
-    lossy = {name: shareable_value(getattr(config, name)) for name in ("quantization", "tiny_decoder")}
+    lossy = {name: shareable_value(getattr(config, name)) for name in ("quantization", "vae", "tiny_decoder")}
     lossy = {name: value for name, value in lossy.items() if value}
     return {name: getattr(config, name) for name in same} | lossy | {
         "noise_layout": NOISE_LAYOUT,

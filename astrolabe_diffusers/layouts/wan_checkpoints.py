@@ -41,7 +41,17 @@ OUTSIDE |= {"time_projection.1": "condition_embedder.time_proj"}
 OUTSIDE |= {"head.head": "proj_out", "head.modulation": "scale_shift_table"}
 
 # (width, layers) of the models that checkpoints are published for.
-_KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B"}
+_KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B", (3072, 30): "Wan2.2 5B (LongLive 2.0)"}
+# What files are that have a name with one of these in it.
+_OTHER_FILES = {
+    r"\.base_layer\.": "a model with a LoRA beside its weights, as PEFT keeps it: take the file with both merged",
+    r"\.lora_|\.diff(_b)?$": "a LoRA: merge it into its model's file with --lora",
+    r"(^|\.)memory_": "a model with a second expert, as Self Gradient Forcing Plus has it",
+    r"^vace_": "VACE",
+    r"^img_emb\.|_img\.": "a model of images to videos, with an encoder of images",
+    r"^encoder\.block\.|^shared\.|^token_embedding\.": "a text encoder",
+    r"^(encoder|decoder)\.": "an autoencoder or a decoder of latents",
+}
 
 
 def diffusers_name(name: str) -> str:
@@ -152,6 +162,9 @@ def to_diffusers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def describe(weights: dict[str, torch.Tensor]) -> str:
     """Which model tensors in Diffusers layout look like, in words."""
+    for mark, words in _OTHER_FILES.items():
+        if any(re.search(mark, name) for name in weights):
+            return words
     layers = _num_layers(weights)
     if not layers or "patch_embedding.weight" not in weights:
         return "no Wan transformer"
@@ -182,7 +195,9 @@ def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128
             "ffn_dim": weights["blocks.0.ffn.net.0.proj.weight"].shape[0],
         }
     except KeyError as error:
-        raise ValueError(f"this is no Wan transformer: it has no {error.args[0]}.") from None
+        raise ValueError(
+            f"this is no Wan transformer: it has no {error.args[0]}. It looks like {describe(weights)}."
+        ) from None
     except IndexError:
         raise ValueError("this is no Wan transformer: its tensors have other shapes.") from None
 

@@ -422,12 +422,11 @@ class CausalWanKVCache:
         """Frames of the sink if every block has it at another position."""
         return config.sink_size if config.rope_mode == "relative" else 0
 
-    def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
-        """With relative positions, before a block that ends with latent frame `stop`: the sink right before its
-        window."""
+    def place_sink(self, position: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
+        """With relative positions, before a block: the sink begins at this one, or at its own if that is later."""
         state = self.state
         if state.slots.sink_size:
-            shift = max(stop - (state.slots.capacity + state.block_frames) - state.first_frame, 0)
+            shift = max(position - state.first_frame, 0)
             rotary = rope.shift(shift, device)
             for layer_cache in self.layer_caches:
                 layer_cache.shift_sink(shift, rotary)

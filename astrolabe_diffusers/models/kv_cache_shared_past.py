@@ -48,9 +48,9 @@ class SharedPastKVCache(CausalWanKVCache):
         super().begin_block(*args, **kwargs)
         self._see_past()
 
-    def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
+    def place_sink(self, position: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
         # The sink is the past's.
-        self.past.place_sink(stop, rope, device)
+        self.past.place_sink(position, rope, device)
         self._see_past()
 
     def _see_past(self):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import close_matches
-from ..layouts.published_models import find_published_model
+from ..layouts.published_models import PublishedModel, find_published_model
 from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
@@ -121,6 +121,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             `"absolute"`: a frame keeps the position of its index, which must stay below `rope_max_seq_len`.
             `"relative"`: once the window moves, the sink is placed right before it, so that no distance exceeds the
             window and the video may go on for ever.
+        rope_window (`int`, *optional*):
+            Of `"relative"`: positions that sink and window have between them, `local_attn_size` if not given. With
+            more the sink is moved later, and there is a gap between it and the window (Self Gradient Forcing).
     """
 
     # A subclass with blocks of its own names them in `_repeated_blocks` too: their Linear layers get a LoRA.
@@ -157,6 +160,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         sink_size: int = 0,
         local_attn_size: int = -1,
         rope_mode: str = "absolute",
+        rope_window: int | None = None,
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None:
             raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
@@ -172,6 +176,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = "
                 f"{sink_size + num_frames_per_block}, but is {local_attn_size}."
             )
+        if rope_window is not None:
+            check_rope_window(self.config)
         # The parent builds everything but the blocks, whose class is ours.
         stock = signature(WanTransformer3DModel.__init__).parameters.keys() & self.config.keys()
         super().__init__(**{name: self.config[name] for name in stock} | {"num_layers": 0})
@@ -229,8 +235,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             pretrained_model_link_or_path_or_dict:
                 Path or Hub link of a safetensors or torch file, path of a folder of shards or of their index, or what
                 such a file holds. 8-bit weights are multiplied by their scales; their files become float32.
-            recipe: the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is taken,
-                and the config gets its block, window and sink. Sigmas are the pipeline's.
+            recipe: the published model that it is, of `PUBLISHED_MODELS`, or the YAML file that says what one is: the
+                entry that its authors load is taken, and the config gets its block, window and sink. Sigmas are the
+                pipeline's.
             weights: the entry of a training checkpoint that holds the model, or several of which the first found is
                 taken. A file with several that may be meant needs this or `recipe`.
             config: pipeline folder or Hub id whose transformer's config (in `subfolder`) is taken; sizes are read off
@@ -259,7 +266,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         else:
             sizes = infer_config(original.tensors, kwargs.get("attention_head_dim", 128))
         with init_empty_weights():
-            model = cls.from_config(sizes, **((published.transformer if published else {}) | kwargs))
+            model = cls.from_recipe(sizes, published, **kwargs) if published else cls.from_config(sizes, **kwargs)
         check_fits(original.tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
         tensors = {}
         for name in original.tensors:
@@ -268,6 +275,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             tensors[name] = original.value(name).to(device, torch.float32 if keep else dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval() if device is not None else model.eval()
+
+    @classmethod
+    def from_recipe(cls, sizes: dict[str, Any], recipe: PublishedModel, **kwargs) -> "CausalWanTransformer3DModel":
+        """A model of these sizes, as `from_config`, with what a recipe says of it; `kwargs` go before either."""
+        recipe.check_names("transformer", cls._get_init_keys(cls) - {"self"})
+        return cls.from_config(sizes, **recipe.transformer | kwargs)
 
     @classmethod
     def _check_single_file_arguments(cls, dtype: Any, config: dict[str, Any]):
@@ -452,12 +465,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         paired = kv_cache_mode == "store+read"
         if paired and relative:
             # Where the first block sees it.
-            kv_cache.place_sink(frame_offset + num_frames // 2, self.rope, latents.device)
+            kv_cache.place_sink(frame_offset + num_frames // 2 - self._rope_window, self.rope, latents.device)
         shape = (batch_size, height, width)
         kv_cache.begin_block(frame_offset, num_frames, frame_tokens, shape, self.config, paired)
         if relative:
-            kv_cache.place_sink(frame_offset + num_frames, self.rope, latents.device)
+            kv_cache.place_sink(frame_offset + num_frames - self._rope_window, self.rope, latents.device)
         return None
+
+    @property
+    def _rope_window(self) -> int:
+        return self.config.rope_window or self.config.local_attn_size
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
@@ -511,10 +528,23 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         moves_sink = self.config.rope_mode == "relative" and sink_size
         # A list: of a dict, torch.compile does not guard that a block's number is no key.
         shifts = [
-            self.rope.shift(end - attn_window, device) if moves_sink and end > attn_window else None
+            self.rope.shift(end - self._rope_window, device) if moves_sink and end > self._rope_window else None
             for end in range(first_frame + n, first_frame + num_frames + 1, n)
         ]
         return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame)
+
+
+def check_rope_window(config):
+    """Raises a `ValueError` if the `rope_window` of a transformer's config does not go with the rest."""
+    value, window = config.rope_window, config.local_attn_size
+    if config.rope_mode != "relative" or window == -1:
+        raise ValueError(
+            f"`rope_window={value!r}` needs rope_mode='relative' and a window (`local_attn_size`): leave it None."
+        )
+    if not isinstance(value, int) or value < window:
+        raise ValueError(
+            f"`rope_window` must be None or a whole number of at least `local_attn_size` = {window}, but is {value!r}."
+        )
 
 
 _KNOW_ALL_MODES = {

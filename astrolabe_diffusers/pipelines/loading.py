@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKLWan, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -26,6 +26,7 @@ from ..layouts.published_models import PUBLISHED_MODELS
 from ..layouts.tensor_files import find_model, load_tensors, misfits
 from ..models.attention_causal_wan import attend
 from ..models.tiny_decoder import TinyWanDecoder
+from ..models.vae_files import load_vae_file
 from .config import PipelineConfig
 from .pipeline_causal_wan import CausalWanPipeline
 from .quantization import quantization_config
@@ -80,6 +81,8 @@ def load_pipeline(config: PipelineConfig, device: torch.device) -> tuple[CausalW
         raise UserError(f"{config.model} is quantised as it is: leave out quantization.")
     if config.lora:
         load_loras(pipe, config.lora)
+    if config.vae:
+        load_vae(pipe, config.vae, getattr(torch, dtype))
     if config.tiny_decoder:
         load_tiny_decoder(pipe, config.tiny_decoder, getattr(torch, dtype))
     return pipe, dtype
@@ -254,6 +257,24 @@ def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
         with as_user_error(f"cannot load the LoRA {lora}{is_here}"):
             pipe.load_lora_weights(find_lora(lora), adapter_name=name)
     pipe.set_adapters(names, list(loras.values()))
+
+
+def load_vae(pipe: CausalWanPipeline, name: str, dtype: torch.dtype):
+    """Puts an autoencoder in the place of the pipeline's: that of a file under its original names or, in Diffusers
+    format, of a folder. A [`UserError`] if it has other latents."""
+    sizes = ("z_dim", "scale_factor_temporal", "scale_factor_spatial")
+    with no_loading_bars(), as_user_error(f"cannot load the autoencoder {name}", LOADING), no_missing_tensors():
+        if Path(name).is_dir():
+            vae = AutoencoderKLWan.from_pretrained(name, dtype=dtype)
+        else:
+            vae = load_vae_file(name, pipe.vae.config, dtype)
+        found, wanted = (tuple(model.config[size] for size in sizes) for model in (vae, pipe.vae))
+        if found != wanted:
+            raise ValueError(
+                f"it is of other latents: it has (channels, frames, pixels a side) {found} a latent, the pipeline's "
+                f"{wanted}."
+            )
+    pipe.register_modules(vae=vae)
 
 
 def load_tiny_decoder(pipe: CausalWanPipeline, name: str, dtype: torch.dtype):

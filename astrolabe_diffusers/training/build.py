@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..errors import UserError, as_user_error
+from ..models.transformer_causal_wan import check_rope_window
 from ..pipelines.loading import frozen_dtype, load_text_encoder
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet, named_reward_funcs
@@ -79,6 +80,9 @@ def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
             f"local_attn_size={model.local_attn_size} has no room for the sink of {model.sink_size} and a block of "
             f"{model.num_frames_per_block} latent frames; -1 is no limit."
         )
+    if model.get("rope_window") is not None:
+        with as_user_error("local_attn_size"):
+            check_rope_window(model)
     if config.sigmas:
         pipeline.register_to_config(sigmas=config.sigmas)
     if config.num_context_frames is not None:

@@ -156,8 +156,16 @@ class PublishedLayer:
         key, value = buffer.key[:, :num_held], buffer.value[:, :num_held]
         if model.relative:
             held = num_held // frame_tokens
-            query = model.rotate(query, grid, held - grid[0])
-            key = model.rotate(key, (held, *grid[1:]), 0)
+            # With more positions than the window has frames, between the sink and what follows it.
+            gap = max(min(start + grid[0], model.rope_window) - held, 0)
+            query = model.rotate(query, grid, gap + held - grid[0])
+            if gap:
+                sink, rest = key.tensor_split([model.sink_size * frame_tokens], dim=1)
+                sink = model.rotate(sink, (model.sink_size, *grid[1:]), 0)
+                rest = model.rotate(rest, (held - model.sink_size, *grid[1:]), model.sink_size + gap)
+                key = torch.cat([sink, rest], dim=1)
+            else:
+                key = model.rotate(key, (held, *grid[1:]), 0)
         return self.self_attention.attend(query, key, value)
 
 
@@ -169,7 +177,7 @@ class PublishedTransformer:
         self.dtype, self.device = transformer.dtype, transformer.device
         self.patch, self.freq_dim, self.eps = config.patch_size, config.freq_dim, config.eps
         self.relative, self.sink_size = config.rope_mode == "relative", config.sink_size
-        self.window = config.local_attn_size
+        self.window, self.rope_window = config.local_attn_size, config.rope_window or 0
         self.heads, self.head_dim = config.num_attention_heads, config.attention_head_dim
         self.layers = [PublishedLayer(block, self, kernel) for block in transformer.blocks]
         embedder = transformer.condition_embedder

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from astrolabe_diffusers.cli.convert import main
 from astrolabe_diffusers.conversion.convert import save_shards
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
-from tests.layouts.original_layout import original_names, original_weights
+from tests.layouts.original_layout import original_names, original_weights, published_checkpoint
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -80,13 +80,23 @@ RECIPES = {
     "causal-forcing-framewise-2step": (1, 0, -1, [1000.0, 833.333]),
     "causal-forcing-framewise-1step": (1, 0, -1, [1000.0]),
     "longlive": (3, 3, 12, FOUR),
+    "longlive-infinity": (3, 3, 12, FOUR),
+    "kvpo-longlive": (3, 3, 12, FOUR),
+    "raven": (3, 0, -1, [1000.0, 938.0, 833.0, 625.0]),
+    "one-forcing": (1, 0, -1, [1000.0]),
+    "infinity-rope": (3, 1, 6, FOUR),
+    "rmd": (1, 0, 21, FOUR),
+    "self-gradient-forcing-framewise": (1, 4, 21, FOUR),
+    "self-gradient-forcing-chunkwise": (3, 3, 12, FOUR),
 }
 
 
 @pytest.mark.parametrize("model", RECIPES)
-def test_converted_folder_generates_by_the_model_s_recipe(model, convert, base, checkpoint, pipe, made, tmp_path):
-    convert("--model", model, "--checkpoint", checkpoint, "--base", base, "--output_dir", tmp_path)
-    converted = DiffusionPipeline.from_pretrained(tmp_path)
+def test_converted_folder_generates_by_the_model_s_recipe(model, convert, base, pipe, made, tmp_path):
+    torch.save(published_checkpoint(model, original_weights(pipe.transformer)), tmp_path / "model.pt")
+    out = tmp_path / "out"
+    convert("--model", model, "--checkpoint", tmp_path / "model.pt", "--base", base, "--output_dir", out)
+    converted = DiffusionPipeline.from_pretrained(out)
     *block_sink_window, timesteps = RECIPES[model]
     config = converted.transformer.config
     assert [config.num_frames_per_block, config.sink_size, config.local_attn_size] == block_sink_window
@@ -101,11 +111,12 @@ def test_converted_folder_generates_by_the_model_s_recipe(model, convert, base, 
         return {}
 
     result = video(converted, callback_on_step_end=count)
-    assert taken.pop(0) == FOUR
+    assert taken.pop(0) == (timesteps if model == "raven" else FOUR)
     # Six latent frames.
     assert len(taken) == 6 // config.num_frames_per_block - 1
     assert all(levels == timesteps for levels in taken.values())
-    if config.num_frames_per_block == 3:
+    # Neither window nor position shows in two blocks.
+    if config.num_frames_per_block == 3 and timesteps == FOUR:
         assert (result - made).abs().max() < 1e-5
 
 
@@ -251,7 +262,13 @@ def test_what_a_user_gets_wrong(fails, base, checkpoint, tmp_path):
     fails("nothing to convert", *out)
     fails("output_dir is missing", *model, "--base", base)
     fails("checkpoint needs recipe and base", "--checkpoint", checkpoint, *out)
-    fails("not 'self-forcng' (did you mean self-forcing?)", "--model", "self-forcng", *out)
+    fails("no published model 'self-forcng' (did you mean self-forcing or", "--model", "self-forcng", *out)
+    fails("No such file", "--recipe", tmp_path / "mine.yaml", *out)
+    recipes = {"sigma: [1.0]": "pipeline has no `sigma` (did you mean sigmas?)", "sigmas: [0.5, 1]": "must fall from"}
+    for settings, words in recipes.items():
+        (tmp_path / "mine.yaml").write_text(f"source: me/mine, m.pt\npipeline: {{{settings}}}")
+        own = ("--recipe", tmp_path / "mine.yaml", "--checkpoint", checkpoint, "--weights", "generator")
+        fails(words, *own, "--base", base, *out)
     fails("unknown argument --outputdir (did you mean --output_dir?)", *model, "--outputdir", "x", *out)
     fails("--recipe is given twice", *model, *model, *out)
     for flag in ("dtype", "weights", "base", "recipe"):

@@ -32,7 +32,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.files.video import VideoWriter
-from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS, find_published_model
 from astrolabe_diffusers.live.config import LiveConfig
 from astrolabe_diffusers.live.load import load_model
 from astrolabe_diffusers.live.session import LiveSession
@@ -269,7 +269,7 @@ class Reader:
         """The files that a conversion reads, in their published layout."""
         pipe = tiny_pipeline(max_sequence_length=512)
         if checkpoint := value_of(argv, "--checkpoint"):
-            model = PUBLISHED_MODELS[value_of(argv, "--recipe")]
+            model = find_published_model(value_of(argv, "--recipe"))
             assert Path(checkpoint).name in model.source
             names = "patch_size num_attention_heads attention_head_dim in_channels out_channels text_dim freq_dim"
             names = f"{names} ffn_dim num_layers rope_max_seq_len".split()

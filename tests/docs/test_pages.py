@@ -9,6 +9,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -190,6 +191,19 @@ def test_published_model(follow):
     config = json.loads((folder / "self-forcing" / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "CausalWanTransformer3DModel"
     assert len(load_file(folder / "longlive-lora" / "pytorch_lora_weights.safetensors")) > 20
+
+
+def test_a_model_that_is_added(follow):
+    """By its recipe alone, from a checkpoint to a video."""
+    folder = follow("docs/add_a_model.md")
+    recipe = yaml.safe_load((folder / "my_recipe.yaml").read_text())
+    config = json.loads((folder / "my-model" / "transformer" / "config.json").read_text())
+    assert recipe["transformer"].items() <= config.items()
+    pipe = DiffusionPipeline.from_pretrained(folder / "my-model")
+    assert pipe.config.sigmas == recipe["pipeline"]["sigmas"]
+    (entry,) = [json.loads(line) for line in (folder / "my-videos" / "manifest.jsonl").read_text().splitlines()]
+    assert entry["prompt"] == "a boat on a lake" and (folder / "my-videos" / entry["file"]).stat().st_size > 1000
+    assert sample(pipe).isfinite().all()
 
 
 def test_released_models(follow):

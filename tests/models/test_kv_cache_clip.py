@@ -18,6 +18,7 @@ CONFIGS = {
     "no whole blocks": {"local_attn_size": 8, "sink_size": 1, "rope_mode": "relative"},
     "sink": {"local_attn_size": 12, "sink_size": 3},
     "relative": {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"},
+    "gap": {"local_attn_size": 9, "sink_size": 3, "rope_mode": "relative", "rope_window": 11},
     "only the sink": {"local_attn_size": 6, "sink_size": 3, "rope_mode": "relative"},
 }
 # How many blocks go into the passes that store.

@@ -15,7 +15,7 @@ from tests.tiny_pipeline import tiny_transformer
 
 TOLERANCE = 1e-5
 LEVELS = (1000.0, 937.5, 833.3333, 625.0, 317.4, 0.0)
-MODEL_ONLY = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
+MODEL_ONLY = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode", "rope_window")
 
 # Frames in a block -> model configuration and latent shape (batch, channels, frames, height, width).
 SETTINGS = {

@@ -122,7 +122,7 @@ def test_components_can_be_replaced(folder):
 def test_stock_transformer_in_a_pipeline(folder, tmp_path):
     """A transformer folder that diffusers' own class wrote serves as a causal one."""
     pipe = tiny_pipeline(**OVERRIDES)
-    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
+    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode", "rope_window")
     config = {k: v for k, v in pipe.transformer.config.items() if k not in ours and not k.startswith("_")}
     stock = WanTransformer3DModel(**config)
     stock.load_state_dict(pipe.transformer.state_dict())
@@ -138,7 +138,7 @@ def test_stock_transformer_in_a_pipeline(folder, tmp_path):
 def test_a_stock_pipeline_is_refused(folder, tmp_path):
     """It would load with a warning, and make noise. With causal parts it becomes one."""
     pipe = DiffusionPipeline.from_pretrained(folder)
-    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
+    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode", "rope_window")
     transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in ours})
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     stock = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, scheduler, transformer)

@@ -39,11 +39,11 @@ def test_roll_is_a_soft_scene_and_cut_a_hard_one(pipe):
     assert torch.equal(switched(pipe, 2, B, transition="cut"), generate(pipe, f"{A}[1.5s#] | {B}[3s]"))
 
 
-@pytest.mark.parametrize("rope_mode", ["absolute", "relative"])
+@pytest.mark.parametrize("rope", [("absolute", None), ("relative", None), ("relative", 11)])
 @pytest.mark.parametrize("at", [1, 3, 4])
-def test_recache_equals_the_reference(at, rope_mode):
+def test_recache_equals_the_reference(at, rope):
     """At 1 and 3 blocks all frames are in the window of nine, at 4 some have left it."""
-    pipe, texts = tiny_pipeline(**{**WINDOW, "rope_mode": rope_mode}), [A] * at + [B] * 3
+    pipe, texts = tiny_pipeline(**{**WINDOW, "rope_mode": rope[0]}, rope_window=rope[1]), [A] * at + [B] * 3
     rolled = switched(pipe, at, B, blocks=at + 3)
     results = []
     for global_sink in (True, False):

@@ -19,6 +19,7 @@ MODELS = {
     "unlimited": {"sigmas": [1.0, 0.5]},
     "window": {"sigmas": [1.0, 0.5], "local_attn_size": 9, "sink_size": 3},
     "relative": {"sigmas": [1.0, 0.5], "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"},
+    "gap": {"sigmas": [1.0, 0.5], "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative", "rope_window": 11},
     "fewer steps after the first block": {"sigmas": [1.0, 0.5], "first_block_sigmas": [1.0, 0.75, 0.5, 0.25]},
 }
 

@@ -26,6 +26,7 @@ MODELS = {
     "window": {"local_attn_size": 9},
     "sink": WINDOW,
     "relative": {**WINDOW, "rope_mode": "relative"},
+    "gap": {**WINDOW, "rope_mode": "relative", "rope_window": 11},
     "no whole blocks": {"local_attn_size": 8, "sink_size": 1, "rope_mode": "relative"},
 }
 OWN, ADAPTIVE = {"context_policy": "own"}, {"loss_weighting": "adaptive"}
