@@ -43,6 +43,16 @@ PUBLISHED_MODELS = {
         {"sink_size": 3, "local_attn_size": 12},
         {"num_frames": 477},
     ),
+    "sgf-plus-framewise": PublishedModel(
+        "ZihanSu/Self_Gradient_Forcing_Plus, framewise/model.pt",
+        _AVERAGE,
+        {**_FRAMEWISE, "sink_size": 4, "local_attn_size": 21, "rope_mode": "relative"},
+    ),
+    "sgf-plus-chunkwise": PublishedModel(
+        "ZihanSu/Self_Gradient_Forcing_Plus, chunkwise/model.pt",
+        _AVERAGE,
+        {"sink_size": 3, "local_attn_size": 12, "rope_mode": "relative"},
+    ),
     "krea-14b": PublishedModel(
         "krea/krea-realtime-video, krea-realtime-video-14b.safetensors",
         (),
