@@ -197,7 +197,9 @@ def load_text_encoder(
     """The pipeline of [`load_frozen_pipeline`] with what `encode_prompt` needs alone."""
     without = dict.fromkeys(("vae", "transformer", "memory_transformer"))
     with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
-        pipeline = DiffusionPipeline.from_pretrained(
+        # DiffusionPipeline itself does not ask a class for its optional components, and would load one of these.
+        pipeline_class = getattr(diffusers, DiffusionPipeline.load_config(model, revision=revision)["_class_name"])
+        pipeline = pipeline_class.from_pretrained(
             model, revision=revision, variant=variant, dtype=frozen_dtype(accelerator), **without
         )
     return freeze_pipeline(pipeline, accelerator)
