@@ -25,6 +25,8 @@ RECIPES = {
     # The window is full after four blocks: two more roll it.
     "longlive": (6, FOUR, FOUR),
     "krea-14b": (4, FIVE, FIVE),
+    "sgf-plus-framewise": (23, FOUR, FOUR),
+    "sgf-plus-chunkwise": (6, FOUR, FOUR),
 }
 VARIANTS = {
     "longlive, endless": ("longlive", {"rope_mode": "relative"}),
