@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
+from astrolabe_diffusers.generation.config import GenerationConfig
+from astrolabe_diffusers.generation.run import video_settings
 from astrolabe_diffusers.models.vae_streaming import encode_video
 from astrolabe_diffusers.pipelines.loading import base_digest, load_from, load_text_encoder, weights_digest
 from tests.pipelines.test_block_generation import server_context
@@ -196,6 +199,33 @@ def test_experts_that_cannot_share_a_cache(pipe, changes, message):
     later.memory_transformer = other
     with pytest.raises(ValueError, match=message):
         later.stream(PROMPT)
+
+
+def test_both_are_under_autocast(pipe):
+    """As accelerate prepares a model, evaluation and training in bf16: the pair is the same one afterwards."""
+    prepared = two_expert_pipeline(**CHUNKWISE)
+    assert prepared.denoiser is prepared.denoiser
+    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator.prepare_model(prepared.denoiser, evaluation_mode=True)
+    seen = []
+    for expert in prepared.experts.values():
+        expert.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    generate(prepared, PROMPT, num_frames=21)
+    assert len(seen) == 5 and all(seen)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before, prepared.memory_transformer = prepared.denoiser, pipe.memory_transformer
+    assert prepared.denoiser is not before and prepared.denoiser.memory_transformer is pipe.memory_transformer
+
+
+def test_videos_of_a_folder_know_both(tmp_path):
+    """`astrolabe generate` makes them anew when the memory transformer is another one."""
+    digests = []
+    for seed in (0, 1):
+        pipe = two_expert_pipeline(**CHUNKWISE)
+        pipe.memory_transformer.proj_out.bias.data[0] += seed
+        config = GenerationConfig(model="m", prompt="a", output_dir=str(tmp_path))
+        digests.append(video_settings(config, pipe, "float32")["weights"])
+    assert digests[0] != digests[1]
 
 
 def test_a_text_encoder_comes_alone(pipe, tmp_path):
