@@ -12,11 +12,17 @@ from diffusers import DiffusionPipeline
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.generation.config import GenerationConfig
 from astrolabe_diffusers.generation.run import video_settings
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import encode_video
 from astrolabe_diffusers.pipelines.loading import base_digest, load_from, load_text_encoder, weights_digest
+from astrolabe_diffusers.rollout.prompts import Prompt
+from astrolabe_diffusers.rollout.samples import Sample
+from astrolabe_diffusers.rollout.sampling import SharedPastSampler
+from astrolabe_diffusers.rollout.seeds import seeded_generator
+from tests.own_transformer import OwnTransformer
 from tests.pipelines.test_block_generation import server_context
 from tests.pipelines.test_scenes import A, B, C, generate, seeded
-from tests.tiny_pipeline import SMALL, tiny_transformer
+from tests.tiny_pipeline import SMALL, tiny_pipeline, tiny_transformer
 from tests.two_experts import PROMPT, WINDOWS, expected_latents, sizes_of, two_expert_pipeline
 
 
@@ -45,6 +51,42 @@ def test_equals_the_reference(window):
     assert torch.equal(alone[:, :, :n], result[:, :, :n]) and (alone - result)[:, :, n:].abs().max() > 1e-2
     pipe.memory_transformer, pipe.transformer = pipe.transformer, memory
     assert (generate(pipe, PROMPT, num_frames=num_frames(pipe, 7)) - result).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("recipe,blocks", [("sgf-plus-framewise", 23), ("sgf-plus-chunkwise", 6)])
+def test_published_recipes(recipe, blocks):
+    """In their own windows, two blocks beyond them, and in four steps."""
+    published = PUBLISHED_MODELS[recipe]
+    pipe = two_expert_pipeline(**SMALL, **published.transformer, **published.pipeline, num_layers=1)
+    assert pipe.config.sigmas == [1.0, 0.75, 0.5, 0.25] and pipe.is_endless
+    result = generate(pipe, PROMPT, num_frames=num_frames(pipe, blocks))
+    assert (result - expected_latents(pipe, [PROMPT] * blocks)).abs().max() <= 1e-5
+
+
+def test_continuations_of_one_past(pipe):
+    """They share the cache that the memory transformer has written, and it goes on writing theirs."""
+    size = {"height": 16, "width": 32, "num_frames": 81}
+    samples = [Sample(Prompt(PROMPT), 0, (7, 0, 0, k)) for k in range(2)]
+    sampler = SharedPastSampler(pipe, size, num_past_frames=12)
+    text = pipe.encode_prompt([PROMPT] * 2)
+    latents, _ = sampler(text, samples)
+    for sample, video in zip(samples, latents.split(1)):
+        generators = [seeded_generator("sample", *sample.key)]
+        arguments = {"prompt_embeds": text[:1], "video": video[:, :, :12], "generator": generators, **size}
+        assert (pipe(**arguments, output_type="latent").frames - video).abs().max() <= 1e-5
+
+
+def test_transformers_of_a_user_s_own():
+    """Of the contract alone, which knows no `"store"`."""
+    torch.manual_seed(0)
+    first, second = OwnTransformer(), OwnTransformer()
+    pipe = tiny_pipeline(**TWO_STEPS, transformer=first)
+    alone = generate(pipe, PROMPT, num_frames=33)
+    pipe.memory_transformer = first
+    assert torch.equal(generate(pipe, PROMPT, num_frames=33), alone)
+    pipe.memory_transformer = second
+    other = generate(pipe, PROMPT, num_frames=33)
+    assert torch.equal(other[:, :, :3], alone[:, :, :3]) and (other - alone)[:, :, 3:].abs().max() > 1e-3
 
 
 def test_a_copy_is_no_second_expert():
