@@ -130,7 +130,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "model": shareable_value(config.model),
         "lora": shareable_value(config.lora),
         # A folder's name says nothing of what is in it.
-        "weights": weights_digest(pipe.transformer, *sampled_components(pipe)),
+        "weights": weights_digest(pipe.denoiser, *sampled_components(pipe)),
         "sigmas": config.sigmas or None,
         "dtype": dtype,
     }

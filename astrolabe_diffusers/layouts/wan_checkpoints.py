@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..files.text import parse_json
+from .experts import MEMORY_TRANSFORMER, TRANSFORMER, split_checkpoint
 from .published_models import PublishedModel
 from .tensor_files import load_tensors, misfits, select_weights
 
@@ -85,15 +86,15 @@ class OriginalWeights:
         return tensor * self.scales[name].float() if name in self.scales else tensor
 
 
-def load_original_weights(
+def load_original_experts(
     checkpoint: str | Path | dict[str, Any],
     weights: str | tuple[str, ...] = (),
     recipe: PublishedModel | None = None,
     map_files: bool = True,
-) -> OriginalWeights:
+) -> dict[str, OriginalWeights]:
     """
-    The generator of a file or folder, as [`load_tensors`] takes it, or of what it holds: the first of the entries
-    `weights` that is there, or where any is there of those of `recipe`, the published model that it is.
+    By component, the generator of a file or folder, as [`load_tensors`] takes it, or of what it holds: the first of
+    the entries `weights` that is there, or where any is there of those of `recipe`, the published model that it is.
 
     Raises:
         ValueError: it is no checkpoint; `weights` are not there, or neither they nor a recipe say which of several
@@ -101,10 +102,27 @@ def load_original_weights(
     """
     if not isinstance(checkpoint, dict):
         checkpoint = load_tensors(checkpoint, map_files)
-    tensors = to_diffusers(_select_generator(checkpoint, weights, recipe.weights if recipe else ()))
+    tensors = _select_generator(checkpoint, weights, recipe.weights if recipe else ())
     if not tensors:
         raise ValueError("this checkpoint holds no tensors.")
-    return OriginalWeights(*_split_scales(tensors))
+    parts = split_checkpoint(tensors).items()
+    return {name: OriginalWeights(*_split_scales(to_diffusers(part))) for name, part in parts}
+
+
+def load_original_weights(
+    checkpoint: str | Path | dict[str, Any],
+    weights: str | tuple[str, ...] = (),
+    recipe: PublishedModel | None = None,
+    map_files: bool = True,
+) -> OriginalWeights:
+    """As [`load_original_experts`], of a checkpoint of a single model; a `ValueError` if it holds two experts."""
+    experts = load_original_experts(checkpoint, weights, recipe, map_files)
+    if MEMORY_TRANSFORMER in experts:
+        raise ValueError(
+            "this checkpoint holds two transformers, one that denoises and one that writes the cache: `astrolabe "
+            "convert` makes a pipeline of both, for CausalWanPipeline.from_pretrained."
+        )
+    return experts[TRANSFORMER]
 
 
 def _select_generator(

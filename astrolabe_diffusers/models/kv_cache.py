@@ -112,6 +112,7 @@ class CausalWanKVLayerCache:
 
     # Keys and values `(1, tokens, heads, head_dim)` that all videos see beside those of `extend`.
     past: KeyValue | None = None
+    keeps_graph = False  # or what is stored with grad is no constant
 
     def __init__(self, state: KVCacheState):
         self.state = state
@@ -208,7 +209,7 @@ class CausalWanKVLayerCache:
 
     def store(self, key: torch.Tensor, value: torch.Tensor):
         """Keep a block's (clean) keys and values; [`commit`] brings them into the slots."""
-        self._stored = key.detach(), value.detach()
+        self._stored = (key, value) if self.keeps_graph else (key.detach(), value.detach())
 
     def commit(self):
         """Bring what [`store`] was given into the slots; the frames that leave the window are overwritten."""
@@ -256,11 +257,16 @@ class CausalWanKVCache:
             first one excepted. Less than 1 keeps errors from piling up (Krea).
     """
 
+    keeps_graph = False  # as its layers
+
     def __init__(self, num_layers: int, max_frames: int | None = None, past_weight: float = 1.0):
         self.max_frames = max_frames
         self.past_weight = past_weight
         self.state = KVCacheState()
         self._text: torch.Tensor | None = None
+        # The model whose text the layers have, and that of others: experts share a cache, but not their projections.
+        self._text_model: object = None
+        self._other_texts: dict[object, list[KeyValue | None]] = {}
         self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in range(num_layers)]
 
     @property
@@ -285,11 +291,18 @@ class CausalWanKVCache:
         changed. Passes with another tensor or with gradients compute their own, as all do if no text is set.
         """
         self._text = encoder_hidden_states
+        self._other_texts.clear()
         for layer_cache in self.layer_caches:
             layer_cache.text = None
 
-    def begin_text(self, encoder_hidden_states: torch.Tensor) -> bool:
-        """Whether this pass has the keys and values of its text already."""
+    def begin_text(self, encoder_hidden_states: torch.Tensor, model: object) -> bool:
+        """Whether this pass of a model has the keys and values of its text already."""
+        if model is not self._text_model:
+            self._other_texts[self._text_model] = [layer_cache.text for layer_cache in self.layer_caches]
+            self._text_model = model
+            texts = self._other_texts.get(model) or [None] * len(self.layer_caches)
+            for layer_cache, text in zip(self.layer_caches, texts):
+                layer_cache.text = text
         self.state.keeps_text = self._text is encoder_hidden_states and not torch.is_grad_enabled()
         return self.state.keeps_text and self.layer_caches[-1].text is not None
 

@@ -45,11 +45,16 @@ class ClipKVCache(CausalWanKVCache):
     the blocks of a pass. Blocks before it can then not be read any more.
 
     Videos may share their past: what was stored as one video is seen by all of a later, larger batch.
+
+    With `keeps_graph` what is stored with grad are no constants: gradients flow through it.
     """
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, keeps_graph: bool = False):
         super().__init__(0)
+        self.keeps_graph = keeps_graph
         self.layer_caches = [ClipKVLayerCache(self.state) for _ in range(num_layers)]
+        for layer_cache in self.layer_caches:
+            layer_cache.keeps_graph = keeps_graph
 
     def begin_clip(self, layout: BlockLayout, shape: tuple[int, int, int], stores: bool):
         """Check a pass over blocks of latents of this batch, height and width, and forget what it need not see."""

@@ -421,7 +421,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
         temb, timestep_proj = self._embed_time(timestep, encoder_hidden_states.dtype)
         # The keys of cached text are all that is used of it.
-        if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states):
+        if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states, self):
             encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
 
         inputs = (encoder_hidden_states, timestep_proj, rotary_emb, layout)
@@ -493,9 +493,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         mask = None
         if kv_cache_mode == "read":
             mask = kv_cache.attention_mask(hidden_states.shape[1], hidden_states.device, hidden_states.dtype)
-        # A checkpointed block runs twice: it must not write.
+        # A checkpointed block runs twice: it must not write, but where what it writes is done with by then.
         writes = kv_cache_mode not in (None, "read")
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and not writes
+        may_run_twice = not writes or kv_cache.keeps_graph
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and may_run_twice
         mode, last_mode = _LAYER_MODES[kv_cache_mode]
         for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache.get(i)

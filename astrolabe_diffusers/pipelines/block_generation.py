@@ -117,8 +117,8 @@ class BlockGenerator:
         self.sampling = sampling
         self.videos = videos  # indices in the batch of the call
         # Asked for once: diffusers goes through all modules for the answer.
-        self.dtype = pipe.transformer.dtype
-        self.packs_blocks, self.store_mode = packs_blocks(pipe.transformer), store_mode(pipe.transformer)
+        self.transformer, self.dtype = pipe.denoiser, pipe.transformer.dtype
+        self.packs_blocks, self.store_mode = packs_blocks(self.transformer), store_mode(self.transformer)
         self.prompt_embeds: torch.Tensor | None = None  # (videos, L, dim) of the current scenes
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.restart()
@@ -159,8 +159,7 @@ class BlockGenerator:
         return other
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, mode: str):
-        transformer = self.pipe.transformer
-        return transformer(
+        return self.transformer(
             latents.to(self.dtype),
             timestep.expand(latents.shape[0]),
             prompt_embeds,

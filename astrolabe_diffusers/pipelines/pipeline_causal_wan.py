@@ -19,6 +19,7 @@ from diffusers.image_processor import PipelineImageInput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..models.contract import CausalTransformer
+from ..models.expert_pair import ExpertPair, differences
 from ..models.lora_layers import check_no_loose_lora
 from ..models.module_calls import has_hooks
 from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
@@ -79,22 +80,27 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         frame_rate (`int`, defaults to 16): frames per second the model was trained at.
         tiny_decoder ([`TinyWanDecoder`], *optional*):
             Decodes in place of the autoencoder: much faster, and lossy. Training looks at the autoencoder's frames.
+        memory_transformer ([`CausalWanTransformer3DModel`], *optional*):
+            A second expert, which writes the cache (SGF+): all passes over clean blocks are its, those that are given
+            included. `transformer` denoises, and sees what it has written.
 
     The settings, from `sigmas` to `frame_rate`, are stored in `model_index.json` and serve as the defaults of
     `__call__`. Without transformer and autoencoder (`None`) the pipeline encodes prompts; without tokenizer and text
     encoder it takes `prompt_embeds`.
 
     Raises:
-        ValueError: a setting out of its range, or transformer or scheduler of a model that is not causal.
+        ValueError: a setting out of its range, transformer or scheduler of a model that is not causal, or a memory
+            transformer that cannot share a cache with the transformer.
     """
 
     # Makes the blocks, one after the other; a subclass may have its own.
     block_generator_class = BlockGenerator
+    # The memory transformer is not in it: it takes turns with the transformer, block by block, and both stay.
     model_cpu_offload_seq = "text_encoder->transformer"
     # Decode after every block: they would chase the transformer off the device and back, for a quarter of a gigabyte.
     _exclude_from_cpu_offload = ["vae", "tiny_decoder"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
-    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer", "tiny_decoder"]
+    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer", "tiny_decoder", "memory_transformer"]
 
     def __init__(
         self,
@@ -113,6 +119,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         num_frames: int = 81,
         frame_rate: int = 16,
         tiny_decoder: TinyWanDecoder | None = None,
+        memory_transformer: CausalTransformer | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -122,6 +129,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             scheduler=scheduler,
             transformer=transformer,
             tiny_decoder=tiny_decoder,
+            memory_transformer=memory_transformer,
         )
         if first_block_sigmas is not None:
             first_block_sigmas = check_sigmas(first_block_sigmas, "first_block_sigmas")
@@ -147,6 +155,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             if not isinstance(value, Real) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a number above 0, not {value!r}.")
         self._calls = Calls()
+        self._pair: ExpertPair | None = None
         scale = vae.config.scale_factor_spatial if vae is not None else 8
         self.video_processor = BilinearVideoProcessor(vae_scale_factor=scale)
 
@@ -164,16 +173,17 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As the parent's; a LoRA that is loaded and not fused is refused, before anything is written."""
-        if self.transformer is not None:
-            check_no_loose_lora(self.transformer)
+        for expert in self.experts.values():
+            check_no_loose_lora(expert)
         # Of `pipe.tiny_decoder = ...` where there was none diffusers would save nothing.
-        self.register_modules(tiny_decoder=self.tiny_decoder)
+        self.register_modules(tiny_decoder=self.tiny_decoder, memory_transformer=self.memory_transformer)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """As the parent's, which leaves out a transformer of another class and then asks for it by a `TypeError`."""
-        components = {name: getattr(pipeline, name, None) for name in ("transformer", "scheduler")}
+        names = ("transformer", "memory_transformer", "scheduler")
+        components = {name: getattr(pipeline, name, None) for name in names}
         return super().from_pipe(pipeline, **(components | kwargs))
 
     # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
@@ -206,6 +216,26 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             )
         if self.tiny_decoder is not None:
             self._check_tiny_decoder()
+        if None not in (self.transformer, self.memory_transformer):
+            for difference in differences(self.transformer, self.memory_transformer):
+                raise ValueError(f"`memory_transformer` cannot write the cache of `transformer`: {difference}.")
+
+    @property
+    def experts(self) -> dict[str, CausalTransformer]:
+        """Transformer and memory transformer, by name, those that there are."""
+        models = {name: getattr(self, name) for name in ("transformer", "memory_transformer")}
+        return {name: model for name, model in models.items() if model is not None}
+
+    @property
+    def denoiser(self) -> CausalTransformer | None:
+        """What makes blocks: the transformer, or with a memory transformer both, as one [`ExpertPair`]."""
+        if self.memory_transformer is None or self.transformer is None:
+            return self.transformer
+        experts = list(self.experts.values())
+        # The same one as long as it can be: accelerate gives it a forward under autocast.
+        if self._pair is None or list(self._pair.children()) != experts:
+            self._pair = ExpertPair(*experts)
+        return self._pair
 
     def _check_tiny_decoder(self):
         if not isinstance(self.tiny_decoder, TinyWanDecoder):
@@ -596,10 +626,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             ValueError: layers that are offloaded one by one, by `enable_group_offload` or
                 `enable_sequential_cpu_offload`.
         """
-        if has_hooks(self.transformer):
+        if any(map(has_hooks, self.experts.values())):
             raise ValueError("layers that are offloaded one by one cannot be compiled: offload whole models, or none.")
         began = time.perf_counter()
-        self.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        for expert in self.experts.values():
+            expert.compile_repeated_blocks(fullgraph=True, backend=backend)
         config = self.transformer.config
         window = max(config.local_attn_size, 0) // config.num_frames_per_block
         # The first block, a cache that grows, a window that moves on; and changes of the prompt in each of them.

@@ -49,7 +49,7 @@ def quantization_config(quantization: str, device: "torch.device") -> "PipelineQ
     if quantization == "float8":
         check_float8(device)
     config = TorchAoConfig(quant_type(quantization), modules_to_not_convert=[*NOT_QUANTIZED])
-    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(("transformer", "memory_transformer"), config))
 
 
 def check_float8(device: "torch.device"):

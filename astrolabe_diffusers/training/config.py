@@ -9,6 +9,7 @@ import yaml
 from ..config import option
 from ..distributed.accelerator import PRECISIONS
 from ..errors import UserError, as_user_error
+from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
 from ..pipelines.sigmas import check_sigmas
 from ..reporting.tracker_names import TRACKERS
 from ..rollout.config import VideoConfig
@@ -107,6 +108,12 @@ class OnlineConfig(VideoConfig):
     )
 
     # LoRA
+    lora_expert: str = option(
+        TRANSFORMER,
+        "of a model with a memory transformer: which has the LoRA. The memory transformer's learns through what noisy "
+        "blocks see of it, with context=clean_grad",
+        choices=(TRANSFORMER, MEMORY_TRANSFORMER, "both"),
+    )
     init_lora: str | None = option(None, "LoRA to start from, folder or Hub id: its rank, alpha and modules hold")
     rank: int = option(256, "LoRA rank", minimum=1)
     lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank", minimum=1)
@@ -211,6 +218,11 @@ class OnlineConfig(VideoConfig):
                 f"optimizer steps; the nearest are {_listing(valid)}."
             )
         self.num_train_epochs = self.max_train_steps // self.steps_per_epoch
+
+    @property
+    def lora_components(self) -> list[str]:
+        """The pipeline's components that have the LoRA."""
+        return [TRANSFORMER, MEMORY_TRANSFORMER] if self.lora_expert == "both" else [self.lora_expert]
 
     @property
     def judged_policy(self) -> str:

@@ -16,11 +16,13 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from astrolabe_diffusers import CausalWanPipeline
 from astrolabe_diffusers.cli.convert import main
 from astrolabe_diffusers.conversion.convert import save_shards
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from tests.layouts.original_layout import original_names, original_weights, published_checkpoint
-from tests.tiny_pipeline import tiny_pipeline
+from tests.layouts.test_experts import two_experts
+from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 
 
 @pytest.fixture
@@ -88,6 +90,8 @@ RECIPES = {
     "rmd": (1, 0, 21, FOUR),
     "self-gradient-forcing-framewise": (1, 4, 21, FOUR),
     "self-gradient-forcing-chunkwise": (3, 3, 12, FOUR),
+    "sgf-plus-framewise": (1, 4, 21, FOUR),
+    "sgf-plus-chunkwise": (3, 3, 12, FOUR),
 }
 
 
@@ -122,6 +126,60 @@ def test_converted_folder_generates_by_the_model_s_recipe(model, convert, base, 
 
 def test_every_published_model_has_been_tried():
     assert PUBLISHED_MODELS.keys() - RECIPES.keys() == {"krea-14b"}
+
+
+@pytest.mark.parametrize("recipe", ["sgf-plus-framewise", "sgf-plus-chunkwise"])
+def test_two_experts(recipe, convert, base, pipe, tmp_path):
+    second = tiny_transformer(seed=1)
+    weights = {f"model.{name}": tensor for name, tensor in two_experts(pipe.transformer, second).items()}
+    torch.save({"generator_ema": weights, "generator": {}}, tmp_path / "model.pt")
+    out = tmp_path / "out"
+    command = ("--recipe", recipe, "--checkpoint", tmp_path / "model.pt", "--base", base, "--output_dir", out)
+    convert(*command)
+    converted = DiffusionPipeline.from_pretrained(out)
+    for expert, expected in ((converted.transformer, pipe.transformer), (converted.memory_transformer, second)):
+        assert expert.config.rope_mode == "relative"
+        state = expert.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
+    made = video(converted)
+    assert (video(CausalWanPipeline.from_pretrained(out, memory_transformer=None)) - made).abs().max() > 1e-2
+
+    # With a LoRA of each, merged into its own; and the LoRA alone.
+    loras = {name: diffusers_lora(seed) for seed, name in enumerate(("transformer", "memory_transformer"))}
+    CausalWanPipeline.save_lora_weights(tmp_path, **{f"{name}_lora_layers": lora for name, lora in loras.items()})
+    lora = ("--lora", tmp_path / "pytorch_lora_weights.safetensors")
+    convert(*command[:-1], tmp_path / "merged", *lora)
+    convert(*lora, "--output_dir", tmp_path / "lora")
+    converted.load_lora_weights(tmp_path / "lora")
+    with_loras = video(converted)
+    assert (with_loras - made).abs().max() > 1e-2
+    assert (video(DiffusionPipeline.from_pretrained(tmp_path / "merged")) - with_loras).abs().max() < 1e-4
+
+    # Over it, a model that has no second expert: nothing is left of it.
+    torch.save({"generator_ema": original_weights(pipe.transformer)}, tmp_path / "plain.pt")
+    convert(*command[:3], tmp_path / "plain.pt", *command[4:], "--overwrite")
+    assert not (out / "memory_transformer").exists()
+    assert DiffusionPipeline.from_pretrained(out).memory_transformer is None
+
+
+def diffusers_lora(seed: int) -> dict[str, torch.Tensor]:
+    a, b = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(seed))
+    return {"blocks.0.attn1.to_k.lora_A.weight": a, "blocks.0.attn1.to_k.lora_B.weight": b.T.contiguous()}
+
+
+def test_two_experts_that_do_not_fit(fails, base, pipe, tmp_path):
+    weights = two_experts(pipe.transformer, tiny_transformer(seed=1))
+    command = ("--recipe", "sgf-plus-chunkwise", "--checkpoint", tmp_path / "model.pt", "--base", base)
+    command += ("--output_dir", tmp_path / "out")
+    torch.save(weights | {"blocks.0.memory_extra": torch.zeros(1)}, tmp_path / "model.pt")
+    fails("1 unexpected (blocks.0.extra)", *command)
+    weights.pop("blocks.1.memory_modulation")
+    torch.save(weights, tmp_path / "model.pt")
+    fails("1 missing (blocks.1.scale_shift_table)", *command)
+    CausalWanPipeline.save_lora_weights(tmp_path, memory_transformer_lora_layers=diffusers_lora(0))
+    torch.save(original_weights(pipe.transformer), tmp_path / "model.pt")
+    lora = ("--lora", tmp_path / "pytorch_lora_weights.safetensors")
+    fails("this LoRA is for memory_transformer, which this checkpoint does not hold", *command, *lora)
 
 
 def test_flat_safetensors_and_dtype(convert, base, pipe, tmp_path):

@@ -39,8 +39,9 @@ from astrolabe_diffusers.live.session import LiveSession
 from astrolabe_diffusers.training.config import OnlineConfig
 from tests.conftest import skip_charts
 from tests.layouts.original_layout import original_names, original_weights
+from tests.layouts.test_experts import two_experts
 from tests.tiny_decoder_files import tiny_decoder_tensors
-from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
+from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions, tiny_transformer
 
 from .pages import ROOT, Command, blocks, commands, read_page
 
@@ -277,6 +278,8 @@ class Reader:
             base = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler, stock)
             base.save_pretrained("tiny-base")
             weights = original_weights(pipe.transformer)
+            if "Forcing_Plus" in model.source:
+                weights = two_experts(pipe.transformer, tiny_transformer(seed=1))
             if model.weights:
                 weights = {model.weights[0]: {f"model.{name}": tensor for name, tensor in weights.items()}}
             save(weights, Path(checkpoint))

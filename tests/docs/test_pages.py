@@ -191,6 +191,8 @@ def test_published_model(follow):
     config = json.loads((folder / "self-forcing" / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "CausalWanTransformer3DModel"
     assert len(load_file(folder / "longlive-lora" / "pytorch_lora_weights.safetensors")) > 20
+    pipe = DiffusionPipeline.from_pretrained(folder / "sgf-plus")
+    assert pipe.memory_transformer.config.sink_size == 3 and sample(pipe).isfinite().all()
 
 
 def test_a_model_that_is_added(follow):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from astrolabe_diffusers import CausalWanPipeline
 from astrolabe_diffusers.conversion.config import ConversionConfig
 from astrolabe_diffusers.conversion.convert import convert
-from astrolabe_diffusers.layouts.lora_modules import load_original_lora, parse_lora
+from astrolabe_diffusers.layouts.lora_modules import load_original_loras, parse_lora
 from tests.layouts.original_layout import original_names
 from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 
@@ -136,7 +136,7 @@ def check(path, expected, tmp_path, fresh):
         again.load_lora_weights(tmp_path / folder)
         assert (output(again.transformer) - expected).abs().max() < 1e-5
 
-    lora, transformer = load_original_lora(path), tiny_transformer()
+    lora, transformer = load_original_loras(path)["transformer"], tiny_transformer()
     weights = {name: lora.merge(name, tensor) for name, tensor in transformer.state_dict().items()}
     transformer.load_state_dict(weights)
     assert (output(transformer) - expected).abs().max() < 1e-5
@@ -381,16 +381,16 @@ def test_which_file_of_a_folder(pipe, tmp_path):
     lora = tmp_path / "lora"
     lora.mkdir()
     with pytest.raises(ValueError, match="holds no LoRA"):
-        load_original_lora(lora)
+        load_original_loras(lora)
     save_file(PAIR, lora / "one.safetensors")
     (lora / "README.md").write_text("a LoRA")
-    assert load_original_lora(lora).modules.keys() == {"blocks.0.attn1.to_q"}
+    assert load_original_loras(lora)["transformer"].modules.keys() == {"blocks.0.attn1.to_q"}
     save_file({}, lora / "two.safetensors")
     with pytest.raises(ValueError, match="several files, one.safetensors, two.safetensors: .*weight_name"):
-        load_original_lora(lora)
+        load_original_loras(lora)
     assert CausalWanPipeline.lora_state_dict(lora, weight_name="one.safetensors")
     save_file(PAIR, lora / "pytorch_lora_weights.safetensors")
-    assert load_original_lora(lora).modules
+    assert load_original_loras(lora)["transformer"].modules
     assert CausalWanPipeline.lora_state_dict(tmp_path, subfolder="lora")
     with pytest.raises(FileNotFoundError, match="no such file"):
         pipe.load_lora_weights(str(lora / "three.safetensors"))

@@ -37,6 +37,8 @@ RECIPES = {
     "rmd": (23, FOUR, FOUR),
     "self-gradient-forcing-framewise": (23, FOUR, FOUR),
     "self-gradient-forcing-chunkwise": (9, FOUR, FOUR),
+    "sgf-plus-framewise": (23, FOUR, FOUR),
+    "sgf-plus-chunkwise": (6, FOUR, FOUR),
 }
 # What is right for one of these is right for the others, which is not computed again.
 ALIKE = [("self-forcing", "causal-forcing-chunkwise"), ("causal-forcing-framewise-1step", "one-forcing")]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ...config import option
 from ...errors import UserError
+from ...layouts.experts import MEMORY_TRANSFORMER
 from ..config import OnlineConfig
 
 
@@ -14,9 +15,9 @@ class ForwardProcessConfig(OnlineConfig):
     kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
     context: str = option(
         "clean",
-        "what a block sees of those before it in training: as in inference; or, as in the release, noised with it, "
-        "and in its window only, without the sink",
-        choices=("clean", "noisy"),
+        "what a block sees of those before it in training: as in inference; likewise, in one pass and with gradients "
+        "through what it sees; or, as in the release, noised with it, and in its window only, without the sink",
+        choices=("clean", "clean_grad", "noisy"),
     )
     blocks_per_pass: int = option(
         7,
@@ -36,5 +37,10 @@ class ForwardProcessConfig(OnlineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.context == "noisy" and self.window_size is not None:
-            raise UserError("context=noisy trains a whole video in one pass: no window_size.")
+        if self.context != "clean" and self.window_size is not None:
+            raise UserError(f"context={self.context} trains a whole video in one pass: no window_size.")
+        if MEMORY_TRANSFORMER in self.lora_components and self.context != "clean_grad":
+            raise UserError(
+                f"lora_expert={self.lora_expert}: the memory transformer learns nothing with context={self.context}, "
+                "which has no gradients through what it writes; set context=clean_grad."
+            )

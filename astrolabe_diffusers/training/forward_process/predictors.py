@@ -1,9 +1,12 @@
 """What predicts the clean blocks of noised videos, as policies are compared in training."""
 
+from inspect import signature
+
 import torch
 
 from ...errors import UserError
 from ...models.contract import packs_clips, store_mode
+from ...models.expert_pair import experts_of
 from ...models.kv_cache_clip import ClipKVCache
 from ...models.kv_cache_shared_past import SharedPastKVCache
 from ..policies import use_policy
@@ -126,6 +129,39 @@ class WholeClipPredictor(BlockwisePredictor):
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
 
+class TeacherForcingPredictor(BlockwisePredictor):
+    """A whole clip in one pass with one graph: its blocks see the clean ones of the active policy, as in inference.
+    Gradients go through these too, into the memory transformer where there is one."""
+
+    def _begin(self, num_frames: int, blocks_per_pass: int):
+        self.blocks = _parts(0, num_frames, self.transformer.config.num_frames_per_block)
+        self.passes = [slice(0, num_frames)]
+
+    def predict(self, frames: slice, forward=None) -> torch.Tensor:
+        batch = self.batch
+        velocity = (forward or self.transformer)(
+            batch.noisy.to(self.dtype),
+            batch.timestep,
+            batch.prompt_embeds,
+            clean_hidden_states=batch.clean.to(self.dtype),
+            return_dict=False,
+        )[0]
+        return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
+
+
+def check_context(config: ForwardProcessConfig, transformer):
+    """A [`UserError`] where a transformer cannot be given the context of the settings."""
+    experts = experts_of(transformer).values()
+    if config.context == "noisy" and len(experts) > 1:
+        raise UserError(
+            "context=noisy has no pass of the memory transformer, and this model's blocks see nothing else: set "
+            "context=clean or clean_grad."
+        )
+    takes_clean = "clean_hidden_states" in signature(transformer.forward).parameters
+    if config.context == "clean_grad" and not (takes_clean and (len(experts) == 1 or packs_clips(transformer))):
+        raise UserError("context=clean_grad needs a transformer that takes `clean_hidden_states`: set context=clean.")
+
+
 def check_compiled_passes(config: ForwardProcessConfig, transformer, num_frames: int):
     """A [`UserError`] where torch.compile would have to compile every pass of a window of latent frames for itself, as
     each begins with another frame."""
@@ -140,4 +176,4 @@ def _parts(start: int, stop: int, size: int) -> list[slice]:
 
 
 # By the setting `context`.
-PREDICTORS = {"clean": BlockwisePredictor, "noisy": WholeClipPredictor}
+PREDICTORS = {"clean": BlockwisePredictor, "clean_grad": TeacherForcingPredictor, "noisy": WholeClipPredictor}
