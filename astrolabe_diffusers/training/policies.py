@@ -44,7 +44,8 @@ def target_module_names(transformer: nn.Module, target_modules: Sequence[str] = 
     for target in target_modules or in_blocks:
         if target != ALL_LINEAR and not any(_ends_with(name, target) for name, _ in transformer.named_modules()):
             near = close_matches(target, all_linear)
-            raise ValueError(f"no module is called {target!r}{near}: it can be {ALL_LINEAR}, {', '.join(all_linear)}.")
+            choices = ", ".join([ALL_LINEAR, *all_linear])
+            raise ValueError(f"no module is called {target!r}{near}; target modules can be {choices}.")
         names += all_linear if target == ALL_LINEAR else [target]
     return list(dict.fromkeys(names))
 

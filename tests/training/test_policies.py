@@ -70,10 +70,10 @@ def test_all_linear_layers():
     assert adapted == linears | {"patch_embedding"} and len(linears) == 2 * 10 + 6
 
 
-@pytest.mark.parametrize("name, near", [("head.head", ":"), ("to_q.weight", ":"), ("proj_ou", r" \(did you")])
+@pytest.mark.parametrize("name, near", [("head.head", ";"), ("to_q.weight", ";"), ("proj_ou", r" \(did you")])
 def test_a_target_module_that_there_is_none_of(name, near):
     """Also beside others, where peft would pass over it."""
-    line = f"^no module is called '{name}'{near}.* it can be all-linear, attn1.to_k, .*, proj_out.$"
+    line = f"^no module is called '{name}'{near}.* target modules can be all-linear, attn1.to_k, .*, proj_out.$"
     with pytest.raises(ValueError, match=line):
         add_policies(tiny_transformer(), rank=2, lora_alpha=2, target_modules=["to_q", name])
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from astrolabe_diffusers import CausalWanTransformer3DModel
 from astrolabe_diffusers.models.attention_causal_wan import CausalWanSelfAttnProcessor
 from astrolabe_diffusers.rollout.past import Past
+from astrolabe_diffusers.training.checkpointing import CHECKPOINTING
 from astrolabe_diffusers.training.forward_process.noising import squared_distance
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor, WholeClipPredictor
 from astrolabe_diffusers.training.nft.loss import nft_loss
@@ -130,13 +131,13 @@ def test_gradients_with_checkpointing(accelerator):
 
 
 @pytest.mark.parametrize("model, values", [("relative", {"blocks_per_pass": 2}), ("window", NOISY)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_gradients_of_every_linear_layer_are_finite_differences(accelerator, model, values, checkpointing):
     """Of the loss as a step has it, where a LoRA is outside of the blocks too: what it adds to the embeddings of text
     and time reaches every block. The clean blocks' K/V are the old policy's, and constants."""
     pipe = policy_pipeline(**MODELS[model], target_modules=["all-linear"])
-    if checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+    if checkpointing != "none":
+        pipe.transformer.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
     transformer, batch = pipe.transformer, noised_batch(pipe, frames=12)
     cfg = config(**{"context_policy": "old"} | values)
     gradients, _ = gradient(accelerator, transformer, batch, cfg)
