@@ -108,12 +108,12 @@ def stream(pipe, change, within):
     steps = itertools.count()
 
     def on_step_end(*_):
-        if within and next(steps) == 6:
+        if next(steps) == 6:
             change()
 
     arguments = {"num_frames": 21, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     blocks = []
-    with pipe.stream(PROMPT, **arguments, callback_on_step_end=on_step_end) as blocks_to_come:
+    with pipe.stream(PROMPT, **arguments, callback_on_step_end=on_step_end if within else None) as blocks_to_come:
         for block in blocks_to_come:
             blocks.append(block)
             if len(blocks) == 3 and not within:
