@@ -254,6 +254,7 @@ class BlockGenerator:
                 outputs = sampling.callback_on_step_end(pipe, i, t, callback_kwargs) or {}
                 latents = outputs.pop("latents", latents)
                 self.prompt_embeds = outputs.pop("prompt_embeds", self.prompt_embeds)
+                self.kv_cache.set_text(self.prompt_embeds)  # it may also have switched a LoRA
             if sampling.call.interrupt and i + 1 < len(levels):
                 latents = clean  # the noise is for the next step, which is not made
                 break

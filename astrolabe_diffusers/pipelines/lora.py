@@ -168,8 +168,8 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         if biases and getattr(transformer, "is_quantized", False):
             raise ValueError("this LoRA adds to biases, which peft has no place for beside quantised weights.")
         find_diff_layers(transformer, lora.diffs)
-        if hotswap and (lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer))):
-            raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")
+        if hotswap:
+            check_can_be_swapped(lora, transformer, adapter_name)
         config = lora.peft_config()
         config.lora_bias = bool(biases)
         # As the file has it, where that names the same modules: a run that goes on from it knows it by these names.
@@ -235,6 +235,26 @@ def check_not_fused(lora: OriginalLora, transformer: nn.Module):
             raise ValueError(
                 "a LoRA needs Q, K and V apart, and this transformer has them fused: call its "
                 "unfuse_qkv_projections() first."
+            )
+
+
+def check_can_be_swapped(lora: OriginalLora, transformer: nn.Module, adapter: str):
+    """Raise a one-line `ValueError` if the LoRA, as [`split_for_peft`] leaves it, cannot take an adapter's place."""
+    if lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer)):
+        raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")
+    owners = {name: name.partition(".lora_")[::2] for name in transformer.state_dict() if ".lora_" in name}
+    own = {module for module, rest in owners.values() if f".{adapter}." in rest}
+    if others := sorted(lora.modules.keys() - own):
+        raise ValueError(
+            f"this LoRA changes {others[0]}, {len(others)} such modules in all, where {adapter!r} has no layer to "
+            "swap it into: load the LoRA that changes more modules first, or this one without `hotswap`."
+        )
+    # peft takes the tensors whose names hold the adapter's anywhere for its own, and empties those it is not given.
+    for name, (_, rest) in owners.items():
+        if adapter in name and f".{adapter}." not in rest:
+            raise ValueError(
+                f"peft would empty {name} too, for {adapter!r} is in its name: load the LoRA that is to be swapped "
+                "under a name that is no part of another one's."
             )
 
 

@@ -118,7 +118,11 @@ class OnlineConfig(VideoConfig):
     rank: int = option(256, "LoRA rank", minimum=1)
     lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank", minimum=1)
     lora_dropout: float = option(0.0, "LoRA dropout", minimum=0, below=1)
-    lora_target_modules: list[str] = option([], "suffixes of module names; every Linear of the blocks if not given")
+    lora_target_modules: list[str] = option(
+        [],
+        "suffixes of module names; every Linear of the blocks if not given. all-linear: the text and time embeddings' "
+        "and the head's too",
+    )
 
     # Optimisation
     num_train_epochs: int = option(100, "length of the run in epochs", minimum=1)

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..distributed.sharding import is_sharded
+from ..errors import close_matches
 from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
 from ..models.expert_pair import adapted_experts, experts_of
 from ..models.lora_layers import LoraDiff, tuner_layers
@@ -21,6 +22,8 @@ from .merging import merged_weights
 CURRENT, OLD, REFERENCE, EMA = "default", "old", "reference", "ema"
 # The adapters of the policies that `use_policy` knows.
 POLICIES = {"current": CURRENT, "old": OLD, "reference": REFERENCE, "ema": EMA, "base": None}
+# peft's and TRL's word for every Linear layer there is.
+ALL_LINEAR = "all-linear"
 
 
 def block_linear_names(transformer: nn.Module) -> list[str]:
@@ -30,6 +33,27 @@ def block_linear_names(transformer: nn.Module) -> list[str]:
         if type(block).__name__ in transformer._repeated_blocks:
             names |= {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     return sorted(names)
+
+
+def target_module_names(transformer: nn.Module, target_modules: Sequence[str] = ()) -> list[str]:
+    """Suffixes of the names of the modules that get a LoRA, as peft takes them: those given, or else those of
+    [`block_linear_names`]. Among those given, `"all-linear"` stands for every Linear layer, those outside of the
+    blocks too, as RAVEN's LoRA has them. A `ValueError` if one is no module's: peft passes over it beside others."""
+    in_blocks = block_linear_names(transformer)
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    all_linear = in_blocks + [name for name in linears if not any(_ends_with(name, known) for known in in_blocks)]
+    names = []
+    for target in target_modules or in_blocks:
+        if target != ALL_LINEAR and not any(_ends_with(name, target) for name, _ in transformer.named_modules()):
+            near = close_matches(target, all_linear)
+            choices = ", ".join([ALL_LINEAR, *all_linear])
+            raise ValueError(f"no module is called {target!r}{near}; target modules can be {choices}.")
+        names += all_linear if target == ALL_LINEAR else [target]
+    return list(dict.fromkeys(names))
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return f".{name}".endswith(f".{suffix}")
 
 
 def add_policies(
@@ -53,7 +77,7 @@ def add_policies(
             r=rank,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            target_modules=list(target_modules) or block_linear_names(experts[name]),
+            target_modules=target_module_names(experts[name], target_modules),
         )
         experts[name].add_adapter(config, adapter_name=CURRENT)
     _complete_policies(transformer, others)
