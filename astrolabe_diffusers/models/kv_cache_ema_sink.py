@@ -19,8 +19,8 @@ class SinkEMA:
     back to the position of the sink's frame before, which stays where it is in time.
 
     Args:
-        upcast: blend in float32 and keep the sink in it. In bfloat16 a decay of 0.999 rounds back to the old value
-            almost always, and the sink hardly moves.
+        upcast: blend in float32 and keep the sink in it. In bfloat16, with a decay of 0.999, most of what is added is
+            lost in rounding, and the sink hardly moves.
     """
 
     decay: float
@@ -38,8 +38,8 @@ class SinkEMA:
         return torch.float32 if self.upcast else x.dtype
 
     def blend(self, sink: KeyValue, leaving: KeyValue, rotation_back: Rotary) -> KeyValue:
-        """Keys and values `(batch, tokens, heads, head_dim)` of the sink when it has taken up as many that leave. A batch
-        of one goes with any other."""
+        """Keys and values of the sink, `(batch, tokens, heads, head_dim)`, that has taken up as many tokens that leave;
+        a batch of one goes with any other."""
         key, value = (x.to(self.dtype(x)) for x in leaving)
         pairs = zip(sink, (apply_rotary(key, rotation_back), value))
         return tuple(self.decay * old.to(new.dtype) + (1 - self.decay) * new for old, new in pairs)
