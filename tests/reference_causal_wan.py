@@ -339,6 +339,7 @@ class ReferenceCausalWan:
             for kept, layer in zip(new.layers, context.layers):
                 kept.extend(layer[:first])
             # What has left the window is in the sink as it was, and not a second time as it is now.
+            new.sink_offset = context.sink_offset
             new.taken_before = total - (self.window - self.frames_per_block - self.sink)
             for layer, kept, taken in zip(context.layers, context.taken, new.taken):
                 taken.update({frame: kept.get(frame, layer[frame]) for frame in range(new.taken_before)})

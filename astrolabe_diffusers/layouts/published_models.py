@@ -43,6 +43,12 @@ PUBLISHED_MODELS = {
         {"sink_size": 3, "local_attn_size": 12},
         {"num_frames": 477},
     ),
+    # The release's cache is bfloat16, in training too: a float32 sink would be another model.
+    "reward-forcing": PublishedModel(
+        "JaydenLu666/Reward-Forcing-T2V-1.3B, rewardforcing.pt",
+        (),
+        {"sink_size": 3, "local_attn_size": 9, "rope_mode": "relative", "sink_ema": 0.999, "upcast_sink_ema": False},
+    ),
     "krea-14b": PublishedModel(
         "krea/krea-realtime-video, krea-realtime-video-14b.safetensors",
         (),

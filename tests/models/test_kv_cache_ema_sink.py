@@ -153,6 +153,29 @@ def test_read_leaves_no_trace():
         assert torch.equal(write(model, block, text, disturbed), write(model, block, text, quiet))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n, window, sink, rope_mode", ALL)
+def test_recache_again_and_again(n, window, sink, rope_mode):
+    """With another text each time: with the sink kept, as when the stream goes on, and built anew; directly after the
+    last one, too."""
+    model, reference, _, _, _ = build(n, window, sink, rope_mode)
+    clean, rows = video_of(n, 12 + window // n), SETTINGS[n][1][0]
+    texts = iter(torch.randn(9, rows, 5, model.config.text_dim, generator=torch.Generator().manual_seed(0)))
+    cache, context, text = model.new_kv_cache(), reference.context_of(clean[:, :, :0], None), next(texts)
+    moved = window // n + 1  # blocks
+    changes = {moved: [True], moved + 2: [True, True], moved + 3: [False], moved + 4: [True], moved + 7: [False, True]}
+    for number, block in enumerate(blocks_of(clean, n)):
+        for keep_sink in changes.get(number, []):
+            text, frames = next(texts), number * n
+            video = clean[:, :, :frames]
+            context = reference.recache(video, text, context, keep_sink)
+            first = frames - window + sink * keep_sink
+            cache.rewind(first, keep_sink)
+            read(model, video[:, :, first:], 0.0, text, cache, mode="store")
+        expected = reference.block(block, torch.zeros(rows), text, context, store=True)
+        assert max_error(write(model, block, text, cache), expected) <= TOLERANCE
+
+
 # Videos of a batch
 
 

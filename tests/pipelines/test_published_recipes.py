@@ -24,10 +24,13 @@ RECIPES = {
     "causal-forcing-framewise-1step": (4, FOUR, [1.0]),
     # The window is full after four blocks: two more roll it.
     "longlive": (6, FOUR, FOUR),
+    # Block 3 is the first that sees a sink of two blocks.
+    "reward-forcing": (9, FOUR, FOUR),
     "krea-14b": (4, FIVE, FIVE),
 }
 VARIANTS = {
     "longlive, endless": ("longlive", {"rope_mode": "relative"}),
+    "reward-forcing, stronger": ("reward-forcing", {"sink_ema": 0.7}),
     "krea-14b, plain": ("krea-14b", {"num_context_frames": None, "sigmas": FOUR}),
     "krea-14b, past": ("krea-14b", {"past_weight": 0.3}),
     "longlive, past": ("longlive", {"past_weight": 0.3}),
