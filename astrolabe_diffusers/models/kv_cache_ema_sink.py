@@ -38,8 +38,8 @@ class SinkEMA:
         return torch.float32 if self.upcast else x.dtype
 
     def blend(self, sink: KeyValue, leaving: KeyValue, rotation_back: Rotary) -> KeyValue:
-        """Keys and values `(batch, tokens, heads, head_dim)` of the sink with those that leave taken up. A batch of one
-        goes with any other."""
+        """The sink's keys and values, `(batch, tokens, heads, head_dim)`, when it has taken up as many tokens. A batch
+        of one goes with any other."""
         key, value = (x.to(self.dtype(x)) for x in leaving)
         pairs = zip(sink, (apply_rotary(key, rotation_back), value))
         return tuple(self.decay * old.to(new.dtype) + (1 - self.decay) * new for old, new in pairs)
