@@ -1,5 +1,6 @@
 """K/V cache of a block-wise causal video transformer."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -138,7 +139,7 @@ class CausalWanKVLayerCache:
 
     def select(self, videos: list[int], state: KVCacheState) -> "CausalWanKVLayerCache":
         """A layer of its own for some videos of the batch, without text."""
-        other = CausalWanKVLayerCache(state)
+        other = type(self)(state)
         if self.key is not None:
             other.key, other.value = (new_buffer(x, len(videos), x.shape[1]) for x in (self.key, self.value))
             for row, video in enumerate(videos):
@@ -258,6 +259,8 @@ class CausalWanKVCache:
     """
 
     keeps_graph = False  # as its layers
+    # Whether videos that go on from one may attend to its keys and values, kept once ([`share_past`]).
+    shares_past = True
 
     def __init__(self, num_layers: int, max_frames: int | None = None, past_weight: float = 1.0):
         self.max_frames = max_frames
@@ -331,7 +334,8 @@ class CausalWanKVCache:
 
     def select(self, videos: list[int]) -> "CausalWanKVCache":
         """A cache of its own for some videos of the batch."""
-        other = CausalWanKVCache(0, self.max_frames, self.past_weight)
+        other = copy.copy(self)
+        other._text = None
         other.state = replace(self.state, shape=self.state.shape and (len(videos), *self.state.shape[1:]))
         other.layer_caches = [layer_cache.select(videos, other.state) for layer_cache in self.layer_caches]
         return other

@@ -66,6 +66,14 @@ class SharedPastKVCache(CausalWanKVCache):
             layer_cache.past = (_joined(past_layer.key, ranges), _joined(past_layer.value, ranges)) if ranges else None
 
 
+def share_past(past: CausalWanKVCache, num_videos: int, max_frames: int | None) -> CausalWanKVCache:
+    """The cache of videos that go on from a single one, whose cache is not to be written while this one is used: a
+    [`SharedPastKVCache`], or copies of `past` where what a video adds changes what it sees of that."""
+    if past.shares_past:
+        return SharedPastKVCache(past, num_videos, max_frames)
+    return past.select([0] * num_videos)
+
+
 def _joined(buffer: torch.Tensor, ranges: list[slice]) -> torch.Tensor:
     """A view of one range of tokens, or a copy of several."""
     parts = [buffer[:, tokens] for tokens in ranges]

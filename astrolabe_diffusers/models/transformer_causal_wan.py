@@ -22,6 +22,7 @@ from .block_layout import BlockLayout
 from .block_operations import add_gated, norm_and_modulate
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .kv_cache_clip import ClipKVCache
+from .kv_cache_ema_sink import EMASinkKVCache, SinkEMA
 from .lora_layers import (
     apply_lora_scale,
     check_lora_weights,
@@ -124,6 +125,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         rope_window (`int`, *optional*):
             Of `"relative"`: positions that sink and window have between them, `local_attn_size` if not given. With
             more the sink is moved later, and there is a gap between it and the window (Self Gradient Forcing).
+        sink_ema (`float`, *optional*):
+            Decay, in (0, 1), with which the sink takes up the frames that leave the window (Reward Forcing); by
+            default it stays as it is. See [`SinkEMA`].
+        upcast_sink_ema (`bool`, defaults to `True`):
+            Keep that sink in float32. The release keeps it in the cache's type: in bfloat16 it hardly ever changes.
     """
 
     # A subclass with blocks of its own names them in `_repeated_blocks` too: their Linear layers get a LoRA.
@@ -161,6 +167,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         local_attn_size: int = -1,
         rope_mode: str = "absolute",
         rope_window: int | None = None,
+        sink_ema: float | None = None,
+        upcast_sink_ema: bool = True,
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None:
             raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
@@ -178,6 +186,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             )
         if rope_window is not None:
             check_rope_window(self.config)
+        if sink_ema is not None and not (0 < sink_ema < 1 and sink_size > 0 and local_attn_size != -1):
+            raise ValueError(
+                f"`sink_ema` must be a decay in (0, 1) and needs a `sink_size` and a `local_attn_size`, but they are "
+                f"{sink_ema}, {sink_size} and {local_attn_size}; `None` is a sink that stays as it is."
+            )
         # The parent builds everything but the blocks, whose class is ours.
         stock = signature(WanTransformer3DModel.__init__).parameters.keys() & self.config.keys()
         super().__init__(**{name: self.config[name] for name in stock} | {"num_layers": 0})
@@ -318,7 +331,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
+        if (ema := self._sink_ema()) is not None:
+            return EMASinkKVCache(self.config.num_layers, ema, max_frames, past_weight)
         return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
+
+    def _sink_ema(self) -> SinkEMA | None:
+        config = self.config
+        # Training may take window or sink away.
+        if config.sink_ema is None or config.sink_size == 0 or config.local_attn_size == -1:
+            return None
+        return SinkEMA(config.sink_ema, config.sink_size, config.upcast_sink_ema, self.rope)
 
     def set_adapters(self, adapter_names: list[str] | str, weights=None):
         """As the parent's. Weights that are not finite are refused, and others than 1 of a DoRA."""
@@ -459,9 +481,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache_mode not in modes:
             raise ValueError(f"`kv_cache_mode` must be one of {modes} but is {kv_cache_mode!r}.")
         if packs_clip:
-            layout = self._block_layout(num_frames, frame_tokens, latents.device, frame_offset)
+            layout = self._block_layout(num_frames, frame_tokens, latents.device, frame_offset, kv_cache.num_taken)
             kv_cache.begin_clip(layout, (batch_size, height, width), stores=kv_cache_mode != "read")
             return layout
+        if isinstance(kv_cache, EMASinkKVCache) != (self._sink_ema() is not None):
+            raise ValueError("`kv_cache` must be of the model's `new_kv_cache()`: `sink_ema` needs one of its own.")
         paired = kv_cache_mode == "store+read"
         if paired and relative:
             # Where the first block sees it.
@@ -520,7 +544,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _block_layout(
-        self, num_frames: int, frame_tokens: int, device: torch.device, first_frame: int = 0
+        self, num_frames: int, frame_tokens: int, device: torch.device, first_frame: int = 0, num_taken: int = 0
     ) -> BlockLayout:
         n, attn_window = self.config.num_frames_per_block, self.config.local_attn_size
         sink_size = self.config.sink_size if attn_window != -1 else 0
@@ -532,7 +556,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             self.rope.shift(end - self._rope_window, device) if moves_sink and end > self._rope_window else None
             for end in range(first_frame + n, first_frame + num_frames + 1, n)
         ]
-        return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame)
+        ema = self._sink_ema()
+        return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame, ema, num_taken)
 
 
 def check_rope_window(config):

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.contract import packs_blocks, store_mode
-from ..models.kv_cache_shared_past import SharedPastKVCache
+from ..models.kv_cache_shared_past import share_past
 from ..models.vae_streaming import encode_video
 from .stream import Call
 
@@ -154,7 +154,7 @@ class BlockGenerator:
         other = copy.copy(self)
         other.videos = list(range(num_videos))
         other.prompt_embeds = prompt_embeds
-        other.kv_cache = SharedPastKVCache(self.kv_cache, num_videos, self.sampling.max_frames)
+        other.kv_cache = share_past(self.kv_cache, num_videos, self.sampling.max_frames)
         other.history = self.history.expand(num_videos, -1, -1, -1, -1)
         return other
 

@@ -62,6 +62,14 @@ def checkpoint(pipe, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def flat(checkpoint, tmp_path_factory):
+    """The same without entries."""
+    path = tmp_path_factory.mktemp("flat") / "model.pt"
+    torch.save(torch.load(checkpoint)["generator"], path)
+    return path
+
+
 def video(pipe, **kwargs):
     kwargs = dict(height=16, width=32, num_frames=21, output_type="pt") | kwargs
     pipe.set_progress_bar_config(disable=True)
@@ -92,6 +100,7 @@ RECIPES = {
     "self-gradient-forcing-chunkwise": (3, 3, 12, FOUR),
     "sgf-plus-framewise": (1, 4, 21, FOUR),
     "sgf-plus-chunkwise": (3, 3, 12, FOUR),
+    "reward-forcing": (3, 3, 9, FOUR),
 }
 
 

@@ -193,8 +193,9 @@ def test_gradients():
 @pytest.mark.usefixtures("no_grad")
 def test_models_of_one_process():
     """Whole videos: a graph that was made for another model's blocks and windows is not this one's."""
-    names = ("num_frames_per_block", "local_attn_size", "sink_size", "rope_mode")
-    for config in [(1, -1, 0, "absolute"), (2, 4, 2, "absolute"), (2, 4, 2, "relative")]:
+    names = ("num_frames_per_block", "local_attn_size", "sink_size", "rope_mode", "sink_ema")
+    sizes = [(1, -1, 0, "absolute"), (2, 4, 2, "absolute"), (2, 4, 2, "relative")]
+    for config in [*((*size, None) for size in sizes), (2, 4, 2, "relative", 0.7)]:
         transformer = tiny_transformer(**dict(zip(names, config)))
         generator = torch.Generator().manual_seed(0)
         video, text = torch.randn(1, 4, 8, 4, 4, generator=generator), torch.randn(1, 16, 32, generator=generator)

@@ -29,6 +29,8 @@ RECIPES = {
     "longlive": (6, FOUR, FOUR),
     "longlive-infinity": (6, FOUR, FOUR),
     "kvpo-longlive": (6, FOUR, FOUR),
+    # Block 3 is the first that sees a sink of two blocks.
+    "reward-forcing": (9, FOUR, FOUR),
     "krea-14b": (4, FIVE, FIVE),
     "raven": (3, ROUNDED, ROUNDED),
     "one-forcing": (4, FOUR, [1.0]),
@@ -47,6 +49,7 @@ ALIKE += [("longlive", "kvpo-longlive")]
 ROWS = {"self-gradient-forcing-framewise": 21, "self-gradient-forcing-chunkwise": 21}
 VARIANTS = {
     "self-gradient-forcing-chunkwise, 12 rows": ("self-gradient-forcing-chunkwise", {"rope_window": 12}),
+    "reward-forcing, stronger": ("reward-forcing", {"sink_ema": 0.7}),
     "krea-14b, plain": ("krea-14b", {"num_context_frames": None, "sigmas": FOUR}),
     "krea-14b, past": ("krea-14b", {"past_weight": 0.3}),
     "longlive, past": ("longlive", {"past_weight": 0.3}),

@@ -8,7 +8,7 @@ from ...errors import UserError
 from ...models.contract import packs_clips, store_mode
 from ...models.expert_pair import experts_of
 from ...models.kv_cache_clip import ClipKVCache
-from ...models.kv_cache_shared_past import SharedPastKVCache
+from ...models.kv_cache_shared_past import share_past
 from ..policies import use_policy
 from .config import ForwardProcessConfig
 from .noising import NoisedBatch, predicted_clean
@@ -53,7 +53,7 @@ class BlockwisePredictor:
         for frames in _parts(0, past.num_frames, pass_size):
             self._store(past.rows(batch.clean[:, :, frames]), past.rows(batch.prompt_embeds))
         if past.shared and not packs:
-            self.cache = SharedPastKVCache(self.cache, len(batch.clean), num_frames)
+            self.cache = share_past(self.cache, len(batch.clean), num_frames)
         self._prepare(self.passes[0])
 
     def predict(self, frames: slice, forward=None) -> torch.Tensor:

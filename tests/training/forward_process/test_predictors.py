@@ -28,6 +28,7 @@ MODELS = {
     "sink": WINDOW,
     "relative": {**WINDOW, "rope_mode": "relative"},
     "gap": {**WINDOW, "rope_mode": "relative", "rope_window": 11},
+    "EMA sink": {**WINDOW, "rope_mode": "relative", "sink_ema": 0.7},
     "no whole blocks": {"local_attn_size": 8, "sink_size": 1, "rope_mode": "relative"},
 }
 NOISY = {"context": "noisy"}
@@ -61,9 +62,9 @@ def same_past(batch, start):
     return batch
 
 
-@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+@pytest.mark.parametrize("model", ["unlimited", "sink", "relative", "EMA sink"])
 def test_prediction_in_a_window_is_that_in_the_video(model):
-    pipe = pipeline(**model)
+    pipe = pipeline(**MODELS[model])
     transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
     whole = BlockwisePredictor(transformer, batch, "current").predict_window()
     window = BlockwisePredictor(transformer, window_of(batch, 12), "current").predict_window()
@@ -94,9 +95,9 @@ def test_windowed_gradients_are_the_video_s_restricted_to_the_window(accelerator
 
 
 @pytest.mark.parametrize("context_policy", ["own", "old"])
-@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+@pytest.mark.parametrize("model", ["unlimited", "sink", "relative", "EMA sink"])
 def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
-    pipe, cfg = pipeline(**model), config(context_policy=context_policy)
+    pipe, cfg = pipeline(**MODELS[model]), config(context_policy=context_policy)
     batch = window_of(same_past(noised_batch(pipe, batch_size=3, frames=15), 9), 9)
     expected, statistics = gradient(accelerator, pipe.transformer, batch, cfg)
     batch.past = Past(9, shared=True)
@@ -269,9 +270,10 @@ def test_noisy_context_is_one_pass_over_the_noisy_video(accelerator):
     assert (clean - noisy).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+@pytest.mark.parametrize("model", ["unlimited", "sink", "relative", "EMA sink"])
 def test_noisy_context_is_the_release_s_mask(model):
     """Diffusers' own model with the released mask: a window of 9 frames that ends with the block, and no sink."""
+    model = MODELS[model]
     pipe = pipeline(**model)
     transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
     result = WholeClipPredictor(transformer, batch, "base").predict_window()[0]
