@@ -462,8 +462,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"latent frame {frame_offset + num_frames - 1} passes the model's {self.config.rope_max_seq_len} "
                 "absolute positions: make a shorter video or use a model with rope_mode='relative'."
             )
-        if self.config.memory_bank_size and (kv_cache is None or not isinstance(kv_cache.state, MemoryBankState)):
-            raise ValueError("a model with a memory bank takes blocks one by one, with a `kv_cache` of `new_kv_cache`.")
+        if self.config.memory_bank_size and not (kv_cache and isinstance(kv_cache.state, MemoryBankState)):
+            raise ValueError("a model with a memory bank takes a block a pass, with a `kv_cache` of `new_kv_cache()`.")
         if kv_cache is None:
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
