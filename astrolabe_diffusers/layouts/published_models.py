@@ -18,6 +18,7 @@ class PublishedModel:
 _FOUR_STEPS = [1.0, 0.75, 0.5, 0.25]
 _AVERAGE, _LAST = ("generator_ema", "generator"), ("generator", "generator_ema")
 _FRAMEWISE = {"num_frames_per_block": 1}
+_MEMFLOW = {"sink_size": 3, "local_attn_size": 12, "memory_bank_size": 3, "memory_bank_update": "interactive"}
 
 PUBLISHED_MODELS = {
     "self-forcing": PublishedModel("gdhe17/Self-Forcing, checkpoints/self_forcing_dmd.pt", _AVERAGE),
@@ -42,6 +43,12 @@ PUBLISHED_MODELS = {
         (*_LAST, "model"),
         {"sink_size": 3, "local_attn_size": 12},
         {"num_frames": 477},
+    ),
+    "memflow": PublishedModel(
+        "KlingTeam/MemFlow, base.pt and lora.pt", (*_LAST, "model"), _MEMFLOW, {"num_frames": 957}
+    ),
+    "kvpo-memflow": PublishedModel(
+        "Richard-ZZZZZ/KVPO, memflow/base.pt and lora.pt", (*_LAST, "model"), _MEMFLOW, {"num_frames": 585}
     ),
     "krea-14b": PublishedModel(
         "krea/krea-realtime-video, krea-realtime-video-14b.safetensors",

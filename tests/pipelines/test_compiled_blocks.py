@@ -18,6 +18,7 @@ for name, model in PUBLISHED_MODELS.items():
 RECIPES["ring"] = {"local_attn_size": 6}
 RECIPES["relative"] = {"local_attn_size": 7, "sink_size": 1, "rope_mode": "relative"}
 RECIPES["relative, one step"] = {**RECIPES["relative"], "sigmas": [1.0]}
+RECIPES["memory bank"] = {"local_attn_size": 6, "memory_bank_size": 2, "memory_bank_interval": 1}
 RECIPES["past_weight"] = {"local_attn_size": 9, "past_weight": 0.3}
 
 
@@ -72,7 +73,10 @@ FAST = ("self-forcing", "relative, one step")
     "recipe", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in RECIPES]
 )
 def test_recipes(recipe):
-    check(tiny_pipeline(**RECIPES[recipe]), video)
+    config = RECIPES[recipe]
+    # So many that the first video fills a bank.
+    filled = config.get("memory_bank_size", 0) * config.get("memory_bank_interval", 3)
+    check(tiny_pipeline(**config), video, lengths=(max(5, filled + 2), max(8, filled + 4)))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import encode_video
 from tests.pipelines.test_block_generation import server_context
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
+from tests.reference_memory_bank import ReferenceMemoryBank
 from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
@@ -24,13 +25,19 @@ RECIPES = {
     "causal-forcing-framewise-1step": (4, FOUR, [1.0]),
     # The window is full after four blocks: two more roll it.
     "longlive": (6, FOUR, FOUR),
+    # And the bank is full after ten.
+    "memflow": (13, FOUR, FOUR),
+    "kvpo-memflow": (13, FOUR, FOUR),
     "krea-14b": (4, FIVE, FIVE),
 }
+ALIKE = [("self-forcing", "causal-forcing-chunkwise"), ("memflow", "kvpo-memflow")]
 VARIANTS = {
     "longlive, endless": ("longlive", {"rope_mode": "relative"}),
     "krea-14b, plain": ("krea-14b", {"num_context_frames": None, "sigmas": FOUR}),
     "krea-14b, past": ("krea-14b", {"past_weight": 0.3}),
     "longlive, past": ("longlive", {"past_weight": 0.3}),
+    "memflow, one prompt": ("memflow", {"memory_bank_update": "single_prompt"}),
+    "memflow, no copies": ("memflow", {"memory_bank_update": "once"}),
 }
 
 
@@ -45,7 +52,8 @@ def expected(pipe, blocks, first, others, context=None, seed=0, **kwargs):
     n = pipe.transformer.config.num_frames_per_block
     steps = [len(others if block else first) for block in range(blocks)]
     noise, renoise = published_noise(torch.Generator().manual_seed(seed), (1, 4, n * blocks, 2, 4), n, steps)
-    reference = ReferenceCausalWan(pipe.transformer.state_dict(), dict(pipe.transformer.config))
+    reference_class = ReferenceMemoryBank if pipe.transformer.config.memory_bank_size else ReferenceCausalWan
+    reference = reference_class(pipe.transformer.state_dict(), dict(pipe.transformer.config))
     reference.past_weight = pipe.config.past_weight
     text = pipe.encode_prompt(PROMPT)
     return reference.sample(noise, renoise, text, others, first_sigmas=first, encode_context=context, **kwargs)
@@ -58,12 +66,14 @@ def generate(pipe, seed=0, **kwargs):
 def test_every_published_model_has_a_recipe():
     assert RECIPES.keys() == PUBLISHED_MODELS.keys()
     # What is right for one is right for the other, which is not computed again.
-    alike = [PUBLISHED_MODELS[name] for name in ("self-forcing", "causal-forcing-chunkwise")]
-    assert alike[0].transformer == alike[1].transformer and alike[0].pipeline == alike[1].pipeline
-    assert RECIPES["self-forcing"] == RECIPES["causal-forcing-chunkwise"]
+    for names in ALIKE:
+        one, other = (PUBLISHED_MODELS[name] for name in names)
+        assert one.transformer == other.transformer
+        assert one.pipeline == other.pipeline | ({"num_frames": one.pipeline["num_frames"]} if one.pipeline else {})
+        assert RECIPES[names[0]] == RECIPES[names[1]]
 
 
-@pytest.mark.parametrize("variant", [*(name for name in RECIPES if name != "causal-forcing-chunkwise"), *VARIANTS])
+@pytest.mark.parametrize("variant", [*(name for name in RECIPES if name not in dict(ALIKE).values()), *VARIANTS])
 def test_equals_the_reference(variant):
     model, changes = VARIANTS.get(variant, (variant, {}))
     pipe = build(model, **changes)

@@ -12,6 +12,7 @@ from astrolabe_diffusers.distributed.accelerator import accelerate_settings, che
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import load_from, load_frozen_pipeline, video_size
 from astrolabe_diffusers.training.build import set_recipe
+from tests.models.test_transformer_causal_wan import MODEL_ONLY
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import config
 
@@ -92,8 +93,7 @@ def test_what_a_launcher_got_wrong(launched, name, value, words):
 def stock_folder(folder):
     """A Wan pipeline of diffusers' own classes, as on the Hub."""
     pipe = tiny_pipeline()
-    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
-    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in ours})
+    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in MODEL_ONLY})
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, scheduler, transformer).save_pretrained(folder)
 

@@ -126,6 +126,12 @@ class WholeClipPredictor(BlockwisePredictor):
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
 
+def check_context(config: ForwardProcessConfig, transformer):
+    """A [`UserError`] where a model needs clean blocks and the whole clip would be one pass."""
+    if config.context == "noisy" and transformer.config.get("memory_bank_size"):
+        raise UserError("the model's memory bank has clean frames: train with context=clean.")
+
+
 def check_compiled_passes(config: ForwardProcessConfig, transformer, num_frames: int):
     """A [`UserError`] where torch.compile would have to compile every pass of a window of latent frames for itself, as
     each begins with another frame."""
