@@ -80,14 +80,16 @@ def test_recipes(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}, RECIPES["memory bank"]]
+)
 def test_shared_past(config):
     # Past and own frames that happen to be as many have a graph of their own, once.
     check(tiny_pipeline(**config), shared_past_videos, lengths=(6, 6))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["self-forcing", "relative"])
+@pytest.mark.parametrize("recipe", ["self-forcing", "relative", "memory bank"])
 def test_inductor(recipe):
     check(tiny_pipeline(**RECIPES[recipe]), video, "inductor", 1e-4)
 
