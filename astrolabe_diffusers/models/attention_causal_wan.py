@@ -30,6 +30,19 @@ def _project_out(attn: WanAttention, hidden_states: torch.Tensor, dtype: torch.d
     return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3).to(dtype)))
 
 
+def text_key(
+    attn: WanAttention, encoder_hidden_states: torch.Tensor, kv_cache: CausalWanKVLayerCache
+) -> torch.Tensor:
+    """Keys `(B, L, heads, head_dim)` of the text, those that the cache keeps if it does."""
+    if kv_cache.state.keeps_text and kv_cache.text is not None:
+        return kv_cache.text[0]
+    if attn.fused_projections:
+        key = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)[0]
+    else:
+        key = attn.to_k(encoder_hidden_states)
+    return _by_heads(attn, attn.norm_k(key).type_as(key))
+
+
 class CausalWanSelfAttnProcessor:
     """Self-attention of a causal Wan block: dense attention per block over the keys it may see, so every attention
     backend works and no mask is built.

@@ -56,6 +56,7 @@ class KVCacheState:
     num_cached: int = 0  # slots in use
     first_frame: int = 0  # the frame in slot 0
     slots: BoundedSlots | RingSlots = BoundedSlots(0)
+    num_beside: int = 0  # frames of a memory bank, left of the slots in use
     margin_frames: int = 0  # in the layers' buffers, left of the slots; of a ring, from the first pair of blocks on
     block_frames: int = 0
     frame_tokens: int = 0
@@ -148,6 +149,10 @@ class CausalWanKVLayerCache:
         other._sink_shift = self._sink_shift
         return other
 
+    def go_on(self, state: KVCacheState, num_videos: int) -> "CausalWanKVLayerCache":
+        """A layer for several videos that go on from this one's single video, without its frames."""
+        return CausalWanKVLayerCache(state)
+
     def add_margin(self, num_tokens: int):
         """So many tokens before the slots."""
         if self.key is not None:
@@ -162,10 +167,20 @@ class CausalWanKVLayerCache:
             return
         state = self.state
         end = state.end
-        start = end - state.num_cached * state.frame_tokens
+        start = end - (state.num_cached + state.num_beside) * state.frame_tokens
         self._has_workspace = not torch.is_grad_enabled() and end + num_tokens <= self.key.shape[1]
         stop = end + num_tokens if self._has_workspace else end
         self._seen = growing(self.key[:, start:stop]), growing(self.value[:, start:stop])
+
+    def begin_text(self, encoder_hidden_states: torch.Tensor):
+        """The text of the pass, embeddings as they are given to the transformer."""
+
+    def needs_text_key(self, kv_cache_mode: str) -> bool:
+        """Whether what a pass sees hangs on the text: [`see_text`] is then called before the layer attends."""
+        return False
+
+    def see_text(self, key: torch.Tensor):
+        """The text's keys in this layer, `(batch, text tokens, heads, head_dim)`."""
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Cached keys and values followed by those of the current block.
@@ -307,6 +322,8 @@ class CausalWanKVCache:
             for layer_cache, text in zip(self.layer_caches, texts):
                 layer_cache.text = text
         self.state.keeps_text = self._text is encoder_hidden_states and not torch.is_grad_enabled()
+        for layer_cache in self.layer_caches:
+            layer_cache.begin_text(encoder_hidden_states)
         return self.state.keeps_text and self.layer_caches[-1].text is not None
 
     def rewind(self, num_frames: int, keep_sink: bool):
@@ -451,9 +468,10 @@ class CausalWanKVCache:
     def attention_mask(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """What `past_weight` adds to the scores of the keys that a block of `num_tokens` sees, `(1, 1, 1, keys)`."""
         state = self.state
-        if self.past_weight == 1 or state.num_cached == 0:
+        num_seen = state.num_cached + state.num_beside
+        if self.past_weight == 1 or num_seen == 0:
             return None
-        cached = state.num_cached * state.frame_tokens
+        cached = num_seen * state.frame_tokens
         # Slot 0 keeps the first frame until a ring without a sink takes it for another.
         keeps_first = state.num_frames - state.first_frame <= state.slots.capacity or state.slots.sink_size > 0
         mask = torch.zeros(1, 1, 1, cached + num_tokens, device=device, dtype=dtype)

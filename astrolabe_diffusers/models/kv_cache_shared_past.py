@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from .kv_cache import BoundedSlots, CausalWanKVCache, CausalWanKVLayerCache, RingSlots, growing
+from .kv_cache import BoundedSlots, CausalWanKVCache, RingSlots, growing
 from .rotary import CausalWanRotaryPosEmbed
 
 
@@ -38,7 +38,7 @@ class SharedPastKVCache(CausalWanKVCache):
             self.state.slots = RingSlots(state.slots.capacity - state.slots.sink_size, 0)
         else:
             self.state.slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
-        self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in past.layer_caches]
+        self.layer_caches = [layer_cache.go_on(self.state, num_videos) for layer_cache in past.layer_caches]
 
     def can_pair(self, num_frames: int, config) -> bool:
         # What is seen of the past changes from the first block to the second.

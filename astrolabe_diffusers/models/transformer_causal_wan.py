@@ -17,12 +17,13 @@ from ..layouts.published_models import PublishedModel, find_published_model
 from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
-from .attention_causal_wan import CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
+from .attention_causal_wan import CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor, text_key
 from .block_layout import BlockLayout
 from .block_operations import add_gated, norm_and_modulate
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .kv_cache_clip import ClipKVCache
 from .kv_cache_ema_sink import EMASinkKVCache, SinkEMA
+from .kv_cache_memory_bank import BANK_UPDATES, MemoryBank, MemoryBankKVCache, MemoryBankState
 from .lora_layers import (
     apply_lora_scale,
     check_lora_weights,
@@ -86,6 +87,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
             self.modulation(self.scale_shift_table).unsqueeze(0) + temb.float()
         ).chunk(6, dim=2)
 
+        if kv_cache is not None and kv_cache.needs_text_key(kv_cache_mode):
+            kv_cache.see_text(text_key(self.attn2, encoder_hidden_states, kv_cache))
         norm_hidden_states = norm_and_modulate(self.norm1, hidden_states, scale_msa, shift_msa)
         past = {"layout": layout, "kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
         attn_output = self.attn1(norm_hidden_states, None, attention_mask, rotary_emb, **past)
@@ -130,6 +133,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             default it stays as it is. See [`SinkEMA`].
         upcast_sink_ema (`bool`, defaults to `True`):
             Keep that sink in float32. The release keeps it in the cache's type: in bfloat16 it hardly ever changes.
+        memory_bank_size (`int`, defaults to 0):
+            Earlier latent frames, chosen by the text, that a block sees beside sink and window (MemFlow). Needs a
+            window and absolute positions. Blocks then take a pass each, with a cache.
+        memory_bank_interval (`int`, defaults to 3): of so many blocks, one has its first frame recorded for the bank.
+        memory_bank_update (`str`, defaults to `"once"`):
+            `"once"`: each recorded frame enters the bank once. `"interactive"` and `"single_prompt"`: as MemFlow's two
+            pipelines, with copies of frames; see [`MemoryBank`].
     """
 
     # A subclass with blocks of its own names them in `_repeated_blocks` too: their Linear layers get a LoRA.
@@ -169,11 +179,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         rope_window: int | None = None,
         sink_ema: float | None = None,
         upcast_sink_ema: bool = True,
+        memory_bank_size: int = 0,
+        memory_bank_interval: int = 3,
+        memory_bank_update: str = "once",
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None:
             raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
         counts = dict.fromkeys(("num_attention_heads", "attention_head_dim", "num_layers", "rope_max_seq_len"), 1)
-        for name, least in (counts | {"num_frames_per_block": 1, "sink_size": 0, "local_attn_size": -1}).items():
+        counts |= {"num_frames_per_block": 1, "sink_size": 0, "local_attn_size": -1}
+        for name, least in (counts | {"memory_bank_size": 0, "memory_bank_interval": 1}).items():
             value = self.config[name]
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
@@ -190,6 +204,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(
                 f"`sink_ema` must be a decay in (0, 1) and needs a `sink_size` and a `local_attn_size`, but they are "
                 f"{sink_ema}, {sink_size} and {local_attn_size}; `None` is a sink that stays as it is."
+        if memory_bank_update not in BANK_UPDATES:
+            raise ValueError(f"`memory_bank_update` must be one of {BANK_UPDATES} but is {memory_bank_update!r}.")
+        if memory_bank_size and (local_attn_size == -1 or rope_mode != "absolute" or sink_ema is not None):
+            raise ValueError(
+                f"`memory_bank_size={memory_bank_size}` needs a `local_attn_size` other than -1, no `sink_ema` and "
+                "`rope_mode='absolute'`: the bank has frames that leave the window, at their own positions."
             )
         # The parent builds everything but the blocks, whose class is ours.
         stock = signature(WanTransformer3DModel.__init__).parameters.keys() & self.config.keys()
@@ -319,7 +339,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     @property
     def packs_clips(self) -> bool:
         """Likewise whether it may be given a [`ClipKVCache`]; a subclass that knows it says `packs_clips = True`."""
-        return self._is_ours()
+        return self._is_ours() and not self.config.memory_bank_size
 
     def _is_ours(self) -> bool:
         # Accelerate and autocast wrap a whole model's forward, and leave alone what it is given.
@@ -331,9 +351,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
+        config = self.config
         if (ema := self._sink_ema()) is not None:
-            return EMASinkKVCache(self.config.num_layers, ema, max_frames, past_weight)
-        return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
+            return EMASinkKVCache(config.num_layers, ema, max_frames, past_weight)
+        if config.memory_bank_size:
+            bank = MemoryBank(config.memory_bank_size, config.memory_bank_interval, config.memory_bank_update)
+            return MemoryBankKVCache(config.num_layers, max_frames, past_weight, bank)
+        return CausalWanKVCache(config.num_layers, max_frames, past_weight)
 
     def _sink_ema(self) -> SinkEMA | None:
         config = self.config
@@ -472,6 +496,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"latent frame {frame_offset + num_frames - 1} passes the model's {self.config.rope_max_seq_len} "
                 "absolute positions: make a shorter video or use a model with rope_mode='relative'."
             )
+        if self.config.memory_bank_size and not (kv_cache and isinstance(kv_cache.state, MemoryBankState)):
+            raise ValueError("a model with a memory bank takes a block a pass, with a `kv_cache` of `new_kv_cache()`.")
         if kv_cache is None:
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")

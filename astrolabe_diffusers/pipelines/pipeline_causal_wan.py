@@ -633,7 +633,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             expert.compile_repeated_blocks(fullgraph=True, backend=backend)
         config = self.transformer.config
         window = max(config.local_attn_size, 0) // config.num_frames_per_block
-        # The first block, a cache that grows, a window that moves on; and changes of the prompt in each of them.
+        window = max(window, config.get("memory_bank_size", 0) * config.get("memory_bank_interval", 1))
+        # The first block, a cache that grows, a window that moves on, a full bank; and changes of the prompt in each.
         changes = {1: "recache", 2: "roll", window + 3: "roll", window + 4: "recache"}
         if kwargs.get("prompt_embeds") is not None:
             prompt, changes = None, {}

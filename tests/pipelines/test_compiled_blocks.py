@@ -18,6 +18,7 @@ for name, model in PUBLISHED_MODELS.items():
 RECIPES["ring"] = {"local_attn_size": 6}
 RECIPES["relative"] = {"local_attn_size": 7, "sink_size": 1, "rope_mode": "relative"}
 RECIPES["relative, one step"] = {**RECIPES["relative"], "sigmas": [1.0]}
+RECIPES["memory bank"] = {"local_attn_size": 6, "memory_bank_size": 2, "memory_bank_interval": 1}
 RECIPES["past_weight"] = {"local_attn_size": 9, "past_weight": 0.3}
 
 
@@ -74,20 +75,23 @@ FAST = ("self-forcing", "relative, one step")
 def test_recipes(recipe):
     pipe = tiny_pipeline(**RECIPES[recipe])
     config = pipe.transformer.config
-    # So many that the first video fills the window and the rows.
+    # So many that the first video fills window, rows and bank.
     filled = max(config.local_attn_size, config.rope_window or 0) // config.num_frames_per_block
+    filled = max(filled, config.memory_bank_size * config.memory_bank_interval)
     check(pipe, video, lengths=(max(5, filled + 2), max(8, filled + 4)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}, RECIPES["memory bank"]]
+)
 def test_shared_past(config):
     # Past and own frames that happen to be as many have a graph of their own, once.
     check(tiny_pipeline(**config), shared_past_videos, lengths=(6, 6))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["self-forcing", "relative"])
+@pytest.mark.parametrize("recipe", ["self-forcing", "relative", "memory bank"])
 def test_inductor(recipe):
     check(tiny_pipeline(**RECIPES[recipe]), video, "inductor", 1e-4)
 

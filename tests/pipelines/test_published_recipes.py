@@ -9,6 +9,7 @@ from astrolabe_diffusers.models.vae_streaming import encode_video
 from tests.models.test_rope_window import PublishedRows
 from tests.pipelines.test_block_generation import server_context
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
+from tests.reference_memory_bank import ReferenceMemoryBank
 from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
@@ -31,6 +32,9 @@ RECIPES = {
     "kvpo-longlive": (6, FOUR, FOUR),
     # Block 3 is the first that sees a sink of two blocks.
     "reward-forcing": (9, FOUR, FOUR),
+    # And the bank is full after ten.
+    "memflow": (13, FOUR, FOUR),
+    "kvpo-memflow": (13, FOUR, FOUR),
     "krea-14b": (4, FIVE, FIVE),
     "raven": (3, ROUNDED, ROUNDED),
     "one-forcing": (4, FOUR, [1.0]),
@@ -44,7 +48,7 @@ RECIPES = {
 }
 # What is right for one of these is right for the others, which is not computed again.
 ALIKE = [("self-forcing", "causal-forcing-chunkwise"), ("causal-forcing-framewise-1step", "one-forcing")]
-ALIKE += [("longlive", "kvpo-longlive")]
+ALIKE += [("longlive", "kvpo-longlive"), ("memflow", "kvpo-memflow")]
 # Rows of the table as their authors give them.
 ROWS = {"self-gradient-forcing-framewise": 21, "self-gradient-forcing-chunkwise": 21}
 VARIANTS = {
@@ -53,6 +57,8 @@ VARIANTS = {
     "krea-14b, plain": ("krea-14b", {"num_context_frames": None, "sigmas": FOUR}),
     "krea-14b, past": ("krea-14b", {"past_weight": 0.3}),
     "longlive, past": ("longlive", {"past_weight": 0.3}),
+    "memflow, one prompt": ("memflow", {"memory_bank_update": "single_prompt"}),
+    "memflow, no copies": ("memflow", {"memory_bank_update": "once"}),
 }
 
 
@@ -68,7 +74,10 @@ def expected(pipe, blocks, first, others, context=None, seed=0, published_config
     steps = [len(others if block else first) for block in range(blocks)]
     noise, renoise = published_noise(torch.Generator().manual_seed(seed), (1, 4, n * blocks, 2, 4), n, steps)
     config, rows = dict(pipe.transformer.config) | (published_config or {}), {"rows": rows} if rows else {}
-    reference = (PublishedRows if rows else ReferenceCausalWan)(pipe.transformer.state_dict(), config, **rows)
+    reference_class = PublishedRows if rows else ReferenceCausalWan
+    if config["memory_bank_size"]:
+        reference_class = ReferenceMemoryBank
+    reference = reference_class(pipe.transformer.state_dict(), config, **rows)
     reference.past_weight = pipe.config.past_weight
     text = pipe.encode_prompt(PROMPT)
     return reference.sample(noise, renoise, text, others, first_sigmas=first, encode_context=context, **kwargs)

@@ -157,6 +157,8 @@ def check_context(config: ForwardProcessConfig, transformer):
             "context=noisy has no pass of the memory transformer, and this model's blocks see nothing else: set "
             "context=clean or clean_grad."
         )
+    if config.context == "noisy" and transformer.config.get("memory_bank_size"):
+        raise UserError("the model's memory bank has clean frames: train with context=clean.")
     takes_clean = "clean_hidden_states" in signature(transformer.forward).parameters
     if config.context == "clean_grad" and not (takes_clean and (len(experts) == 1 or packs_clips(transformer))):
         raise UserError("context=clean_grad needs a transformer that takes `clean_hidden_states`: set context=clean.")
