@@ -204,6 +204,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(
                 f"`sink_ema` must be a decay in (0, 1) and needs a `sink_size` and a `local_attn_size`, but they are "
                 f"{sink_ema}, {sink_size} and {local_attn_size}; `None` is a sink that stays as it is."
+            )
         if memory_bank_update not in BANK_UPDATES:
             raise ValueError(f"`memory_bank_update` must be one of {BANK_UPDATES} but is {memory_bank_update!r}.")
         if memory_bank_size and (local_attn_size == -1 or rope_mode != "absolute" or sink_ema is not None):
