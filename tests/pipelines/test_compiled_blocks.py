@@ -76,8 +76,9 @@ def test_recipes(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}])
-def test_shared_past(config):
+@pytest.mark.parametrize("sink", [{}, {"sink_size": 3}, {"sink_size": 3, "sink_ema": 0.7}])
+def test_shared_past(sink):
+    config = {"local_attn_size": 12, "rope_mode": "relative", **sink} if sink else {}
     # Past and own frames that happen to be as many have a graph of their own, once.
     check(tiny_pipeline(**config), shared_past_videos, lengths=(6, 6))
 
