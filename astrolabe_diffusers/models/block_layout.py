@@ -80,7 +80,7 @@ class BlockLayout:
             if self.ema is not None:
                 before = self.taken_before(end)
                 self.take_up(sink, keys, values, range(taken, before))
-                taken = max(taken, before)
+                taken = before
             if shift is None and (self.ema is None or end <= self.attn_window):
                 sinks.append(None)
                 continue

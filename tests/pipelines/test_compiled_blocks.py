@@ -81,10 +81,11 @@ def test_recipes(recipe):
     check(pipe, video, lengths=(max(5, filled + 2), max(8, filled + 4)))
 
 
+RELATIVE = {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}, RECIPES["memory bank"]]
-)
+@pytest.mark.parametrize("config", [{}, RELATIVE, {**RELATIVE, "sink_ema": 0.7}, RECIPES["memory bank"]])
 def test_shared_past(config):
     # Past and own frames that happen to be as many have a graph of their own, once.
     check(tiny_pipeline(**config), shared_past_videos, lengths=(6, 6))
