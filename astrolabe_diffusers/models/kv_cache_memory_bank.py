@@ -93,7 +93,7 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
     def _hand_over(self, other: "MemoryBankKVLayerCache", videos: list[int]):
         for name in ("_num_blocks", "_num_kept", "_beside", "_ignores_text"):
             setattr(other, name, getattr(self, name))
-        for name in ("_newest", "_choice", "_text_key"):
+        for name in ("_newest", "_choice"):
             tensor = getattr(self, name)
             setattr(other, name, None if tensor is None else tensor[videos])
         other._spare = self._spare and tuple(x[videos] for x in self._spare)
