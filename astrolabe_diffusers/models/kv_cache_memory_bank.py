@@ -85,7 +85,7 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
         num_tokens = state.end + state.block_frames * state.frame_tokens
         other.key, other.value = (new_buffer(x, num_videos, num_tokens) for x in (self.key, self.value))
         self._hand_over(other, [0] * num_videos)
-        other._beside = state.num_cached
+        other._text, other._beside = self._text, state.num_cached
         for place, frames in zip(other._bank(), self._bank()):
             place.copy_(frames)
         return other
@@ -93,7 +93,7 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
     def _hand_over(self, other: "MemoryBankKVLayerCache", videos: list[int]):
         for name in ("_num_blocks", "_num_kept", "_beside", "_ignores_text"):
             setattr(other, name, getattr(self, name))
-        for name in ("_newest", "_choice", "_text_key"):
+        for name in ("_newest", "_choice"):
             tensor = getattr(self, name)
             setattr(other, name, None if tensor is None else tensor[videos])
         other._spare = self._spare and tuple(x[videos] for x in self._spare)
@@ -119,9 +119,16 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
         self._chooses_next = is_full and state.bank.takes_in(following) and not state.rewound
 
     def begin_text(self, encoder_hidden_states: torch.Tensor):
-        is_another = encoder_hidden_states is not self._text or self.state.rewound
-        self._chooses = is_another and self._choice is not None
+        self._chooses = self._choice is not None and (self.state.rewound or not self._knows(encoder_hidden_states))
         self._text = encoder_hidden_states
+
+    def _knows(self, text: torch.Tensor) -> bool:
+        """Whether it is the last pass's text: the very tensor, or the single video's that these go on from. Then those
+        weights have chosen, and others that predict from the same past see what they do."""
+        last = self._text
+        if last is None or text is last:
+            return last is not None
+        return len(last) == 1 and last.shape[1:] == text.shape[1:] and torch.equal(last.expand_as(text), text)
 
     def needs_text_key(self, kv_cache_mode: str) -> bool:
         return self._chooses or (self._chooses_next and kv_cache_mode != "read")

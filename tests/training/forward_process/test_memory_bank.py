@@ -1,5 +1,7 @@
 """Training of a model with a memory bank: what a block sees is what it saw when the video was made."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -51,15 +53,33 @@ def expected_predictions(transformer, batch, others):
     return {policy: torch.cat(blocks, dim=2) for policy, blocks in predictions.items()}
 
 
+def policies_of_other_texts(**settings):
+    """The text has quite other keys for the current policy."""
+    pipe = policy_pipeline(**{**BANK, **settings})
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".attn2.to_k.lora_B.default." in name:
+            parameter.data.mul_(30)
+    return pipe
+
+
+@torch.no_grad()
+def test_after_a_past_kept_once_its_policy_has_chosen():
+    pipe = policies_of_other_texts()
+    batch = same_past(noised_batch(pipe, batch_size=3, frames=FRAMES), 18)
+    expected = expected_predictions(pipe.transformer, batch, ["current"])["current"]
+    for start in range(9, 21, 3):
+        window = replace(window_of(batch, start), past=Past(start, shared=True))
+        predictor = BlockwisePredictor(pipe.transformer, window, "old")
+        first = predictor.passes[0]
+        assert (predictor.predict_as("current", first) - expected[:, :, first]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("update", ["once", "interactive", "single_prompt"])
 @torch.no_grad()
 def test_the_replay_has_the_bank_of_the_rollout(update):
     """Whichever policy predicts: the old one's text chooses, though that of others would choose otherwise."""
-    pipe = policy_pipeline(**{**BANK, "memory_bank_update": update})
+    pipe = policies_of_other_texts(memory_bank_update=update)
     transformer, batch = pipe.transformer, noised_batch(pipe, batch_size=3, frames=FRAMES)
-    for name, parameter in transformer.named_parameters():
-        if ".attn2.to_k.lora_B.default." in name:
-            parameter.mul_(30)
     expected = expected_predictions(transformer, batch, ["current", "reference"])
     predictor = BlockwisePredictor(transformer, batch, "old", blocks_per_pass=7)
     for frames in predictor.passes:
