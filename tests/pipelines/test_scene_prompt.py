@@ -11,9 +11,9 @@ from astrolabe_diffusers.pipelines.scene_prompt import Scene, escape_scenes, par
         ("a cat", [Scene("a cat")]),
         ("", [Scene("")]),
         ("a[8s] | b[12s] | c", [Scene("a", 8.0), Scene("b", 12.0), Scene("c")]),
-        ("a[10s#] | b", [Scene("a", 10.0), Scene("b", cut=True)]),
-        ("a[#]|b[.5s]|c", [Scene("a"), Scene("b", 0.5, cut=True), Scene("c")]),
-        ("a [ 1.5 s # ] \n| b", [Scene("a", 1.5), Scene("b", cut=True)]),
+        ("a[10s#] | b", [Scene("a", 10.0), Scene("b", transition="cut")]),
+        ("a[#]|b[.5s]|c", [Scene("a"), Scene("b", 0.5, transition="cut"), Scene("c")]),
+        ("a [ 1.5 s # ] \n| b", [Scene("a", 1.5), Scene("b", transition="cut")]),
         # The cut at the end of the last scene cuts nothing.
         ("a | b[2s#]", [Scene("a"), Scene("b", 2.0)]),
         (r"this \| that \[8s\] [4s] | c:\\d \e]", [Scene("this | that [8s]", 4.0), Scene(r"c:\d \e]")]),
@@ -50,7 +50,7 @@ def test_errors_point_at_the_place(prompt, place, message):
 
 def test_plan():
     """Blocks of 0.75 s: rounded down, at least one, and 14 where nothing is said."""
-    scenes = [Scene("a", 8.0), Scene("b", 0.1, cut=True), Scene("c", 2.25), Scene("d")]
+    scenes = [Scene("a", 8.0), Scene("b", 0.1, transition="cut"), Scene("c", 2.25), Scene("d")]
     starts = dict(zip((0, 10, 11, 14), scenes))
     assert plan_scenes(scenes, 0.75) == (starts, 28)
     assert plan_scenes(scenes, 0.75, num_blocks=50) == (starts, 50)
