@@ -617,10 +617,12 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         window = max(config.local_attn_size, 0) // config.num_frames_per_block
         # The first block, a cache that grows, a window that moves on; and changes of the prompt in each of them.
         changes = {1: "recache", 2: "roll", window + 3: "roll", window + 4: "recache"}
+        if "rope_cut" in self.transitions:
+            changes[window + 5] = "rope_cut"
         if kwargs.get("prompt_embeds") is not None:
             prompt, changes = None, {}
         # Random numbers of its own: a seed gives the same video after it.
-        fixed = {"num_frames": self._frames_of_blocks(window + 6), "generator": torch.Generator().manual_seed(0)}
+        fixed = {"num_frames": self._frames_of_blocks(window + 9), "generator": torch.Generator().manual_seed(0)}
         for due in ({}, changes):
             with self.stream(prompt, **{"output_type": "uint8"} | kwargs | fixed) as stream:
                 for block, _ in enumerate(stream):
