@@ -8,7 +8,8 @@ import torch
 
 # Both as in Infinity-RoPE's code: a flush keeps one frame and the newest two, which are rows 0 to 2 of the temporal
 # positions, and the first block after a cut begins with row 45. Its model is trained on 21 frames: it has never seen
-# one as far away.
+# one as far away. With absolute positions the block moves as far beyond its own rows; fixed ones would be among those
+# of a longer video.
 NUM_NEWEST = 2
 CUT_ROW = 45
 

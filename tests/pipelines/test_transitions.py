@@ -146,6 +146,8 @@ def test_videos_of_a_batch_part():
     pipe, ways = build(), ("roll", "recache", "flush", "rope_cut", "cut")
     prompts = [f"{A}[2.25s {way}] | {B}[1.5s {other}] | {C}[3s]" for way, other in zip(ways, ways[2:] + ways[:2])]
     prompts += [f"{B}[3.75s rope_cut] | {A}[3s]", f"{B}[2.25s flush] | {C}[4.5s]", prompts[2]]
+    # While the cut of both lasts.
+    prompts += [f"{A}[2.25s rope_cut] | {B}[.75s flush] | {C}[3.75s]", f"{C}[2.25s rope_cut] | {B}[4.5s]"]
     seeds = range(len(prompts))
     latents = generate(pipe, prompts, generator=[seeded(seed) for seed in seeds])
     for seed, prompt in zip(seeds, prompts):
@@ -204,12 +206,14 @@ def test_positions_go_on():
 
 def test_scenes_that_come_while_the_text_still_changes():
     """They wait for it; of several the last one is shown, and comes as the one that forgets most."""
-    pipe = build()
-    frames = 12 * 6 - 3
-    with pipe.stream(A, num_frames=frames, generator=seeded(), output_type="latent") as blocks:
-        pieces = [next(blocks)]
-        blocks.set_prompt(f"{B}[.75s#] | {C}[.75s] | {A}", num_blocks=3)
-        latents = torch.cat([*pieces, *blocks], dim=2)
+    pipe, videos = build(), []
+    for prompt in (f"{B}[.75s#] | {C}[.75s] | {A}", B):
+        with pipe.stream(A, num_frames=12 * 6 - 3, generator=seeded(), output_type="latent") as blocks:
+            pieces = [next(blocks)]
+            blocks.set_prompt(prompt, num_blocks=3)
+            videos.append(torch.cat([*pieces, *blocks], dim=2))
+    latents, changing = videos
+    assert torch.equal(latents[:, :, :9], changing[:, :, :9])
     generator = seeded()
     noise, _ = published_noise(generator, (1, 4, 18, 2, 2), 3, [2] * 3)
     # The change is over with the fourth block; the cut is due since the third.
