@@ -60,7 +60,7 @@ def test_the_video_follows_a_new_prompt():
         # Unrelated captions share no attribute: chance alone gives little.
         assert match[2, 0] > 0.85 and match[2, 1] < 0.3 and match[-1, 0] < 0.3
         # After a cut the scene is new. Otherwise the cache holds pictures of the first one, the sink for ever.
-        blocks = {"roll": 3, "recache": 2, "flush": 3, "rope_cut": 3, "cut": 1}[transition]
+        blocks = {"roll": 3, "recache": 2, "flush": 3, "rope_cut": 4, "cut": 1}[transition]
         assert match[2 + blocks :, 1].min() > 0.85
 
 
