@@ -140,7 +140,7 @@ class LiveModel:
         values = {"prompt": check_prompt(event.get("prompt"))}
         values |= {"transition": event.get("transition", "roll"), "num_blocks": event.get("num_blocks", 1)}
         check_whole_number("num_blocks", values["num_blocks"], MAX_TRANSITION_BLOCKS, least=1)
-        PromptSwitch.parse(**values)
+        PromptSwitch.parse(**values, transitions=self.pipe.transitions)
         return values
 
     def _check_lora(self, event: dict[str, Any]) -> dict[str, Any]:

@@ -133,10 +133,12 @@ class EMASinkKVCache(CausalWanKVCache):
     A [`CausalWanKVCache`] whose sink takes up the frames that leave the window, by a [`SinkEMA`]; a model that has
     `sink_ema` in its config makes it.
 
-    After [`~CausalWanKVCache.rewind`] with `keep_sink` the sink is what it was, all that it has taken up included, and
+    After a [`~CausalWanKVCache.rewind`] that keeps it the sink is what it was, all that it has taken up included, and
     takes up nothing of what is written anew a second time. Without, it is built of the frames that are written next.
     """
 
+    # Where the frames go that a flush drops nobody has said.
+    can_flush = False
     # Each video's sink takes up that video's frames.
     shares_past = False
 

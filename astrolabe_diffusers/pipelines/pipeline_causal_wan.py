@@ -22,6 +22,7 @@ from ..models.contract import CausalTransformer
 from ..models.expert_pair import ExpertPair, differences
 from ..models.lora_layers import check_no_loose_lora
 from ..models.module_calls import has_hooks
+from ..models.rotary import CausalWanRotaryPosEmbed
 from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_operations import to_uint8
@@ -30,7 +31,7 @@ from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
 from .lora import CausalWanLoraLoaderMixin
 from .prompt_tokens import tokenize, warn_once
-from .scene_prompt import Scene, check_sequence_length, parse_scenes, plan_scenes
+from .scene_prompt import TRANSITIONS, Scene, check_sequence_length, check_transition, parse_scenes, plan_scenes
 from .sigmas import check_sigmas
 from .start_frames import BilinearVideoProcessor, StartFrames, read_start
 from .stream import Calls, CausalWanPipelineOutput, CausalWanStream, PromptSwitch
@@ -278,6 +279,17 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         windowed = config.rope_mode == "relative" and config.local_attn_size != -1
         return windowed or self.config.num_context_frames is not None
 
+    @property
+    def transitions(self) -> tuple[str, ...]:
+        """How a video can go on with another prompt. `"flush"` and `"rope_cut"` need a cache that lasts, which with
+        `num_context_frames` is made anew for every block, without an EMA sink or a memory bank, and a transformer with
+        a `rope` ([`CausalTransformer`])."""
+        rope = getattr(self.transformer, "rope", None)
+        lasts = self.config.num_context_frames is None and isinstance(rope, CausalWanRotaryPosEmbed)
+        if lasts and self.transformer.new_kv_cache().can_flush:
+            return TRANSITIONS
+        return tuple(name for name in TRANSITIONS if name not in ("flush", "rope_cut"))
+
     def round_num_frames(self, num_frames: float) -> float:
         """The frames of the most whole blocks that `num_frames` has room for, with a warning if that is fewer.
         `math.inf` stays; a `ValueError` if it is no whole number, or less than a block."""
@@ -351,6 +363,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
         videos = _parse(prompt)
+        for scene in sum(videos, []):
+            check_transition(scene.transition, self.transitions)
         if prompt_embeds is not None:
             # Another transformer may call it otherwise.
             shape = tuple(prompt_embeds.shape)
@@ -536,7 +550,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             schedule = encode_scenes(_parse(prompt), num_blocks, num_videos_per_prompt)
         else:
             prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
-            schedule = [[EncodedScene(embeds, 0, False)] for embeds in prompt_embeds]
+            schedule = [[EncodedScene(embeds, 0)] for embeds in prompt_embeds]
         batch_size, clean = len(schedule), ()
         if start_frames is not None:
             clean = start_frames.encode(self.vae, device, batch_size, num_videos_per_prompt).split(n, dim=2)
@@ -562,7 +576,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         blocks = self._generate_blocks(
             sampling, schedule, inbox, encode_scenes, inputs, num_given, generator, output_type
         )
-        return CausalWanStream(blocks, inbox, batch_size, running=partial(self._calls.run, call))
+        running = partial(self._calls.run, call)
+        return CausalWanStream(blocks, inbox, batch_size, running, self.transitions)
 
     def _video_length(self, prompt: str | list[str] | None, num_frames: float | None, start: StartFrames | None):
         """Frames of the video, whole blocks."""
@@ -595,7 +610,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         longest = 0
         for scenes in videos:
             plan, _ = plan_scenes(scenes, self._seconds_per_block, num_blocks)
-            cuts = [0, *(block for block, scene in plan.items() if scene.cut), num_blocks]
+            cuts = [0, *(block for block, scene in plan.items() if scene.transition == "cut"), num_blocks]
             longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
         return longest
 
@@ -636,10 +651,12 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         window = max(window, config.get("memory_bank_size", 0) * config.get("memory_bank_interval", 1))
         # The first block, a cache that grows, a window that moves on, a full bank; and changes of the prompt in each.
         changes = {1: "recache", 2: "roll", window + 3: "roll", window + 4: "recache"}
+        if "rope_cut" in self.transitions:
+            changes[window + 5] = "rope_cut"
         if kwargs.get("prompt_embeds") is not None:
             prompt, changes = None, {}
         # Random numbers of its own: a seed gives the same video after it.
-        fixed = {"num_frames": self._frames_of_blocks(window + 6), "generator": torch.Generator().manual_seed(0)}
+        fixed = {"num_frames": self._frames_of_blocks(window + 9), "generator": torch.Generator().manual_seed(0)}
         for due in ({}, changes):
             with self.stream(prompt, **{"output_type": "uint8"} | kwargs | fixed) as stream:
                 for block, _ in enumerate(stream):
@@ -666,7 +683,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan.values()))
         embeds = dict(zip(texts, self.encode_prompt(texts, max_sequence_length=max_sequence_length)))
         return [
-            [EncodedScene(embeds[scene.text], start + block, scene.cut) for block, scene in plan.items()]
+            [EncodedScene(embeds[scene.text], start + block, scene.transition) for block, scene in plan.items()]
             for plan in plans
             for _ in range(num_videos_per_prompt)
         ]
@@ -699,9 +716,6 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 if switch is not None:
                     schedule = self._switch_prompt(switch, groups, block, encode_scenes)
                 groups = begin_scenes(groups, schedule, block)
-                if switch is not None and switch.transition == "recache":
-                    for group in groups:
-                        group.recache(switch.global_sink)
                 clean, noise = next(inputs)
                 pieces = []
                 for group in groups:
@@ -744,5 +758,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         for video, scenes in enumerate(schedule):
             new = scenes.pop(0).prompt_embeds
             texts = [torch.lerp(old[video], new, weight) for weight in weights]
-            scenes[:0] = [EncodedScene(text, block + i, switch.transition == "cut") for i, text in enumerate(texts)]
+            scenes[:0] = [
+                EncodedScene(text, block + i, switch.transition, switch.global_sink) for i, text in enumerate(texts)
+            ]
         return schedule

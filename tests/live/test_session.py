@@ -59,7 +59,7 @@ def reference(model, changes, number=6, seed=0, weights=(1.0, 0.0)):
     return blocks
 
 
-@pytest.mark.parametrize("transition", ["roll", "recache", "cut"])
+@pytest.mark.parametrize("transition", ["roll", "recache", "flush", "rope_cut", "cut"])
 def test_a_prompt_holds_from_the_next_block_on(model, transition):
     session = LiveSession(model, A, 0)
     blocks = make_blocks(session, 2)

@@ -172,7 +172,7 @@ def test_recache_again_and_again(n, window, sink, rope_mode):
             video = clean[:, :, :frames]
             context = reference.recache(video, text, context, keep_sink)
             first = frames - window + sink * keep_sink
-            cache.rewind(first, keep_sink)
+            cache.rewind(first, sink * keep_sink)
             read(model, video[:, :, first:], 0.0, text, cache, mode="store")
         expected = reference.block(block, torch.zeros(rows), text, context, store=True)
         assert max_error(write(model, block, text, cache), expected) <= TOLERANCE

@@ -107,7 +107,7 @@ def test_one_call_has_it_all_compiled(recipe):
     n = pipe.transformer.config.num_frames_per_block
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(video(pipe, 12), expected)
-        for transition in ("roll", "recache", "cut"):
+        for transition in pipe.transitions:
             with pipe.stream("a red circle", num_frames=1 + 4 * (9 * n - 1)) as stream:
                 for block, _ in enumerate(stream):
                     if block in (1, 5):
