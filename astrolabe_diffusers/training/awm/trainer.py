@@ -43,7 +43,8 @@ class AWMTrainer(OnlineTrainer):
 
     def prepare(self):
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
-        check_compiled_passes(self.config, self.transformer, self.windows.size)
+        if self.config.context == "clean":
+            check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 
     def accumulate_gradients(

@@ -1,4 +1,4 @@
-"""Settings of algorithms that train on the forward process."""
+"""Settings of algorithms that predict the blocks of the sampled videos again."""
 
 from dataclasses import dataclass
 
@@ -8,31 +8,37 @@ from ..config import OnlineConfig
 
 
 @dataclass
-class ForwardProcessConfig(OnlineConfig):
-    """Settings of algorithms that noise the sampled videos and compare predictions of the clean ones."""
+class BlockwiseConfig(OnlineConfig):
+    """Settings of algorithms that predict the clean blocks of the sampled videos from noisy ones."""
 
     kl_weight: float = option(1e-4, "weight of the squared distance to the reference; 0 saves its pass", minimum=0)
+    blocks_per_pass: int = option(
+        7,
+        "with a clean context, through which goes no gradient: blocks of the window that go through the transformer "
+        "together, and have one backward pass; fewer take less memory, and on a GPU that one does not fill more time",
+        minimum=1,
+    )
+    train_steps: list[int] = option(
+        [], "which of the sampler's steps are trained, from 0, where all is noise; all if not given"
+    )
+    adv_clip_max: float = option(5.0, "advantages are clipped to +-this", above=0)
+
+
+@dataclass
+class ForwardProcessConfig(BlockwiseConfig):
+    """Settings of algorithms that noise the sampled videos and compare predictions of the clean ones."""
+
     context: str = option(
         "clean",
         "what a block sees of those before it in training: as in inference; or, as in the release, noised with it, "
         "and in its window only, without the sink",
         choices=("clean", "noisy"),
     )
-    blocks_per_pass: int = option(
-        7,
-        "context=clean: blocks of the window that go through the transformer together, and have one backward pass; "
-        "fewer take less memory, and on a GPU that one does not fill more time",
-        minimum=1,
-    )
     train_timesteps: str = option(
         "warped",
         "noise levels that are trained: the sampler's own, or those before its shift (1000 750 500 250)",
         choices=("warped", "raw"),
     )
-    train_steps: list[int] = option(
-        [], "which of the sampler's steps are trained, from 0, where all is noise; all if not given"
-    )
-    adv_clip_max: float = option(5.0, "advantages are clipped to +-this", above=0)
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,7 +7,7 @@ from ...models.contract import packs_clips, store_mode
 from ...models.kv_cache_clip import ClipKVCache
 from ...models.kv_cache_shared_past import SharedPastKVCache
 from ..policies import use_policy
-from .config import ForwardProcessConfig
+from .config import BlockwiseConfig
 from .noising import NoisedBatch, predicted_clean
 
 
@@ -66,8 +66,13 @@ class BlockwisePredictor:
             kv_cache_mode="read",
             frame_offset=frames.start,
             return_dict=False,
+            **self._inputs(frames),
         )[0]
         return predicted_clean(noisy, velocity.float(), batch.sigma)
+
+    def _inputs(self, frames: slice) -> dict[str, torch.Tensor]:
+        """What a pass is given beside the noisy blocks and the cache."""
+        return {}
 
     def predict_as(self, policy: str, frames: slice) -> torch.Tensor:
         """As [`~BlockwisePredictor.predict`], by another policy and without gradients."""
@@ -106,6 +111,22 @@ class BlockwisePredictor:
         return predictions
 
 
+class TeacherForcingPredictor(BlockwisePredictor):
+    """A whole window in one pass with one graph, beside its clean blocks, whose K/V have gradients too. What is before
+    the window is constant. Of a transformer that has `packs_clips`."""
+
+    def _begin(self, num_frames: int, blocks_per_pass: int):
+        past, config = self.batch.past, self.transformer.config
+        self.blocks = _parts(past.num_frames, num_frames, config.num_frames_per_block)
+        self.passes = [slice(past.num_frames, num_frames)]
+        self.cache = ClipKVCache(config.num_layers)
+        for frames in _parts(0, past.num_frames, config.num_frames_per_block * blocks_per_pass):
+            self._store(past.rows(self.batch.clean[:, :, frames]), past.rows(self.batch.prompt_embeds))
+
+    def _inputs(self, frames: slice) -> dict[str, torch.Tensor]:
+        return {"clean_hidden_states": self.batch.clean[:, :, frames].to(self.dtype)}
+
+
 class WholeClipPredictor(BlockwisePredictor):
     """A whole clip as one block, whose blocks see noisy ones: one pass with one graph, through the context too. The
     code released with Astrolabe does this, with the same noise level in all blocks and, of a model with a window, the
@@ -126,12 +147,12 @@ class WholeClipPredictor(BlockwisePredictor):
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
 
-def check_compiled_passes(config: ForwardProcessConfig, transformer, num_frames: int):
-    """A [`UserError`] where torch.compile would have to compile every pass of a window of latent frames for itself, as
-    each begins with another frame."""
+def check_compiled_passes(config: BlockwiseConfig, transformer, num_frames: int):
+    """With a clean context and a window of latent frames: a [`UserError`] where torch.compile would have to compile
+    every pass for itself, as each begins with another frame."""
     blocks = num_frames // transformer.config.num_frames_per_block
     one_pass = config.window_size is None and blocks <= config.blocks_per_pass
-    if config.compile and config.context == "clean" and config.blocks_per_pass > 1 and not one_pass:
+    if config.compile and config.blocks_per_pass > 1 and not one_pass:
         raise UserError("compile needs blocks_per_pass=1 where a video is trained in a window or in several passes.")
 
 

@@ -40,7 +40,8 @@ class NFTTrainer(OnlineTrainer):
     def prepare(self):
         self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
-        check_compiled_passes(self.config, self.transformer, self.windows.size)
+        if self.config.context == "clean":
+            check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 
     def make_state(self):
