@@ -68,7 +68,7 @@ class BlockwisePredictor:
             return_dict=False,
             **self._inputs(frames),
         )[0]
-        return predicted_clean(noisy, velocity.float(), batch.sigma)
+        return predicted_clean(noisy, velocity.to(noisy.dtype), batch.sigma)
 
     def _inputs(self, frames: slice) -> dict[str, torch.Tensor]:
         """What a pass is given beside the noisy blocks and the cache."""
