@@ -157,7 +157,7 @@ def double(monkeypatch):
 
 def log_density(transformer, constant, batch, cfg):
     """Log-density of the transitions, its mean over elements and samples, weighted by advantages and blocks: in plain
-    code, block after block through a cache as the sampler goes. `constant` is the transformer whose K/V are constants."""
+    code, block after block through a cache as the sampler goes. `constant` is the model whose K/V are constants."""
     past, n = batch.past.num_frames, 3
     cache = CausalWanKVCache(transformer.config.num_layers, max_frames=batch.clean.shape[2])
     num_blocks, total = (batch.clean.shape[2] - past) // n, 0.0
@@ -378,9 +378,9 @@ def test_one_block_a_pass_has_no_context_gradient(model_folder, tmp_path, monkey
 def test_the_recipe_of_raven():
     """The numbers of the published run, by hand."""
     config = parse_args(["--config", "raven_cm_grpo"])
-    assert type(config) is CMGRPOConfig and config.groups_per_epoch(8) == 1 and config.max_train_steps == 160
+    assert type(config) is CMGRPOConfig and config.groups_per_epoch(8) == 8 and config.max_train_steps == 160
     adam = config.learning_rate, config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay
     assert adam == (5e-6, 0.0, 0.999, 1e-10, 0.0) and (config.ema_decay, config.max_grad_norm) == (0.9675, 1000.0)
     assert config.train_batch_size * config.batches_per_epoch == config.reward_normalization_size == 4
     assert list(config.rewards.values()) == [0.35, 2.0, 1.0, 1.0, 0.75] and config.kl_weight == 0
-    assert replace(config, samples_per_prompt=4).groups_per_epoch(1) == 1
+    assert config.samples_per_prompt == 4 and replace(config, samples_per_prompt=32).groups_per_epoch(8) == 1
