@@ -92,7 +92,7 @@ class CMGRPOTrainer(OnlineTrainer):
     """Trains with CM-GRPO (RAVEN, arXiv 2605.15190): see [`OnlineTrainer`] for the arguments.
 
     A few-step sampler draws noise of its own between its steps, which makes each a Gaussian policy: its likelihood
-    needs no stochastic sampler beside it. Written from the paper's equations; the authors' code was not used.
+    needs no stochastic sampler beside it. Written from a description of the method; the authors' code was not opened.
     """
 
     config_class = CMGRPOConfig

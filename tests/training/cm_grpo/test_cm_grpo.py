@@ -262,7 +262,7 @@ def test_a_transformer_of_one_s_own():
     assert min(g.abs().max() for g in actual) > 0
 
 
-def test_gradient_with_respect_to_the_prediction_is_the_paper_s():
+def test_gradient_with_respect_to_the_prediction_is_the_published_one():
     """`-A (1 - s) (x_s - mu) / s^2`, and of the released form of the loss, `100 mean |x_0 - sg(x_0 - g)|^2` with half
     that as `g`, a hundred times the gradient of ours."""
     clean, following = torch.randn(2, 2, 4, 3, 2, 2, dtype=torch.double)
