@@ -100,6 +100,12 @@ class OnlineConfig(VideoConfig):
     reward_normalization: str = option(
         "none", "before weighting: none, or centred and divided by the spread in the group", choices=("none", "group")
     )
+    reward_normalization_size: int | None = option(
+        None,
+        "reward_normalization=group: of how many samples of a group, in their order, its mean and spread are; of all "
+        "if not given",
+        minimum=2,
+    )
     primary_reward: str | None = option(None, "the reward that may be hacked; the first one if not given")
     advantage_std: str = option(
         "global",
@@ -204,6 +210,11 @@ class OnlineConfig(VideoConfig):
             raise UserError(
                 f"with shared_past a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
                 f"samples_per_prompt={self.samples_per_prompt}."
+            )
+        if self.samples_per_prompt % (self.reward_normalization_size or 1):
+            raise UserError(
+                f"reward_normalization_size={self.reward_normalization_size} does not divide samples_per_prompt="
+                f"{self.samples_per_prompt}; it can be {_listing(_divisors(self.samples_per_prompt)[1:])}."
             )
         if self.gradient_accumulation_steps is None:
             self.gradient_accumulation_steps = self.batches_per_epoch
