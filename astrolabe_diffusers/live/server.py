@@ -128,7 +128,7 @@ class LiveApp(AbstractContextManager):
         self.engine.__exit__(*error)
         self.encoders.shutdown()
         self.recorders.shutdown()
-        self.decoders.shutdown()
+        self.decoders.shutdown(cancel_futures=True)
         self._folder.cleanup()
 
     def new_recording(self) -> Path:
