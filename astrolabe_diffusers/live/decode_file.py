@@ -107,7 +107,8 @@ def main(media: str, number: str):
     format, data = FORMATS[media], sys.stdin.buffer.read()
     try:
         for frame in islice(format.decode(data, format.name, format.max_pixels), int(number)):
-            sys.stdout.buffer.write(FRAME_HEADER.pack(*frame.size) + frame.tobytes())
+            sys.stdout.buffer.write(FRAME_HEADER.pack(*frame.size))
+            sys.stdout.buffer.write(frame.tobytes())
         sys.stdout.buffer.flush()
     # Libraries have errors of all kinds for what is broken.
     except Exception as error:
