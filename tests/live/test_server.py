@@ -430,6 +430,22 @@ def record_of(live, video):
     return record
 
 
+def test_a_picture_for_a_model_with_blocks_of_one():
+    model = make_model(config={"num_frames_per_block": 1})
+    with serving(model) as live, Client(live) as client:
+        assert client.until("hello")["start_media"][:3] == ["image/jpeg", "image/png", "image/webp"]
+        said = client.upload(picture_file("JPEG"))
+        assert (said["media"], said["frames"], said["error"]) == ("image/jpeg", 1, None)
+        client.start().until("pictures", block=3)
+        client.send("save")
+        record = client.until("session")["session"]
+    wanted = [blocks[0].frames for blocks in replay(model, {**record, "num_blocks": 4})]
+    assert [len(frames) for frames in wanted] == [1, 4, 4, 4]
+    for block, frames in zip(client.blocks[:4], wanted, strict=True):
+        assert abs(decode("webp", block["packets"]).astype(int) - frames).mean() < 25
+    assert record["start_frames"] == StartFile.read(picture_file("JPEG")).uri
+
+
 def test_a_start_with_a_strength(live, video):
     with Client(live) as client:
         client.start(strength=0.5)
