@@ -30,6 +30,11 @@ class Windows:
     seed: int
     shared_past: bool = False
 
+    @property
+    def have_past(self) -> bool:
+        """Whether something lies before one of them."""
+        return max(self.starts) > 0
+
     def past(self, epoch: int) -> Past:
         """What is before it in this epoch, on every process."""
         index = torch.randint(len(self.starts), (), generator=seeded_generator("window", self.seed, epoch))
