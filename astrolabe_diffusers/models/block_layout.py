@@ -30,7 +30,7 @@ class BlockLayout:
     # Frames in the largest pieces of which every block and every context is a whole number.
     unit: int = field(init=False)
     # By which units turn back to the sink, by lap of `sink_size` frames; of those that the pass may take up.
-    rotations_back: list[Rotary | None] = field(init=False)
+    rotations_back: list[Rotary | None] = field(default_factory=list, init=False)
 
     def __post_init__(self):
         # Here, for torch.compile cannot take gcd of numbers that differ between models.

@@ -136,7 +136,7 @@ def test_the_average_is_judged_and_saved(model_folder, tmp_path):
         ({"primary_reward": "sharpness"}, "primary_reward 'sharpness' is none of"),
         ({"window_size": 4}, "window_size=4 is no whole number of blocks of 3"),
         ({"context": "noisy", "window_size": 3}, "context=noisy trains a whole video"),
-        ({"context": "dirty"}, "clean, noisy"),
+        ({"context": "dirty"}, "clean, clean_grad, noisy"),
     ],
 )
 def test_errors(model_folder, tmp_path, capsys, values, words):
