@@ -69,6 +69,9 @@ class KeptContext:
     def __init__(self, num_layers: int):
         self.layers = [[] for _ in range(num_layers)]
         self.sink_offset = 0  # absolute positions of the sink's keys, behind the frames' own
+        # A sink that takes up what leaves: up to which frame it has; and as it has them, those run anew since.
+        self.taken_before = 0
+        self.taken = [{} for _ in range(num_layers)]
 
     @property
     def num_frames(self) -> int:
@@ -91,6 +94,8 @@ class ReferenceCausalWan:
         self.sink = config["sink_size"]
         self.window = config["local_attn_size"]
         self.relative = config["rope_mode"] == "relative"
+        self.rope_window = config.get("rope_window") or self.window
+        self.sink_ema = config.get("sink_ema")  # decay with which the sink takes up what leaves the window
         self.past_weight = 1.0  # of the frames before a noisy block, the first one excepted
 
     # Which frames a block sees, and where their keys sit in time.
@@ -105,9 +110,24 @@ class ReferenceCausalWan:
     def key_position(self, frame: int, end: int, sink_offset: int = 0) -> int:
         if not self.relative and frame < self.sink:
             return frame + sink_offset
-        if self.relative and self.window != -1 and end > self.window and frame < self.sink:
-            return frame + (end - self.window)
+        if self.relative and self.window != -1 and frame < self.sink:
+            return frame + max(end - self.rope_window, sink_offset)
         return frame
+
+    def seen(self, frames, visible: list[int], end: int, context: KeptContext | None = None, layer: int = 0):
+        """`{frame: (key, value)}`, unrotated, of the `visible` ones for the block ending before frame `end`."""
+        seen = {j: frames[j] for j in visible}
+        if self.sink_ema is None or self.window == -1:
+            return seen
+        first, leaving, taken = 0, end - (self.window - self.sink), {}
+        if context is not None:
+            first, leaving, taken = context.sink_offset, max(leaving, context.taken_before), context.taken[layer]
+        for frame in range(first + self.sink, leaving):
+            place = (frame - first) % self.sink
+            if place in seen:
+                pairs = zip(seen[place], taken.get(frame, frames[frame]))
+                seen[place] = tuple(self.sink_ema * old + (1 - self.sink_ema) * new for old, new in pairs)
+        return seen
 
     # Layers.
 
@@ -254,10 +274,11 @@ class ReferenceCausalWan:
             for half in halves:
                 attended = []
                 for start in range(0, num_frames, n):
-                    seen = {}
-                    for j in self.visible_frames(start + n):
+                    frames = []
+                    for j in range(start + n):
                         _, key, value = inputs[half if j >= start else context_half]
-                        seen[j] = key[:, j], value[:, j]
+                        frames.append((key[:, j], value[:, j]))
+                    seen = self.seen(frames, self.visible_frames(start + n), start + n)
                     query = inputs[half][0][:, start : start + n]
                     attended.append(self.self_attention(query, start, seen, grid))
                 attended = torch.cat(attended, dim=1)
@@ -286,7 +307,7 @@ class ReferenceCausalWan:
             query, key, value = self.self_attention_inputs(layer, tokens, modulation)
             new = list(zip(key.unbind(1), value.unbind(1)))
             everything = context.layers[layer] + new
-            seen = {j: everything[j] for j in visible}
+            seen = self.seen(everything, visible, end, context, layer)
             attended = self.self_attention(query, start, seen, grid, past, context.sink_offset)
             tokens = self.rest_of_block(layer, tokens, attended, modulation, text)
             if store:
@@ -318,6 +339,11 @@ class ReferenceCausalWan:
             first += self.sink
             for kept, layer in zip(new.layers, context.layers):
                 kept.extend(layer[:first])
+            # What has left the window is in the sink as it was, and not a second time as it is now.
+            new.sink_offset = context.sink_offset
+            new.taken_before = total - (self.window - self.frames_per_block - self.sink)
+            for layer, kept, taken in zip(context.layers, context.taken, new.taken):
+                taken.update({frame: kept.get(frame, layer[frame]) for frame in range(new.taken_before)})
             seen = [*range(self.sink), *range(first, total)]
             self.block(video[:, :, first:], zero, text, new, store=True, visible=seen)
             return new
@@ -342,6 +368,7 @@ class ReferenceCausalWan:
         recache_at=None,
         global_sink=True,
         given=None,
+        exact_levels=False,
     ):
         """The few-step sampler.
 
@@ -359,8 +386,9 @@ class ReferenceCausalWan:
         context = self.context_of(video, texts[0])
         for index, x in enumerate(noise.to(self.dtype).split(self.frames_per_block, dim=2)):
             timesteps = np.float32(1000) * warped_sigmas(sigmas if index else first_sigmas or sigmas, shift)
-            # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98.
+            # Noise levels are looked up: t = 0 is not in the table, the nearest is 4.98. Or they are the timesteps'.
             levels = [float(table[abs(np.float32(1000) * table - t).argmin()]) for t in timesteps]
+            levels = [float(t) / 1000 for t in timesteps] if exact_levels else levels
             if original is not None:
                 x = (1 - levels[0]) * original[:, :, video.shape[2] :][:, :, : x.shape[2]] + levels[0] * x
             text = texts[index]

@@ -90,6 +90,24 @@ def test_offloading_changes_nothing(dtype, method, arguments):
     assert where == {"meta" if "sequential" in method else "cpu"}
 
 
+def test_two_experts_stay_while_a_video_is_made():
+    """With whole models offloaded: they take turns, and none has to make room for the other."""
+    pipe = load()
+    pipe.memory_transformer = load().transformer
+    expected, places = video(pipe.to("cuda")), []
+
+    def where():
+        return {expert.device.type for expert in pipe.experts.values()}
+
+    pipe.to("cpu").enable_model_cpu_offload()
+    arguments = {"num_frames": 33, "generator": generator(), "output_type": "pt"}
+    result = pipe(PROMPT, callback_on_step_end=lambda *_: places.append(where()) or {}, **arguments).frames.cpu()
+    assert (result - expected).abs().mean() < 0.005
+    # The memory transformer first comes with the second block.
+    assert places[-1] == {"cuda"} and places.count({"cuda"}) == len(places) * 2 // 3
+    assert where() == {"cpu"}
+
+
 def test_tiles_on_the_gpu():
     pipe = load().to("cuda")
     pipe.vae.enable_tiling(48, 48, 32, 32)

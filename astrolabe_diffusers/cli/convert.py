@@ -14,7 +14,7 @@ from .options import parse_fields
 
 @command
 def main(argv: list[str] | None):
-    sources = "\n".join(f"  {name:32} {model.source}" for name, model in PUBLISHED_MODELS.items())
+    sources = "\n".join(f"  {name:33} {model.source}" for name, model in PUBLISHED_MODELS.items())
     parser = ArgumentParser(
         prog="astrolabe convert",
         description="Converts a published checkpoint to a Diffusers pipeline folder, or a published LoRA to a "

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,16 @@ from typing import Any
 from ..config import Config, coerce, read_yaml
 from ..errors import UserError, as_user_error, close_matches
 from ..files.text import read_text
-from ..training.algorithms import get_algorithm, get_config_class
+from ..training.algorithms import ALGORITHMS, get_algorithm, get_config_class
 from ..training.config import AUTO
-from ..training.published_runs import RECIPES, SIZES, PublishedRun, find_published_run, published_names
+from ..training.published_runs import (
+    RECIPES,
+    SIZES,
+    PublishedRun,
+    find_published_run,
+    published_names,
+    recommended_names,
+)
 from .arguments import ArgumentParser, command
 from .options import parse_fields
 
@@ -46,7 +54,8 @@ def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str,
     given, _ = first.parse_known_args(argv)
     if given.config == "list":
         if _is_main():
-            print(_published_runs())
+            print(_table_of_runs(published_names()), "", "Of ours, none of them published:", sep="\n")
+            print(_table_of_runs(recommended_names()))
         raise SystemExit(0)
     run = given.config and find_published_run(given.config)
     settings = run.settings if run else _read_recipe(given.config)
@@ -56,7 +65,8 @@ def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str,
 
     help = f"a YAML file, {_recipe_names()}, the name of a published run, or `list`, which prints these names"
     parser.add_argument("--config", metavar="", help=help)
-    help = f"nft, awm, or package.module:Class of your own; its settings are the fields below [{DEFAULT_ALGORITHM}]"
+    known = ", ".join(ALGORITHMS)
+    help = f"{known}, or package.module:Class of your own; its settings are the fields below [{DEFAULT_ALGORITHM}]"
     parser.add_argument("--algorithm", metavar="", help=help)
     help = "of a published run not what was released, but what we would change of it (docs/published_runs.md)"
     parser.add_argument("--recommended", nargs="?", const="true", default="false", metavar="", help=help)
@@ -150,10 +160,10 @@ def _check_names(
     return values
 
 
-def _published_runs() -> str:
-    """A table of all names that `--config` knows."""
+def _table_of_runs(names: Iterable[str]) -> str:
+    """A table of runs that `--config` knows by these names."""
     rows = [("name", "model", "rewards", "processes x batch x batches", "group")]
-    for name in published_names():
+    for name in names:
         run = find_published_run(name)
         settings = run.settings
         rewards = ", ".join(reward if w == 1 else f"{reward}={w:g}" for reward, w in settings["rewards"].items())

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from ..config import Config, option
-from ..errors import UserError
-from ..layouts.published_models import PUBLISHED_MODELS
+from ..errors import UserError, as_user_error
+from ..layouts.published_models import find_published_model
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -16,7 +16,9 @@ class ConversionConfig(Config):
 
     aliases = {"model": "recipe"}
 
-    recipe: str | None = option(None, "the published model that the checkpoint is", choices=tuple(PUBLISHED_MODELS))
+    recipe: str | None = option(
+        None, "the published model that the checkpoint is, by its name below, or a YAML file that says what one is"
+    )
     checkpoint: str | None = option(None, "the published file, or a folder of shards")
     base: str | None = option(
         None,
@@ -34,6 +36,9 @@ class ConversionConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.recipe is not None:
+            with as_user_error("recipe"):
+                find_published_model(self.recipe)
         if self.checkpoint is None and self.lora is None:
             raise UserError("nothing to convert: give checkpoint, lora or both.")
         if self.output_dir is None:

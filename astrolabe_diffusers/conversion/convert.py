@@ -17,17 +17,18 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
 from ..files.writing import PARTIAL
-from ..layouts.lora_modules import OriginalLora, load_original_lora
-from ..layouts.published_models import PUBLISHED_MODELS
-from ..layouts.wan_checkpoints import check_fits, load_original_weights
+from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
+from ..layouts.lora_modules import OriginalLora, load_original_loras
+from ..layouts.published_models import PublishedModel, find_published_model
+from ..layouts.wan_checkpoints import OriginalWeights, check_fits, load_original_experts
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from .config import ConversionConfig
 
 
 _SHARED = ("tokenizer", "text_encoder", "vae")
-# Of a converted folder; the index comes last, and a folder without one is not complete.
-PIPELINE_FILES = (*_SHARED, "scheduler", "transformer", CausalWanPipeline.config_name)
+# Of a converted folder, of one expert or two; the index comes last, and a folder without one is not complete.
+PIPELINE_FILES = (*_SHARED, "scheduler", TRANSFORMER, MEMORY_TRANSFORMER, CausalWanPipeline.config_name)
 LORA_FILES = (LORA_WEIGHT_NAME_SAFE,)
 _SHARD_BYTES = 5 * 1024**3
 
@@ -41,7 +42,7 @@ def convert(config: ConversionConfig) -> tuple[str, ...]:
     size. Nothing is left of a conversion that fails.
 
     Returns:
-        What it wrote into `config.output_dir`: `PIPELINE_FILES` or `LORA_FILES`.
+        What it wrote into `config.output_dir`, of `PIPELINE_FILES` or `LORA_FILES`.
 
     Raises:
         ValueError: the checkpoint or the LoRA is not one of this model, or the folder holds what would be overwritten.
@@ -50,26 +51,35 @@ def convert(config: ConversionConfig) -> tuple[str, ...]:
     names = LORA_FILES if config.checkpoint is None else PIPELINE_FILES
     sources = tuple(filter(None, (config.checkpoint, config.base, config.lora)))
     with _replacing(Path(config.output_dir), names, config.overwrite, sources) as folder:
-        adapter = None if config.lora is None else load_original_lora(config.lora, alpha=config.lora_alpha)
+        adapters = {} if config.lora is None else load_original_loras(config.lora, alpha=config.lora_alpha)
         if config.checkpoint is None:
-            peft_config = adapter.peft_config()
-            metadata = {"transformer_lora_adapter_metadata": peft_config and peft_config.to_dict()}
-            CausalWanPipeline.save_lora_weights(folder, adapter.state_dict(), **metadata)
+            arguments = {}
+            for name, adapter in adapters.items():
+                peft_config = adapter.peft_config()
+                arguments[f"{name}_lora_layers"] = adapter.state_dict()
+                arguments[f"{name}_lora_adapter_metadata"] = peft_config and peft_config.to_dict()
+            CausalWanPipeline.save_lora_weights(folder, **arguments)
         else:
-            _write_pipeline(config, adapter, folder)
-    return names
+            _write_pipeline(config, adapters, folder)
+        written = tuple(name for name in names if (folder / name).exists())
+    return written
 
 
-def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, folder: Path):
-    model = PUBLISHED_MODELS[config.recipe]
-    original = load_original_weights(config.checkpoint, config.weights or (), model)
+def _write_pipeline(config: ConversionConfig, adapters: dict[str, OriginalLora], folder: Path):
+    model = find_published_model(config.recipe)
+    _check_pipeline(model)
+    experts = load_original_experts(config.checkpoint, config.weights or (), model)
     base, index = _base_folder(config.base)
     with init_empty_weights():
         sizes = CausalWanTransformer3DModel.load_config(base, subfolder="transformer")
-        transformer = CausalWanTransformer3DModel.from_config(sizes, **model.transformer)
-    check_fits(original.tensors, {name: tensor.shape for name, tensor in transformer.state_dict().items()})
-    if adapter is not None:
-        adapter.check_fits(original.tensors)
+        transformer = CausalWanTransformer3DModel.from_recipe(sizes, model)
+    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    for original in experts.values():
+        check_fits(original.tensors, shapes)
+    for name, adapter in adapters.items():
+        if name not in experts:
+            raise ValueError(f"this LoRA is for {name}, which this checkpoint does not hold.")
+        adapter.check_fits(experts[name].tensors)
 
     for name in _SHARED:
         # Contents only: a base may be read-only, and its files links into a cache.
@@ -78,9 +88,20 @@ def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, fold
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
     FlowMatchLCMScheduler(shift=5.0).save_pretrained(folder / "scheduler")
-    transformer.save_config(folder / "transformer")
-    wanted = config.dtype and getattr(torch, config.dtype)
-    dtypes = {name: wanted or original.dtype(name) for name in original.tensors}
+    for name, original in experts.items():
+        transformer.save_config(folder / name)
+        _write_weights(original, adapters.get(name), config.dtype and getattr(torch, config.dtype), folder / name)
+    written = {name: index[name] for name in _SHARED} | {
+        "_class_name": "CausalWanPipeline",
+        "scheduler": ("diffusers", "FlowMatchLCMScheduler"),
+        **dict.fromkeys(experts, ("diffusers", "CausalWanTransformer3DModel")),
+    }
+    text = json.dumps(written | model.pipeline, indent=2, sort_keys=True) + "\n"
+    (folder / CausalWanPipeline.config_name).write_text(text)
+
+
+def _write_weights(original: OriginalWeights, adapter: OriginalLora | None, dtype: torch.dtype | None, folder: Path):
+    dtypes = {name: dtype or original.dtype(name) for name in original.tensors}
 
     def converted(name: str) -> torch.Tensor:
         tensor = original.value(name)
@@ -89,23 +110,23 @@ def _write_pipeline(config: ConversionConfig, adapter: OriginalLora | None, fold
         return tensor.to(dtypes[name]).contiguous()
 
     num_bytes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in original.tensors.items()}
-    save_shards(num_bytes, converted, folder / "transformer")
-    written = {name: index[name] for name in _SHARED} | {
-        "_class_name": "CausalWanPipeline",
-        "scheduler": ("diffusers", "FlowMatchLCMScheduler"),
-        "transformer": ("diffusers", "CausalWanTransformer3DModel"),
-    }
-    text = json.dumps(written | model.pipeline, indent=2, sort_keys=True) + "\n"
-    (folder / CausalWanPipeline.config_name).write_text(text)
+    save_shards(num_bytes, converted, folder)
+
+
+def _check_pipeline(model: PublishedModel):
+    """Raises a `ValueError` if the pipeline's settings of a recipe would only fail when the folder is loaded."""
+    components, settings = CausalWanPipeline._get_signature_keys(CausalWanPipeline)
+    model.check_names("pipeline", settings)
+    CausalWanPipeline(**dict.fromkeys(components), **model.pipeline)
 
 
 @contextmanager
 def _replacing(
     output_dir: Path, names: tuple[str, ...], overwrite: bool, sources: tuple[str | Path, ...]
 ) -> Iterator[Path]:
-    """Yields a new folder inside `output_dir`; when the block ends, `names` in it move up, in their order, and replace
-    what has them if `overwrite`, which must be none of the `sources`. After an error nothing is left of it, and what
-    was there is as it was."""
+    """Yields a new folder inside `output_dir`; when the block ends, what is in it of `names` moves up, in their order.
+    What had one of these names goes if `overwrite`, and must be none of the `sources`. After an error nothing is left
+    of the folder, and what was there is as it was."""
     there = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
     if there and not overwrite:
         raise ValueError(f"{there[0]} is there already: name another output_dir, or `overwrite` it.")
@@ -132,7 +153,8 @@ def _replacing(
         for old in reversed(there):
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         for name in names:
-            (partial / name).rename(output_dir / name)
+            if (partial / name).exists():
+                (partial / name).rename(output_dir / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in new_folders:

@@ -111,7 +111,7 @@ def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resour
         config.model, accelerator, config.revision, config.variant, config.vae_dtype
     )
     # The trainer's precision: in bf16 it generates under autocast.
-    accelerator.prepare_model(pipeline.transformer, evaluation_mode=True)
+    accelerator.prepare_model(pipeline.denoiser, evaluation_mode=True)
     size = video_size(pipeline, config.height, config.width, config.num_frames)
     for lora in config.columns.values():
         with use_lora(pipeline, *lora):  # one that does not fit is found now, not after the base's videos

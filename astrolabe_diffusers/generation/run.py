@@ -120,7 +120,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
     same = ("seed", "revision", "variant", "lora_scale", "max_sequence_length")
     same += ("vae_tiling", "attention_backend", "plain_prompts")
     # Not `None` without one: the videos in a folder of before have no such entry, and are still what they were.
-    lossy = {name: shareable_value(getattr(config, name)) for name in ("quantization", "tiny_decoder")}
+    lossy = {name: shareable_value(getattr(config, name)) for name in ("quantization", "vae", "tiny_decoder")}
     lossy = {name: value for name, value in lossy.items() if value}
     return {name: getattr(config, name) for name in same} | lossy | {
         "noise_layout": NOISE_LAYOUT,
@@ -130,7 +130,7 @@ def video_settings(config: GenerationConfig, pipe: CausalWanPipeline, dtype: str
         "model": shareable_value(config.model),
         "lora": shareable_value(config.lora),
         # A folder's name says nothing of what is in it.
-        "weights": weights_digest(pipe.transformer, *sampled_components(pipe)),
+        "weights": weights_digest(pipe.denoiser, *sampled_components(pipe)),
         "sigmas": config.sigmas or None,
         "dtype": dtype,
     }

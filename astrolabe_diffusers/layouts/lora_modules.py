@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from .experts import split_lora
 from .lora_files import find_lora_file, read_lora_file
 from .lora_keys import parse_key
 from .wan_checkpoints import describe
@@ -141,11 +142,20 @@ class OriginalLora:
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def load_original_lora(
+def load_original_loras(
     name: str | Path, weight_name: str | None = None, alpha: float | None = None, **hub
-) -> OriginalLora:
-    """The LoRA of a file, folder or Hub repository; see [`find_lora_file`] and [`parse_lora`]."""
-    return parse_lora(*read_lora_file(find_lora_file(name, weight_name, **hub)), alpha)
+) -> dict[str, OriginalLora]:
+    """The LoRAs of a file, folder or Hub repository by component; see [`find_lora_file`] and [`parse_loras`]."""
+    return parse_loras(*read_lora_file(find_lora_file(name, weight_name, **hub)), alpha)
+
+
+def parse_loras(
+    tensors: Mapping[str, Any], config: dict[str, Any] | None = None, alpha: float | None = None
+) -> dict[str, OriginalLora]:
+    """What a file holds for each component of a pipeline, by its name: mostly the transformer's alone. Arguments and
+    errors are those of [`parse_lora`]."""
+    configs = split_lora(config or {})
+    return {name: parse_lora(part, configs.get(name), alpha) for name, part in split_lora(tensors).items()}
 
 
 def parse_lora(

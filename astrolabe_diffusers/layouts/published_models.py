@@ -1,62 +1,85 @@
-"""How the published models were trained, hence how they generate: what conversion writes into their configs."""
+"""How published models were trained, hence how they generate: what conversion writes into their configs.
 
-from dataclasses import dataclass, field
+Each is a YAML file, in `recipes/models/` or a user's own, with the fields of [`PublishedModel`].
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from ..errors import close_matches
+from ..config import read_yaml
+from ..errors import UserError, close_matches
+from ..files.text import read_text
+
+
+MODELS = Path(__file__).parents[1] / "recipes" / "models"
+_SIZES = ("1.3B", "14B")
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    source: str  # where the weights are published
-    weights: tuple[str, ...]  # entries of a training checkpoint with the generator, the one its authors load first
-    transformer: dict[str, Any] = field(default_factory=dict)  # its config, beside the base model's sizes
-    pipeline: dict[str, Any] = field(default_factory=dict)  # its config
-    size: str = "1.3B"  # of the Wan2.1 model it was trained from, or "14B"
+    """What a recipe says.
+
+    Args:
+        source: where the weights are published.
+        weights: entries of a training checkpoint with the generator, the one its authors load first; none if the
+            file's tensors have no entries.
+        transformer: its config, beside the base model's sizes.
+        pipeline: its config.
+        size: of the Wan2.1 model it was trained from, or "14B".
+        experts: transformers in the file, of that size each; the second one writes the cache.
+    """
+
+    source: str
+    weights: tuple[str, ...] = ()
+    transformer: dict[str, Any] = field(default_factory=dict)
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    size: str = _SIZES[0]
+    experts: int = 1
+
+    def check_names(self, part: str, known: Collection[str]):
+        """Raises a `ValueError` if `part`, `"transformer"` or `"pipeline"`, has a name that is not `known`."""
+        for name in getattr(self, part).keys() - set(known):
+            near = close_matches(name, known) or f"; it has {', '.join(sorted(known))}"
+            raise ValueError(f"the recipe's {part} has no `{name}`{near}.")
 
 
-_FOUR_STEPS = [1.0, 0.75, 0.5, 0.25]
-_AVERAGE, _LAST = ("generator_ema", "generator"), ("generator", "generator_ema")
-_FRAMEWISE = {"num_frames_per_block": 1}
+def read_published_model(path: Path) -> PublishedModel:
+    """The recipe in a YAML file; a `ValueError` if it is none, an `OSError` if it cannot be read."""
+    try:
+        values = read_yaml(f"{path} is no valid YAML", read_text(path))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    names = [f.name for f in fields(PublishedModel)]
+    if not isinstance(values, dict) or not isinstance(values.get("source"), str):
+        raise ValueError(f"{path} is no recipe: it must say its source, and may say {', '.join(names[1:])}.")
+    for name, value in values.items():
+        if name not in names:
+            near = close_matches(str(name), names) or f"; it has {', '.join(names)}"
+            raise ValueError(f"{path}: a recipe has no {name}{near}.")
+        kind = {"weights": list, "transformer": dict, "pipeline": dict, "experts": int}.get(name, str)
+        if not isinstance(value, kind):
+            words = {list: "a list of names", dict: "a mapping of names to values", str: "text", int: "a number"}
+            raise ValueError(f"{path}: {name} must be {words[kind]}, not {value!r}.")
+    if values.get("size", _SIZES[0]) not in _SIZES:
+        raise ValueError(f"{path}: size must be one of {', '.join(_SIZES)}, not {values['size']!r}.")
+    if values.get("experts", 1) not in (1, 2):
+        raise ValueError(f"{path}: experts must be 1 or 2, not {values['experts']!r}.")
+    return PublishedModel(**values | {"weights": tuple(values.get("weights", ()))})
 
-PUBLISHED_MODELS = {
-    "self-forcing": PublishedModel("gdhe17/Self-Forcing, checkpoints/self_forcing_dmd.pt", _AVERAGE),
-    "causal-forcing-chunkwise": PublishedModel("zhuhz22/Causal-Forcing, chunkwise/causal_forcing.pt", _LAST),
-    "causal-forcing-framewise": PublishedModel(
-        "zhuhz22/Causal-Forcing, framewise/causal_forcing.pt", _AVERAGE, _FRAMEWISE
-    ),
-    "causal-forcing-framewise-2step": PublishedModel(
-        "zhuhz22/Causal-Forcing, causal-forcing++/framewise-2step.pt",
-        _AVERAGE,
-        _FRAMEWISE,
-        {"sigmas": [1.0, 0.5], "first_block_sigmas": _FOUR_STEPS},
-    ),
-    "causal-forcing-framewise-1step": PublishedModel(
-        "zhuhz22/Causal-Forcing, causal-forcing++/framewise-1step.pt",
-        _AVERAGE,
-        _FRAMEWISE,
-        {"sigmas": [1.0], "first_block_sigmas": _FOUR_STEPS},
-    ),
-    "longlive": PublishedModel(
-        "Efficient-Large-Model/LongLive-1.3B, models/longlive_base.pt and lora.pt",
-        (*_LAST, "model"),
-        {"sink_size": 3, "local_attn_size": 12},
-        {"num_frames": 477},
-    ),
-    "krea-14b": PublishedModel(
-        "krea/krea-realtime-video, krea-realtime-video-14b.safetensors",
-        (),
-        pipeline={"sigmas": [*_FOUR_STEPS, 0.0], "num_context_frames": 3, "num_frames": 105},
-        size="14B",
-    ),
-}
+
+PUBLISHED_MODELS = dict(sorted((path.stem, read_published_model(path)) for path in MODELS.glob("*.yaml")))
 
 
 def find_published_model(name: str) -> PublishedModel:
-    """The model of [`PUBLISHED_MODELS`] by that name; a `ValueError` if there is none."""
+    """The model of [`PUBLISHED_MODELS`] by that name, or of the YAML file that it is; a `ValueError` if there is
+    none."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return read_published_model(Path(name))
     if name not in PUBLISHED_MODELS:
         raise ValueError(
             f"there is no published model {name!r}{close_matches(name, PUBLISHED_MODELS)}; there are "
-            f"{', '.join(PUBLISHED_MODELS)}."
+            f"{', '.join(PUBLISHED_MODELS)}, or a YAML file of your own."
         )
     return PUBLISHED_MODELS[name]

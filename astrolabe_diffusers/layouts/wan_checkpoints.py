@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..files.text import parse_json
+from .experts import MEMORY_TRANSFORMER, TRANSFORMER, split_checkpoint
 from .published_models import PublishedModel
 from .tensor_files import load_tensors, misfits, select_weights
 
@@ -41,7 +42,17 @@ OUTSIDE |= {"time_projection.1": "condition_embedder.time_proj"}
 OUTSIDE |= {"head.head": "proj_out", "head.modulation": "scale_shift_table"}
 
 # (width, layers) of the models that checkpoints are published for.
-_KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B"}
+_KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B", (3072, 30): "Wan2.2 5B (LongLive 2.0)"}
+# What files are that have a name with one of these in it.
+_OTHER_FILES = {
+    r"\.base_layer\.": "a model with a LoRA beside its weights, as PEFT keeps it: take the file with both merged",
+    r"\.lora_|\.diff(_b)?$": "a LoRA: merge it into its model's file with --lora",
+    r"(^|\.)memory_": "a model with a second expert, as Self Gradient Forcing Plus has it",
+    r"^vace_": "VACE",
+    r"^img_emb\.|_img\.": "a model of images to videos, with an encoder of images",
+    r"^encoder\.block\.|^shared\.|^token_embedding\.": "a text encoder",
+    r"^(encoder|decoder)\.": "an autoencoder or a decoder of latents",
+}
 
 
 def diffusers_name(name: str) -> str:
@@ -75,15 +86,15 @@ class OriginalWeights:
         return tensor * self.scales[name].float() if name in self.scales else tensor
 
 
-def load_original_weights(
+def load_original_experts(
     checkpoint: str | Path | dict[str, Any],
     weights: str | tuple[str, ...] = (),
     recipe: PublishedModel | None = None,
     map_files: bool = True,
-) -> OriginalWeights:
+) -> dict[str, OriginalWeights]:
     """
-    The generator of a file or folder, as [`load_tensors`] takes it, or of what it holds: the first of the entries
-    `weights` that is there, or where any is there of those of `recipe`, the published model that it is.
+    By component, the generator of a file or folder, as [`load_tensors`] takes it, or of what it holds: the first of
+    the entries `weights` that is there, or where any is there of those of `recipe`, the published model that it is.
 
     Raises:
         ValueError: it is no checkpoint; `weights` are not there, or neither they nor a recipe say which of several
@@ -91,10 +102,27 @@ def load_original_weights(
     """
     if not isinstance(checkpoint, dict):
         checkpoint = load_tensors(checkpoint, map_files)
-    tensors = to_diffusers(_select_generator(checkpoint, weights, recipe.weights if recipe else ()))
+    tensors = _select_generator(checkpoint, weights, recipe.weights if recipe else ())
     if not tensors:
         raise ValueError("this checkpoint holds no tensors.")
-    return OriginalWeights(*_split_scales(tensors))
+    parts = split_checkpoint(tensors).items()
+    return {name: OriginalWeights(*_split_scales(to_diffusers(part))) for name, part in parts}
+
+
+def load_original_weights(
+    checkpoint: str | Path | dict[str, Any],
+    weights: str | tuple[str, ...] = (),
+    recipe: PublishedModel | None = None,
+    map_files: bool = True,
+) -> OriginalWeights:
+    """As [`load_original_experts`], of a checkpoint of a single model; a `ValueError` if it holds two experts."""
+    experts = load_original_experts(checkpoint, weights, recipe, map_files)
+    if MEMORY_TRANSFORMER in experts:
+        raise ValueError(
+            "this checkpoint holds two transformers, one that denoises and one that writes the cache: `astrolabe "
+            "convert` makes a pipeline of both, for CausalWanPipeline.from_pretrained."
+        )
+    return experts[TRANSFORMER]
 
 
 def _select_generator(
@@ -152,6 +180,9 @@ def to_diffusers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def describe(weights: dict[str, torch.Tensor]) -> str:
     """Which model tensors in Diffusers layout look like, in words."""
+    for mark, words in _OTHER_FILES.items():
+        if any(re.search(mark, name) for name in weights):
+            return words
     layers = _num_layers(weights)
     if not layers or "patch_embedding.weight" not in weights:
         return "no Wan transformer"
@@ -182,7 +213,9 @@ def infer_config(weights: dict[str, torch.Tensor], attention_head_dim: int = 128
             "ffn_dim": weights["blocks.0.ffn.net.0.proj.weight"].shape[0],
         }
     except KeyError as error:
-        raise ValueError(f"this is no Wan transformer: it has no {error.args[0]}.") from None
+        raise ValueError(
+            f"this is no Wan transformer: it has no {error.args[0]}. It looks like {describe(weights)}."
+        ) from None
     except IndexError:
         raise ValueError("this is no Wan transformer: its tensors have other shapes.") from None
 

@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 
 from ..errors import CHECKED, one_line
 from ..files.text import parse_json
-from ..pipelines.stream import TRANSITIONS
 from ..serving.binding import is_loopback
 from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_block
 from .engine import Ended, FullError, LiveEngine, Queued
@@ -152,7 +151,7 @@ class LiveApp(AbstractContextManager):
             "frames_first_block": model.frames_first_block,
             "frames_per_block": model.frames_per_block,
             "num_frames": None if model.num_frames == math.inf else model.num_frames,
-            "transitions": list(TRANSITIONS),
+            "transitions": list(model.pipe.transitions),
             "presets": self.presets,
             "loras": model.weights,
             "codecs": self.codecs,

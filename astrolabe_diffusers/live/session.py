@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -103,7 +103,7 @@ class LiveModel:
         self.max_pixels = max_pixels or pipe.config.height * pipe.config.width
         self.stream_settings = stream_settings
         self.digest = base_digest(pipe)
-        self.lora_digests = {lora: lora_digest(pipe.transformer, name) for lora, name in self.adapters.items()}
+        self.lora_digests = {lora: lora_digest(pipe.denoiser, name) for lora, name in self.adapters.items()}
 
     @property
     def frames_first_block(self) -> int:
@@ -175,7 +175,7 @@ class LiveModel:
         values = {"prompt": check_prompt(event.get("prompt"))}
         values |= {"transition": event.get("transition", "roll"), "num_blocks": event.get("num_blocks", 1)}
         check_whole_number("num_blocks", values["num_blocks"], MAX_TRANSITION_BLOCKS, least=1)
-        PromptSwitch.parse(**values)
+        PromptSwitch.parse(**values, transitions=self.pipe.transitions)
         return values
 
     def _check_lora(self, event: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class LiveModel:
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if not number or not abs(weight) <= MAX_WEIGHT:
                 raise ValueError(f"the weight of a LoRA must be a number from {-MAX_WEIGHT} to {MAX_WEIGHT}.")
-            check_lora_weights(self.pipe.transformer, [weight], [self.adapters[name]])
+            check_lora_weights(self.pipe.denoiser, [weight], [self.adapters[name]])
         return {"weights": {name: float(weight) for name, weight in weights.items()}}
 
 
@@ -391,7 +391,9 @@ class LiveSession:
             without = self.compare and lane == 0
             weights = {name: 0.0 if without else self.weights[lora] for lora, name in self.model.adapters.items()}
             started = time.monotonic()
-            with adapter_weights(self.model.pipe.transformer, weights):
+            with ExitStack() as stack:
+                for expert in self.model.pipe.experts.values():
+                    stack.enter_context(adapter_weights(expert, weights))
                 frames = next(stream)[0].cpu().numpy()
             seconds = time.monotonic() - started
             blocks.append(Block(lane, number, self.num_frames, frames, seconds, self.model.memory_gb()))

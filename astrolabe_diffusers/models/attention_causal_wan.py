@@ -9,7 +9,7 @@ from .block_layout import BlockLayout
 from .block_operations import norm_and_rotate
 from .kv_cache import CausalWanKVLayerCache
 from .kv_cache_clip import ClipKVLayerCache
-from .rotary import Rotary, apply_rotary
+from .rotary import Rotary
 
 
 def _project(
@@ -28,6 +28,19 @@ def _by_heads(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
 
 def _project_out(attn: WanAttention, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3).to(dtype)))
+
+
+def text_key(
+    attn: WanAttention, encoder_hidden_states: torch.Tensor, kv_cache: CausalWanKVLayerCache
+) -> torch.Tensor:
+    """Keys `(B, L, heads, head_dim)` of the text, those that the cache keeps if it does."""
+    if kv_cache.state.keeps_text and kv_cache.text is not None:
+        return kv_cache.text[0]
+    if attn.fused_projections:
+        key = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)[0]
+    else:
+        key = attn.to_k(encoder_hidden_states)
+    return _by_heads(attn, attn.norm_k(key).type_as(key))
 
 
 class CausalWanSelfAttnProcessor:
@@ -98,6 +111,7 @@ class CausalWanSelfAttnProcessor:
         clean_keys, clean_values = keys, values
         if kv_cache is not None:
             clean_keys, clean_values = (*kv_cache.keys, *keys), (*kv_cache.values, *values)
+        sinks = layout.sinks(clean_keys, clean_values)
         outputs = []
         for index, own_query in enumerate(query.split(n * layout.frame_tokens, dim=1)):
             # With teacher forcing the second half are the noisy frames; the context of both is the clean half.
@@ -105,23 +119,22 @@ class CausalWanSelfAttnProcessor:
             start = layout.first_frame + block * n
             own = slice(index * n // unit, (index + 1) * n // unit)
             context = layout.units(layout.context(start, start + n))
-            context_keys = [clean_keys[i] for i in context]
-            if (shift := layout.sink_shifts[block]) is not None:
-                sink = layout.sink_size // unit
-                context_keys[:sink] = [apply_rotary(k, shift) for k in context_keys[:sink]]
-            seen = [*context_keys, *keys[own]], [*(clean_values[i] for i in context), *values[own]]
+            context_keys, context_values = ([units[i] for i in context] for units in (clean_keys, clean_values))
+            if sinks[block] is not None:
+                context_keys[: layout.sink_units], context_values[: layout.sink_units] = sinks[block]
+            seen = [*context_keys, *keys[own]], [*context_values, *values[own]]
             outputs.append(self._attend_to_units(own_query, *seen))
         return torch.cat(outputs, dim=1)
 
     def _attend_to_units(
         self, query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
     ) -> torch.Tensor:
-        # What the videos share comes first, and there is one of it for all.
-        num_shared = sum(len(key) < len(query) for key in keys)
-        own = torch.cat(keys[num_shared:], dim=1), torch.cat(values[num_shared:], dim=1)
-        if num_shared == 0:
+        # Of what the videos share there is one for all.
+        shared = [len(key) < len(query) for key in keys]
+        own = [torch.cat([x for x, one in zip(units, shared) if not one], dim=1) for units in (keys, values)]
+        if not any(shared):
             return attend(query, *own, backend=self._attention_backend)
-        past = torch.cat(keys[:num_shared], dim=1), torch.cat(values[:num_shared], dim=1)
+        past = [torch.cat([x for x, one in zip(units, shared) if one], dim=1) for units in (keys, values)]
         return attend_with_shared_past(query, past, own, self._attention_backend)
 
 

@@ -35,7 +35,8 @@ class CausalTransformer(Protocol):
     _repeated_blocks: list[str]
 
     # May have `packs_blocks`, true if it knows two more cache modes; nothing needs them ([`store_mode`]). And
-    # `packs_clips`, true if a pass may have several blocks with a [`ClipKVCache`], in training.
+    # `packs_clips`, true if a pass may have several blocks with a [`ClipKVCache`], in training. And `rope`, a
+    # [`CausalWanRotaryPosEmbed`], by which its keys are rotated in time: transitions that move frames need it.
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
         """An empty cache for one generation."""
@@ -68,7 +69,8 @@ class CausalTransformer(Protocol):
 
         With `packs_clips` also a [`ClipKVCache`], with `"read"`, `"write"` and `"store"`: several blocks from frame
         `frame_offset` on. `begin_clip(...)` first; in every layer a block sees the part of `keys` and `values` that
-        window and sink allow, of clean blocks also those of its own pass, and itself; then as above.
+        window and sink allow, of clean blocks also those of its own pass, and itself; then as above. And with `"read"`
+        `clean_hidden_states`, the clean blocks of the same frames with gradients, which follow those in the cache.
         """
 
 

@@ -1,10 +1,12 @@
 """K/V cache of a block-wise causal video transformer."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
 import torch
 
+from .kv_cache_flush import CUT_ROW, FlushedKeys, kept_frames
 from .rotary import CausalWanRotaryPosEmbed, Rotary, apply_rotary
 
 
@@ -53,8 +55,11 @@ class KVCacheState:
 
     num_frames: int = 0  # stored so far, those that left the window included
     num_cached: int = 0  # slots in use
-    first_frame: int = 0  # the frame in slot 0
+    first_frame: int = 0  # the frame in slot 0, or the one whose place that has since a flush
+    first_shift: int = 0  # frames from its own place to that
+    cut: bool = False  # the next block sees what is cached from afar
     slots: BoundedSlots | RingSlots = BoundedSlots(0)
+    num_beside: int = 0  # frames of a memory bank, left of the slots in use
     margin_frames: int = 0  # in the layers' buffers, left of the slots; of a ring, from the first pair of blocks on
     block_frames: int = 0
     frame_tokens: int = 0
@@ -112,6 +117,7 @@ class CausalWanKVLayerCache:
 
     # Keys and values `(1, tokens, heads, head_dim)` that all videos see beside those of `extend`.
     past: KeyValue | None = None
+    keeps_graph = False  # or what is stored with grad is no constant
 
     def __init__(self, state: KVCacheState):
         self.state = state
@@ -134,17 +140,23 @@ class CausalWanKVLayerCache:
         # Relative positions only: the sink keys as first stored, and the shift (in frames) that `key` has them at.
         self._sink_key: torch.Tensor | None = None
         self._sink_shift = 0
+        self.flushed: FlushedKeys | None = None
 
     def select(self, videos: list[int], state: KVCacheState) -> "CausalWanKVLayerCache":
         """A layer of its own for some videos of the batch, without text."""
-        other = CausalWanKVLayerCache(state)
+        other = type(self)(state)
         if self.key is not None:
             other.key, other.value = (new_buffer(x, len(videos), x.shape[1]) for x in (self.key, self.value))
             for row, video in enumerate(videos):
                 other.key[row], other.value[row] = self.key[video], self.value[video]
         other._sink_key = None if self._sink_key is None else self._sink_key[videos]
         other._sink_shift = self._sink_shift
+        other.flushed = self.flushed and self.flushed.select(videos)
         return other
+
+    def go_on(self, state: KVCacheState, num_videos: int) -> "CausalWanKVLayerCache":
+        """A layer for several videos that go on from this one's single video, without its frames."""
+        return CausalWanKVLayerCache(state)
 
     def add_margin(self, num_tokens: int):
         """So many tokens before the slots."""
@@ -160,10 +172,20 @@ class CausalWanKVLayerCache:
             return
         state = self.state
         end = state.end
-        start = end - state.num_cached * state.frame_tokens
+        start = end - (state.num_cached + state.num_beside) * state.frame_tokens
         self._has_workspace = not torch.is_grad_enabled() and end + num_tokens <= self.key.shape[1]
         stop = end + num_tokens if self._has_workspace else end
         self._seen = growing(self.key[:, start:stop]), growing(self.value[:, start:stop])
+
+    def begin_text(self, encoder_hidden_states: torch.Tensor):
+        """The text of the pass, embeddings as they are given to the transformer."""
+
+    def needs_text_key(self, kv_cache_mode: str) -> bool:
+        """Whether what a pass sees hangs on the text: [`see_text`] is then called before the layer attends."""
+        return False
+
+    def see_text(self, key: torch.Tensor):
+        """The text's keys in this layer, `(batch, text tokens, heads, head_dim)`."""
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Cached keys and values followed by those of the current block.
@@ -208,7 +230,7 @@ class CausalWanKVLayerCache:
 
     def store(self, key: torch.Tensor, value: torch.Tensor):
         """Keep a block's (clean) keys and values; [`commit`] brings them into the slots."""
-        self._stored = key.detach(), value.detach()
+        self._stored = (key, value) if self.keeps_graph else (key.detach(), value.detach())
 
     def commit(self):
         """Bring what [`store`] was given into the slots; the frames that leave the window are overwritten."""
@@ -219,12 +241,36 @@ class CausalWanKVLayerCache:
         if self.key is None:
             num_tokens = state.end + state.block_frames * size
             self.key, self.value = (new_buffer(x, len(x), num_tokens) for x in (key, value))
+        if state.cut:
+            # It was for this block. Before the slots are written: it may take some of theirs.
+            in_place, self.flushed.in_place = self.flushed.in_place, None
+            self.key[:, state.end - in_place.shape[1] : state.end] = in_place
         for i, frame in enumerate(range(state.num_frames, state.num_frames + key.shape[1] // size)):
             slot = state.slots.slot(frame - state.first_frame)
             if slot is not None:
                 self.key[:, state.tokens(slot)] = key[:, i * size : (i + 1) * size]
                 self.value[:, state.tokens(slot)] = value[:, i * size : (i + 1) * size]
         self._stored = None
+
+    def flush(self, slots: list[int], rotary: Rotary | None, cut: Rotary | None):
+        """Keep what is in these slots alone, in slots 0, 1, ... from now on. `rotary` takes the keys of the first of
+        them from where they were stored to their new place, `cut` all of them away until a block is stored."""
+        state = self.state
+        tokens = [state.tokens(slot) for slot in reversed(slots)]
+        key, value = (torch.cat([buffer[:, part] for part in tokens], dim=1) for buffer in (self.key, self.value))
+        oldest = slice(-state.frame_tokens, None)
+        if self.flushed is not None:
+            first = self.flushed.first
+        else:
+            # Of a sink that has moved the originals are at hand.
+            first = (key if self._sink_key is None else self._sink_key)[:, oldest].clone()
+        if rotary is not None:
+            key[:, oldest] = apply_rotary(first, rotary)
+        self.forget_sink()
+        self.flushed = FlushedKeys(first, None if cut is None else key)
+        kept = slice(state.end - key.shape[1], state.end)
+        self.key[:, kept] = key if cut is None else apply_rotary(key, cut)
+        self.value[:, kept] = value
 
     def shift_sink(self, shift: int, rotary: Rotary):
         """Place the sink keys `shift` frames after their own positions; `rotary` is the rotation that does it."""
@@ -256,11 +302,19 @@ class CausalWanKVCache:
             first one excepted. Less than 1 keeps errors from piling up (Krea).
     """
 
+    keeps_graph = False  # as its layers
+    can_flush = True  # [`flush`]
+    # Whether videos that go on from one may attend to its keys and values, kept once ([`share_past`]).
+    shares_past = True
+
     def __init__(self, num_layers: int, max_frames: int | None = None, past_weight: float = 1.0):
         self.max_frames = max_frames
         self.past_weight = past_weight
         self.state = KVCacheState()
         self._text: torch.Tensor | None = None
+        # The model whose text the layers have, and that of others: experts share a cache, but not their projections.
+        self._text_model: object = None
+        self._other_texts: dict[object, list[KeyValue | None]] = {}
         self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in range(num_layers)]
 
     @property
@@ -268,13 +322,31 @@ class CausalWanKVCache:
         """Latent frames stored so far, those that left the window included."""
         return self.state.num_frames
 
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the first frame is still there: until a ring without a sink takes its slot for another."""
+        state = self.state
+        return state.num_frames - state.first_frame <= state.slots.capacity or state.slots.sink_size > 0
+
+    @property
+    def first_frame(self) -> int:
+        """The first latent frame that is cached, those that left the window included; after a flush the one whose
+        place that has."""
+        return self.state.first_frame
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether a flush has forgotten what followed the first frame."""
+        return self.state.first_shift > 0
+
     def get(self, layer_idx: int) -> CausalWanKVLayerCache:
         return self.layer_caches[layer_idx]
 
     def clear(self):
         """Forget all frames and free their memory."""
         state = self.state
-        state.num_frames = state.num_cached = state.first_frame = state.margin_frames = 0
+        state.num_frames = state.num_cached = state.first_frame = state.first_shift = state.margin_frames = 0
+        state.cut = False
         for layer_cache in self.layer_caches:
             layer_cache.clear()
 
@@ -285,27 +357,68 @@ class CausalWanKVCache:
         changed. Passes with another tensor or with gradients compute their own, as all do if no text is set.
         """
         self._text = encoder_hidden_states
+        self._other_texts.clear()
         for layer_cache in self.layer_caches:
             layer_cache.text = None
 
-    def begin_text(self, encoder_hidden_states: torch.Tensor) -> bool:
-        """Whether this pass has the keys and values of its text already."""
+    def begin_text(self, encoder_hidden_states: torch.Tensor, model: object) -> bool:
+        """Whether this pass of a model has the keys and values of its text already."""
+        if model is not self._text_model:
+            self._other_texts[self._text_model] = [layer_cache.text for layer_cache in self.layer_caches]
+            self._text_model = model
+            texts = self._other_texts.get(model) or [None] * len(self.layer_caches)
+            for layer_cache, text in zip(self.layer_caches, texts):
+                layer_cache.text = text
         self.state.keeps_text = self._text is encoder_hidden_states and not torch.is_grad_enabled()
+        for layer_cache in self.layer_caches:
+            layer_cache.begin_text(encoder_hidden_states)
         return self.state.keeps_text and self.layer_caches[-1].text is not None
 
-    def rewind(self, num_frames: int, keep_sink: bool):
+    def rewind(self, num_frames: int, num_kept: int):
         """Go back to `num_frames` frames, to write those after them anew, all at once.
 
-        Of the frames before, only the sink stays, if `keep_sink`; if not, the next frames that are written become it.
+        Of the frames before, only the first `num_kept` stay, the sink or what a flush has put into slot 0; if none do,
+        the next frames that are written become the sink.
         """
         state = self.state
-        state.num_frames = num_frames
-        state.num_cached = state.slots.sink_size if keep_sink else 0
-        state.rewound = True
-        if not keep_sink:
-            state.first_frame = num_frames
+        state.num_frames, state.num_cached, state.rewound = num_frames, num_kept, True
+        if num_kept == 0:
+            state.first_frame, state.first_shift = num_frames, 0
             for layer_cache in self.layer_caches:
                 layer_cache.forget_sink()
+
+    def flush(self, config, rope: CausalWanRotaryPosEmbed, cut: bool = False):
+        """
+        Infinity-RoPE's KV flush: forget all frames but the oldest that the next block would see, which of a model with
+        a sink is the video's first, and the newest two. The window fills again after them, and its sink, if there is
+        one, begins with them. What is stored of them stays as it is; but with relative positions the oldest is from
+        now on right before the other two.
+
+        With `cut` the next block sees them from afar (its RoPE cut): as if it began with temporal row 45 and they were
+        rows 0 to 2, the oldest where it is with absolute positions. Blocks after that see all in its place.
+
+        Blocks and windows of any size: where only one or two frames are cached these are all, and where a window
+        leaves room for three beside a block nothing is left to forget.
+        """
+        state = self.state
+        if state.num_cached == 0:
+            return
+        frames = kept_frames(state.num_frames - state.first_frame, state.slots.capacity, state.slots.sink_size)
+        slots, first_frame = [state.slots.slot(frame) for frame in frames], state.num_frames - len(frames)
+        if frames[0] == 0:
+            state.first_shift += first_frame - state.first_frame
+        else:
+            # Without a sink the frame that an earlier flush kept has left since.
+            state.first_shift = first_frame - (state.first_frame + frames[0])
+            for layer_cache in self.layer_caches:
+                layer_cache.forget_sink()
+        state.first_frame, state.num_cached, state.cut = first_frame, len(frames), cut
+        device = self.layer_caches[0].key.device
+        rotary = rope.shift(state.first_shift, device) if config.rope_mode == "relative" else None
+        # That the block is later, or all else earlier, is the same; its keys then are where later blocks see them.
+        away = rope.shift(len(frames) - CUT_ROW, device) if cut else None
+        for layer_cache in self.layer_caches:
+            layer_cache.flush(slots, rotary, away)
 
     def advance(self, num_frames: int):
         """Count frames that every layer has stored."""
@@ -314,19 +427,23 @@ class CausalWanKVCache:
         state = self.state
         state.num_frames += num_frames
         state.num_cached = min(state.num_cached + num_frames, state.slots.capacity)
-        state.rewound = False
+        state.rewound = state.cut = False
 
     def select(self, videos: list[int]) -> "CausalWanKVCache":
         """A cache of its own for some videos of the batch."""
-        other = CausalWanKVCache(0, self.max_frames, self.past_weight)
+        other = copy.copy(self)
+        other._text = None
         other.state = replace(self.state, shape=self.state.shape and (len(videos), *self.state.shape[1:]))
         other.layer_caches = [layer_cache.select(videos, other.state) for layer_cache in self.layer_caches]
         return other
 
     def can_pair(self, num_frames: int, config) -> bool:
         """Whether one pass can store the next block, of `num_frames`, and read the one after it, without gradients.
-        Not where only some of as many frames leave the window: when one that is no whole number of blocks fills up."""
+        Not where only some of as many frames leave the window: when one that is no whole number of blocks fills up;
+        nor where the two see the cached frames at different places, as after a cut."""
         state = self.state
+        if state.cut:
+            return False
         entering = self._entering(num_frames, state.slots if state.num_frames else self._slots(config))
         if None in entering or len(set(entering)) < num_frames:
             return False  # the second block does not see all of the first
@@ -422,12 +539,11 @@ class CausalWanKVCache:
         """Frames of the sink if every block has it at another position."""
         return config.sink_size if config.rope_mode == "relative" else 0
 
-    def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
-        """With relative positions, before a block that ends with latent frame `stop`: the sink right before its
-        window."""
+    def place_sink(self, position: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
+        """With relative positions, before a block: the sink begins at this one, or at its own if that is later."""
         state = self.state
         if state.slots.sink_size:
-            shift = max(stop - (state.slots.capacity + state.block_frames) - state.first_frame, 0)
+            shift = max(position - state.first_frame, 0)
             rotary = rope.shift(shift, device)
             for layer_cache in self.layer_caches:
                 layer_cache.shift_sink(shift, rotary)
@@ -435,11 +551,10 @@ class CausalWanKVCache:
     def attention_mask(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """What `past_weight` adds to the scores of the keys that a block of `num_tokens` sees, `(1, 1, 1, keys)`."""
         state = self.state
-        if self.past_weight == 1 or state.num_cached == 0:
+        num_seen = state.num_cached + state.num_beside
+        if self.past_weight == 1 or num_seen == 0:
             return None
-        cached = state.num_cached * state.frame_tokens
-        # Slot 0 keeps the first frame until a ring without a sink takes it for another.
-        keeps_first = state.num_frames - state.first_frame <= state.slots.capacity or state.slots.sink_size > 0
+        cached = num_seen * state.frame_tokens
         mask = torch.zeros(1, 1, 1, cached + num_tokens, device=device, dtype=dtype)
-        mask[..., : cached - state.frame_tokens * keeps_first] = math.log(self.past_weight)
+        mask[..., : cached - state.frame_tokens * self.keeps_first] = math.log(self.past_weight)
         return growing(mask, dim=3)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from .kv_cache import BoundedSlots, CausalWanKVCache, CausalWanKVLayerCache, RingSlots, growing
+from .kv_cache import BoundedSlots, CausalWanKVCache, RingSlots, growing
 from .rotary import CausalWanRotaryPosEmbed
 
 
@@ -38,7 +38,7 @@ class SharedPastKVCache(CausalWanKVCache):
             self.state.slots = RingSlots(state.slots.capacity - state.slots.sink_size, 0)
         else:
             self.state.slots = BoundedSlots(max_frames - state.num_frames - state.block_frames)
-        self.layer_caches = [CausalWanKVLayerCache(self.state) for _ in past.layer_caches]
+        self.layer_caches = [layer_cache.go_on(self.state, num_videos) for layer_cache in past.layer_caches]
 
     def can_pair(self, num_frames: int, config) -> bool:
         # What is seen of the past changes from the first block to the second.
@@ -48,9 +48,9 @@ class SharedPastKVCache(CausalWanKVCache):
         super().begin_block(*args, **kwargs)
         self._see_past()
 
-    def place_sink(self, stop: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
+    def place_sink(self, position: int, rope: CausalWanRotaryPosEmbed, device: torch.device):
         # The sink is the past's.
-        self.past.place_sink(stop, rope, device)
+        self.past.place_sink(position, rope, device)
         self._see_past()
 
     def _see_past(self):
@@ -64,6 +64,14 @@ class SharedPastKVCache(CausalWanKVCache):
             ranges.append(tokens)
         for layer_cache, past_layer in zip(self.layer_caches, self.past.layer_caches):
             layer_cache.past = (_joined(past_layer.key, ranges), _joined(past_layer.value, ranges)) if ranges else None
+
+
+def share_past(past: CausalWanKVCache, num_videos: int, max_frames: int | None) -> CausalWanKVCache:
+    """The cache of videos that go on from a single one, whose cache is not to be written while this one is used: a
+    [`SharedPastKVCache`], or copies of `past` where what a video adds changes what it sees of that."""
+    if past.shares_past:
+        return SharedPastKVCache(past, num_videos, max_frames)
+    return past.select([0] * num_videos)
 
 
 def _joined(buffer: torch.Tensor, ranges: list[slice]) -> torch.Tensor:

@@ -29,8 +29,8 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3-D rotary positions starting at any latent frame."""
 
     def _temporal(self, start: int, num_frames: int, device: torch.device) -> Rotary:
-        """cos and sin `(num_frames, t_dim / 2)` of frames `start..`, computed where the table ends."""
-        if start + num_frames <= self.max_seq_len:
+        """cos and sin `(num_frames, t_dim / 2)` of frames `start..`, computed where the table has none."""
+        if 0 <= start <= self.max_seq_len - num_frames:
             rows = slice(start, start + num_frames)
             return self.freqs_cos[rows, : self.t_dim : 2], self.freqs_sin[rows, : self.t_dim : 2]
         return sinusoids(torch.arange(start, start + num_frames, device=device), self.t_dim)
@@ -50,7 +50,7 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         return tables[0], tables[1]
 
     def shift(self, num_frames: int, device: torch.device) -> Rotary:
-        """The rotation, `(1, 1, 1, head_dim / 2)`, that moves keys `num_frames` later in time."""
+        """The rotation, `(1, 1, 1, head_dim / 2)`, that moves keys `num_frames` later in time; negative: earlier."""
         cos, sin = self._temporal(num_frames, 1, device)
         still = (0, (self.h_dim + self.w_dim) // 2)
         return F.pad(cos, still, value=1.0).view(1, 1, 1, -1), F.pad(sin, still).view(1, 1, 1, -1)

@@ -13,15 +13,17 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import close_matches
-from ..layouts.published_models import find_published_model
+from ..layouts.published_models import PublishedModel, find_published_model
 from ..layouts.tensor_files import HUB_ARGUMENTS, fetch_link
 from ..layouts.wan_checkpoints import check_fits, infer_config, load_original_weights
 from ..registration import register_with_diffusers
-from .attention_causal_wan import CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor
+from .attention_causal_wan import CausalWanCrossAttnProcessor, CausalWanSelfAttnProcessor, text_key
 from .block_layout import BlockLayout
 from .block_operations import add_gated, norm_and_modulate
 from .kv_cache import CausalWanKVCache, CausalWanKVLayerCache
 from .kv_cache_clip import ClipKVCache
+from .kv_cache_ema_sink import EMASinkKVCache, SinkEMA
+from .kv_cache_memory_bank import BANK_UPDATES, MemoryBank, MemoryBankKVCache, MemoryBankState
 from .lora_layers import (
     apply_lora_scale,
     check_lora_weights,
@@ -85,6 +87,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
             self.modulation(self.scale_shift_table).unsqueeze(0) + temb.float()
         ).chunk(6, dim=2)
 
+        if kv_cache is not None and kv_cache.needs_text_key(kv_cache_mode):
+            kv_cache.see_text(text_key(self.attn2, encoder_hidden_states, kv_cache))
         norm_hidden_states = norm_and_modulate(self.norm1, hidden_states, scale_msa, shift_msa)
         past = {"layout": layout, "kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
         attn_output = self.attn1(norm_hidden_states, None, attention_mask, rotary_emb, **past)
@@ -121,6 +125,21 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             `"absolute"`: a frame keeps the position of its index, which must stay below `rope_max_seq_len`.
             `"relative"`: once the window moves, the sink is placed right before it, so that no distance exceeds the
             window and the video may go on for ever.
+        rope_window (`int`, *optional*):
+            Of `"relative"`: positions that sink and window have between them, `local_attn_size` if not given. With
+            more the sink is moved later, and there is a gap between it and the window (Self Gradient Forcing).
+        sink_ema (`float`, *optional*):
+            Decay, in (0, 1), with which the sink takes up the frames that leave the window (Reward Forcing); by
+            default it stays as it is. See [`SinkEMA`].
+        upcast_sink_ema (`bool`, defaults to `True`):
+            Keep that sink in float32. The release keeps it in the cache's type: in bfloat16 it hardly ever changes.
+        memory_bank_size (`int`, defaults to 0):
+            Earlier latent frames, chosen by the text, that a block sees beside sink and window (MemFlow). Needs a
+            window and absolute positions. Blocks then take a pass each, with a cache.
+        memory_bank_interval (`int`, defaults to 3): of so many blocks, one has its first frame recorded for the bank.
+        memory_bank_update (`str`, defaults to `"once"`):
+            `"once"`: each recorded frame enters the bank once. `"interactive"` and `"single_prompt"`: as MemFlow's two
+            pipelines, with copies of frames; see [`MemoryBank`].
     """
 
     # A subclass with blocks of its own names them in `_repeated_blocks` too: their Linear layers get a LoRA.
@@ -157,11 +176,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         sink_size: int = 0,
         local_attn_size: int = -1,
         rope_mode: str = "absolute",
+        rope_window: int | None = None,
+        sink_ema: float | None = None,
+        upcast_sink_ema: bool = True,
+        memory_bank_size: int = 0,
+        memory_bank_interval: int = 3,
+        memory_bank_update: str = "once",
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None:
             raise ValueError("image-conditioned Wan checkpoints (`image_dim`, `added_kv_proj_dim`) are not supported.")
         counts = dict.fromkeys(("num_attention_heads", "attention_head_dim", "num_layers", "rope_max_seq_len"), 1)
-        for name, least in (counts | {"num_frames_per_block": 1, "sink_size": 0, "local_attn_size": -1}).items():
+        counts |= {"num_frames_per_block": 1, "sink_size": 0, "local_attn_size": -1}
+        for name, least in (counts | {"memory_bank_size": 0, "memory_bank_interval": 1}).items():
             value = self.config[name]
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
@@ -171,6 +197,20 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(
                 f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = "
                 f"{sink_size + num_frames_per_block}, but is {local_attn_size}."
+            )
+        if rope_window is not None:
+            check_rope_window(self.config)
+        if sink_ema is not None and not (0 < sink_ema < 1 and sink_size > 0 and local_attn_size != -1):
+            raise ValueError(
+                f"`sink_ema` must be a decay in (0, 1) and needs a `sink_size` and a `local_attn_size`, but they are "
+                f"{sink_ema}, {sink_size} and {local_attn_size}; `None` is a sink that stays as it is."
+            )
+        if memory_bank_update not in BANK_UPDATES:
+            raise ValueError(f"`memory_bank_update` must be one of {BANK_UPDATES} but is {memory_bank_update!r}.")
+        if memory_bank_size and (local_attn_size == -1 or rope_mode != "absolute" or sink_ema is not None):
+            raise ValueError(
+                f"`memory_bank_size={memory_bank_size}` needs a `local_attn_size` other than -1, no `sink_ema` and "
+                "`rope_mode='absolute'`: the bank has frames that leave the window, at their own positions."
             )
         # The parent builds everything but the blocks, whose class is ours.
         stock = signature(WanTransformer3DModel.__init__).parameters.keys() & self.config.keys()
@@ -229,8 +269,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             pretrained_model_link_or_path_or_dict:
                 Path or Hub link of a safetensors or torch file, path of a folder of shards or of their index, or what
                 such a file holds. 8-bit weights are multiplied by their scales; their files become float32.
-            recipe: the published model that it is, of `PUBLISHED_MODELS`: the entry that its authors load is taken,
-                and the config gets its block, window and sink. Sigmas are the pipeline's.
+            recipe: the published model that it is, of `PUBLISHED_MODELS`, or the YAML file that says what one is: the
+                entry that its authors load is taken, and the config gets its block, window and sink. Sigmas are the
+                pipeline's.
             weights: the entry of a training checkpoint that holds the model, or several of which the first found is
                 taken. A file with several that may be meant needs this or `recipe`.
             config: pipeline folder or Hub id whose transformer's config (in `subfolder`) is taken; sizes are read off
@@ -259,7 +300,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         else:
             sizes = infer_config(original.tensors, kwargs.get("attention_head_dim", 128))
         with init_empty_weights():
-            model = cls.from_config(sizes, **((published.transformer if published else {}) | kwargs))
+            model = cls.from_recipe(sizes, published, **kwargs) if published else cls.from_config(sizes, **kwargs)
         check_fits(original.tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
         tensors = {}
         for name in original.tensors:
@@ -268,6 +309,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             tensors[name] = original.value(name).to(device, torch.float32 if keep else dtype, copy=True)
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval() if device is not None else model.eval()
+
+    @classmethod
+    def from_recipe(cls, sizes: dict[str, Any], recipe: PublishedModel, **kwargs) -> "CausalWanTransformer3DModel":
+        """A model of these sizes, as `from_config`, with what a recipe says of it; `kwargs` go before either."""
+        recipe.check_names("transformer", cls._get_init_keys(cls) - {"self"})
+        return cls.from_config(sizes, **recipe.transformer | kwargs)
 
     @classmethod
     def _check_single_file_arguments(cls, dtype: Any, config: dict[str, Any]):
@@ -293,7 +340,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     @property
     def packs_clips(self) -> bool:
         """Likewise whether it may be given a [`ClipKVCache`]; a subclass that knows it says `packs_clips = True`."""
-        return self._is_ours()
+        return self._is_ours() and not self.config.memory_bank_size
 
     def _is_ours(self) -> bool:
         # Accelerate and autocast wrap a whole model's forward, and leave alone what it is given.
@@ -305,7 +352,20 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
-        return CausalWanKVCache(self.config.num_layers, max_frames, past_weight)
+        config = self.config
+        if (ema := self._sink_ema()) is not None:
+            return EMASinkKVCache(config.num_layers, ema, max_frames, past_weight)
+        if config.memory_bank_size:
+            bank = MemoryBank(config.memory_bank_size, config.memory_bank_interval, config.memory_bank_update)
+            return MemoryBankKVCache(config.num_layers, max_frames, past_weight, bank)
+        return CausalWanKVCache(config.num_layers, max_frames, past_weight)
+
+    def _sink_ema(self) -> SinkEMA | None:
+        config = self.config
+        # Training may take window or sink away.
+        if config.sink_ema is None or config.sink_size == 0 or config.local_attn_size == -1:
+            return None
+        return SinkEMA(config.sink_ema, config.sink_size, config.upcast_sink_ema, self.rope)
 
     def set_adapters(self, adapter_names: list[str] | str, weights=None):
         """As the parent's. Weights that are not finite are refused, and others than 1 of a DoRA."""
@@ -368,7 +428,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         Without a cache, all blocks of a video are computed at once, each seeing the blocks before it that window and
         sink allow; with `clean_hidden_states` it sees those clean blocks, at t = 0, instead of the noisy ones (teacher
         forcing). With a cache, the input is one block of any number of frames that sees the cached frames and itself;
-        with a [`ClipKVCache`] any number of blocks, each of which sees the clean ones before it and itself.
+        with a [`ClipKVCache`] any number of blocks, each of which sees the clean ones before it and itself; these are
+        then in the cache, or, from the pass's first frame on, `clean_hidden_states`.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`): noisy latents.
@@ -385,7 +446,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             frame_offset (`int`):
                 Latent frame index of the first frame; with a cache, the number of frames in it. With a [`ClipKVCache`]
                 noisy blocks may begin earlier.
-            clean_hidden_states (`(B, C, F, H, W)`, *optional*): the clean video, for teacher forcing, with gradients.
+            clean_hidden_states (`(B, C, F, H, W)`, *optional*):
+                The clean video, for teacher forcing, with gradients; where a [`ClipKVCache`] is read, that of the
+                frames from `frame_offset` on, and the cache has those before.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies the weights of the LoRAs, in this call.
 
         Returns:
@@ -393,22 +456,26 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             `"store+read"`, and `None` with `"store"`.
         """
         size = hidden_states.shape[2:]
-        if kv_cache is not None and clean_hidden_states is not None:
-            raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
-        layout = self._begin_pass(hidden_states, kv_cache, kv_cache_mode, frame_offset)
+        forced = clean_hidden_states is not None
+        if forced and kv_cache is not None and not (isinstance(kv_cache, ClipKVCache) and kv_cache_mode == "read"):
+            raise ValueError(
+                "pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to; a `ClipKVCache` "
+                "that is read may have those before them."
+            )
+        layout = self._begin_pass(hidden_states, kv_cache, kv_cache_mode, frame_offset, forced)
         timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep  # (B, 1) or (B, F)
         rotary_emb = self.rope(hidden_states, frame_offset)
         hidden_states = self._embed(hidden_states)
-        if clean_hidden_states is not None:
+        if forced:
             hidden_states = torch.cat([self._embed(clean_hidden_states), hidden_states], dim=1)
             rotary_emb = tuple(torch.cat([table, table], dim=1) for table in rotary_emb)
             timestep = timestep.expand(-1, size[0])
         paired = kv_cache_mode == "store+read"
-        if paired or clean_hidden_states is not None:
+        if paired or forced:
             timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
         temb, timestep_proj = self._embed_time(timestep, encoder_hidden_states.dtype)
         # The keys of cached text are all that is used of it.
-        if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states):
+        if kv_cache is None or not kv_cache.begin_text(encoder_hidden_states, self):
             encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
 
         inputs = (encoder_hidden_states, timestep_proj, rotary_emb, layout)
@@ -419,13 +486,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             kv_cache.advance(size[0])
         if kv_cache_mode == "store":
             return Transformer2DModelOutput(sample=None) if return_dict else (None,)
-        if paired or clean_hidden_states is not None:
+        if paired or forced:
             hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
         output = self._project_out(hidden_states, temb, size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _begin_pass(
-        self, latents: torch.Tensor, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None, frame_offset: int
+        self,
+        latents: torch.Tensor,
+        kv_cache: CausalWanKVCache | None,
+        kv_cache_mode: str | None,
+        frame_offset: int,
+        forced: bool,
     ) -> BlockLayout | None:
         """Check a pass and prepare its cache; what each block sees if it may have several."""
         batch_size, _, num_frames, height, width = latents.shape
@@ -437,6 +509,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"latent frame {frame_offset + num_frames - 1} passes the model's {self.config.rope_max_seq_len} "
                 "absolute positions: make a shorter video or use a model with rope_mode='relative'."
             )
+        if self.config.memory_bank_size and not (kv_cache and isinstance(kv_cache.state, MemoryBankState)):
+            raise ValueError("a model with a memory bank takes a block a pass, with a `kv_cache` of `new_kv_cache()`.")
         if kv_cache is None:
             if kv_cache_mode is not None:
                 raise ValueError(f"`kv_cache_mode={kv_cache_mode!r}` needs a `kv_cache`.")
@@ -446,18 +520,25 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache_mode not in modes:
             raise ValueError(f"`kv_cache_mode` must be one of {modes} but is {kv_cache_mode!r}.")
         if packs_clip:
-            layout = self._block_layout(num_frames, frame_tokens, latents.device, frame_offset)
-            kv_cache.begin_clip(layout, (batch_size, height, width), stores=kv_cache_mode != "read")
+            layout = self._block_layout(num_frames, frame_tokens, latents.device, frame_offset, kv_cache.num_taken)
+            shape = (batch_size, height, width)
+            kv_cache.begin_clip(layout, shape, stores=kv_cache_mode != "read", brings_clean=forced)
             return layout
+        if isinstance(kv_cache, EMASinkKVCache) != (self._sink_ema() is not None):
+            raise ValueError("`kv_cache` must be of the model's `new_kv_cache()`: `sink_ema` needs one of its own.")
         paired = kv_cache_mode == "store+read"
         if paired and relative:
             # Where the first block sees it.
-            kv_cache.place_sink(frame_offset + num_frames // 2, self.rope, latents.device)
+            kv_cache.place_sink(frame_offset + num_frames // 2 - self._rope_window, self.rope, latents.device)
         shape = (batch_size, height, width)
         kv_cache.begin_block(frame_offset, num_frames, frame_tokens, shape, self.config, paired)
         if relative:
-            kv_cache.place_sink(frame_offset + num_frames, self.rope, latents.device)
+            kv_cache.place_sink(frame_offset + num_frames - self._rope_window, self.rope, latents.device)
         return None
+
+    @property
+    def _rope_window(self) -> int:
+        return self.config.rope_window or self.config.local_attn_size
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
@@ -476,9 +557,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         mask = None
         if kv_cache_mode == "read":
             mask = kv_cache.attention_mask(hidden_states.shape[1], hidden_states.device, hidden_states.dtype)
-        # A checkpointed block runs twice: it must not write.
+        # A checkpointed block runs twice: it must not write, but where what it writes is done with by then.
         writes = kv_cache_mode not in (None, "read")
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and not writes
+        may_run_twice = not writes or kv_cache.keeps_graph
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing and may_run_twice
         mode, last_mode = _LAYER_MODES[kv_cache_mode]
         for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache.get(i)
@@ -502,7 +584,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _block_layout(
-        self, num_frames: int, frame_tokens: int, device: torch.device, first_frame: int = 0
+        self, num_frames: int, frame_tokens: int, device: torch.device, first_frame: int = 0, num_taken: int = 0
     ) -> BlockLayout:
         n, attn_window = self.config.num_frames_per_block, self.config.local_attn_size
         sink_size = self.config.sink_size if attn_window != -1 else 0
@@ -511,10 +593,24 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         moves_sink = self.config.rope_mode == "relative" and sink_size
         # A list: of a dict, torch.compile does not guard that a block's number is no key.
         shifts = [
-            self.rope.shift(end - attn_window, device) if moves_sink and end > attn_window else None
+            self.rope.shift(end - self._rope_window, device) if moves_sink and end > self._rope_window else None
             for end in range(first_frame + n, first_frame + num_frames + 1, n)
         ]
-        return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame)
+        ema = self._sink_ema()
+        return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame, ema, num_taken)
+
+
+def check_rope_window(config):
+    """Raises a `ValueError` if the `rope_window` of a transformer's config does not go with the rest."""
+    value, window = config.rope_window, config.local_attn_size
+    if config.rope_mode != "relative" or window == -1:
+        raise ValueError(
+            f"`rope_window={value!r}` needs rope_mode='relative' and a window (`local_attn_size`): leave it None."
+        )
+    if not isinstance(value, int) or value < window:
+        raise ValueError(
+            f"`rope_window` must be None or a whole number of at least `local_attn_size` = {window}, but is {value!r}."
+        )
 
 
 _KNOW_ALL_MODES = {

@@ -1,8 +1,9 @@
 """One block after the other: sampler, cache and decoder of videos that are generated together."""
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.contract import packs_blocks, store_mode
-from ..models.kv_cache_shared_past import SharedPastKVCache
+from ..models.kv_cache_shared_past import share_past
 from ..models.vae_streaming import encode_video
+from .scene_prompt import TRANSITIONS
 from .stream import Call
 
 
@@ -54,11 +56,12 @@ class Sampling:
 
 @dataclass
 class EncodedScene:
-    """From block `start` on: text embeddings `(L, dim)`, after a hard cut or not."""
+    """From block `start` on: text embeddings `(L, dim)`, and how the video comes to them."""
 
     prompt_embeds: torch.Tensor
     start: int
-    cut: bool
+    transition: str = "roll"
+    global_sink: bool = True  # with "recache"
 
 
 class ReencodedContext:
@@ -117,8 +120,8 @@ class BlockGenerator:
         self.sampling = sampling
         self.videos = videos  # indices in the batch of the call
         # Asked for once: diffusers goes through all modules for the answer.
-        self.dtype = pipe.transformer.dtype
-        self.packs_blocks, self.store_mode = packs_blocks(pipe.transformer), store_mode(pipe.transformer)
+        self.transformer, self.dtype = pipe.denoiser, pipe.transformer.dtype
+        self.packs_blocks, self.store_mode = packs_blocks(self.transformer), store_mode(self.transformer)
         self.prompt_embeds: torch.Tensor | None = None  # (videos, L, dim) of the current scenes
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.restart()
@@ -154,13 +157,12 @@ class BlockGenerator:
         other = copy.copy(self)
         other.videos = list(range(num_videos))
         other.prompt_embeds = prompt_embeds
-        other.kv_cache = SharedPastKVCache(self.kv_cache, num_videos, self.sampling.max_frames)
+        other.kv_cache = share_past(self.kv_cache, num_videos, self.sampling.max_frames)
         other.history = self.history.expand(num_videos, -1, -1, -1, -1)
         return other
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, mode: str):
-        transformer = self.pipe.transformer
-        return transformer(
+        return self.transformer(
             latents.to(self.dtype),
             timestep.expand(latents.shape[0]),
             prompt_embeds,
@@ -204,21 +206,37 @@ class BlockGenerator:
             and self.kv_cache.can_pair(clean.shape[2], self.pipe.transformer.config)
         )
 
+    def begin_scene(self, transition: str, global_sink: bool):
+        """Of `TRANSITIONS`, before the block that begins the scene, whose `prompt_embeds` are set."""
+        if transition == "recache":
+            self.recache(global_sink)
+        elif transition in ("flush", "rope_cut"):
+            self.remember()
+            transformer = self.pipe.transformer
+            self.kv_cache.flush(transformer.config, transformer.rope, cut=transition == "rope_cut")
+        elif transition == "cut":
+            self.restart()
+
     def recache(self, global_sink: bool):
         """Compute the cache anew, as if the frames in the window had been made with the current prompt (LongLive).
 
         All in one pass, in which every frame sees every other. With `global_sink` the sink stays as it is once frames
-        have left the window; otherwise the first frames in the window become the sink.
+        have left the window; otherwise the first frames in the window become the sink. So does the frame that a flush
+        has put before others, until the window is full again.
         """
         if self.history is None or self.context:
             return
         self.remember()
-        config, num_frames = self.pipe.transformer.config, self.kv_cache.num_frames
-        window, first, keep_sink = config.local_attn_size, 0, False
-        if window != -1 and num_frames > window:
-            keep_sink = global_sink and config.sink_size > 0
-            first = num_frames - window + (config.sink_size if keep_sink else 0)
-        self.kv_cache.rewind(first, keep_sink)
+        config, cache = self.pipe.transformer.config, self.kv_cache
+        num_frames, window = cache.num_frames, config.local_attn_size
+        first, num_kept = cache.first_frame, 0
+        if window != -1 and num_frames - first > window:
+            num_kept = config.sink_size if global_sink else 0
+            first = num_frames - window + num_kept
+        elif cache.has_gap:
+            num_kept = int(global_sink and cache.keeps_first)
+            first += 1
+        cache.rewind(first, num_kept)
         clean = self.history[:, :, first - num_frames :]
         self.predict(clean, clean.new_zeros(1), self.prompt_embeds, self.store_mode)
 
@@ -255,6 +273,7 @@ class BlockGenerator:
                 outputs = sampling.callback_on_step_end(pipe, i, t, callback_kwargs) or {}
                 latents = outputs.pop("latents", latents)
                 self.prompt_embeds = outputs.pop("prompt_embeds", self.prompt_embeds)
+                self.kv_cache.set_text(self.prompt_embeds)  # it may also have switched a LoRA
             if sampling.call.interrupt and i + 1 < len(levels):
                 latents = clean  # the noise is for the next step, which is not made
                 break
@@ -278,14 +297,15 @@ class BlockGenerator:
 
 
 def begin_scenes(groups: list[BlockGenerator], schedule: list[list[EncodedScene]], block: int) -> list[BlockGenerator]:
-    """Take up the scenes that begin with `block`, out of the schedule. Videos that are cut part from those that are
-    not, for theirs is another past."""
+    """Take up the scenes that begin with `block`, out of the schedule. Videos part whose transitions differ, for
+    theirs is another past."""
     beginning = {}
     for video, scenes in enumerate(schedule):
-        due = [scene for scene in scenes if scene.start <= block]
+        due = list(itertools.takewhile(lambda scene: scene.start <= block, scenes))
         if due:
             # One after the other began a while ago while the text was still changing: the last one counts.
-            beginning[video] = EncodedScene(due[-1].prompt_embeds, block, any(scene.cut for scene in due))
+            strongest = max(due, key=lambda scene: TRANSITIONS.index(scene.transition))
+            beginning[video] = replace(strongest, prompt_embeds=due[-1].prompt_embeds)
             del scenes[: len(due)]
     result = []
     for group in groups:
@@ -293,11 +313,10 @@ def begin_scenes(groups: list[BlockGenerator], schedule: list[list[EncodedScene]
         if any(scenes):
             embeds = [scene.prompt_embeds if scene else old for scene, old in zip(scenes, group.prompt_embeds)]
             group.prompt_embeds = torch.stack(embeds)
-        cut = [row for row, scene in enumerate(scenes) if scene and scene.cut]
-        if 0 < len(cut) < len(scenes):
-            result.append(group.select([row for row in range(len(scenes)) if row not in cut]))
-            group = group.select(cut)
-        if cut:
-            group.restart()
-        result.append(group)
+        ways = [(scene.transition, scene.global_sink) if scene else ("roll", True) for scene in scenes]
+        for way in sorted(set(ways), key=lambda way: TRANSITIONS.index(way[0])):
+            rows = [row for row, other in enumerate(ways) if other == way]
+            part = group if len(rows) == len(ways) else group.select(rows)
+            part.begin_scene(*way)
+            result.append(part)
     return result

@@ -44,6 +44,9 @@ class PipelineConfig(ModelConfig):
     )
     offload: str = option("none", "what leaves the GPU while it is not used", choices=OFFLOADS)
     compile: bool = option(False, "compile the transformer first, for many videos; they differ by rounding")
+    vae: str | None = option(
+        None, "encode and decode with this file or folder, such as LightVAE, in the place of the model's autoencoder"
+    )
     tiny_decoder: str | None = option(
         None, "decode with this published file or folder: fast, and not the exact frames"
     )

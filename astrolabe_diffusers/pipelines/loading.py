@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKLWan, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -25,7 +25,9 @@ from ..files.output_folder import list_checkpoints
 from ..layouts.published_models import PUBLISHED_MODELS
 from ..layouts.tensor_files import find_model, load_tensors, misfits
 from ..models.attention_causal_wan import attend
+from ..models.expert_pair import adapted_experts
 from ..models.tiny_decoder import TinyWanDecoder
+from ..models.vae_files import load_vae_file
 from .config import PipelineConfig
 from .pipeline_causal_wan import CausalWanPipeline
 from .quantization import quantization_config
@@ -76,10 +78,12 @@ def load_pipeline(config: PipelineConfig, device: torch.device) -> tuple[CausalW
         dtype=getattr(torch, dtype),
         quantization_config=quantized,
     )
-    if quantized and pipe.transformer.hf_quantizer.pre_quantized:
+    if quantized and any(expert.hf_quantizer.pre_quantized for expert in pipe.experts.values()):
         raise UserError(f"{config.model} is quantised as it is: leave out quantization.")
     if config.lora:
         load_loras(pipe, config.lora)
+    if config.vae:
+        load_vae(pipe, config.vae, getattr(torch, dtype))
     if config.tiny_decoder:
         load_tiny_decoder(pipe, config.tiny_decoder, getattr(torch, dtype))
     return pipe, dtype
@@ -194,9 +198,11 @@ def load_text_encoder(
     model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
 ) -> CausalWanPipeline:
     """The pipeline of [`load_frozen_pipeline`] with what `encode_prompt` needs alone."""
-    without = {"vae": None, "transformer": None}
+    without = dict.fromkeys(("vae", "transformer", "memory_transformer"))
     with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
-        pipeline = DiffusionPipeline.from_pretrained(
+        # DiffusionPipeline itself does not ask a class for its optional components, and would load one of these.
+        pipeline_class = getattr(diffusers, DiffusionPipeline.load_config(model, revision=revision)["_class_name"])
+        pipeline = pipeline_class.from_pretrained(
             model, revision=revision, variant=variant, dtype=frozen_dtype(accelerator), **without
         )
     return freeze_pipeline(pipeline, accelerator)
@@ -212,7 +218,7 @@ def freeze_pipeline(
 ) -> DiffusionPipeline:
     """`to_shard` leaves the transformer where it is: in shards it comes to the device."""
     pipeline.set_progress_bar_config(disable=True)
-    for component in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+    for component in (pipeline.vae, pipeline.text_encoder, pipeline.denoiser):
         if component is not None:
             component.requires_grad_(False).eval()
     if not to_shard:
@@ -256,6 +262,24 @@ def load_loras(pipe: CausalWanPipeline, loras: dict[str, float]):
     pipe.set_adapters(names, list(loras.values()))
 
 
+def load_vae(pipe: CausalWanPipeline, name: str, dtype: torch.dtype):
+    """Puts an autoencoder in the place of the pipeline's: that of a file under its original names or, in Diffusers
+    format, of a folder. A [`UserError`] if it has other latents."""
+    sizes = ("z_dim", "scale_factor_temporal", "scale_factor_spatial")
+    with no_loading_bars(), as_user_error(f"cannot load the autoencoder {name}", LOADING), no_missing_tensors():
+        if Path(name).is_dir():
+            vae = AutoencoderKLWan.from_pretrained(name, dtype=dtype)
+        else:
+            vae = load_vae_file(name, pipe.vae.config, dtype)
+        found, wanted = (tuple(model.config[size] for size in sizes) for model in (vae, pipe.vae))
+        if found != wanted:
+            raise ValueError(
+                f"it is of other latents: it has (channels, frames, pixels a side) {found} a latent, the pipeline's "
+                f"{wanted}."
+            )
+    pipe.register_modules(vae=vae)
+
+
 def load_tiny_decoder(pipe: CausalWanPipeline, name: str, dtype: torch.dtype):
     """Makes the pipeline decode with a published file or, in Diffusers format, a folder."""
     with no_loading_bars(), as_user_error(f"cannot load the tiny decoder {name}", LOADING), no_missing_tensors():
@@ -274,19 +298,21 @@ def weights_digest(transformer: torch.nn.Module, *sampled: torch.nn.Module) -> s
 
 def base_digest(pipe: CausalWanPipeline) -> str:
     """[`weights_digest`] of all in a pipeline that makes frames, as it is without the LoRAs that are loaded."""
-    parameters = pipe.transformer.named_parameters()
+    parameters = pipe.denoiser.named_parameters()
     base = ((name.replace(".base_layer.", "."), value) for name, value in parameters if ".lora_" not in name)
     return _digest(base, *sampled_components(pipe))
 
 
 def lora_digest(transformer: torch.nn.Module, adapter: str) -> str:
     """Changes when the weights of an adapter do, or what they are multiplied with."""
-    config = transformer.peft_config[adapter]
-    scale = (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern, config.use_rslora)
+    experts = [expert for expert in adapted_experts(transformer).values() if adapter in expert.peft_config]
+    scales = []
+    for config in (expert.peft_config[adapter] for expert in experts):
+        scales += config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern, config.use_rslora
     parameters = transformer.named_parameters()
     # By a name that does not depend on the order in which LoRAs were loaded.
     own = ((name.replace(f".{adapter}", ""), value) for name, value in parameters if f".{adapter}." in f"{name}.")
-    return _digest(itertools.chain([(str(scale), torch.zeros(()))], own))
+    return _digest(itertools.chain([(str(tuple(scales)), torch.zeros(()))], own))
 
 
 def sampled_components(pipe: CausalWanPipeline) -> list[torch.nn.Module]:
@@ -333,7 +359,8 @@ def prepare_pipeline(
     if attention_backend:
         kinds = (ValueError, RuntimeError, ImportError)
         with as_user_error(f"attention_backend {attention_backend} on {device.type}", kinds):
-            pipe.transformer.set_attention_backend(attention_backend)
+            for expert in pipe.experts.values():
+                expert.set_attention_backend(attention_backend)
             # A backend that cannot run on this device or in this dtype only says so when it is called.
             shape = 1, 16, 1, pipe.transformer.config.attention_head_dim
             query = torch.zeros(shape, device=device, dtype=pipe.transformer.dtype)

@@ -1,7 +1,7 @@
 """LoRA files of every layout meet the pipeline's transformer."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,24 +12,32 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from diffusers.loaders.lora_pipeline import _LOW_CPU_MEM_USAGE_DEFAULT_LORA
 from diffusers.utils.torch_utils import unwrap_module
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..layouts.lora_modules import LoraModule, OriginalLora, load_original_lora, parse_lora
+from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER, split_lora
+from ..layouts.lora_modules import LoraModule, OriginalLora, load_original_loras, parse_lora, parse_loras
 from ..models.lora_layers import LoraDiff, add_lora_diffs, find_diff_layers, plain_state_dict, tuner_layers
 
 
-_PREFIX = "transformer."
+_PREFIX = f"{TRANSFORMER}."
 
 
-def _with_prefix(values: dict[str, Any]) -> dict[str, Any]:
-    return {_PREFIX + name: value for name, value in values.items()}
+def _with_prefix(values: dict[str, Any], component: str = TRANSFORMER) -> dict[str, Any]:
+    return {f"{component}.{name}": value for name, value in values.items()}
+
+
+def _without_prefix(values: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(_PREFIX): value for name, value in values.items()}
 
 
 class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
     """`load_lora_weights` for everything that docs/lora_files.md lists; what cannot be applied whole is refused."""
+
+    _lora_loadable_modules = [TRANSFORMER, MEMORY_TRANSFORMER]
 
     @classmethod
     def lora_state_dict(
@@ -38,50 +46,124 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         weight_name: str | None = None,
         return_lora_metadata: bool = False,
         use_safetensors: bool | None = None,
-        load_into_transformer_2: bool = False,
         **hub,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
         """
         The LoRA of a file, folder, Hub repository or dict under diffusers' names, and with `return_lora_metadata`
-        peft's config; without it the scales, which it has, are in B. `use_safetensors` and `load_into_transformer_2`
-        are diffusers' and unused; `hub` are subfolder, revision, token, cache_dir, force_download, proxies,
-        local_files_only. A one-line `ValueError` if it is no LoRA or cannot be applied whole.
+        peft's config; without it the scales, which it has, are in B. Names begin with the component, `transformer` or
+        `memory_transformer`. `use_safetensors` is diffusers' and unused; `hub` are subfolder, revision, token,
+        cache_dir, force_download, proxies, local_files_only. A one-line `ValueError` if it is no LoRA or cannot be
+        applied whole.
         """
         source = pretrained_model_name_or_path_or_dict
-        lora = parse_lora(source) if isinstance(source, dict) else load_original_lora(source, weight_name, **hub)
-        if not return_lora_metadata:
-            lora = replace(lora, modules={name: module.with_scale_one() for name, module in lora.modules.items()})
-            return _with_prefix(lora.state_dict())
-        config = lora.peft_config()
-        if config is None:
-            return _with_prefix(lora.state_dict()), None
-        target_modules = lora.config.get("target_modules") or config.target_modules
-        return _with_prefix(lora.state_dict()), _with_prefix(config.to_dict() | {"target_modules": target_modules})
+        loras = parse_loras(source) if isinstance(source, dict) else load_original_loras(source, weight_name, **hub)
+        tensors, metadata = {}, {}
+        for component, lora in loras.items():
+            if not return_lora_metadata:
+                lora = replace(lora, modules={name: module.with_scale_one() for name, module in lora.modules.items()})
+            tensors |= _with_prefix(lora.state_dict(), component)
+            if config := lora.peft_config():
+                target_modules = lora.config.get("target_modules") or config.target_modules
+                metadata |= _with_prefix(config.to_dict() | {"target_modules": target_modules}, component)
+        return (tensors, metadata or None) if return_lora_metadata else tensors
 
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        load_into_memory_transformer: bool = False,
+        low_cpu_mem_usage: bool = _LOW_CPU_MEM_USAGE_DEFAULT_LORA,
+        **kwargs,
+    ):
+        """
+        As the parent's; `kwargs` are those of `lora_state_dict`. What `save_lora_weights` has written for the memory
+        transformer goes there. All else is the transformer's, or with `load_into_memory_transformer` the memory
+        transformer's, as diffusers has it with `load_into_transformer_2`.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        tensors, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        parts, configs = split_lora(tensors), split_lora(metadata or {})
+        if load_into_memory_transformer and TRANSFORMER in parts:
+            if MEMORY_TRANSFORMER in parts:
+                raise ValueError("this LoRA says what is whose: leave out `load_into_memory_transformer`.")
+            parts, configs = ({MEMORY_TRANSFORMER: values[TRANSFORMER]} for values in (parts, configs))
+        experts = self.experts
+        for name, part in parts.items():
+            if name not in experts:
+                raise ValueError(f"this LoRA is for {name}, which this pipeline does not have.")
+            if len(parts) > 1:  # all of it or nothing
+                _fitting_lora(part, experts[name], configs.get(name, {}), adapter_name, hotswap)
+        taken = {adapter for name in parts for adapter in getattr(experts[name], "peft_config", {})}
+        adapter_name = adapter_name or _free_name(taken)
+        for name, part in parts.items():
+            self.load_lora_into_transformer(
+                part,
+                experts[name],
+                adapter_name,
+                metadata=configs.get(name),
+                hotswap=hotswap,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                _pipeline=self,
+            )
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | Path,
+        transformer_lora_layers: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function=None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        memory_transformer_lora_layers: dict[str, torch.Tensor] | None = None,
+        memory_transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+    ):
+        """As the parent's; the memory transformer's LoRA is in the same file, under its component's name."""
+        layers = {TRANSFORMER: transformer_lora_layers, MEMORY_TRANSFORMER: memory_transformer_lora_layers}
+        metadata = {
+            TRANSFORMER: transformer_lora_adapter_metadata,
+            MEMORY_TRANSFORMER: memory_transformer_lora_adapter_metadata,
+        }
+        layers = {name: tensors for name, tensors in layers.items() if tensors}
+        if not layers:
+            raise ValueError("nothing to save: give transformer_lora_layers or memory_transformer_lora_layers.")
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers=layers,
+            lora_metadata={name: metadata[name] for name in layers},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+        )
+
+    def fuse_lora(self, components: list[str] | None = None, *args, **kwargs):
+        """As the parent's; of both transformers unless `components` are given."""
+        super().fuse_lora(components or self._lora_loadable_modules, *args, **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs):
+        """As the parent's; of both transformers unless `components` are given."""
+        super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
+
+    @classmethod
     @classmethod
     def load_lora_into_transformer(
         cls, state_dict, transformer, adapter_name=None, metadata=None, hotswap=False, **kwargs
     ):
         """As the parent's, which `load_lora_weights` ends in; a LoRA that does not fit is refused in one line."""
         transformer = unwrap_module(transformer)  # of torch.compile, under which names begin with another module
-        metadata = {name.removeprefix(_PREFIX): value for name, value in (metadata or {}).items()}
-        lora = parse_lora({name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}, metadata)
-        lora.check_fits(plain_state_dict(transformer))
-        check_not_fused(lora, transformer)
-        taken = getattr(transformer, "peft_config", {})
-        if adapter_name in taken and not hotswap:
-            raise ValueError(
-                f"there is a LoRA {adapter_name!r} already: unload it, or give another `adapter_name` than "
-                f"{', '.join(map(repr, taken))}."
-            )
+        metadata = _without_prefix(metadata or {})
+        lora = _fitting_lora(state_dict, transformer, metadata, adapter_name, hotswap)
         # diffusers would count the adapters of one layer, which need not have all.
-        adapter_name = adapter_name or next(f"default_{i}" for i in itertools.count() if f"default_{i}" not in taken)
+        adapter_name = adapter_name or _free_name(getattr(transformer, "peft_config", {}))
         lora, biases = split_for_peft(lora, transformer)
         if biases and getattr(transformer, "is_quantized", False):
             raise ValueError("this LoRA adds to biases, which peft has no place for beside quantised weights.")
         find_diff_layers(transformer, lora.diffs)
-        if hotswap and (lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer))):
-            raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")
+        if hotswap:
+            check_can_be_swapped(lora, transformer, adapter_name)
         config = lora.peft_config()
         config.lora_bias = bool(biases)
         # As the file has it, where that names the same modules: a run that goes on from it knows it by these names.
@@ -105,6 +187,31 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
             add_lora_diffs(transformer, adapter_name, lora.diffs)
         # The new layers are in training mode, where the dropout that a LoRA was trained with works.
         transformer.train(transformer.training)
+
+
+def _fitting_lora(
+    tensors: dict[str, torch.Tensor],
+    transformer: nn.Module,
+    metadata: dict[str, Any],
+    adapter_name: str | None,
+    hotswap: bool,
+) -> OriginalLora:
+    """The LoRA of a state dict and its config; a one-line `ValueError` if it cannot be applied whole, or there is one
+    of its name."""
+    lora, transformer = parse_lora(_without_prefix(tensors), _without_prefix(metadata)), unwrap_module(transformer)
+    lora.check_fits(plain_state_dict(transformer))
+    check_not_fused(lora, transformer)
+    taken = getattr(transformer, "peft_config", {})
+    if adapter_name in taken and not hotswap:
+        raise ValueError(
+            f"there is a LoRA {adapter_name!r} already: unload it, or give another `adapter_name` than "
+            f"{', '.join(map(repr, taken))}."
+        )
+    return lora
+
+
+def _free_name(taken: Iterable[str]) -> str:
+    return next(name for name in map("default_{}".format, itertools.count()) if name not in taken)
 
 
 @contextmanager
@@ -133,6 +240,26 @@ def check_not_fused(lora: OriginalLora, transformer: nn.Module):
             raise ValueError(
                 "a LoRA needs Q, K and V apart, and this transformer has them fused: call its "
                 "unfuse_qkv_projections() first."
+            )
+
+
+def check_can_be_swapped(lora: OriginalLora, transformer: nn.Module, adapter: str):
+    """Raise a one-line `ValueError` if the LoRA, as [`split_for_peft`] leaves it, cannot take an adapter's place."""
+    if lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer)):
+        raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")
+    owners = {name: name.partition(".lora_")[::2] for name in transformer.state_dict() if ".lora_" in name}
+    own = {module for module, rest in owners.values() if f".{adapter}." in rest}
+    if others := sorted(lora.modules.keys() - own):
+        raise ValueError(
+            f"this LoRA changes {others[0]}, {len(others)} such modules in all, where {adapter!r} has no layer to "
+            "swap it into: load the LoRA that changes more modules first, or this one without `hotswap`."
+        )
+    # peft takes the tensors whose names hold the adapter's anywhere for its own, and empties those it is not given.
+    for name, (_, rest) in owners.items():
+        if adapter in name and f".{adapter}." not in rest:
+            raise ValueError(
+                f"peft would empty {name} too, for {adapter!r} is in its name: load the LoRA that is to be swapped "
+                "under a name that is no part of another one's."
             )
 
 

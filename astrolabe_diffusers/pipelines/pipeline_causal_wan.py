@@ -19,8 +19,10 @@ from diffusers.image_processor import PipelineImageInput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..models.contract import CausalTransformer
+from ..models.expert_pair import ExpertPair, differences
 from ..models.lora_layers import check_no_loose_lora
 from ..models.module_calls import has_hooks
+from ..models.rotary import CausalWanRotaryPosEmbed
 from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_operations import to_uint8
@@ -29,7 +31,7 @@ from ..registration import register_with_diffusers
 from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
 from .lora import CausalWanLoraLoaderMixin
 from .prompt_tokens import tokenize, warn_once
-from .scene_prompt import Scene, check_sequence_length, parse_scenes, plan_scenes
+from .scene_prompt import TRANSITIONS, Scene, check_sequence_length, check_transition, parse_scenes, plan_scenes
 from .sigmas import check_sigmas
 from .start_frames import BilinearVideoProcessor, StartFrames, read_start
 from .stream import Calls, CausalWanPipelineOutput, CausalWanStream, PromptSwitch
@@ -79,22 +81,27 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         frame_rate (`int`, defaults to 16): frames per second the model was trained at.
         tiny_decoder ([`TinyWanDecoder`], *optional*):
             Decodes in place of the autoencoder: much faster, and lossy. Training looks at the autoencoder's frames.
+        memory_transformer ([`CausalWanTransformer3DModel`], *optional*):
+            A second expert, which writes the cache (SGF+): all passes over clean blocks are its, those that are given
+            included. `transformer` denoises, and sees what it has written.
 
     The settings, from `sigmas` to `frame_rate`, are stored in `model_index.json` and serve as the defaults of
     `__call__`. Without transformer and autoencoder (`None`) the pipeline encodes prompts; without tokenizer and text
     encoder it takes `prompt_embeds`.
 
     Raises:
-        ValueError: a setting out of its range, or transformer or scheduler of a model that is not causal.
+        ValueError: a setting out of its range, transformer or scheduler of a model that is not causal, or a memory
+            transformer that cannot share a cache with the transformer.
     """
 
     # Makes the blocks, one after the other; a subclass may have its own.
     block_generator_class = BlockGenerator
+    # The memory transformer is not in it: it takes turns with the transformer, block by block, and both stay.
     model_cpu_offload_seq = "text_encoder->transformer"
     # Decode after every block: they would chase the transformer off the device and back, for a quarter of a gigabyte.
     _exclude_from_cpu_offload = ["vae", "tiny_decoder"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
-    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer", "tiny_decoder"]
+    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer", "tiny_decoder", "memory_transformer"]
 
     def __init__(
         self,
@@ -113,6 +120,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         num_frames: int = 81,
         frame_rate: int = 16,
         tiny_decoder: TinyWanDecoder | None = None,
+        memory_transformer: CausalTransformer | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -122,6 +130,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             scheduler=scheduler,
             transformer=transformer,
             tiny_decoder=tiny_decoder,
+            memory_transformer=memory_transformer,
         )
         if first_block_sigmas is not None:
             first_block_sigmas = check_sigmas(first_block_sigmas, "first_block_sigmas")
@@ -147,6 +156,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             if not isinstance(value, Real) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a number above 0, not {value!r}.")
         self._calls = Calls()
+        self._pair: ExpertPair | None = None
         scale = vae.config.scale_factor_spatial if vae is not None else 8
         self.video_processor = BilinearVideoProcessor(vae_scale_factor=scale)
 
@@ -164,16 +174,17 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As the parent's; a LoRA that is loaded and not fused is refused, before anything is written."""
-        if self.transformer is not None:
-            check_no_loose_lora(self.transformer)
+        for expert in self.experts.values():
+            check_no_loose_lora(expert)
         # Of `pipe.tiny_decoder = ...` where there was none diffusers would save nothing.
-        self.register_modules(tiny_decoder=self.tiny_decoder)
+        self.register_modules(tiny_decoder=self.tiny_decoder, memory_transformer=self.memory_transformer)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """As the parent's, which leaves out a transformer of another class and then asks for it by a `TypeError`."""
-        components = {name: getattr(pipeline, name, None) for name in ("transformer", "scheduler")}
+        names = ("transformer", "memory_transformer", "scheduler")
+        components = {name: getattr(pipeline, name, None) for name in names}
         return super().from_pipe(pipeline, **(components | kwargs))
 
     # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
@@ -206,6 +217,26 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             )
         if self.tiny_decoder is not None:
             self._check_tiny_decoder()
+        if None not in (self.transformer, self.memory_transformer):
+            for difference in differences(self.transformer, self.memory_transformer):
+                raise ValueError(f"`memory_transformer` cannot write the cache of `transformer`: {difference}.")
+
+    @property
+    def experts(self) -> dict[str, CausalTransformer]:
+        """Transformer and memory transformer, by name, those that there are."""
+        models = {name: getattr(self, name) for name in ("transformer", "memory_transformer")}
+        return {name: model for name, model in models.items() if model is not None}
+
+    @property
+    def denoiser(self) -> CausalTransformer | None:
+        """What makes blocks: the transformer, or with a memory transformer both, as one [`ExpertPair`]."""
+        if self.memory_transformer is None or self.transformer is None:
+            return self.transformer
+        experts = list(self.experts.values())
+        # The same one as long as it can be: accelerate gives it a forward under autocast.
+        if self._pair is None or list(self._pair.children()) != experts:
+            self._pair = ExpertPair(*experts)
+        return self._pair
 
     def _check_tiny_decoder(self):
         if not isinstance(self.tiny_decoder, TinyWanDecoder):
@@ -247,6 +278,17 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         config = self.transformer.config
         windowed = config.rope_mode == "relative" and config.local_attn_size != -1
         return windowed or self.config.num_context_frames is not None
+
+    @property
+    def transitions(self) -> tuple[str, ...]:
+        """How a video can go on with another prompt. `"flush"` and `"rope_cut"` need a cache that lasts, which with
+        `num_context_frames` is made anew for every block, without an EMA sink or a memory bank, and a transformer with
+        a `rope` ([`CausalTransformer`])."""
+        rope = getattr(self.transformer, "rope", None)
+        lasts = self.config.num_context_frames is None and isinstance(rope, CausalWanRotaryPosEmbed)
+        if lasts and self.transformer.new_kv_cache().can_flush:
+            return TRANSITIONS
+        return tuple(name for name in TRANSITIONS if name not in ("flush", "rope_cut"))
 
     def round_num_frames(self, num_frames: float) -> float:
         """The frames of the most whole blocks that `num_frames` has room for, with a warning if that is fewer.
@@ -321,6 +363,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
         videos = _parse(prompt)
+        for scene in sum(videos, []):
+            check_transition(scene.transition, self.transitions)
         if prompt_embeds is not None:
             # Another transformer may call it otherwise.
             shape = tuple(prompt_embeds.shape)
@@ -506,7 +550,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             schedule = encode_scenes(_parse(prompt), num_blocks, num_videos_per_prompt)
         else:
             prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
-            schedule = [[EncodedScene(embeds, 0, False)] for embeds in prompt_embeds]
+            schedule = [[EncodedScene(embeds, 0)] for embeds in prompt_embeds]
         batch_size, clean = len(schedule), ()
         if start_frames is not None:
             clean = start_frames.encode(self.vae, device, batch_size, num_videos_per_prompt).split(n, dim=2)
@@ -532,7 +576,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         blocks = self._generate_blocks(
             sampling, schedule, inbox, encode_scenes, inputs, num_given, generator, output_type
         )
-        return CausalWanStream(blocks, inbox, batch_size, running=partial(self._calls.run, call))
+        running = partial(self._calls.run, call)
+        return CausalWanStream(blocks, inbox, batch_size, running, self.transitions)
 
     def _video_length(self, prompt: str | list[str] | None, num_frames: float | None, start: StartFrames | None):
         """Frames of the video, whole blocks."""
@@ -565,7 +610,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         longest = 0
         for scenes in videos:
             plan, _ = plan_scenes(scenes, self._seconds_per_block, num_blocks)
-            cuts = [0, *(block for block, scene in plan.items() if scene.cut), num_blocks]
+            cuts = [0, *(block for block, scene in plan.items() if scene.transition == "cut"), num_blocks]
             longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
         return longest
 
@@ -596,18 +641,22 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             ValueError: layers that are offloaded one by one, by `enable_group_offload` or
                 `enable_sequential_cpu_offload`.
         """
-        if has_hooks(self.transformer):
+        if any(map(has_hooks, self.experts.values())):
             raise ValueError("layers that are offloaded one by one cannot be compiled: offload whole models, or none.")
         began = time.perf_counter()
-        self.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        for expert in self.experts.values():
+            expert.compile_repeated_blocks(fullgraph=True, backend=backend)
         config = self.transformer.config
         window = max(config.local_attn_size, 0) // config.num_frames_per_block
-        # The first block, a cache that grows, a window that moves on; and changes of the prompt in each of them.
+        window = max(window, config.get("memory_bank_size", 0) * config.get("memory_bank_interval", 1))
+        # The first block, a cache that grows, a window that moves on, a full bank; and changes of the prompt in each.
         changes = {1: "recache", 2: "roll", window + 3: "roll", window + 4: "recache"}
+        if "rope_cut" in self.transitions:
+            changes[window + 5] = "rope_cut"
         if kwargs.get("prompt_embeds") is not None:
             prompt, changes = None, {}
         # Random numbers of its own: a seed gives the same video after it.
-        fixed = {"num_frames": self._frames_of_blocks(window + 6), "generator": torch.Generator().manual_seed(0)}
+        fixed = {"num_frames": self._frames_of_blocks(window + 9), "generator": torch.Generator().manual_seed(0)}
         for due in ({}, changes):
             with self.stream(prompt, **{"output_type": "uint8"} | kwargs | fixed) as stream:
                 for block, _ in enumerate(stream):
@@ -634,7 +683,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan.values()))
         embeds = dict(zip(texts, self.encode_prompt(texts, max_sequence_length=max_sequence_length)))
         return [
-            [EncodedScene(embeds[scene.text], start + block, scene.cut) for block, scene in plan.items()]
+            [EncodedScene(embeds[scene.text], start + block, scene.transition) for block, scene in plan.items()]
             for plan in plans
             for _ in range(num_videos_per_prompt)
         ]
@@ -667,9 +716,6 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 if switch is not None:
                     schedule = self._switch_prompt(switch, groups, block, encode_scenes)
                 groups = begin_scenes(groups, schedule, block)
-                if switch is not None and switch.transition == "recache":
-                    for group in groups:
-                        group.recache(switch.global_sink)
                 clean, noise = next(inputs)
                 pieces = []
                 for group in groups:
@@ -712,5 +758,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         for video, scenes in enumerate(schedule):
             new = scenes.pop(0).prompt_embeds
             texts = [torch.lerp(old[video], new, weight) for weight in weights]
-            scenes[:0] = [EncodedScene(text, block + i, switch.transition == "cut") for i, text in enumerate(texts)]
+            scenes[:0] = [
+                EncodedScene(text, block + i, switch.transition, switch.global_sink) for i, text in enumerate(texts)
+            ]
         return schedule

@@ -1,4 +1,4 @@
-"""8-bit linear layers by torchao, as an option of generation: those of the transformer's blocks, and no others."""
+"""8-bit linear layers by torchao, as an option of generation: those of the transformers' blocks, and no others."""
 
 from typing import TYPE_CHECKING
 
@@ -48,8 +48,12 @@ def quantization_config(quantization: str, device: "torch.device") -> "PipelineQ
 
     if quantization == "float8":
         check_float8(device)
-    config = TorchAoConfig(quant_type(quantization), modules_to_not_convert=[*NOT_QUANTIZED])
-    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    # One for each: what loads a model adds to its lists.
+    configs = {
+        name: TorchAoConfig(quant_type(quantization), modules_to_not_convert=[*NOT_QUANTIZED])
+        for name in ("transformer", "memory_transformer")
+    }
+    return PipelineQuantizationConfig(quant_mapping=configs)
 
 
 def check_float8(device: "torch.device"):

@@ -1,14 +1,17 @@
-r"""Scenes in a prompt: `"a cat sleeps [8s] | it wakes up [5s#] | a dog"`.
+r"""Scenes in a prompt: `"a cat sleeps [8s] | it wakes up [5s flush] | it eats [5s#] | a dog"`.
 
-A scene is a text and, in brackets at its end, how long it lasts in seconds; `#` in the brackets is a hard cut at its
-end. `\|`, `\[`, `\]` and `\\` stand for the characters themselves.
+A scene is a text and, in brackets at its end, how long it lasts in seconds and one of `TRANSITIONS`, how the video
+goes on from there; `#` is short for `cut`. `\|`, `\[`, `\]` and `\\` stand for the characters themselves.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
 
+# How a video goes on with another prompt, in the order of how much it forgets ([`CausalWanStream.set_prompt`]).
+TRANSITIONS = ("roll", "recache", "flush", "rope_cut", "cut")
 # 14 blocks of 3 latent frames at 16 frames a second.
 DEFAULT_SECONDS = 10.5
 # A day; what has no end is a stream with `num_frames=math.inf`.
@@ -19,16 +22,18 @@ MAX_CHARACTERS = 100_000
 MAX_SEQUENCE_LENGTH = 512
 
 _TEXT = re.compile(r"(?:\\[\\|\[\]]|[^|\[])*")
-_DURATION = re.compile(r"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#?)\s*\]\s*(?=\||$)")
+_ENDING = re.compile(
+    rf"\[\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*s)?\s*(#|\b(?:{'|'.join(TRANSITIONS)})\b)?\s*\]\s*(?=\||$)"
+)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`seconds` is `None` where the prompt does not say; `cut`: nothing before this scene influences it."""
+    """`seconds` is `None` where the prompt does not say; `transition` is how the video comes to this scene."""
 
     text: str
     seconds: float | None = None
-    cut: bool = False
+    transition: str = "roll"
 
 
 def check_text(text: str):
@@ -46,36 +51,48 @@ def check_text(text: str):
         ) from None
 
 
+def check_transition(transition: str, possible: Sequence[str]):
+    """Raises a `ValueError` if it is none of `possible`, which a pipeline has in `transitions`."""
+    if transition not in possible:
+        needs = ""
+        if transition in TRANSITIONS:
+            needs = " It needs a cache that lasts, so no `num_context_frames`, and a transformer with a `rope`."
+        raise ValueError(f"`transition` must be one of {possible} but is {transition!r}.{needs}")
+
+
 def check_sequence_length(length: int):
     if not isinstance(length, Integral) or not 1 <= length <= MAX_SEQUENCE_LENGTH:
         raise ValueError(f"`max_sequence_length` must be from 1 to {MAX_SEQUENCE_LENGTH} tokens, not {length}.")
 
 
 def parse_scenes(prompt: str) -> list[Scene]:
-    """A `ValueError`, which says at which character, for a scene without text or a bracket that is no duration."""
+    """A `ValueError`, which says at which character, for a scene without text or a bracket that is no ending."""
     check_text(prompt)
     scenes: list[Scene] = []
-    position, cut = 0, False
+    position, transition = 0, "roll"
     while True:
         start, text = position, _TEXT.match(prompt, position)[0]
         position += len(text)
-        seconds, next_cut = None, False
+        seconds, next_transition = None, "roll"
         if prompt.startswith("[", position):
-            duration = _DURATION.match(prompt, position)
-            if duration is None or not (duration[1] or duration[2]) or (duration[1] and not float(duration[1])):
-                raise _error(prompt, position, r"a duration is [8s], [8s#] or [#] at a scene's end; \[ is a bracket")
-            if duration[1] and float(duration[1]) > MAX_SECONDS:
+            ending = _ENDING.match(prompt, position)
+            if ending is None or not (ending[1] or ending[2]) or (ending[1] and not float(ending[1])):
+                names = ", ".join(TRANSITIONS)
+                message = f"a duration is [8s], [8s#], [#] or [8s flush] at a scene's end, with one of {names}"
+                raise _error(prompt, position, message + r"; \[ is a bracket")
+            if ending[1] and float(ending[1]) > MAX_SECONDS:
                 raise _error(prompt, position, f"a scene lasts at most {MAX_SECONDS} seconds")
-            seconds, next_cut = duration[1] and float(duration[1]), bool(duration[2])
-            position = duration.end()
+            seconds = ending[1] and float(ending[1])
+            next_transition = "cut" if ending[2] == "#" else ending[2] or "roll"
+            position = ending.end()
         # The empty prompt is a prompt; an empty scene among others is a slip.
         if not text.strip() and prompt.strip():
             raise _error(prompt, start, "a scene has no text")
-        scenes.append(Scene(re.sub(r"\\([\\|\[\]])", r"\1", text).strip(), seconds, cut))
+        scenes.append(Scene(re.sub(r"\\([\\|\[\]])", r"\1", text).strip(), seconds, transition))
         if position == len(prompt):
             return scenes
         position += 1  # a bar
-        cut = next_cut
+        transition = next_transition
 
 
 def escape_scenes(text: str) -> str:

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -13,10 +13,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from .scene_prompt import Scene, parse_scenes
-
-
-TRANSITIONS = ("roll", "recache", "cut")
+from .scene_prompt import TRANSITIONS, Scene, check_transition, parse_scenes
 
 
 @dataclass(eq=False)
@@ -103,10 +100,10 @@ class PromptSwitch:
         num_blocks: int = 1,
         global_sink: bool = True,
         batch_size: int = 1,
+        transitions: Sequence[str] = TRANSITIONS,
     ) -> "PromptSwitch":
-        """Of the arguments of `set_prompt`, whose errors it raises."""
-        if transition not in TRANSITIONS:
-            raise ValueError(f"`transition` must be one of {TRANSITIONS} but is {transition!r}.")
+        """Of the arguments of `set_prompt`, whose errors it raises; `transitions` are those of the pipeline."""
+        check_transition(transition, transitions)
         if not isinstance(num_blocks, Integral) or num_blocks < 1 or (num_blocks > 1 and transition != "roll"):
             raise ValueError(
                 f"`num_blocks={num_blocks}`: a whole number of at least 1, and more than 1 only with "
@@ -117,7 +114,10 @@ class PromptSwitch:
         if isinstance(prompt, list) and len(prompt) != batch_size:
             raise ValueError(f"{len(prompt)} prompts for {batch_size} videos: pass one, or one a video.")
         texts = prompt if isinstance(prompt, list) else [prompt] * batch_size
-        return cls([parse_scenes(text) for text in texts], transition, num_blocks, global_sink)
+        scenes = [parse_scenes(text) for text in texts]
+        for scene in sum(scenes, []):
+            check_transition(scene.transition, transitions)
+        return cls(scenes, transition, num_blocks, global_sink)
 
 
 class CausalWanStream(Iterator, AbstractContextManager):
@@ -134,12 +134,14 @@ class CausalWanStream(Iterator, AbstractContextManager):
         inbox: deque[PromptSwitch],
         batch_size: int,
         running: Callable[[], AbstractContextManager],
+        transitions: Sequence[str],
     ):
         # What runs does not know the stream: a cycle would keep the cache until the garbage collector comes by.
         self._blocks = blocks
         self._inbox = inbox  # has room for the newest change of the prompt, for the thread that generates
         self._batch_size = batch_size
         self._running = running  # the context in which a block is made
+        self._transitions = transitions  # of the pipeline
         self._lock = threading.RLock()
 
     def __next__(self) -> torch.Tensor | np.ndarray | list:
@@ -164,7 +166,9 @@ class CausalWanStream(Iterator, AbstractContextManager):
             prompt (`str` or `list[str]`): one for all videos, or one a video.
             transition (`str`):
                 `"roll"`: only the text changes, the frames in memory stay as they are. `"recache"`: they are encoded
-                anew with the new prompt, so that it takes effect faster (LongLive). `"cut"`: they are forgotten.
+                anew with the new prompt, so that it takes effect faster (LongLive). `"flush"`: all but the first and
+                the newest two are forgotten (Infinity-RoPE, [`CausalWanKVCache.flush`]). `"rope_cut"`: as well, and
+                the first block sees them from afar, as a scene of its own. `"cut"`: all are forgotten.
             num_blocks (`int`):
                 With `"roll"`, the blocks over which the text embeddings go from the old prompt to the new, both
                 included: of two or more the first still has the old one, as in Krea's server. One changes at once.
@@ -172,6 +176,10 @@ class CausalWanStream(Iterator, AbstractContextManager):
                 With `"recache"`, whether the sink keeps the first frames of the video, as made with their prompt.
 
         Raises:
-            ValueError: an argument that is none of these, or that this transition does not use.
+            ValueError: an argument that is none of these, or that this transition does not use; a transition that the
+                pipeline does not have ([`CausalWanPipeline.transitions`]).
         """
-        self._inbox.append(PromptSwitch.parse(prompt, transition, num_blocks, global_sink, self._batch_size))
+        switch = PromptSwitch.parse(
+            prompt, transition, num_blocks, global_sink, self._batch_size, self._transitions
+        )
+        self._inbox.append(switch)

@@ -15,6 +15,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         ".models.hpsv2": ["HPSv2"],
         ".models.hpsv3": ["HPSv3"],
         ".models.judge": ["UnifiedReward"],
+        ".models.musiq": ["Musiq"],
+        ".models.raft": ["RaftDynamicDegree"],
         ".models.videoalign": ["VideoAlign"],
         ".registry": ["get_reward", "named_reward_funcs", "register_reward"],
         ".reward": ["FunctionReward", "Reward", "RewardError", "RewardOutput", "RewardPlacementError"],

@@ -52,20 +52,21 @@ class FrameSelection:
     Indices of the frames to look at; a `ValueError` if there is no such rule.
 
     Args:
-        rule: `"all"`; `"stride:K"`, every K-th; `"count:N"`, N spread evenly over the video, first and last included;
-            or `"fps:R"`, R a second of the video, spread evenly, an even number from 4 to 768 (VideoReward's rule).
+        rule: `"all"`; `"stride:K"`, every K-th; `"rate:R"`, every K-th, by the K with which they are nearly R a second
+            (VBench's rule); `"count:N"`, N spread evenly over the video, first and last included; or `"fps:R"`, R a
+            second of the video, spread evenly, an even number from 4 to 768 (VideoReward's rule).
         fps: frames a second of the videos.
     """
 
     def __init__(self, rule: str, fps: float = 16.0):
         self.kind, _, number = rule.partition(":")
         try:
-            self.number = float(number) if self.kind == "fps" else int(number or 1)
-            valid = self.kind in ("all", "stride", "count", "fps") and self.number > 0
+            self.number = float(number) if self.kind in ("fps", "rate") else int(number or 1)
+            valid = self.kind in ("all", "stride", "rate", "count", "fps") and self.number > 0
         except ValueError:
             valid = False
         if not valid or (self.kind == "all") == bool(number):
-            raise ValueError(f"frames must be 'all', 'stride:K', 'count:N' or 'fps:R', not {rule!r}.")
+            raise ValueError(f"frames must be 'all', 'stride:K', 'rate:R', 'count:N' or 'fps:R', not {rule!r}.")
         if not 0 < fps < math.inf:
             raise ValueError(f"fps, the frames a second of the videos, must be positive, not {fps}.")
         self.fps = fps
@@ -73,8 +74,9 @@ class FrameSelection:
     def __call__(self, num_frames: int) -> list[int]:
         if self.kind == "all":
             return list(range(num_frames))
-        if self.kind == "stride":
-            return list(range(0, num_frames, self.number))
+        if self.kind in ("stride", "rate"):
+            step = self.number if self.kind == "stride" else max(1, round(self.fps / self.number))
+            return list(range(0, num_frames, step))
         count = self.number
         if self.kind == "fps":
             # An even number of frames, as the model sees them in pairs.

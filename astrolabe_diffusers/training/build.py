@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 
 from ..distributed.accelerator import accelerate_settings, check_precision
+from ..distributed.sharding import is_sharded
 from ..errors import UserError, as_user_error
+from ..layouts.experts import MEMORY_TRANSFORMER
+from ..models.transformer_causal_wan import check_rope_window
 from ..pipelines.loading import frozen_dtype, load_text_encoder
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet, named_reward_funcs
@@ -31,6 +34,10 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(logging_dir)),
             # The schedule counts optimizer steps, whatever the number of processes.
             step_scheduler_with_optimizer=False,
+            # Nobody sees what most of the memory expert's last layer makes: its LoRA has no gradient.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=MEMORY_TRANSFORMER in config.lora_components)
+            ],
         )
     check_precision(accelerator)
     return accelerator
@@ -72,13 +79,17 @@ def store_prompt_embeds(
 def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
     """What the settings say about how the model attends and samples; its own where they do not."""
     attention = {"local_attn_size": config.local_attn_size, "sink_size": config.sink_size}
-    pipeline.transformer.register_to_config(**{name: value for name, value in attention.items() if value is not None})
+    for expert in pipeline.experts.values():
+        expert.register_to_config(**{name: value for name, value in attention.items() if value is not None})
     model = pipeline.transformer.config
     if model.local_attn_size != -1 and model.local_attn_size < model.sink_size + model.num_frames_per_block:
         raise UserError(
             f"local_attn_size={model.local_attn_size} has no room for the sink of {model.sink_size} and a block of "
             f"{model.num_frames_per_block} latent frames; -1 is no limit."
         )
+    if model.get("rope_window") is not None:
+        with as_user_error("local_attn_size"):
+            check_rope_window(model)
     if config.sigmas:
         pipeline.register_to_config(sigmas=config.sigmas)
     if config.num_context_frames is not None:
@@ -88,6 +99,15 @@ def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
             "this pipeline encodes its context anew for every block, which cannot be trained: set "
             "num_context_frames=0 for a cache that grows, and the sigmas that go with it."
         )
+
+
+def check_experts(pipeline: DiffusionPipeline, config: OnlineConfig):
+    """A [`UserError`] if the LoRA is to be on an expert that there is not, or two experts in shards."""
+    for name in config.lora_components:
+        if name not in pipeline.experts:
+            raise UserError(f"lora_expert={config.lora_expert}: this model has no {name}; it can only be transformer.")
+    if is_sharded() and pipeline.memory_transformer is not None:
+        raise UserError("a model with a memory transformer cannot be trained in shards: choose DDP, which copies it.")
 
 
 def name_rewards(config: OnlineConfig, reward_funcs: Sequence | None) -> tuple[OnlineConfig, dict[str, Any]]:

@@ -19,6 +19,7 @@ from ..files.output_folder import checkpoint_step, list_checkpoints, set_aside
 from ..files.text import read_json
 from ..files.writing import PARTIAL, find_damage, seal, to_disk
 from ..layouts.tensor_files import misfits
+from ..models.expert_pair import adapted_experts, experts_of
 from .adapter_files import load_adapter, save_adapter
 from .config import OnlineConfig
 from .policies import CURRENT
@@ -152,7 +153,8 @@ def policy_identity(transformer: torch.nn.Module) -> dict[str, Any]:
     lora = transformer.peft_config[CURRENT]
     weights = (whole_weight(value) for name, value in transformer.named_parameters() if ".lora_" not in name)
     values = torch.cat([value.flatten()[:64].bfloat16() for value in weights])
-    return {
+    is_pair = len(experts_of(transformer)) > 1
+    return ({"experts with a LoRA": list(adapted_experts(transformer))} if is_pair else {}) | {
         "rank": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_target_modules": sorted(lora.target_modules),

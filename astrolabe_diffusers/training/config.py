@@ -9,6 +9,7 @@ import yaml
 from ..config import option
 from ..distributed.accelerator import PRECISIONS
 from ..errors import UserError, as_user_error
+from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
 from ..pipelines.sigmas import check_sigmas
 from ..reporting.tracker_names import TRACKERS
 from ..rollout.config import VideoConfig
@@ -99,6 +100,12 @@ class OnlineConfig(VideoConfig):
     reward_normalization: str = option(
         "none", "before weighting: none, or centred and divided by the spread in the group", choices=("none", "group")
     )
+    reward_normalization_size: int | None = option(
+        None,
+        "reward_normalization=group: of how many samples of a group, in their order, its mean and spread are; of all "
+        "if not given",
+        minimum=2,
+    )
     primary_reward: str | None = option(None, "the reward that may be hacked; the first one if not given")
     advantage_std: str = option(
         "global",
@@ -107,11 +114,21 @@ class OnlineConfig(VideoConfig):
     )
 
     # LoRA
+    lora_expert: str = option(
+        TRANSFORMER,
+        "of a model with a memory transformer: which has the LoRA. The memory transformer's learns through what noisy "
+        "blocks see of it, with context=clean_grad",
+        choices=(TRANSFORMER, MEMORY_TRANSFORMER, "both"),
+    )
     init_lora: str | None = option(None, "LoRA to start from, folder or Hub id: its rank, alpha and modules hold")
     rank: int = option(256, "LoRA rank", minimum=1)
     lora_alpha: int = option(256, "LoRA alpha; the LoRA is scaled by alpha / rank", minimum=1)
     lora_dropout: float = option(0.0, "LoRA dropout", minimum=0, below=1)
-    lora_target_modules: list[str] = option([], "suffixes of module names; every Linear of the blocks if not given")
+    lora_target_modules: list[str] = option(
+        [],
+        "suffixes of module names; every Linear of the blocks if not given. all-linear: the text and time embeddings' "
+        "and the head's too",
+    )
 
     # Optimisation
     num_train_epochs: int = option(100, "length of the run in epochs", minimum=1)
@@ -194,6 +211,11 @@ class OnlineConfig(VideoConfig):
                 f"with shared_past a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
                 f"samples_per_prompt={self.samples_per_prompt}."
             )
+        if self.samples_per_prompt % (self.reward_normalization_size or 1):
+            raise UserError(
+                f"reward_normalization_size={self.reward_normalization_size} does not divide samples_per_prompt="
+                f"{self.samples_per_prompt}; it can be {_listing(_divisors(self.samples_per_prompt)[1:])}."
+            )
         if self.gradient_accumulation_steps is None:
             self.gradient_accumulation_steps = self.batches_per_epoch
         if self.batches_per_epoch % self.gradient_accumulation_steps:
@@ -211,6 +233,11 @@ class OnlineConfig(VideoConfig):
                 f"optimizer steps; the nearest are {_listing(valid)}."
             )
         self.num_train_epochs = self.max_train_steps // self.steps_per_epoch
+
+    @property
+    def lora_components(self) -> list[str]:
+        """The pipeline's components that have the LoRA."""
+        return [TRANSFORMER, MEMORY_TRANSFORMER] if self.lora_expert == "both" else [self.lora_expert]
 
     @property
     def judged_policy(self) -> str:

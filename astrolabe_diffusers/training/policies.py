@@ -11,6 +11,9 @@ from peft import LoraConfig
 from torch import nn
 
 from ..distributed.sharding import is_sharded
+from ..errors import close_matches
+from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
+from ..models.expert_pair import adapted_experts, experts_of
 from ..models.lora_layers import LoraDiff, tuner_layers
 from .merging import merged_weights
 
@@ -19,6 +22,8 @@ from .merging import merged_weights
 CURRENT, OLD, REFERENCE, EMA = "default", "old", "reference", "ema"
 # The adapters of the policies that `use_policy` knows.
 POLICIES = {"current": CURRENT, "old": OLD, "reference": REFERENCE, "ema": EMA, "base": None}
+# peft's and TRL's word for every Linear layer there is.
+ALL_LINEAR = "all-linear"
 
 
 def block_linear_names(transformer: nn.Module) -> list[str]:
@@ -30,6 +35,27 @@ def block_linear_names(transformer: nn.Module) -> list[str]:
     return sorted(names)
 
 
+def target_module_names(transformer: nn.Module, target_modules: Sequence[str] = ()) -> list[str]:
+    """Suffixes of the names of the modules that get a LoRA, as peft takes them: those given, or else those of
+    [`block_linear_names`]. Among those given, `"all-linear"` stands for every Linear layer, those outside of the
+    blocks too, as RAVEN's LoRA has them. A `ValueError` if one is no module's: peft passes over it beside others."""
+    in_blocks = block_linear_names(transformer)
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    all_linear = in_blocks + [name for name in linears if not any(_ends_with(name, known) for known in in_blocks)]
+    names = []
+    for target in target_modules or in_blocks:
+        if target != ALL_LINEAR and not any(_ends_with(name, target) for name, _ in transformer.named_modules()):
+            near = close_matches(target, all_linear)
+            choices = ", ".join([ALL_LINEAR, *all_linear])
+            raise ValueError(f"no module is called {target!r}{near}; target modules can be {choices}.")
+        names += all_linear if target == ALL_LINEAR else [target]
+    return list(dict.fromkeys(names))
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return f".{name}".endswith(f".{suffix}")
+
+
 def add_policies(
     transformer: nn.Module,
     rank: int,
@@ -37,34 +63,44 @@ def add_policies(
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] = (),
     others: Sequence[str] = (OLD,),
+    components: Sequence[str] = (TRANSFORMER,),
 ):
-    """Freeze the transformer and add the adapter `default` (the current policy, trainable) and those of others.
+    """Freeze the transformer and add the adapter `default` (the current policy, trainable) and those of others; of an
+    [`ExpertPair`] to the experts that `components` names.
 
     LoRA weights are float32 whatever the base is. They start as peft has it, with B zero, so that all policies
     coincide. `"old"` and `"ema"` start as the current policy, `"reference"` as the transformer alone.
     """
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=list(target_modules) or block_linear_names(transformer),
-    )
-    transformer.add_adapter(config, adapter_name=CURRENT)
+    experts = experts_of(transformer)
+    for name in components:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_module_names(experts[name], target_modules),
+        )
+        experts[name].add_adapter(config, adapter_name=CURRENT)
     _complete_policies(transformer, others)
 
 
-def load_policies(pipeline, lora: str | Path, others: Sequence[str] = (OLD,)):
+def load_policies(
+    pipeline, lora: str | Path, others: Sequence[str] = (OLD,), components: Sequence[str] = (TRANSFORMER,)
+):
     """As `add_policies`, with a LoRA that `load_lora_weights` takes as the policies to start from: rank, alpha and
     target modules are its own. The reference is the transformer without it."""
-    pipeline.load_lora_weights(lora, adapter_name=CURRENT)
-    if pipeline.transformer.peft_config[CURRENT].use_dora:
+    for_memory = list(components) == [MEMORY_TRANSFORMER]
+    pipeline.load_lora_weights(lora, adapter_name=CURRENT, load_into_memory_transformer=for_memory)
+    adapted = adapted_experts(pipeline.denoiser)
+    if adapted.keys() != set(components):
+        raise ValueError(f"it is of {' and '.join(adapted)}, and lora_expert says {' and '.join(components)}.")
+    if any(expert.peft_config[CURRENT].use_dora for expert in adapted.values()):
         raise ValueError("a DoRA cannot be trained on: only plain LoRAs can.")
-    if any(isinstance(module, LoraDiff) for module in pipeline.transformer.modules()):
+    if any(isinstance(module, LoraDiff) for module in pipeline.denoiser.modules()):
         raise ValueError(
             "it adds to norms or modulation, which the LoRA that is trained cannot: load it in a pipeline, "
             "fuse_lora(), save_pretrained(), and train on that model."
         )
-    _complete_policies(pipeline.transformer, others)
+    _complete_policies(pipeline.denoiser, others)
 
 
 def _complete_policies(transformer: nn.Module, others: Sequence[str]):
@@ -72,8 +108,9 @@ def _complete_policies(transformer: nn.Module, others: Sequence[str]):
     with warnings.catch_warnings():
         # peft takes a second adapter for a mistake.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        for name in others:
-            transformer.add_adapter(copy.deepcopy(transformer.peft_config[CURRENT]), adapter_name=name)
+        for expert in adapted_experts(transformer).values():
+            for name in others:
+                expert.add_adapter(copy.deepcopy(expert.peft_config[CURRENT]), adapter_name=name)
     for name in transformer.peft_config:
         for parameter in policy_parameters(transformer, name):
             parameter.data = parameter.data.float()

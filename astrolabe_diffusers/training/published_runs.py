@@ -1,8 +1,9 @@
-"""The runs published with Astrolabe, by name.
+"""The runs published with Astrolabe, by name; and runs of ours of the other published models, which are none of them.
 
 A name is `<base>_video_<variant>[_<N>gpu]`; without a number it is the run on 8 processes. What each is, is data: a
 YAML file a base in `recipes/published/`, `common.yaml` for what all share, and `recommended.yaml` for what we
-would change. Together they state everything that decides what is trained: defaults of ours do not.
+would change. Together they state everything that decides what is trained: defaults of ours do not. `recommended/` has
+what our own are, besides.
 """
 
 import math
@@ -15,11 +16,13 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, close_matches
+from ..layouts.published_models import PUBLISHED_MODELS
 from .config import AUTO
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PUBLISHED = RECIPES / "published"
+RECOMMENDED = RECIPES / "recommended" / "runs.yaml"
 DEFAULT_PROCESSES = 8
 # Files beside those of the bases.
 SHARED = ("common", "recommended")
@@ -30,13 +33,15 @@ _SPELLINGS = (("casual_forcing", "causal_forcing"), ("multireward", "multi_rewar
 
 @dataclass
 class PublishedRun:
-    """A published run: its settings as released, what we would change of them, and how many processes they are for."""
+    """A published run: its settings as released, what we would change of them, and how many processes they are for. Or
+    one of ours, of which nothing was published and nothing is to be changed."""
 
     name: str
     settings: dict[str, Any]
     recommended: dict[str, Any]
     processes: int
     sizes: dict[int, dict[str, Any]]  # of its base, by number of processes
+    kind: str = "published"  # or "recommended"
 
     def settings_for(self, num_processes: int, given: dict[str, int]) -> tuple[dict[str, Any], str]:
         """The settings for a number of processes, and a line that says where batch and group sizes come from.
@@ -52,7 +57,7 @@ class PublishedRun:
         published = {name: self.sizes[source][name] for name in SIZES}
         sizes = published | given
         if sizes == published and source == num_processes:
-            origin = "as published" if source == self.processes else f"those published for {source} processes"
+            origin = f"as {self.kind}" if source == self.processes else f"those {self.kind} for {source} processes"
         elif "batches_per_epoch" in given:
             origin = "as given"
         else:
@@ -60,7 +65,7 @@ class PublishedRun:
             unit = sizes["samples_per_prompt"] // math.gcd(sizes["samples_per_prompt"], together)
             total = source * published["train_batch_size"] * published["batches_per_epoch"]
             sizes["batches_per_epoch"] = unit * max(1, round(total / together / unit))
-            origin = f"near to those published for {source} processes"
+            origin = f"near to those {self.kind} for {source} processes"
         batch, group, batches = sizes.values()
         samples = num_processes * batch * batches
         return self.settings | sizes, (
@@ -72,7 +77,9 @@ class PublishedRun:
         """What is to be changed of the settings, nothing unless `recommended`, and a line that says whose they are.
         Fields that are `given` by the user go before either."""
         changed = {k: v for k, v in self.recommended.items() if v != self.settings.get(k, v) and k not in given}
-        if recommended:
+        if self.kind == "recommended":
+            line = "as we recommend; of this model no run was published"
+        elif recommended:
             line = f"with what we recommend: {', '.join(f'{name}={value}' for name, value in changed.items())}"
         else:
             line = "as released; --recommended is what we would change (docs/published_runs.md)"
@@ -86,6 +93,11 @@ def _read(name: str) -> dict[str, Any]:
 
 
 @cache
+def _read_recommended() -> dict[str, Any]:
+    return yaml.safe_load(RECOMMENDED.read_text())
+
+
+@cache
 def published_names() -> dict[str, tuple[str, str, int]]:
     """Base, variant and number of processes of every name, in the files' spelling."""
     names = {}
@@ -94,14 +106,31 @@ def published_names() -> dict[str, tuple[str, str, int]]:
             data = _read(path.stem)
             for variant, settings in data["variants"].items():
                 for number in settings.get("published_on", data["processes"]):
-                    suffix = "" if number == DEFAULT_PROCESSES else f"_{number}gpu"
-                    names[f"{path.stem}_video_{variant}{suffix}"] = path.stem, variant, number
+                    names[_name(path.stem, variant, number)] = path.stem, variant, number
     return names
 
 
+@cache
+def recommended_names() -> dict[str, tuple[str, str, int]]:
+    """Of every name of ours the published model, variant and number of processes."""
+    data = _read_recommended()
+    ran = {_read(base)["settings"]["model"] for base, _, _ in published_names().values()}
+    return {
+        _name(model.replace("-", "_"), variant, number): (model, variant, number)
+        for model, recipe in PUBLISHED_MODELS.items()
+        if model not in ran and recipe.size == "1.3B"
+        for variant in data["variants"]
+        for number in data["processes"]
+    }
+
+
+def _name(base: str, variant: str, processes: int) -> str:
+    return f"{base}_video_{variant}" + ("" if processes == DEFAULT_PROCESSES else f"_{processes}gpu")
+
+
 def find_published_run(name: str) -> PublishedRun | None:
-    """The run of this name, in any published spelling; `None` if it does not have the form of one, a [`UserError`] if
-    it has and there is none."""
+    """The run of this name, published in any spelling or ours; `None` if it does not have the form of one, a
+    [`UserError`] if it has and there is none."""
     spelled = name
     for other, ours in _SPELLINGS:
         spelled = spelled.replace(other, ours)
@@ -109,8 +138,10 @@ def find_published_run(name: str) -> PublishedRun | None:
         return None
     # The number of the default may be spelled out.
     known, key = published_names(), spelled.removesuffix(f"_{DEFAULT_PROCESSES}gpu")
+    if key in recommended_names():
+        return _recommended_run(key)
     if key not in known:
-        near = close_matches(spelled, known) or "; --config list prints the names"
+        near = close_matches(spelled, [*known, *recommended_names()]) or "; --config list prints the names"
         raise UserError(f"--config {name}: no published run has this name{near}.")
     base, variant, processes = known[key]
     data = _read(base)
@@ -118,3 +149,10 @@ def find_published_run(name: str) -> PublishedRun | None:
     settings |= data.get("runs", {}).get(key.removeprefix(f"{base}_video_"), {})
     settings.pop("published_on", None)
     return PublishedRun(name, settings, _read("recommended"), processes, data["processes"])
+
+
+def _recommended_run(name: str) -> PublishedRun:
+    (model, variant, processes), data = recommended_names()[name], _read_recommended()
+    settings = _read("common") | _read("recommended") | {"model": model} | data["settings"]
+    settings |= data["processes"][processes] | data["variants"][variant]
+    return PublishedRun(name, settings, {}, processes, data["processes"], kind="recommended")

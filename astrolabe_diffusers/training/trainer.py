@@ -28,7 +28,15 @@ from ..rollout.scoring import ScoringThread, gather_scores
 from ..rollout.seeds import stable_seed
 from .advantages import Advantages, group_advantages, reward_to_maximise
 from .batch_size import check_auto, set_batch_size
-from .build import load_prompts, make_accelerator, make_rewards, name_rewards, set_recipe, store_prompt_embeds
+from .build import (
+    check_experts,
+    load_prompts,
+    make_accelerator,
+    make_rewards,
+    name_rewards,
+    set_recipe,
+    store_prompt_embeds,
+)
 from .callbacks import TrainerCallback
 from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity
@@ -110,7 +118,9 @@ class OnlineTrainer:
         config = self.config
         groups = torch.tensor([sample.group for sample in samples])
         primary = self.primary_reward if config.advantage_reward == "primary" else None
-        reward = reward_to_maximise(scores, config.rewards, groups, primary, config.reward_normalization)
+        size = config.reward_normalization_size or config.samples_per_prompt
+        parts = torch.tensor([(s.group * config.samples_per_prompt + s.key[-1]) // size for s in samples])
+        reward = reward_to_maximise(scores, config.rewards, parts, primary, config.reward_normalization)
         return group_advantages(reward, groups, config.advantage_std)
 
     def sample_values(self, scores: dict[str, torch.Tensor], advantages: Advantages) -> dict[str, torch.Tensor]:
@@ -177,9 +187,10 @@ class OnlineTrainer:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator, to_shard=is_sharded())
             if config.vae_dtype:
                 self.pipeline.vae.to(getattr(torch, config.vae_dtype))
-        if getattr(self.pipeline.transformer, "is_quantized", False):
+        if any(getattr(expert, "is_quantized", False) for expert in self.pipeline.experts.values()):
             raise UserError(QUANTIZED)
         set_recipe(self.pipeline, config)
+        check_experts(self.pipeline, config)
         skip_bad = config.nan_reward == "skip"
         scoring = ScoringThread(self.pipeline.vae, rewards, watched, skip_bad, config.reward_timeout)
         self.rewards = self.resources.enter_context(scoring)
@@ -192,21 +203,23 @@ class OnlineTrainer:
             config.train_batch_size,
             config.num_eval_videos,
         )
-        self.transformer = self.pipeline.transformer
+        self.transformer = self.pipeline.denoiser
         model, scale = self.transformer.config, self.pipeline.vae.config.scale_factor_temporal
         num_frames = (self.size["num_frames"] - 1) // scale + 1
         self.windows = make_windows(config, num_frames, model.num_frames_per_block, model.sink_size)
         with as_user_error(f"init_lora {config.init_lora}" if config.init_lora else "cannot add the LoRA"):
             if config.init_lora:
-                load_policies(self.pipeline, config.init_lora, config.other_adapters)
+                load_policies(self.pipeline, config.init_lora, config.other_adapters, config.lora_components)
             else:
                 size = config.rank, config.lora_alpha, config.lora_dropout
-                add_policies(self.transformer, *size, config.lora_target_modules, config.other_adapters)
-        if config.gradient_checkpointing != "none":
-            self.transformer.enable_gradient_checkpointing(CHECKPOINTING[config.gradient_checkpointing])
-        if config.compile:
-            # Every policy has graphs of its own, in each kind of pass; after the first epoch all are there.
-            self.transformer.compile_repeated_blocks(fullgraph=True)
+                which = config.lora_target_modules, config.other_adapters, config.lora_components
+                add_policies(self.transformer, *size, *which)
+        for expert in self.pipeline.experts.values():
+            if config.gradient_checkpointing != "none":
+                expert.enable_gradient_checkpointing(CHECKPOINTING[config.gradient_checkpointing])
+            if config.compile:
+                # Every policy has graphs of its own, in each kind of pass; after the first epoch all are there.
+                expert.compile_repeated_blocks(fullgraph=True)
         self.identity = policy_identity(self.transformer)
 
     def prepare(self):

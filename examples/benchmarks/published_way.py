@@ -147,6 +147,10 @@ class PublishedLayer:
         if num_lost > 0:
             sink = model.sink_size * frame_tokens
             for kept in (buffer.key, buffer.value):
+                if model.sink_ema is not None:
+                    # Reward Forcing: keys that are not rotated, and a sink as long as what is lost.
+                    lost = kept[:, sink : sink + num_lost]
+                    kept[:, :sink] = model.sink_ema * kept[:, :sink] + (1 - model.sink_ema) * lost
                 kept[:, sink : kept.shape[1] - num_lost] = kept[:, sink + num_lost :].clone()
             num_held -= num_lost
         buffer.key[:, num_held - num_new : num_held] = key
@@ -156,8 +160,16 @@ class PublishedLayer:
         key, value = buffer.key[:, :num_held], buffer.value[:, :num_held]
         if model.relative:
             held = num_held // frame_tokens
-            query = model.rotate(query, grid, held - grid[0])
-            key = model.rotate(key, (held, *grid[1:]), 0)
+            # With more positions than the window has frames, between the sink and what follows it.
+            gap = max(min(start + grid[0], model.rope_window) - held, 0)
+            query = model.rotate(query, grid, gap + held - grid[0])
+            if gap:
+                sink, rest = key.tensor_split([model.sink_size * frame_tokens], dim=1)
+                sink = model.rotate(sink, (model.sink_size, *grid[1:]), 0)
+                rest = model.rotate(rest, (held - model.sink_size, *grid[1:]), model.sink_size + gap)
+                key = torch.cat([sink, rest], dim=1)
+            else:
+                key = model.rotate(key, (held, *grid[1:]), 0)
         return self.self_attention.attend(query, key, value)
 
 
@@ -169,7 +181,8 @@ class PublishedTransformer:
         self.dtype, self.device = transformer.dtype, transformer.device
         self.patch, self.freq_dim, self.eps = config.patch_size, config.freq_dim, config.eps
         self.relative, self.sink_size = config.rope_mode == "relative", config.sink_size
-        self.window = config.local_attn_size
+        self.sink_ema = config.sink_ema
+        self.window, self.rope_window = config.local_attn_size, config.rope_window or 0
         self.heads, self.head_dim = config.num_attention_heads, config.attention_head_dim
         self.layers = [PublishedLayer(block, self, kernel) for block in transformer.blocks]
         embedder = transformer.condition_embedder

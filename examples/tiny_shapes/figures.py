@@ -22,7 +22,6 @@ from astrolabe_diffusers.rewards import get_reward
 
 
 KINDS = {"one_object": "one_object", "two_objects": "two_objects", "three_objects": "."}
-TRANSITIONS = ("roll", "recache", "cut")
 # Blocks before a switch and after it; of a minute of 16 frames a second, and of ten seconds.
 BEFORE, AFTER, MINUTE, TEN_SECONDS = 3, 6, 80, 13
 BATCH = 32
@@ -64,13 +63,14 @@ def follow(pipe: CausalWanPipeline, old: list[str], new: list[str], transition: 
 
 
 def by_block(videos: torch.Tensor, old: list[str], new: list[str]) -> dict[str, list[float]]:
-    """Match with the old and the new prompt in each block after the switch, and the share of blocks in which no object
-    of either is found."""
-    reward, result = get_reward("tiny_shapes_prompt_match"), {"new": [], "old": [], "empty": []}
+    """Match with the new prompt in each block after the switch, half its 95 % interval, match with the old prompt, and
+    the share of blocks in which no object of either is found."""
+    reward, result = get_reward("tiny_shapes_prompt_match"), {"new": [], "interval": [], "old": [], "empty": []}
     for block in videos[:, BEFORE:].unbind(1):
         outputs = {"new": reward.score(block, new), "old": reward.score(block, old)}
         for name, output in outputs.items():
             result[name].append(output.scores.mean().item())
+        result["interval"].append(1.96 * outputs["new"].scores.std().item() / len(block) ** 0.5)
         seen = torch.maximum(*(output.info["color"] for output in outputs.values()))
         result["empty"].append((seen < 0.1).float().mean().item())
     return result
@@ -123,7 +123,7 @@ def write_figures(output: Path, model: str | Path, split: str = "test", number: 
     sheet(torch.cat(shown), output / "held_out.png", every=2)
 
     for kind, (old, new) in switches(number, seed).items():
-        for transition in TRANSITIONS:
+        for transition in pipe.transitions:
             videos = follow(pipe, old, new, transition, seed)
             figures[f"{kind}_{transition}"] = (blocks := by_block(videos, old, new))
             print(

@@ -16,11 +16,13 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from astrolabe_diffusers import CausalWanPipeline
 from astrolabe_diffusers.cli.convert import main
 from astrolabe_diffusers.conversion.convert import save_shards
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
-from tests.layouts.original_layout import original_names, original_weights
-from tests.tiny_pipeline import tiny_pipeline
+from tests.layouts.original_layout import original_names, original_weights, published_checkpoint
+from tests.layouts.test_experts import two_experts
+from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 
 
 @pytest.fixture
@@ -60,6 +62,14 @@ def checkpoint(pipe, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def flat(checkpoint, tmp_path_factory):
+    """The same without entries."""
+    path = tmp_path_factory.mktemp("flat") / "model.pt"
+    torch.save(torch.load(checkpoint)["generator"], path)
+    return path
+
+
 def video(pipe, **kwargs):
     kwargs = dict(height=16, width=32, num_frames=21, output_type="pt") | kwargs
     pipe.set_progress_bar_config(disable=True)
@@ -80,13 +90,28 @@ RECIPES = {
     "causal-forcing-framewise-2step": (1, 0, -1, [1000.0, 833.333]),
     "causal-forcing-framewise-1step": (1, 0, -1, [1000.0]),
     "longlive": (3, 3, 12, FOUR),
+    "longlive-infinity": (3, 3, 12, FOUR),
+    "kvpo-longlive": (3, 3, 12, FOUR),
+    "raven": (3, 0, -1, [1000.0, 938.0, 833.0, 625.0]),
+    "one-forcing": (1, 0, -1, [1000.0]),
+    "infinity-rope": (3, 1, 6, FOUR),
+    "rmd": (1, 0, 21, FOUR),
+    "self-gradient-forcing-framewise": (1, 4, 21, FOUR),
+    "self-gradient-forcing-chunkwise": (3, 3, 12, FOUR),
+    "sgf-plus-framewise": (1, 4, 21, FOUR),
+    "sgf-plus-chunkwise": (3, 3, 12, FOUR),
+    "reward-forcing": (3, 3, 9, FOUR),
+    "memflow": (3, 3, 12, FOUR),
+    "kvpo-memflow": (3, 3, 12, FOUR),
 }
 
 
 @pytest.mark.parametrize("model", RECIPES)
-def test_converted_folder_generates_by_the_model_s_recipe(model, convert, base, checkpoint, pipe, made, tmp_path):
-    convert("--model", model, "--checkpoint", checkpoint, "--base", base, "--output_dir", tmp_path)
-    converted = DiffusionPipeline.from_pretrained(tmp_path)
+def test_converted_folder_generates_by_the_model_s_recipe(model, convert, base, pipe, made, tmp_path):
+    torch.save(published_checkpoint(model, original_weights(pipe.transformer)), tmp_path / "model.pt")
+    out = tmp_path / "out"
+    convert("--model", model, "--checkpoint", tmp_path / "model.pt", "--base", base, "--output_dir", out)
+    converted = DiffusionPipeline.from_pretrained(out)
     *block_sink_window, timesteps = RECIPES[model]
     config = converted.transformer.config
     assert [config.num_frames_per_block, config.sink_size, config.local_attn_size] == block_sink_window
@@ -101,16 +126,71 @@ def test_converted_folder_generates_by_the_model_s_recipe(model, convert, base, 
         return {}
 
     result = video(converted, callback_on_step_end=count)
-    assert taken.pop(0) == FOUR
+    assert taken.pop(0) == (timesteps if model == "raven" else FOUR)
     # Six latent frames.
     assert len(taken) == 6 // config.num_frames_per_block - 1
     assert all(levels == timesteps for levels in taken.values())
-    if config.num_frames_per_block == 3:
+    # Neither window nor position shows in two blocks.
+    if config.num_frames_per_block == 3 and timesteps == FOUR and not config.memory_bank_size:
         assert (result - made).abs().max() < 1e-5
 
 
 def test_every_published_model_has_been_tried():
     assert PUBLISHED_MODELS.keys() - RECIPES.keys() == {"krea-14b"}
+
+
+@pytest.mark.parametrize("recipe", ["sgf-plus-framewise", "sgf-plus-chunkwise"])
+def test_two_experts(recipe, convert, base, pipe, tmp_path):
+    second = tiny_transformer(seed=1)
+    weights = {f"model.{name}": tensor for name, tensor in two_experts(pipe.transformer, second).items()}
+    torch.save({"generator_ema": weights, "generator": {}}, tmp_path / "model.pt")
+    out = tmp_path / "out"
+    command = ("--recipe", recipe, "--checkpoint", tmp_path / "model.pt", "--base", base, "--output_dir", out)
+    convert(*command)
+    converted = DiffusionPipeline.from_pretrained(out)
+    for expert, expected in ((converted.transformer, pipe.transformer), (converted.memory_transformer, second)):
+        assert expert.config.rope_mode == "relative"
+        state = expert.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
+    made = video(converted)
+    assert (video(CausalWanPipeline.from_pretrained(out, memory_transformer=None)) - made).abs().max() > 1e-2
+
+    # With a LoRA of each, merged into its own; and the LoRA alone.
+    loras = {name: diffusers_lora(seed) for seed, name in enumerate(("transformer", "memory_transformer"))}
+    CausalWanPipeline.save_lora_weights(tmp_path, **{f"{name}_lora_layers": lora for name, lora in loras.items()})
+    lora = ("--lora", tmp_path / "pytorch_lora_weights.safetensors")
+    convert(*command[:-1], tmp_path / "merged", *lora)
+    convert(*lora, "--output_dir", tmp_path / "lora")
+    converted.load_lora_weights(tmp_path / "lora")
+    with_loras = video(converted)
+    assert (with_loras - made).abs().max() > 1e-2
+    assert (video(DiffusionPipeline.from_pretrained(tmp_path / "merged")) - with_loras).abs().max() < 1e-4
+
+    # Over it, a model that has no second expert: nothing is left of it.
+    torch.save({"generator_ema": original_weights(pipe.transformer)}, tmp_path / "plain.pt")
+    convert(*command[:3], tmp_path / "plain.pt", *command[4:], "--overwrite")
+    assert not (out / "memory_transformer").exists()
+    assert DiffusionPipeline.from_pretrained(out).memory_transformer is None
+
+
+def diffusers_lora(seed: int) -> dict[str, torch.Tensor]:
+    a, b = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(seed))
+    return {"blocks.0.attn1.to_k.lora_A.weight": a, "blocks.0.attn1.to_k.lora_B.weight": b.T.contiguous()}
+
+
+def test_two_experts_that_do_not_fit(fails, base, pipe, tmp_path):
+    weights = two_experts(pipe.transformer, tiny_transformer(seed=1))
+    command = ("--recipe", "sgf-plus-chunkwise", "--checkpoint", tmp_path / "model.pt", "--base", base)
+    command += ("--output_dir", tmp_path / "out")
+    torch.save(weights | {"blocks.0.memory_extra": torch.zeros(1)}, tmp_path / "model.pt")
+    fails("1 unexpected (blocks.0.extra)", *command)
+    weights.pop("blocks.1.memory_modulation")
+    torch.save(weights, tmp_path / "model.pt")
+    fails("1 missing (blocks.1.scale_shift_table)", *command)
+    CausalWanPipeline.save_lora_weights(tmp_path, memory_transformer_lora_layers=diffusers_lora(0))
+    torch.save(original_weights(pipe.transformer), tmp_path / "model.pt")
+    lora = ("--lora", tmp_path / "pytorch_lora_weights.safetensors")
+    fails("this LoRA is for memory_transformer, which this checkpoint does not hold", *command, *lora)
 
 
 def test_flat_safetensors_and_dtype(convert, base, pipe, tmp_path):
@@ -251,7 +331,13 @@ def test_what_a_user_gets_wrong(fails, base, checkpoint, tmp_path):
     fails("nothing to convert", *out)
     fails("output_dir is missing", *model, "--base", base)
     fails("checkpoint needs recipe and base", "--checkpoint", checkpoint, *out)
-    fails("not 'self-forcng' (did you mean self-forcing?)", "--model", "self-forcng", *out)
+    fails("no published model 'self-forcng' (did you mean self-forcing or", "--model", "self-forcng", *out)
+    fails("No such file", "--recipe", tmp_path / "mine.yaml", *out)
+    recipes = {"sigma: [1.0]": "pipeline has no `sigma` (did you mean sigmas?)", "sigmas: [0.5, 1]": "must fall from"}
+    for settings, words in recipes.items():
+        (tmp_path / "mine.yaml").write_text(f"source: me/mine, m.pt\npipeline: {{{settings}}}")
+        own = ("--recipe", tmp_path / "mine.yaml", "--checkpoint", checkpoint, "--weights", "generator")
+        fails(words, *own, "--base", base, *out)
     fails("unknown argument --outputdir (did you mean --output_dir?)", *model, "--outputdir", "x", *out)
     fails("--recipe is given twice", *model, *model, *out)
     for flag in ("dtype", "weights", "base", "recipe"):

@@ -27,6 +27,7 @@ VALUES = {
     "checkpointing_steps": 1,
     "eval_steps": 2,
     "ema_decay": 0.5,
+    "lora_target_modules": "all-linear",
     "reference_reset_epochs": 1,
     "kl_weight": 0.5,
     "learning_rate": 1e-3,

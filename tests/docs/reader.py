@@ -32,15 +32,16 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.files.video import VideoWriter
-from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS, find_published_model
 from astrolabe_diffusers.live.config import LiveConfig
 from astrolabe_diffusers.live.load import load_model
 from astrolabe_diffusers.live.session import LiveSession
 from astrolabe_diffusers.training.config import OnlineConfig
 from tests.conftest import skip_charts
 from tests.layouts.original_layout import original_names, original_weights
+from tests.layouts.test_experts import two_experts
 from tests.tiny_decoder_files import tiny_decoder_tensors
-from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
+from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions, tiny_transformer
 
 from .pages import ROOT, Command, blocks, commands, read_page
 
@@ -269,7 +270,7 @@ class Reader:
         """The files that a conversion reads, in their published layout."""
         pipe = tiny_pipeline(max_sequence_length=512)
         if checkpoint := value_of(argv, "--checkpoint"):
-            model = PUBLISHED_MODELS[value_of(argv, "--recipe")]
+            model = find_published_model(value_of(argv, "--recipe"))
             assert Path(checkpoint).name in model.source
             names = "patch_size num_attention_heads attention_head_dim in_channels out_channels text_dim freq_dim"
             names = f"{names} ffn_dim num_layers rope_max_seq_len".split()
@@ -277,6 +278,8 @@ class Reader:
             base = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler, stock)
             base.save_pretrained("tiny-base")
             weights = original_weights(pipe.transformer)
+            if "Forcing_Plus" in model.source:
+                weights = two_experts(pipe.transformer, tiny_transformer(seed=1))
             if model.weights:
                 weights = {model.weights[0]: {f"model.{name}": tensor for name, tensor in weights.items()}}
             save(weights, Path(checkpoint))

@@ -9,6 +9,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -18,6 +19,7 @@ from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.registration import register_with_diffusers
 from astrolabe_diffusers.rewards.reward_set import PLACEMENTS, check_placement
 from astrolabe_diffusers.training import NFTConfig
+from astrolabe_diffusers.training.algorithms import ALGORITHMS
 from astrolabe_diffusers.training.run_folder import open_training_folder
 from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import TEXT_DIM, tiny_pipeline, tiny_shapes_captions
@@ -97,13 +99,13 @@ def test_the_quick_start_a_second_time(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def flags():
-    """Every flag that `--help` of a command of ours shows."""
+    """Every flag that `--help` of a command of ours shows, of training with each algorithm."""
     shown = set()
-    for name in COMMANDS:
+    for arguments in [*([name] for name in COMMANDS), *(["train", "--algorithm", name] for name in ALGORITHMS)]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             lines = []
             patch.setattr(sys.stdout, "write", lines.append)
-            astrolabe([name, "--help"])
+            astrolabe([*arguments, "--help"])
         shown |= set(re.findall(r"--\w+", "".join(lines)))
     return shown
 
@@ -190,6 +192,21 @@ def test_published_model(follow):
     config = json.loads((folder / "self-forcing" / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "CausalWanTransformer3DModel"
     assert len(load_file(folder / "longlive-lora" / "pytorch_lora_weights.safetensors")) > 20
+    pipe = DiffusionPipeline.from_pretrained(folder / "sgf-plus")
+    assert pipe.memory_transformer.config.sink_size == 3 and sample(pipe).isfinite().all()
+
+
+def test_a_model_that_is_added(follow):
+    """By its recipe alone, from a checkpoint to a video."""
+    folder = follow("docs/add_a_model.md")
+    recipe = yaml.safe_load((folder / "my_recipe.yaml").read_text())
+    config = json.loads((folder / "my-model" / "transformer" / "config.json").read_text())
+    assert recipe["transformer"].items() <= config.items()
+    pipe = DiffusionPipeline.from_pretrained(folder / "my-model")
+    assert pipe.config.sigmas == recipe["pipeline"]["sigmas"]
+    (entry,) = [json.loads(line) for line in (folder / "my-videos" / "manifest.jsonl").read_text().splitlines()]
+    assert entry["prompt"] == "a boat on a lake" and (folder / "my-videos" / entry["file"]).stat().st_size > 1000
+    assert sample(pipe).isfinite().all()
 
 
 def test_released_models(follow):

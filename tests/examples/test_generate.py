@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import export_to_video
+from safetensors.torch import save_file
 
 from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.files.output_folder import RunFolder
@@ -26,9 +27,10 @@ from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.rollout import reward_thread
 from astrolabe_diffusers.rollout.seeds import seeded_generator
 from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
+from tests.layouts.test_wan_autoencoder import original_name
 from tests.processes import Script, Torchrun
 from tests.tiny_decoder_files import tiny_decoder_tensors
-from tests.tiny_pipeline import tiny_shapes_captions
+from tests.tiny_pipeline import random_vae, tiny_pipeline, tiny_shapes_captions, tiny_vae
 from tests.training.helpers import full_disk, policy_pipeline, threads_left
 
 
@@ -38,6 +40,8 @@ from generate import main  # noqa: E402
 
 SCRIPT = str(Path(__file__).parents[2] / "examples" / "generate.py")
 PROMPT = "a red circle moves left on a black background"
+# As many layers as the published autoencoder, which the names in its file count.
+WAN = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 BRIGHTNESS = "tests.training.rewards:brightness"
 
 
@@ -140,6 +144,31 @@ def test_tiny_decoder(model_folder, pipe, tmp_path, capsys):
         assert same == bool(options)
 
 
+def test_an_autoencoder_of_one_s_own(tmp_path, capsys):
+    """LightVAE's kind of file, and a folder of the same: other widths, other frames, and the same latents."""
+    torch.manual_seed(0)
+    pipe = tiny_pipeline(vae=random_vae(**WAN).float().eval())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "model")
+    light = random_vae(**WAN | {"base_dim": 2}).float().eval()
+    file, folder = tmp_path / "lightvaew2_1.safetensors", tmp_path / "vae"
+    save_file({original_name(name): tensor.clone() for name, tensor in light.state_dict().items()}, file)
+    light.save_pretrained(folder)
+    command = arguments(tmp_path / "model", tmp_path / "out", prompt=PROMPT, num_frames=9)
+    expected = {None: expected_frames(pipe, tmp_path / "exact.mp4", PROMPT, (0, 0, 0), num_frames=9)}
+    pipe.vae = light
+    frames = expected_frames(pipe, tmp_path / "light.mp4", PROMPT, (0, 0, 0), num_frames=9)
+    expected |= {file: frames, folder: frames}
+    assert not np.array_equal(expected[None], expected[file])
+    for vae, frames in expected.items():
+        for made in (1, 0):
+            assert main([*command, *(["--vae", str(vae)] if vae else [])]) == 0
+            assert f"videos made: {made}" in capsys.readouterr().out
+        (entry,) = read_manifest(tmp_path / "out")
+        assert entry.get("vae") == (vae.name if vae else None)
+        np.testing.assert_array_equal(imageio.v3.imread(tmp_path / "out" / entry["file"]), frames)
+
+
 def test_quantization(model_folder, tmp_path, capsys):
     """The manifest says so; a folder never mixes its videos with others. Saved so, a model is generated with as it is,
     and not quantised again."""
@@ -183,6 +212,16 @@ def test_quantizations_that_cannot_be(tmp_path, monkeypatch, capsys, options, wo
     assert main([*command, "--quantization", *options.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {words}")
+
+
+def test_an_autoencoder_that_does_not_fit(model_folder, tmp_path, capsys):
+    torch.save({"decoder.1.weight": torch.ones(1)}, tmp_path / "taew2_1.pth")
+    tiny_vae(patch_size=2).save_pretrained(tmp_path / "other")
+    for name, words in {"taew2_1.pth": "it has no encoder.conv1.weight", "other": "(4, 4, 16) a latent"}.items():
+        command = arguments(model_folder, tmp_path / "out", prompt=PROMPT, vae=tmp_path / name)
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: cannot load the autoencoder {tmp_path / name}: ") and words in line
 
 
 @pytest.mark.parametrize(
@@ -409,7 +448,7 @@ def test_bfloat16(model_folder, tmp_path):
         ({"prompt": "a caf\udce9"}, ["prompt 0: prompt, character 6", "surrogate"]),
         ({"prompt": f"a [{'9' * 400}s]"}, ["prompt 0: prompt, character 3", "at most 86400 seconds"]),
         ({"prompt": "a", "model": "/no/model"}, ["cannot load /no/model"]),
-        ({"prompt": "a", "model": "self-forcin"}, ["which is no folder (did you mean self-forcing?); `astrolabe"]),
+        ({"prompt": "a", "model": "self-forcin"}, ["which is no folder (did you mean self-forcing or", "`astrolabe"]),
         ({"prompt": "a", "lora": "/no/lora"}, ["cannot load the LoRA /no/lora", "Hub"]),
         ({"prompt": "a", "lora": "tests"}, ["cannot load the LoRA tests: tests holds no LoRA", ".safetensors"]),
         ({"prompt": "a", "lora": "x=nan"}, ["lora must be name=weight", "a finite number, not 'x=nan'"]),

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
+from astrolabe_diffusers.pipelines.scene_prompt import TRANSITIONS
 from tests.tiny_pipeline import sharpen_transformer
 
 
@@ -167,10 +168,11 @@ def test_recipe_makes_a_pipeline(tmp_path, monkeypatch, capsys):
     train.main(arguments)
     measured = json.loads((output / "figures.json").read_text())
     assert measured["one_object"].keys() == {"match", "color", "shape", "background", "direction"}
-    switches = {f"{kind}_{transition}" for kind in ("scene", "added") for transition in ("roll", "recache", "cut")}
+    switches = {f"{kind}_{transition}" for kind in ("scene", "added") for transition in TRANSITIONS}
     numbers_of_objects = {"one_object", "two_objects", "three_objects"}
     assert measured.keys() == {"split", "videos", "minute"} | numbers_of_objects | switches
-    assert {name: len(values) for name, values in measured["scene_roll"].items()} == {"new": 2, "old": 2, "empty": 2}
+    lengths = {name: len(values) for name, values in measured["scene_roll"].items()}
+    assert lengths == {"new": 2, "interval": 2, "old": 2, "empty": 2}
     assert len(measured["minute"]) == 2
     sheets = {path.name for path in output.glob("*.png")}
     assert sheets == {"held_out.png", "scene_roll.png", "added_roll.png"}

@@ -34,3 +34,31 @@ def original_weights(transformer: CausalWanTransformer3DModel) -> dict[str, torc
     weights = transformer.state_dict()
     names = original_names(transformer.config.num_layers)
     return {original: weights[name].clone() for original, name in names.items()}
+
+
+# Name of a published model -> entry of its file with the generator, and what precedes each name.
+_LAST, _AVERAGE = ("generator", "model."), ("generator_ema", "model.")
+PUBLISHED_LAYOUTS = {
+    "self-forcing": ("generator_ema", "model._fsdp_wrapped_module."),
+    "causal-forcing-chunkwise": _LAST,
+    "causal-forcing-framewise": _AVERAGE,
+    "causal-forcing-framewise-2step": _AVERAGE,
+    "causal-forcing-framewise-1step": _AVERAGE,
+    "longlive": _LAST,
+    "longlive-infinity": _LAST,
+    "kvpo-longlive": _LAST,
+    "krea-14b": (None, "model."),
+    "raven": (None, ""),
+    "one-forcing": _LAST,
+    "infinity-rope": _AVERAGE,
+    "rmd": _LAST,
+    "self-gradient-forcing-framewise": _AVERAGE,
+    "self-gradient-forcing-chunkwise": _AVERAGE,
+}
+
+
+def published_checkpoint(model: str, weights: dict[str, torch.Tensor]) -> dict:
+    """Original weights in the layout of a published model's file; other entries, where it has any, are of no use."""
+    entry, prefix = PUBLISHED_LAYOUTS[model]
+    prefixed = {prefix + name: tensor for name, tensor in weights.items()}
+    return prefixed if entry is None else {"critic": {"head.head.bias": torch.zeros(1)}, entry: prefixed}

@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
 from astrolabe_diffusers.conversion.config import ConversionConfig
 from astrolabe_diffusers.conversion.convert import convert
-from astrolabe_diffusers.layouts.lora_modules import load_original_lora, parse_lora
+from astrolabe_diffusers.layouts.lora_modules import load_original_loras, parse_lora
 from tests.layouts.original_layout import original_names
 from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 
@@ -136,7 +137,7 @@ def check(path, expected, tmp_path, fresh):
         again.load_lora_weights(tmp_path / folder)
         assert (output(again.transformer) - expected).abs().max() < 1e-5
 
-    lora, transformer = load_original_lora(path), tiny_transformer()
+    lora, transformer = load_original_loras(path)["transformer"], tiny_transformer()
     weights = {name: lora.merge(name, tensor) for name, tensor in transformer.state_dict().items()}
     transformer.load_state_dict(weights)
     assert (output(transformer) - expected).abs().max() < 1e-5
@@ -159,6 +160,30 @@ def test_fewer_bits(dtype, fresh, tmp_path):
     lora = matrices(dtype)
     path = write(tmp_path / "lora.safetensors", dotted("diffusion_model."), *KOHYA, lora)
     check(path, merged(lora), tmp_path, fresh)
+
+
+def test_every_linear_layer_of_a_published_model():
+    """RAVEN's of Wan2.1 1.3B: 306 modules, six of them outside of the blocks, none of which takes memory here."""
+    with init_empty_weights():
+        transformer = CausalWanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+    weights, tensors, number = transformer.state_dict(), {}, torch.ones(1, 1)
+    for original, name in original_names(30).items():
+        if original.endswith(".weight") and weights[name].ndim == 2:
+            module, (rows, columns) = original.removesuffix(".weight"), weights[name].shape
+            tensors[f"base_model.model.{module}.lora_A.weight"] = number.expand(256, columns)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = number.expand(rows, 256)
+    lora = parse_lora(tensors)
+    lora.check_fits(weights)
+    linears = {name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(tensors) == 2 * 306 and lora.modules.keys() == linears and not lora.diffs
+    assert {(module.rank, module.scale) for module in lora.modules.values()} == {(256, 1.0)}
+    transformer.add_adapter(lora.peft_config())
+    adapted = {name for name, p in transformer.named_parameters() if ".lora_A." in name and p.shape[0] == 256}
+    assert adapted == {f"{name}.lora_A.default.weight" for name in linears}
+    # Between the two layers of the text's embedding there is none.
+    other = {f"base_model.model.text_embedding.1.lora_{x}.weight": number for x in "AB"}
+    with pytest.raises(ValueError, match="changes text_embedding.1, which Wan2.1 1.3B .* does not have"):
+        parse_lora(other).check_fits(weights)
 
 
 def test_config_beside_the_file(fresh, tmp_path):
@@ -381,16 +406,16 @@ def test_which_file_of_a_folder(pipe, tmp_path):
     lora = tmp_path / "lora"
     lora.mkdir()
     with pytest.raises(ValueError, match="holds no LoRA"):
-        load_original_lora(lora)
+        load_original_loras(lora)
     save_file(PAIR, lora / "one.safetensors")
     (lora / "README.md").write_text("a LoRA")
-    assert load_original_lora(lora).modules.keys() == {"blocks.0.attn1.to_q"}
+    assert load_original_loras(lora)["transformer"].modules.keys() == {"blocks.0.attn1.to_q"}
     save_file({}, lora / "two.safetensors")
     with pytest.raises(ValueError, match="several files, one.safetensors, two.safetensors: .*weight_name"):
-        load_original_lora(lora)
+        load_original_loras(lora)
     assert CausalWanPipeline.lora_state_dict(lora, weight_name="one.safetensors")
     save_file(PAIR, lora / "pytorch_lora_weights.safetensors")
-    assert load_original_lora(lora).modules
+    assert load_original_loras(lora)["transformer"].modules
     assert CausalWanPipeline.lora_state_dict(tmp_path, subfolder="lora")
     with pytest.raises(FileNotFoundError, match="no such file"):
         pipe.load_lora_weights(str(lora / "three.safetensors"))

@@ -9,8 +9,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from astrolabe_diffusers import CausalWanTransformer3DModel
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.layouts.wan_checkpoints import infer_config, to_diffusers
-from tests.layouts.original_layout import original_names, original_weights
+from tests.layouts.original_layout import PUBLISHED_LAYOUTS, original_names, original_weights, published_checkpoint
 from tests.tiny_pipeline import tiny_transformer
 
 
@@ -130,7 +131,7 @@ def test_a_recipe_is_the_model_s_config_too(transformer):
     assert (config.num_frames_per_block, config.sink_size, config.local_attn_size) == (3, 3, 12)
     config = load(weights, recipe="causal-forcing-framewise", local_attn_size=9).config
     assert (config.num_frames_per_block, config.sink_size, config.local_attn_size) == (1, 0, 9)
-    with pytest.raises(ValueError, match=r"no published model 'long-live' \(did you mean longlive\?\); there"):
+    with pytest.raises(ValueError, match=r"no published model 'long-live' \(did you mean longlive or .*there are"):
         load(weights, recipe="long-live")
 
 
@@ -253,6 +254,27 @@ def test_full_size_names_and_sizes(heads, layers, ffn_dim, tensors):
     assert sizes == {name: model.config[name] for name in sizes}
 
 
+@pytest.mark.parametrize("recipe", PUBLISHED_LAYOUTS)
+def test_every_published_model_at_full_size(recipe):
+    """All names of its file, without values, in its layout: each has a place in the model, which has no other."""
+    heads, layers, ffn_dim, count = (40, 40, 13824, 1095) if "14b" in recipe else (12, 30, 8960, 825)
+    shapes = full_size(heads, layers, ffn_dim).state_dict()
+    checkpoint = published_checkpoint(recipe, {name: shapes[new] for name, new in original_names(layers).items()})
+    model = CausalWanTransformer3DModel.from_single_file(checkpoint, recipe=recipe)
+    loaded = model.state_dict()
+    assert len(loaded) == count and {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in shapes.items()}
+    assert PUBLISHED_MODELS[recipe].transformer.items() <= model.config.items()
+    entry, _ = PUBLISHED_LAYOUTS[recipe]
+    tensors = checkpoint if entry is None else checkpoint[entry]
+    tensors.popitem()
+    with pytest.raises(ValueError, match="1 missing"):
+        CausalWanTransformer3DModel.from_single_file(checkpoint, recipe=recipe)
+
+
+def test_every_published_model_has_a_layout():
+    assert PUBLISHED_LAYOUTS.keys() == PUBLISHED_MODELS.keys()
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -277,6 +299,49 @@ def test_says_which_published_model_it_is():
     weights = {name: large[new] for name, new in original_names(40).items()}
     with pytest.raises(ValueError, match=r"It looks like Wan2.1 14B \(width 5120, 40 layers\)"):
         CausalWanTransformer3DModel.from_single_file(weights, num_layers=30)
+
+
+def with_lora(weights):
+    """As PEFT keeps a model with a LoRA; and the LoRA alone."""
+    model, lora = {}, {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and tensor.ndim == 2:
+            lora[f"base_model.model.{module}.lora_A.default.weight"] = torch.zeros(2, tensor.shape[1])
+            lora[f"base_model.model.{module}.lora_B.default.weight"] = torch.zeros(tensor.shape[0], 2)
+            name = f"{module}.base_layer.weight"
+        model[f"base_model.model.{name}"] = tensor
+    return model | lora, lora
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("RAVEN's full file", "a model with a LoRA beside its weights.*take the file with both merged"),
+        ("a LoRA", "a LoRA: merge it"),
+        ("two experts", "a model with a second expert, as Self Gradient Forcing Plus"),
+        ("image to video", "a model of images to videos"),
+        ("autoencoder", "an autoencoder or a decoder"),
+        ("5B", r"Wan2.2 5B \(LongLive 2.0\) \(width 3072, 30 layers\)"),
+    ],
+)
+def test_files_of_other_models(transformer, kind, words):
+    """Their names tell what they are."""
+    weights = original_weights(transformer)
+    experts = {"blocks.0.self_attn.q.memory_weight": torch.zeros(24, 24), "memory_head.head.bias": torch.zeros(1)}
+    large = full_size(24, 30, 14336).state_dict() if kind == "5B" else {}
+    checkpoint = {
+        "RAVEN's full file": with_lora(weights)[0],
+        "a LoRA": with_lora(weights)[1],
+        "two experts": weights | experts,
+        "image to video": weights | {"img_emb.proj.0.weight": torch.zeros(8), "x.k_img.weight": torch.zeros(8)},
+        "autoencoder": {"encoder.conv1.weight": torch.zeros(1), "decoder.conv1.weight": torch.zeros(1)},
+        "5B": {name: large.get(new) for name, new in original_names(30).items()},
+    }[kind]
+    config = {"num_layers": 40} if kind == "5B" else HEADS
+    with pytest.raises(ValueError, match=f"It looks like {words}") as error:
+        CausalWanTransformer3DModel.from_single_file(checkpoint, recipe="raven", **config)
+    assert "\n" not in str(error.value)
 
 
 def test_no_wan_transformer():

@@ -569,7 +569,7 @@ HELLO = {
     "width": 32,
     "frames_first_block": 4,
     "frames_per_block": 4,
-    "transitions": ["roll", "recache", "cut"],
+    "transitions": ["roll", "recache", "flush", "rope_cut", "cut"],
     "presets": ["one"],
     "loras": {},
     "max_pixels": 4096,

@@ -132,7 +132,8 @@ def test_hello(live):
     assert hello == {
         "type": "hello", "version": 1, "model": "tiny", "frame_rate": 16, "height": 16, "width": 32,
         "max_pixels": 512, "frames_first_block": 9, "frames_per_block": 12, "num_frames": None,
-        "transitions": ["roll", "recache", "cut"], "presets": [A, B], "loras": {"first": 1.0, "second": 0.0},
+        "transitions": ["roll", "recache", "flush", "rope_cut", "cut"], "presets": [A, B],
+        "loras": {"first": 1.0, "second": 0.0},
         "codecs": ["h264", "jpeg", "webp"], "sessions": 2,
         "start_media": ["video/quicktime", "video/mp4", "video/webm"], "max_upload": 2**23,
     }  # fmt: skip

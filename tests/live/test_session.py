@@ -6,6 +6,7 @@ import math
 import threading
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import imageio.v3 as iio
 import numpy as np
@@ -19,10 +20,12 @@ from astrolabe_diffusers.live.session import LiveModel, LiveSession, replay
 from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.models.kv_cache import CausalWanKVCache
 from astrolabe_diffusers.models.lora_layers import lora_weights_of
+from astrolabe_diffusers.pipelines.loading import load_loras
 from tests.live.files import picture_file, video_file
 from tests.live.helpers import ENDLESS, all_equal, make_blocks, make_model, save_loras
 from tests.pipelines.test_scenes import A, B, C
 from tests.tiny_pipeline import tiny_pipeline
+from tests.two_experts import two_expert_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def reference(model, changes, number=6, seed=0, weights=(1.0, 0.0)):
     return blocks
 
 
-@pytest.mark.parametrize("transition", ["roll", "recache", "cut"])
+@pytest.mark.parametrize("transition", ["roll", "recache", "flush", "rope_cut", "cut"])
 def test_a_prompt_holds_from_the_next_block_on(model, transition):
     session = LiveSession(model, A, 0)
     blocks = make_blocks(session, 2)
@@ -87,6 +90,28 @@ def test_a_lora_weight_is_that_of_a_stream_with_fresh_text_keys(model, weights):
     wanted = reference(model, {3: lambda stream: model.pipe.set_adapters(names, list(weights))})
     assert all_equal(blocks, wanted)
     assert (blocks[3].int() - reference(model, {}, 4)[3].int()).abs().max() > 3
+
+
+def test_loras_of_two_experts(tmp_path):
+    """One of each: the weight holds in the expert that has it, from the next block on."""
+    pipe = two_expert_pipeline(**ENDLESS)
+    a, b = 0.4 * torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(0))
+    layers = {"blocks.0.attn1.to_k.lora_A.weight": a, "blocks.0.attn1.to_k.lora_B.weight": b.T.contiguous()}
+    loras = {str(tmp_path / name): 1.0 for name in pipe.experts}
+    for name, path in zip(pipe.experts, loras):
+        pipe.save_lora_weights(path, **{f"{name}_lora_layers": layers})
+    load_loras(pipe, loras)
+    model = LiveModel(pipe, "tiny", loras)
+    assert len(set(model.lora_digests.values())) == 2
+    for name, weights in zip(model.adapters, ((0.0, 1.0), (1.0, 0.0))):
+        session = LiveSession(model, A, 0)
+        blocks = make_blocks(session, 2)
+        session.send(lora(**{name: 0.0}))
+        blocks += make_blocks(session, 3)
+        plain = reference(model, {}, 5, weights=(1.0, 1.0))
+        change = partial(pipe.set_adapters, ["lora_0", "lora_1"], list(weights))
+        changed = reference(model, {2: lambda _, change=change: change()}, 5, weights=(1.0, 1.0))
+        assert all_equal(blocks, changed) and not torch.equal(blocks[3], plain[3])
 
 
 def test_sessions_of_other_strengths_do_not_touch(model):

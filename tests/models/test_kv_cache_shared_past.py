@@ -15,6 +15,7 @@ CONFIGS = {
     "window": {"local_attn_size": 9},
     "sink": {"local_attn_size": 12, "sink_size": 3},
     "relative": {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"},
+    "gap": {"local_attn_size": 9, "sink_size": 3, "rope_mode": "relative", "rope_window": 11},
     "tight": {"local_attn_size": 6, "sink_size": 3, "rope_mode": "relative"},
     "only the sink": {"local_attn_size": 6, "sink_size": 3},
 }

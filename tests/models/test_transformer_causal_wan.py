@@ -1,6 +1,7 @@
 """CausalWanTransformer3DModel against diffusers' own Wan and against the slow reference."""
 
 import json
+from inspect import signature
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.tiny_pipeline import tiny_transformer
 
 TOLERANCE = 1e-5
 LEVELS = (1000.0, 937.5, 833.3333, 625.0, 317.4, 0.0)
-MODEL_ONLY = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
+MODEL_ONLY = signature(CausalWanTransformer3DModel).parameters.keys() - signature(WanTransformer3DModel).parameters
 
 # Frames in a block -> model configuration and latent shape (batch, channels, frames, height, width).
 SETTINGS = {
@@ -462,12 +463,19 @@ def test_read_gradients(rope_mode, window, sink, checkpointing):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        ["attn2.to_k", "linear_1", "linear_2", "time_proj", "proj_out"],
+    ],
+    ids=["blocks", "outside"],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_lora_gradients(checkpointing):
+def test_lora_gradients(checkpointing, targets):
     n, rank, alpha = 2, 4, 12
     model, reference, noisy, clean, text = build(n, 5, 1, "relative")
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
     model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False))
     lora = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert lora and all("lora_" in name for name in lora)

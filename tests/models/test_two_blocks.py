@@ -246,7 +246,7 @@ def test_a_cache_that_is_written_anew_keeps_its_margin():
     blocks = list(zip(blocks_of(clean, 3), blocks_of(noisy, 3)[1:]))
     pair(model, *blocks[0], 937.5, text, cache)
     size = cache.get(0).key.shape[1]
-    cache.rewind(0, keep_sink=False)
+    cache.rewind(0, num_kept=0)
     write(model, clean[:, :, :3], text, cache)
     outputs = [pair(model, *block, 937.5, text, cache) for block in blocks[1:]]
     assert cache.get(0).key.shape[1] == size

@@ -9,7 +9,7 @@ from tests.tiny_pipeline import SMALL, tiny_pipeline, tiny_transformer
 
 
 # Every published recipe that differs from those before it, and what none of them has.
-RECIPES = {}
+RECIPES = {"self-forcing": {}}
 for name, model in PUBLISHED_MODELS.items():
     settings = {**model.transformer, **model.pipeline}
     settings.pop("num_frames", None)
@@ -18,6 +18,7 @@ for name, model in PUBLISHED_MODELS.items():
 RECIPES["ring"] = {"local_attn_size": 6}
 RECIPES["relative"] = {"local_attn_size": 7, "sink_size": 1, "rope_mode": "relative"}
 RECIPES["relative, one step"] = {**RECIPES["relative"], "sigmas": [1.0]}
+RECIPES["memory bank"] = {"local_attn_size": 6, "memory_bank_size": 2, "memory_bank_interval": 1}
 RECIPES["past_weight"] = {"local_attn_size": 9, "past_weight": 0.3}
 
 
@@ -72,18 +73,26 @@ FAST = ("self-forcing", "relative, one step")
     "recipe", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in RECIPES]
 )
 def test_recipes(recipe):
-    check(tiny_pipeline(**RECIPES[recipe]), video)
+    pipe = tiny_pipeline(**RECIPES[recipe])
+    config = pipe.transformer.config
+    # So many that the first video fills window, rows and bank.
+    filled = max(config.local_attn_size, config.rope_window or 0) // config.num_frames_per_block
+    filled = max(filled, config.memory_bank_size * config.memory_bank_interval)
+    check(pipe, video, lengths=(max(5, filled + 2), max(8, filled + 4)))
+
+
+RELATIVE = {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}])
+@pytest.mark.parametrize("config", [{}, RELATIVE, {**RELATIVE, "sink_ema": 0.7}, RECIPES["memory bank"]])
 def test_shared_past(config):
     # Past and own frames that happen to be as many have a graph of their own, once.
     check(tiny_pipeline(**config), shared_past_videos, lengths=(6, 6))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["self-forcing", "relative"])
+@pytest.mark.parametrize("recipe", ["self-forcing", "relative", "memory bank"])
 def test_inductor(recipe):
     check(tiny_pipeline(**RECIPES[recipe]), video, "inductor", 1e-4)
 
@@ -98,7 +107,7 @@ def test_one_call_has_it_all_compiled(recipe):
     n = pipe.transformer.config.num_frames_per_block
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(video(pipe, 12), expected)
-        for transition in ("roll", "recache", "cut"):
+        for transition in pipe.transitions:
             with pipe.stream("a red circle", num_frames=1 + 4 * (9 * n - 1)) as stream:
                 for block, _ in enumerate(stream):
                     if block in (1, 5):
@@ -189,8 +198,9 @@ def test_gradients():
 @pytest.mark.usefixtures("no_grad")
 def test_models_of_one_process():
     """Whole videos: a graph that was made for another model's blocks and windows is not this one's."""
-    names = ("num_frames_per_block", "local_attn_size", "sink_size", "rope_mode")
-    for config in [(1, -1, 0, "absolute"), (2, 4, 2, "absolute"), (2, 4, 2, "relative")]:
+    names = ("num_frames_per_block", "local_attn_size", "sink_size", "rope_mode", "sink_ema")
+    sizes = [(1, -1, 0, "absolute"), (2, 4, 2, "absolute"), (2, 4, 2, "relative")]
+    for config in [*((*size, None) for size in sizes), (2, 4, 2, "relative", 0.7)]:
         transformer = tiny_transformer(**dict(zip(names, config)))
         generator = torch.Generator().manual_seed(0)
         video, text = torch.randn(1, 4, 8, 4, 4, generator=generator), torch.randn(1, 16, 32, generator=generator)

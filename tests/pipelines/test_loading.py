@@ -27,6 +27,7 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import find_lora, load_from, load_loras, weights_digest
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.policies import load_policies
+from tests.models.test_transformer_causal_wan import MODEL_ONLY
 from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import SMALL, model_index, save_tiny_pipeline, tiny_pipeline, tiny_shapes_captions
 from tests.training.helpers import policy_pipeline
@@ -84,7 +85,7 @@ def test_model_index_is_safe_for_the_hub(folder):
     components = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     assert components["transformer"] == ["diffusers", "CausalWanTransformer3DModel"]
     # Of a component that is not there diffusers' own pipelines say `null` as well.
-    assert components.pop("tiny_decoder") == [None, None]
+    assert components.pop("tiny_decoder") == components.pop("memory_transformer") == [None, None]
     assert {library for library, _ in components.values()} == {"diffusers", "transformers"}
     assert index["sigmas"] == [1.0, 0.6, 0.2]
     assert (index["num_frames"], index["height"], index["width"]) == (21, 16, 32)
@@ -122,8 +123,7 @@ def test_components_can_be_replaced(folder):
 def test_stock_transformer_in_a_pipeline(folder, tmp_path):
     """A transformer folder that diffusers' own class wrote serves as a causal one."""
     pipe = tiny_pipeline(**OVERRIDES)
-    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
-    config = {k: v for k, v in pipe.transformer.config.items() if k not in ours and not k.startswith("_")}
+    config = {k: v for k, v in pipe.transformer.config.items() if k not in MODEL_ONLY and not k.startswith("_")}
     stock = WanTransformer3DModel(**config)
     stock.load_state_dict(pipe.transformer.state_dict())
     stock.save_pretrained(tmp_path)
@@ -138,8 +138,7 @@ def test_stock_transformer_in_a_pipeline(folder, tmp_path):
 def test_a_stock_pipeline_is_refused(folder, tmp_path):
     """It would load with a warning, and make noise. With causal parts it becomes one."""
     pipe = DiffusionPipeline.from_pretrained(folder)
-    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
-    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in ours})
+    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in MODEL_ONLY})
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     stock = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, scheduler, transformer)
     stock.save_pretrained(tmp_path)

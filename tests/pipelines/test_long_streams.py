@@ -53,14 +53,14 @@ def match_after_switch(pipe, pairs, transition, before=3, after=6):
 def test_the_video_follows_a_new_prompt():
     pipe, pairs = load(), different_captions(64)
     print("\nprompt match of each block with the old and the new prompt; the change is after three blocks")
-    for transition in ("roll", "recache", "cut"):
+    for transition in pipe.transitions:
         match = match_after_switch(pipe, pairs, transition)
         for name, column in zip(("old", "new"), match.T.tolist()):
             print(f"{transition:8} {name}  " + "  ".join(f"{value:.2f}" for value in column))
         # Unrelated captions share no attribute: chance alone gives little.
         assert match[2, 0] > 0.85 and match[2, 1] < 0.3 and match[-1, 0] < 0.3
         # After a cut the scene is new. Otherwise the cache holds pictures of the first one, the sink for ever.
-        blocks = {"roll": 3, "recache": 2, "cut": 1}[transition]
+        blocks = {"roll": 3, "recache": 2, "flush": 3, "rope_cut": 4, "cut": 1}[transition]
         assert match[2 + blocks :, 1].min() > 0.85
 
 

@@ -29,6 +29,8 @@ WINDOWS = {
     "ring": {"local_attn_size": 6},
     "ring and sink": {"local_attn_size": 12, "sink_size": 3},
     "relative": {"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"},
+    "gap": {"local_attn_size": 9, "sink_size": 3, "rope_mode": "relative", "rope_window": 14},
+    "EMA sink": {"local_attn_size": 9, "sink_size": 3, "rope_mode": "relative", "sink_ema": 0.7},
     "frame by frame": {"num_frames_per_block": 1, "local_attn_size": 5, "sink_size": 2, "rope_mode": "relative"},
 }
 
@@ -97,7 +99,7 @@ def test_a_block_of_one_step():
     check(pipe, lambda: generate(pipe, A, num_frames=frames_of(6)), 2 + 5, 2 + 5 + 5)
 
 
-@pytest.mark.parametrize("window", ["unlimited", "relative"])
+@pytest.mark.parametrize("window", ["unlimited", "relative", "gap", "EMA sink"])
 @pytest.mark.parametrize("transition", ["roll", "recache", "cut"])
 def test_another_prompt(window, transition):
     """The old block is stored with the old prompt, in a pass of its own; the stream is the call, bit for bit."""

@@ -6,16 +6,20 @@ import torch
 
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.models.vae_streaming import encode_video
+from tests.models.test_rope_window import PublishedRows
 from tests.pipelines.test_block_generation import server_context
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
+from tests.reference_memory_bank import ReferenceMemoryBank
 from tests.tiny_pipeline import SMALL, tiny_pipeline
 
 
 PROMPT = "a red circle moves up on a white background"
 FOUR = [1.0, 0.75, 0.5, 0.25]
 FIVE = [*FOUR, 0.0]
+# Whose timesteps after the shift are 1000, 938, 833 and 625.
+ROUNDED = [sigma / (5 - 4 * sigma) for sigma in (1.0, 0.938, 0.833, 0.625)]
 
-# Blocks, and what baselines.md says: steps of the first and of the other blocks.
+# Blocks, and what baselines.md and more_models.md say: steps of the first and of the other blocks.
 RECIPES = {
     "self-forcing": (3, FOUR, FOUR),
     "causal-forcing-chunkwise": (3, FOUR, FOUR),
@@ -24,13 +28,37 @@ RECIPES = {
     "causal-forcing-framewise-1step": (4, FOUR, [1.0]),
     # The window is full after four blocks: two more roll it.
     "longlive": (6, FOUR, FOUR),
+    "longlive-infinity": (6, FOUR, FOUR),
+    "kvpo-longlive": (6, FOUR, FOUR),
+    # Block 3 is the first that sees a sink of two blocks.
+    "reward-forcing": (9, FOUR, FOUR),
+    # And the bank is full after ten.
+    "memflow": (13, FOUR, FOUR),
+    "kvpo-memflow": (13, FOUR, FOUR),
     "krea-14b": (4, FIVE, FIVE),
+    "raven": (3, ROUNDED, ROUNDED),
+    "one-forcing": (4, FOUR, [1.0]),
+    "infinity-rope": (4, FOUR, FOUR),
+    # Windows of 21 frames, and rows that the window of 12 reaches the end of after seven blocks.
+    "rmd": (23, FOUR, FOUR),
+    "self-gradient-forcing-framewise": (23, FOUR, FOUR),
+    "self-gradient-forcing-chunkwise": (9, FOUR, FOUR),
+    "sgf-plus-framewise": (23, FOUR, FOUR),
+    "sgf-plus-chunkwise": (6, FOUR, FOUR),
 }
+# What is right for one of these is right for the others, which is not computed again.
+ALIKE = [("self-forcing", "causal-forcing-chunkwise"), ("causal-forcing-framewise-1step", "one-forcing")]
+ALIKE += [("longlive", "kvpo-longlive"), ("memflow", "kvpo-memflow")]
+# Rows of the table as their authors give them.
+ROWS = {"self-gradient-forcing-framewise": 21, "self-gradient-forcing-chunkwise": 21}
 VARIANTS = {
-    "longlive, endless": ("longlive", {"rope_mode": "relative"}),
+    "self-gradient-forcing-chunkwise, 12 rows": ("self-gradient-forcing-chunkwise", {"rope_window": 12}),
+    "reward-forcing, stronger": ("reward-forcing", {"sink_ema": 0.7}),
     "krea-14b, plain": ("krea-14b", {"num_context_frames": None, "sigmas": FOUR}),
     "krea-14b, past": ("krea-14b", {"past_weight": 0.3}),
     "longlive, past": ("longlive", {"past_weight": 0.3}),
+    "memflow, one prompt": ("memflow", {"memory_bank_update": "single_prompt"}),
+    "memflow, no copies": ("memflow", {"memory_bank_update": "once"}),
 }
 
 
@@ -41,11 +69,15 @@ def build(model, **changes):
 
 
 @torch.no_grad()
-def expected(pipe, blocks, first, others, context=None, seed=0, **kwargs):
+def expected(pipe, blocks, first, others, context=None, seed=0, published_config=None, rows=None, **kwargs):
     n = pipe.transformer.config.num_frames_per_block
     steps = [len(others if block else first) for block in range(blocks)]
     noise, renoise = published_noise(torch.Generator().manual_seed(seed), (1, 4, n * blocks, 2, 4), n, steps)
-    reference = ReferenceCausalWan(pipe.transformer.state_dict(), dict(pipe.transformer.config))
+    config, rows = dict(pipe.transformer.config) | (published_config or {}), {"rows": rows} if rows else {}
+    reference_class = PublishedRows if rows else ReferenceCausalWan
+    if config["memory_bank_size"]:
+        reference_class = ReferenceMemoryBank
+    reference = reference_class(pipe.transformer.state_dict(), config, **rows)
     reference.past_weight = pipe.config.past_weight
     text = pipe.encode_prompt(PROMPT)
     return reference.sample(noise, renoise, text, others, first_sigmas=first, encode_context=context, **kwargs)
@@ -57,13 +89,15 @@ def generate(pipe, seed=0, **kwargs):
 
 def test_every_published_model_has_a_recipe():
     assert RECIPES.keys() == PUBLISHED_MODELS.keys()
-    # What is right for one is right for the other, which is not computed again.
-    alike = [PUBLISHED_MODELS[name] for name in ("self-forcing", "causal-forcing-chunkwise")]
-    assert alike[0].transformer == alike[1].transformer and alike[0].pipeline == alike[1].pipeline
-    assert RECIPES["self-forcing"] == RECIPES["causal-forcing-chunkwise"]
+    for names in ALIKE:
+        one, other = (PUBLISHED_MODELS[name] for name in names)
+        settings = one.pipeline | {"num_frames": other.pipeline.get("num_frames")}
+        assert one.transformer == other.transformer
+        assert settings == {"num_frames": None} | other.pipeline
+        assert RECIPES[names[0]] == RECIPES[names[1]]
 
 
-@pytest.mark.parametrize("variant", [*(name for name in RECIPES if name != "causal-forcing-chunkwise"), *VARIANTS])
+@pytest.mark.parametrize("variant", [*(name for name in RECIPES if name not in dict(ALIKE).values()), *VARIANTS])
 def test_equals_the_reference(variant):
     model, changes = VARIANTS.get(variant, (variant, {}))
     pipe = build(model, **changes)
@@ -71,7 +105,10 @@ def test_equals_the_reference(variant):
     context = server_context(pipe.vae) if model == "krea-14b" else None
     if variant == "krea-14b, plain":
         first, others, context = FOUR, FOUR, None
-    wanted = expected(pipe, blocks, first, others, context)
+    published = {"rows": changes.get("rope_window", ROWS.get(model)), "exact_levels": model == "raven"}
+    if model == "rmd":  # which says absolute, and has no sink
+        published["published_config"] = {"rope_mode": "absolute"}
+    wanted = expected(pipe, blocks, first, others, context, **published)
     result = generate(pipe, num_frames=4 * wanted.shape[2] - 3)
     assert wanted.std() > 0.3
     error = (result - wanted).abs().max().item()

@@ -11,9 +11,20 @@ from astrolabe_diffusers.pipelines.scene_prompt import Scene, escape_scenes, par
         ("a cat", [Scene("a cat")]),
         ("", [Scene("")]),
         ("a[8s] | b[12s] | c", [Scene("a", 8.0), Scene("b", 12.0), Scene("c")]),
-        ("a[10s#] | b", [Scene("a", 10.0), Scene("b", cut=True)]),
-        ("a[#]|b[.5s]|c", [Scene("a"), Scene("b", 0.5, cut=True), Scene("c")]),
-        ("a [ 1.5 s # ] \n| b", [Scene("a", 1.5), Scene("b", cut=True)]),
+        ("a[10s#] | b", [Scene("a", 10.0), Scene("b", transition="cut")]),
+        ("a[#]|b[.5s]|c", [Scene("a"), Scene("b", 0.5, transition="cut"), Scene("c")]),
+        ("a [ 1.5 s # ] \n| b", [Scene("a", 1.5), Scene("b", transition="cut")]),
+        (
+            "a[10s flush] | b[ rope_cut ]|c [2s recache]| d[roll] | e [cut]|f",
+            [
+                Scene("a", 10.0),
+                Scene("b", transition="flush"),
+                Scene("c", 2.0, "rope_cut"),
+                Scene("d", transition="recache"),
+                Scene("e"),
+                Scene("f", transition="cut"),
+            ],
+        ),
         # The cut at the end of the last scene cuts nothing.
         ("a | b[2s#]", [Scene("a"), Scene("b", 2.0)]),
         (r"this \| that \[8s\] [4s] | c:\\d \e]", [Scene("this | that [8s]", 4.0), Scene(r"c:\d \e]")]),
@@ -36,6 +47,11 @@ def test_parse(prompt, scenes):
         ("a[-2s]", 2, "a duration is [8s]"),
         ("a[]", 2, "a duration is [8s]"),
         ("a[8s][2s]", 2, "at a scene's end"),
+        ("a[8s fade] | b", 2, "with one of roll, recache, flush, rope_cut, cut"),
+        ("a[8sflush] | b", 2, "with one of roll"),
+        ("a[flushed] | b", 2, "with one of roll"),
+        ("a[flush #] | b", 2, "with one of roll"),
+        ("a[flush 8s] | b", 2, "with one of roll"),
         ("a | b[8s", 6, "a duration is [8s]"),
         ("a | b[86401s]", 6, "at most 86400 seconds"),
         (f"a[{'9' * 400}s]", 2, "at most 86400 seconds"),
@@ -50,7 +66,7 @@ def test_errors_point_at_the_place(prompt, place, message):
 
 def test_plan():
     """Blocks of 0.75 s: rounded down, at least one, and 14 where nothing is said."""
-    scenes = [Scene("a", 8.0), Scene("b", 0.1, cut=True), Scene("c", 2.25), Scene("d")]
+    scenes = [Scene("a", 8.0), Scene("b", 0.1, transition="cut"), Scene("c", 2.25), Scene("d")]
     starts = dict(zip((0, 10, 11, 14), scenes))
     assert plan_scenes(scenes, 0.75) == (starts, 28)
     assert plan_scenes(scenes, 0.75, num_blocks=50) == (starts, 50)

@@ -50,6 +50,9 @@ def test_colour_goes_before_the_size_changes():
         ("all", 4, [0, 1, 2, 3]),
         ("stride:4", 9, [0, 4, 8]),
         ("stride:4", 3, [0]),
+        ("rate:8", 9, [0, 2, 4, 6, 8]),
+        ("rate:6", 7, [0, 3, 6]),
+        ("rate:30", 3, [0, 1, 2]),
         ("count:3", 9, [0, 4, 8]),
         ("count:1", 9, [0]),
         ("count:20", 3, [0, 1, 2]),
@@ -69,13 +72,14 @@ def test_the_rate_of_the_videos_counts():
     assert len(FrameSelection("fps:2", fps=8)(81)) == 20
     assert len(FrameSelection("fps:2", fps=16)(1600)) == 200
     assert len(FrameSelection("fps:2", fps=1)(1600)) == 768
+    assert [FrameSelection("rate:8", fps=fps)(9)[1] for fps in (5, 16, 24, 30)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
-    "rule", ["", "some", "all:2", "stride", "stride:0", "stride:x", "count:1.5", "fps:", "fps:-1"]
+    "rule", ["", "some", "all:2", "stride", "stride:0", "stride:x", "count:1.5", "fps:", "fps:-1", "rate:0"]
 )
 def test_other_rules_are_refused(rule):
-    with pytest.raises(ValueError, match="'all', 'stride:K', 'count:N' or 'fps:R', not"):
+    with pytest.raises(ValueError, match="'all', 'stride:K', 'rate:R', 'count:N' or 'fps:R', not"):
         FrameSelection(rule, fps=16)
 
 

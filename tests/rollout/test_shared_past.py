@@ -15,10 +15,13 @@ from tests.tiny_pipeline import tiny_pipeline, tiny_vae
 
 PROMPT = Prompt("a red circle moves left on a black background")
 SIZE = {"height": 16, "width": 32, "num_frames": 57}  # 15 latent frames, two tokens each
+RELATIVE = {"sigmas": [1.0, 0.5], "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"}
 MODELS = {
     "unlimited": {"sigmas": [1.0, 0.5]},
     "window": {"sigmas": [1.0, 0.5], "local_attn_size": 9, "sink_size": 3},
-    "relative": {"sigmas": [1.0, 0.5], "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"},
+    "relative": RELATIVE,
+    "gap": {**RELATIVE, "rope_window": 11},
+    "EMA sink": {**RELATIVE, "sink_ema": 0.7},
     "fewer steps after the first block": {"sigmas": [1.0, 0.5], "first_block_sigmas": [1.0, 0.75, 0.5, 0.25]},
 }
 

@@ -21,7 +21,7 @@ from astrolabe_diffusers.training.policies import CURRENT, policy_parameters, us
 from tests.training.helpers import BRIGHTNESS, config, make_samples, policy_pipeline, reward_worker
 
 
-MODEL = {"num_layers": 1, "vae_num_res_blocks": 0}
+MODEL = {"num_layers": 1, "vae_num_res_blocks": 0, "target_modules": ["all-linear"]}
 # Three blocks, which are two passes: only the second one synchronises.
 SIZE = {"height": 16, "width": 32, "num_frames": 33}
 CONFIG = config(blocks_per_pass=2)

@@ -35,11 +35,11 @@ ALL_REPORTS = {
 }
 
 
-def policy_pipeline(rank: int = 4, randomize: bool = True, **overrides):
+def policy_pipeline(rank: int = 4, randomize: bool = True, target_modules=(), **overrides):
     """The tiny pipeline of two blocks (6 latent frames) with both adapters, which differ unless `randomize` is off."""
     pipe = tiny_pipeline(**{**SIZE, **overrides})
     torch.manual_seed(0)
-    add_policies(pipe.transformer, rank=rank, lora_alpha=2 * rank)
+    add_policies(pipe.transformer, rank=rank, lora_alpha=2 * rank, target_modules=target_modules)
     if randomize:
         randomize_adapters(pipe.transformer)
     return pipe

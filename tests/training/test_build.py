@@ -12,6 +12,7 @@ from astrolabe_diffusers.distributed.accelerator import accelerate_settings, che
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import load_from, load_frozen_pipeline, video_size
 from astrolabe_diffusers.training.build import set_recipe
+from tests.models.test_transformer_causal_wan import MODEL_ONLY
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import config
 
@@ -58,6 +59,10 @@ def test_a_server_s_recipe_is_trained_in_the_plain_loop():
 def test_a_window_needs_room():
     with pytest.raises(UserError, match="local_attn_size=3 has no room for the sink of 3 and a block of 3"):
         set_recipe(tiny_pipeline(), config(local_attn_size=3, sink_size=3))
+    pipe = tiny_pipeline(local_attn_size=9, sink_size=3, rope_mode="relative", rope_window=14)
+    set_recipe(pipe, config(local_attn_size=12))
+    with pytest.raises(UserError, match="local_attn_size: `rope_window` must be .* at least `local_attn_size` = 15"):
+        set_recipe(pipe, config(local_attn_size=15))
 
 
 @pytest.fixture
@@ -92,8 +97,7 @@ def test_what_a_launcher_got_wrong(launched, name, value, words):
 def stock_folder(folder):
     """A Wan pipeline of diffusers' own classes, as on the Hub."""
     pipe = tiny_pipeline()
-    ours = ("num_frames_per_block", "sink_size", "local_attn_size", "rope_mode")
-    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in ours})
+    transformer = WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k not in MODEL_ONLY})
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, scheduler, transformer).save_pretrained(folder)
 

@@ -36,7 +36,7 @@ def transformer():
     """Four adapters that differ, with alpha twice the rank."""
     model = tiny_transformer()
     torch.manual_seed(0)
-    add_policies(model, rank=4, lora_alpha=8, others=POLICIES[1:])
+    add_policies(model, rank=4, lora_alpha=8, target_modules=["all-linear"], others=POLICIES[1:])
     randomize(model)
     return model
 

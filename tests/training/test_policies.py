@@ -23,11 +23,11 @@ from tests.tiny_pipeline import tiny_pipeline, tiny_transformer
 from tests.training.helpers import randomize_adapters
 
 
-@pytest.fixture
-def transformer():
+@pytest.fixture(params=[(), ("all-linear",)], ids=["blocks", "all-linear"])
+def transformer(request):
     model = tiny_transformer()
     torch.manual_seed(0)
-    add_policies(model, rank=4, lora_alpha=8)
+    add_policies(model, rank=4, lora_alpha=8, target_modules=request.param)
     return model
 
 
@@ -60,6 +60,22 @@ def test_target_modules_can_be_chosen():
     assert {"attn1.to_q", "attn2.to_out.0", "ffn.net.2"} < set(block_linear_names(model))
     add_policies(model, rank=2, lora_alpha=2, target_modules=["attn1.to_q"])
     assert len(policy_parameters(model)) == 2 * 2
+
+
+def test_all_linear_layers():
+    model = tiny_transformer()
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    add_policies(model, rank=2, lora_alpha=2, target_modules=["all-linear", "patch_embedding"])
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A.default" in name}
+    assert adapted == linears | {"patch_embedding"} and len(linears) == 2 * 10 + 6
+
+
+@pytest.mark.parametrize("name, near", [("head.head", ";"), ("to_q.weight", ";"), ("proj_ou", r" \(did you")])
+def test_a_target_module_that_there_is_none_of(name, near):
+    """Also beside others, where peft would pass over it."""
+    line = f"^no module is called '{name}'{near}.* target modules can be all-linear, attn1.to_k, .*, proj_out.$"
+    with pytest.raises(ValueError, match=line):
+        add_policies(tiny_transformer(), rank=2, lora_alpha=2, target_modules=["to_q", name])
 
 
 def saved_lora(folder, rank=3, alpha=6, modules=("attn1.to_q", "ffn.net.2")):

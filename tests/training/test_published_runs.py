@@ -9,8 +9,16 @@ import yaml
 
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.training.build import set_recipe
 from astrolabe_diffusers.training.nft import NFTConfig
-from astrolabe_diffusers.training.published_runs import PUBLISHED, find_published_run, published_names
+from astrolabe_diffusers.training.published_runs import (
+    PUBLISHED,
+    find_published_run,
+    published_names,
+    recommended_names,
+)
+from tests.tiny_pipeline import tiny_pipeline
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "published_runs.md").read_text()
@@ -157,6 +165,36 @@ def test_recommended_goes_with_a_published_name(config):
         parse_args([*config, "--recommended"])
 
 
+OURS = [name for name, (_, _, processes) in recommended_names().items() if processes == 8]
+
+
+def test_runs_of_ours_are_none_of_the_published():
+    assert not recommended_names().keys() & published_names().keys()
+    published = {find_published_run(name).settings["model"] for name in published_names()}
+    ours = {model for model, _, _ in recommended_names().values()}
+    assert published | ours == PUBLISHED_MODELS.keys() and not published & ours
+    assert {"raven_video_hpsv3", "infinity_rope_video_multi_reward_48gpu"} <= recommended_names().keys()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_run_of_ours(name, monkeypatch, capsys):
+    """What we recommend, with the flag and without it, on the model's own window, positions and steps."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config = parse_args(["--config", name])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("384 samples an epoch, as recommended")
+    assert second == "as we recommend; of this model no run was published"
+    assert parse_args(["--config", name, "--recommended"]) == config
+    recommended = yaml.safe_load((PUBLISHED / "recommended.yaml").read_text())
+    assert {field: getattr(config, field) for field in recommended} == recommended
+    assert find_published_run(name).settings.keys() >= find_published_run("longlive_video_hpsv3").settings.keys()
+    model = PUBLISHED_MODELS[config.model]
+    pipe = tiny_pipeline(**model.transformer, **model.pipeline)
+    before = dict(pipe.transformer.config), dict(pipe.config)
+    set_recipe(pipe, config)
+    assert (dict(pipe.transformer.config), dict(pipe.config)) == before
+
+
 def test_krea_is_trained_in_the_plain_loop():
     config = parse_args(["--config", "krea14b_video_hpsv3"])
     assert config.num_context_frames == 0 and config.sigmas == [1.0, 0.75, 0.5, 0.25]
@@ -216,7 +254,9 @@ def test_list(capsys):
     with pytest.raises(SystemExit) as exit:
         parse_args(["--config", "list"])
     assert exit.value.code == 0
-    rows = capsys.readouterr().out.splitlines()
+    table, ours = capsys.readouterr().out.split("\n\nOf ours, none of them published:\n")
+    rows = table.splitlines()
+    assert [row.split()[0] for row in ours.splitlines()[1:]] == list(recommended_names())
     names = [row.split()[0] for row in rows[1:]]
     assert names == list(published_names()) and len(set(names)) == len(names)
     spelled = {name.replace("casual", "causal").replace("multireward", "multi_reward") for name in RUNS}

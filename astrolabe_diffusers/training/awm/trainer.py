@@ -7,7 +7,7 @@ import torch
 from ...rollout.samples import VideoBatch
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import PREDICTORS, check_compiled_passes
+from ..forward_process.predictors import PREDICTORS, check_compiled_passes, check_context
 from ..trainer import OnlineTrainer
 from .config import AWMConfig
 
@@ -43,6 +43,7 @@ class AWMTrainer(OnlineTrainer):
 
     def prepare(self):
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
+        check_context(self.config, self.transformer)
         check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 

@@ -9,7 +9,7 @@ from ...rollout.samples import VideoBatch
 from ..advantages import Advantages
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import PREDICTORS, check_compiled_passes
+from ..forward_process.predictors import PREDICTORS, check_compiled_passes, check_context
 from ..policies import OLD, REFERENCE, follow_current
 from ..trainer import OnlineTrainer
 from .config import NFTConfig
@@ -40,6 +40,7 @@ class NFTTrainer(OnlineTrainer):
     def prepare(self):
         self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
+        check_context(self.config, self.transformer)
         check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 

@@ -20,6 +20,8 @@ CASES = {
         "sink_size": 2,
     },
     "relative positions": {"local_attn_size": 4, "sink_size": 1, "rope_mode": "relative"},
+    "a gap between them": {"local_attn_size": 4, "sink_size": 1, "rope_mode": "relative", "rope_window": 6},
+    "EMA sink": {"local_attn_size": 3, "sink_size": 1, "rope_mode": "relative", "sink_ema": 0.7},
     "relative positions, no sink": {"local_attn_size": 3, "rope_mode": "relative"},
     "two steps": {"sigmas": [1.0, 0.5], "first_block_sigmas": [1.0, 0.75, 0.5, 0.25]},
     "no norm before the text": {"cross_attn_norm": False},

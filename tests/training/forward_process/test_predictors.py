@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from astrolabe_diffusers import CausalWanTransformer3DModel
 from astrolabe_diffusers.models.attention_causal_wan import CausalWanSelfAttnProcessor
 from astrolabe_diffusers.rollout.past import Past
+from astrolabe_diffusers.training.checkpointing import CHECKPOINTING
 from astrolabe_diffusers.training.forward_process.noising import squared_distance
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor, WholeClipPredictor
 from astrolabe_diffusers.training.nft.loss import nft_loss
@@ -26,8 +27,11 @@ MODELS = {
     "window": {"local_attn_size": 9},
     "sink": WINDOW,
     "relative": {**WINDOW, "rope_mode": "relative"},
+    "gap": {**WINDOW, "rope_mode": "relative", "rope_window": 11},
+    "EMA sink": {**WINDOW, "rope_mode": "relative", "sink_ema": 0.7},
     "no whole blocks": {"local_attn_size": 8, "sink_size": 1, "rope_mode": "relative"},
 }
+NOISY = {"context": "noisy"}
 OWN, ADAPTIVE = {"context_policy": "own"}, {"loss_weighting": "adaptive"}
 
 
@@ -58,9 +62,9 @@ def same_past(batch, start):
     return batch
 
 
-@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+@pytest.mark.parametrize("model", ["unlimited", "sink", "relative", "EMA sink"])
 def test_prediction_in_a_window_is_that_in_the_video(model):
-    pipe = pipeline(**model)
+    pipe = pipeline(**MODELS[model])
     transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
     whole = BlockwisePredictor(transformer, batch, "current").predict_window()
     window = BlockwisePredictor(transformer, window_of(batch, 12), "current").predict_window()
@@ -91,9 +95,9 @@ def test_windowed_gradients_are_the_video_s_restricted_to_the_window(accelerator
 
 
 @pytest.mark.parametrize("context_policy", ["own", "old"])
-@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+@pytest.mark.parametrize("model", ["unlimited", "sink", "relative", "EMA sink"])
 def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
-    pipe, cfg = pipeline(**model), config(context_policy=context_policy)
+    pipe, cfg = pipeline(**MODELS[model]), config(context_policy=context_policy)
     batch = window_of(same_past(noised_batch(pipe, batch_size=3, frames=15), 9), 9)
     expected, statistics = gradient(accelerator, pipe.transformer, batch, cfg)
     batch.past = Past(9, shared=True)
@@ -126,6 +130,36 @@ def test_gradients_with_checkpointing(accelerator):
     pipe.transformer.enable_gradient_checkpointing()
     result, _ = gradient(accelerator, pipe.transformer, batch, config(blocks_per_pass=3))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model, values, checkpointing", [("relative", {"blocks_per_pass": 2}, "selective"), ("window", NOISY, "full")]
+)
+def test_gradients_of_every_linear_layer_are_finite_differences(accelerator, model, values, checkpointing):
+    """Of the loss as a step has it, where a LoRA is outside of the blocks too: what it adds to the embeddings of text
+    and time reaches every block. The clean blocks' K/V are the old policy's, and constants."""
+    pipe = policy_pipeline(**MODELS[model], target_modules=["all-linear"])
+    pipe.transformer.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
+    transformer, batch = pipe.transformer, noised_batch(pipe, frames=12)
+    cfg = config(**{"context_policy": "old"} | values)
+    gradients, _ = gradient(accelerator, transformer, batch, cfg)
+    names = [name for name, _ in transformer.named_parameters() if ".default." in name]
+    places, step = {}, 5e-3
+    for i, name in enumerate(names):
+        places.setdefault("blocks" if name.startswith("blocks") else name.partition(".lora_")[0], []).append(i)
+    assert len(places) == 1 + 6
+    parameters = policy_parameters(transformer)
+    for module, indices in places.items():
+        # Along the gradient the slope is its norm.
+        slope = sum(gradients[i].square().sum() for i in indices).sqrt().item()
+        losses = []
+        for distance in (step, -2 * step):
+            for i in indices:
+                parameters[i].data.add_(gradients[i], alpha=distance / slope)
+            losses.append(gradient(accelerator, transformer, batch, cfg)[1]["loss"].item() / len(batch.clean))
+        for i in indices:
+            parameters[i].data.add_(gradients[i], alpha=step / slope)
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-3), module
 
 
 def count_linears(accelerator, transformer, batch, cfg):
@@ -236,9 +270,10 @@ def test_noisy_context_is_one_pass_over_the_noisy_video(accelerator):
     assert (clean - noisy).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("model", [{}, WINDOW, {**WINDOW, "rope_mode": "relative"}])
+@pytest.mark.parametrize("model", ["unlimited", "sink", "relative", "EMA sink"])
 def test_noisy_context_is_the_release_s_mask(model):
     """Diffusers' own model with the released mask: a window of 9 frames that ends with the block, and no sink."""
+    model = MODELS[model]
     pipe = pipeline(**model)
     transformer, batch = pipe.transformer, noised_batch(pipe, frames=18)
     result = WholeClipPredictor(transformer, batch, "base").predict_window()[0]
