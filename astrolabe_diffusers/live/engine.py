@@ -127,6 +127,8 @@ class LiveEngine:
         queued = Queued(position, self.sessions)
         if self._told.get(session) != queued:
             self._told[session] = queued
+            # Nothing could be seen of it while it waited.
+            session.active_at = time.monotonic()
             listener(queued)
 
     def _end(self, session: LiveSession, reason: str):

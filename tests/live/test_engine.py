@@ -204,6 +204,15 @@ def test_a_paused_session_makes_room_for_one_that_waits(model):
         assert not second.of(Ended) and not third.of(Block)  # it is looked at
 
 
+def test_who_has_waited_long_gets_its_turn(model):
+    with engine_of(sessions=1, idle_seconds=0.5) as engine:
+        first, second, third = (Watched(model, engine).add() for _ in range(3))
+        time.sleep(1.0)
+        engine.remove(first.session)
+        wait_for(lambda: second.of(Block) or second.of(Ended))
+        assert second.of(Block) and not second.of(Ended) and not third.of(Block)
+
+
 def test_a_session_that_left_is_gone_within_seconds(model):
     """Cache, decoder and frames, without the help of the garbage collector, while another one goes on and while none
     does."""
