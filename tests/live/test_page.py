@@ -314,6 +314,45 @@ def test_a_hidden_tab_waits(server, open_tab):
     assert [tab.page.text_content(name) for name in ("#underruns", "#lost")] == ["0", "0"]
 
 
+KEEP_DECODERS = """(() => {
+  window.decoders = [];
+  window.VideoDecoder = class extends VideoDecoder {
+    constructor(init) {
+      super(init);
+      window.decoders.push(this);
+    }
+  };
+})()"""
+
+
+def test_a_decoder_that_the_browser_has_closed_is_opened_again(server, open_tab):
+    """As Chromium does it to a tab that is hidden for a minute and a half."""
+    tab = open_tab(server.url, KEEP_DECODERS)
+    tab.start(RED)
+    assert tab.wait_for_message("started")["codec"] == "h264"
+    tab.wait_for_frames(20)
+    tab.page.click("#pause")
+    tab.page.wait_for_timeout(1000)  # what has come is decoded
+    tab.page.evaluate("decoders.forEach((decoder) => decoder.close())")
+    tab.page.click("#pause")
+    tab.wait_for_frames(70)
+    assert match(tab.frames(40, 70), RED) > 0.7
+    assert [tab.page.text_content(name) for name in ("#underruns", "#lost")] == ["0", "0"]
+    # Within a block, what it had is lost, and counted.
+    tab.page.evaluate("""() => {
+      const decode = VideoDecoder.prototype.decode;
+      VideoDecoder.prototype.decode = function (chunk) {
+        VideoDecoder.prototype.decode = decode;
+        decode.call(this, new EncodedVideoChunk({ type: "key", timestamp: chunk.timestamp, data: new Uint8Array(99) }));
+      };
+    }""")
+    tab.wait_for_text("#lost", "12")
+    count = tab.count()
+    tab.wait_for_frames(count + 30)
+    assert match(tab.frames(count, count + 30), RED) > 0.7
+    assert tab.page.locator("#error").is_visible()
+
+
 def test_record_and_replay(server, open_tab, tmp_path):
     """The same frames as at first, and in the recording all of them in their order."""
     tab = open_tab(server.url)
@@ -579,12 +618,13 @@ HELLO = {
 }
 
 
-def pictures(block: int, first_frame: int, colors: list[tuple[int, int, int]]) -> bytes:
-    """A block's JPEG pictures of 32x16 pixels, each of one colour, as the server sends them."""
+def pictures(block: int, first_frame: int, colors: list[tuple[int, int, int] | None]) -> bytes:
+    """A block's JPEG pictures of 32x16 pixels, each of one colour, as the server sends them; one of None is none."""
     files = []
     for color in colors:
-        file = io.BytesIO()
-        Image.new("RGB", (32, 16), color).save(file, "JPEG", quality=95)
+        file = io.BytesIO(b"no picture")
+        if color:
+            Image.new("RGB", (32, 16), color).save(file, "JPEG", quality=95)
         files.append(file.getvalue())
     header = struct.pack("<BBHIII", 1, 0, len(files), block, first_frame, 0)
     return header + struct.pack(f"<{len(files)}I", *map(len, files)) + b"".join(files)
@@ -630,6 +670,24 @@ def test_an_empty_buffer_holds_the_picture_and_is_counted(server_of_messages):
     assert figures == {"underruns": "2", "lost": "4", "made": "4.0 frames/s", "memory": "0.50 GB"}
     tab.wait_for_text("#log", "The buffer ran dry before frame 4.")
     tab.wait_for_text("#state", "Playing, slower than real time")
+
+
+def test_pictures_that_cannot_be_decoded_are_lost_alone(server_of_messages):
+    """And the server is told when there are no others, or it would wait for ever."""
+    tab, (end,), sent = server_of_messages
+    end.send(json.dumps(block(0, 0)))
+    end.send(pictures(0, 0, [GREYS[0], None, *GREYS[2:4]]))
+    tab.wait_for_frames(3)
+    for number in (1, 2):
+        end.send(json.dumps(block(number, 4 * number)))
+        end.send(pictures(number, 4 * number, 4 * [None]))
+    tab.wait_for_text("#lost", "9")
+    assert max(message["frame"] for message in sent if message["type"] == "shown") == 11
+    end.send(json.dumps(block(3, 12)))
+    end.send(pictures(3, 12, GREYS[8:12]))
+    shades = tab.frames(0, 7).mean((1, 2, 3))
+    assert np.allclose(shades, [GREYS[i][0] for i in (0, 2, 3, 8, 9, 10, 11)], atol=2)
+    assert tab.page.text_content("#lost") == "9" and tab.page.locator("#error").is_visible()
 
 
 def test_a_refused_connection_is_not_tried_again(server_of_messages):
