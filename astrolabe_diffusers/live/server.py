@@ -322,7 +322,8 @@ class Viewer:
             self.start_file,
             message.get("strength"),
         )
-        session = await self.loop.run_in_executor(self.live.decoders, make) if self.start_file else make()
+        pool = self.live.decoders if self.start_file else self.live.encoders
+        session = await self.loop.run_in_executor(pool, make)
         size = session.height, session.width, self.live.model.frame_rate
         encoders = [
             await self.loop.run_in_executor(self.live.encoders, make_encoder, codec, *size)

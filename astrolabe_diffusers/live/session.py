@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from ..errors import close_matches
-from ..models.lora_layers import adapter_weights, check_lora_weights
+from ..models.lora_layers import adapter_weights, dora_adapters
 from ..pipelines.block_generation import NOISE_LAYOUT
 from ..pipelines.loading import base_digest, lora_digest
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
@@ -98,6 +98,9 @@ class LiveModel:
         self.name = name
         self.weights = shareable_value(dict(loras or {}))
         self.adapters = {lora: f"lora_{i}" for i, lora in enumerate(self.weights)}
+        # Now, for it looks at every layer: viewers send thousands of weights.
+        doras = dora_adapters(pipe.denoiser)
+        self.doras = {lora for lora, name in self.adapters.items() if name in doras}
         self.num_frames = num_frames or (math.inf if pipe.is_endless else pipe.config.num_frames)
         self.num_frames = pipe.round_num_frames(self.num_frames)
         self.max_pixels = max_pixels or pipe.config.height * pipe.config.width
@@ -189,7 +192,8 @@ class LiveModel:
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if not number or not abs(weight) <= MAX_WEIGHT:
                 raise ValueError(f"the weight of a LoRA must be a number from {-MAX_WEIGHT} to {MAX_WEIGHT}.")
-            check_lora_weights(self.pipe.denoiser, [weight], [self.adapters[name]])
+            if weight != 1 and name in self.doras:
+                raise ValueError(f"{name} is a DoRA, which can only be applied with weight 1.")
         return {"weights": {name: float(weight) for name, weight in weights.items()}}
 
 

@@ -343,7 +343,8 @@ def test_a_decoder_that_the_browser_has_closed_is_opened_again(server, open_tab)
       const decode = VideoDecoder.prototype.decode;
       VideoDecoder.prototype.decode = function (chunk) {
         VideoDecoder.prototype.decode = decode;
-        decode.call(this, new EncodedVideoChunk({ type: "key", timestamp: chunk.timestamp, data: new Uint8Array(99) }));
+        const { timestamp } = chunk;
+        decode.call(this, new EncodedVideoChunk({ type: "key", timestamp, data: new Uint8Array(99) }));
       };
     }""")
     tab.wait_for_text("#lost", "12")

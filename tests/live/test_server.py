@@ -20,7 +20,7 @@ from websockets.sync.client import connect
 from astrolabe_diffusers.live import server as server_module
 from astrolabe_diffusers.live.engine import LiveEngine
 from astrolabe_diffusers.live.server import LiveApp, make_live_server
-from astrolabe_diffusers.live.session import replay
+from astrolabe_diffusers.live.session import LiveSession, replay
 from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.serving.binding import bind
 from astrolabe_diffusers.serving.running import in_thread
@@ -484,6 +484,30 @@ def test_a_file_that_is_looked_at_lets_nobody_wait(live, video, decoding):
         client.start(seed=9).until("pictures", block=2)
         client.send("save")
         assert client.until("session")["session"]["start_frames"].startswith("data:video/mp4;base64,")
+
+
+def test_a_start_that_takes_long_lets_nobody_wait(live, monkeypatch):
+    """Of thousands of events, or scenes: others are shown what is made, and are answered."""
+    go, begun, make = threading.Event(), threading.Event(), LiveSession.__post_init__
+
+    def wait(self):
+        if self.seed == 77:
+            begun.set()
+            assert go.wait(60)
+        make(self)
+
+    monkeypatch.setattr(LiveSession, "__post_init__", wait)
+    with Client(live) as client, Client(live) as other:
+        other.start().until("pictures")
+        client.start(seed=77)
+        try:
+            assert begun.wait(20)
+            other.until("pictures", block=other.blocks[-1]["block"] + 3)
+            other.send("save")
+            other.until("session")
+        finally:
+            go.set()
+        client.until("pictures", block=2)
 
 
 def test_files_that_are_wrong_leave_the_one_before(live, video, tmp_path):
