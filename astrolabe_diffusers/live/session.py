@@ -34,6 +34,8 @@ MAX_PROMPT = 4096
 MAX_SCENES = MAX_TRANSITION_BLOCKS = 32
 MAX_WEIGHT = 100
 MAX_EVENTS = 10_000
+# What changes frames beside the weights, and what it is if nobody says so. Sessions have it.
+FRAME_SETTINGS = {"max_sequence_length": None, "vae_tiling": False, "attention_backend": None, "compile": False}
 # What a block may take longer than the slowest of the last ones, on its way too.
 _SLACK = 0.15
 # What remains of more than that after a block that was in time.
@@ -82,7 +84,8 @@ class LiveModel:
         loras: paths or Hub ids and their weights, in the order in which they were loaded.
         num_frames: after which a video ends. By default never, or with the model's own number if it cannot go on.
         max_pixels: of a frame; by default as many as the model's own size has.
-        stream_settings: further arguments of `stream`.
+        max_sequence_length: of its prompts, in tokens; the pipeline's own by default.
+        settings: further ones that `pipe` was made with and that change frames, by their names in [`PipelineConfig`].
     """
 
     def __init__(
@@ -92,7 +95,8 @@ class LiveModel:
         loras: Mapping[str, float] | None = None,
         num_frames: int | None = None,
         max_pixels: int | None = None,
-        **stream_settings: Any,
+        max_sequence_length: int | None = None,
+        **settings: Any,
     ):
         self.pipe = pipe
         self.name = name
@@ -104,7 +108,9 @@ class LiveModel:
         self.num_frames = num_frames or (math.inf if pipe.is_endless else pipe.config.num_frames)
         self.num_frames = pipe.round_num_frames(self.num_frames)
         self.max_pixels = max_pixels or pipe.config.height * pipe.config.width
-        self.stream_settings = stream_settings
+        length = max_sequence_length or pipe.config.max_sequence_length
+        self.stream_settings = {"max_sequence_length": length}
+        self.settings = FRAME_SETTINGS | settings | self.stream_settings
         self.digest = base_digest(pipe)
         self.lora_digests = {lora: lora_digest(pipe.denoiser, name) for lora, name in self.adapters.items()}
 
@@ -223,6 +229,7 @@ class LiveSession:
         start_file: that all lanes start from, as `image` or `video` of the pipeline. It is decoded here and now.
         strength: in (0, 1], of the pipeline: the video is made anew, and ends with the frames that are given.
         events: of an earlier session, each with the `block` it is for; they come as they came there.
+        without: LoRAs whose weight is 0 at first.
 
     Raises:
         ValueError: an argument that is none of these.
@@ -237,6 +244,7 @@ class LiveSession:
     events: Sequence[dict[str, Any]] = ()
     start_file: StartFile | None = None
     strength: float | None = None
+    without: Sequence[str] = ()
     num_blocks: int = field(default=0, init=False)  # made
     num_frames: int = field(default=0, init=False)  # made
     paused: bool = field(default=False, init=False)
@@ -255,9 +263,9 @@ class LiveSession:
         pipe.check_inputs(check_prompt(self.prompt), self.height, self.width, self._length)
         if not isinstance(self.compare, bool) or (self.compare and not self.model.adapters):
             raise ValueError("compare must be true or false, and true only with a LoRA.")
-        self.weights = dict(self.model.weights)
-        if self.compare:
-            self.model.check_event({"type": "lora", "weights": dict.fromkeys(self.weights, 0.0)})
+        self.weights = self.model.weights | dict.fromkeys(self.without, 0.0)
+        if without := self.weights if self.compare else self.without:
+            self.model.check_event({"type": "lora", "weights": dict.fromkeys(without, 0.0)})
         self._schedule = self._check_events(self.events)
         self._taken: list[dict[str, Any]] = []
         if self.weights:
@@ -460,6 +468,7 @@ class LiveSession:
                 "weights": self.model.digest,
                 "loras": self.model.lora_digests,
                 "dtype": str(self.model.pipe.transformer.dtype).removeprefix("torch."),
+                **self.model.settings,
                 "noise_layout": NOISE_LAYOUT,
                 "seed": self.seed,
                 "height": self.height,
@@ -483,12 +492,7 @@ def replay(model: LiveModel, record: dict[str, Any]) -> Iterator[list[Block]]:
     Raises:
         ValueError: it is no session, or of other weights.
     """
-    check_record(model, record)
-    names = ("prompt", "seed", "height", "width", "compare", "events", "strength")
-    values = {name: record[name] for name in names if name in record}
-    if record.get("start_frames") is not None:
-        values["start_file"] = StartFile.from_uri(record["start_frames"])
-    session = LiveSession(model, **values)
+    session = LiveSession(model, **session_arguments(model, record))
     try:
         for number in range(record["num_blocks"]):
             try:
@@ -498,6 +502,17 @@ def replay(model: LiveModel, record: dict[str, Any]) -> Iterator[list[Block]]:
             yield blocks
     finally:
         session.close()
+
+
+def session_arguments(model: LiveModel, record: Any) -> dict[str, Any]:
+    """The arguments of the [`LiveSession`] that makes the frames of a record again; errors as of [`replay`]."""
+    check_record(model, record)
+    names = ("prompt", "seed", "height", "width", "compare", "events", "strength")
+    values = {name: record[name] for name in names if name in record}
+    values["without"] = [name for name in model.weights if name not in record["loras"]]
+    if record.get("start_frames") is not None:
+        values["start_file"] = StartFile.from_uri(record["start_frames"])
+    return values
 
 
 def check_form(record: Any) -> dict[str, Any]:
@@ -516,13 +531,17 @@ def check_record(model: LiveModel, record: Any):
     check_whole_number("num_blocks", record["num_blocks"], MAX_SEED)
     if record["weights"] != model.digest:
         raise ValueError(f"it was made with other weights than those of {model.name}: give its model.")
-    loras = record["loras"] if isinstance(record["loras"], dict) else {}
-    for name, digest in loras.items():
+    if not isinstance(record["loras"], dict):
+        raise ValueError("loras must be an object of names and digests.")
+    for name, digest in record["loras"].items():
         if model.lora_digests.get(name) != digest:
             raise ValueError(f"it was made with the LoRA {name}: load that one, and under this name.")
     dtype = str(model.pipe.transformer.dtype).removeprefix("torch.")
     if record.get("dtype", dtype) != dtype:
         raise ValueError(f"it was made in {record['dtype']}, not {dtype}: give that dtype.")
+    for name, value in model.settings.items():
+        if record.get(name, value) != value:
+            raise ValueError(f"it was made with {name} {record[name]}, not {value}: give that one.")
     frames = record.get("num_frames") or math.inf
     if frames != model.num_frames:
         raise ValueError(f"its video ends after {frames} frames, this one's after {model.num_frames}.")

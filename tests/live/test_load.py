@@ -74,12 +74,34 @@ def test_the_frames_of_a_session_again(folder, tmp_path, monkeypatch, name):
         assert imageio.v3.imread(tmp_path / f"{lane}.mp4").shape == frames.shape
 
 
+FEW_TOKENS = {"max_sequence_length": 4}
+TILES = {"vae_tiling": True, "width": 272}
+
+
+@pytest.mark.parametrize("settings", [FEW_TOKENS, TILES, {"compile": True}, {"attention_backend": "_native_math"}])
+def test_a_session_says_how_its_model_was_made(folder, tmp_path, monkeypatch, settings):
+    """Then `generate` does the same without being told."""
+    model = load_model(LiveConfig(model=str(folder / "model"), **settings), None, None)
+    session = LiveSession(model, A, 5)
+    frames = np.concatenate([session.make_block()[0][0].frames for _ in range(3)])
+    path = tmp_path / "made.json"
+    path.write_text(json.dumps(session.record()))
+    compiled, written = [], []
+    monkeypatch.setattr("astrolabe_diffusers.live.load.compile_model", compiled.append)
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: written.append(frames))
+    monkeypatch.setattr(VideoWriter, "__exit__", lambda self, *_: self._encoder.close())
+    words = ["generate", "--model", str(folder / "model"), "--session", str(path), "--output_dir", str(tmp_path)]
+    assert main(words) == 0
+    assert np.array_equal(np.concatenate(written), frames)
+    assert len(compiled) == bool(settings.get("compile"))
+
+
 def test_the_session_of_another_model_is_refused(folder, tmp_path, capsys):
     output = ("--output_dir", str(tmp_path))
     for words, message in (
         ((), "session mine.json: it was made with the LoRA first: load that one, and under this name."),
         (("--dtype", "bfloat16", "--lora", f"{folder}/loras/first"), "it was made with other weights"),
-        (("--compile", "--lora", f"{folder}/loras/first"), "compile is not for a session"),
+        (("--compile", "--lora", f"{folder}/loras/first"), "it was made with compile False, not True: give that one"),
     ):
         assert generate(folder, *words, *output) == 2
         error = capsys.readouterr().err

@@ -204,6 +204,18 @@ def test_a_saved_session_is_the_same_again(model, lora_paths, compare):
         assert all(np.array_equal(a.frames, b.frames) for a, b in zip(old, new))
 
 
+def test_a_lora_that_a_session_was_made_without_does_not_act(model, lora_paths):
+    first = make_model({lora_paths[0]: 1.0})
+    session, blocks = LiveSession(first, A, 7), []
+    blocks += make_blocks(session, 2)
+    session.send(lora(first=0.3))
+    blocks += make_blocks(session, 2)
+    both = make_model(dict(zip(lora_paths, (1.0, 1.0))))
+    repeated = [torch.from_numpy(lanes[0].frames) for lanes in replay(both, session.record())]
+    assert all_equal(repeated, blocks)
+    assert not torch.equal(make_blocks(LiveSession(both, A, 7), 1)[0], blocks[0])
+
+
 def test_a_replay_can_be_steered_on(model):
     session, blocks = steered(model)
     record = session.record()
@@ -519,6 +531,11 @@ def test_sessions_of_others_are_told_apart(model, lora_paths):
     refuse("with the LoRA first: load that one", model=make_model())
     refuse("another release: its version is 2", version=2)
     refuse("made in bfloat16, not float32", dtype="bfloat16")
+    refuse("with max_sequence_length 4, not 16: give that one", max_sequence_length=4)
+    refuse("with vae_tiling True, not False", vae_tiling=True)
+    refuse("with attention_backend flash, not None", attention_backend="flash")
+    refuse("with compile True, not False", compile=True)
+    refuse("loras must be an object", loras=["first"])
     refuse("ends after 33 frames", num_frames=33)
     refuse("num_blocks must be a whole number", num_blocks=-1)
     with pytest.raises(ValueError, match="it is no session, which has events"):
