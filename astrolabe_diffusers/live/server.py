@@ -27,7 +27,16 @@ from ..files.text import parse_json
 from ..serving.binding import is_loopback
 from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_block
 from .engine import Ended, FullError, LiveEngine, Queued
-from .session import MAX_SEED, Block, LiveModel, LiveSession, Mark, check_whole_number
+from .session import (
+    MAX_SEED,
+    MAX_SESSION_BYTES,
+    Block,
+    LiveModel,
+    LiveSession,
+    Mark,
+    check_whole_number,
+    read_session,
+)
 from .start_file import MAX_BYTES, StartFile
 
 
@@ -158,6 +167,7 @@ class LiveApp(AbstractContextManager):
             "sessions": self.engine.sessions,
             "start_media": model.start_media,
             "max_upload": MAX_BYTES,
+            "max_session": MAX_SESSION_BYTES,
         }
 
     # Who may come in
@@ -229,8 +239,10 @@ class Viewer:
         self.codec: str | None = None
         self.encoders = []  # of the lanes
         self.recording: Recording | None = None
-        # What the next session starts from; a file that is coming, and one that is looked at.
+        # What the next session starts from, and the one that was sent to be replayed, as arguments; a file that is
+        # coming, and one that is looked at.
         self.start_file: StartFile | None = None
+        self.replay: dict[str, Any] | None = None
         self._upload: Upload | None = None
         self._looking: asyncio.Task | None = None
         # What is to be sent, in this order: words, or the lane whose newest block it is the turn of.
@@ -309,21 +321,14 @@ class Viewer:
         codec = next((c for c in self.live.codecs if isinstance(wanted, list) and c in wanted), None)
         if codec is None:
             raise ValueError(f"codecs must be a list with one of {', '.join(self.live.codecs)}.")
-        seed = message.get("seed")
-        make = partial(
-            LiveSession,
-            self.live.model,
-            message.get("prompt"),
-            secrets.randbelow(MAX_SEED) if seed is None else seed,
-            message.get("height"),
-            message.get("width"),
-            False if message.get("compare") is None else message["compare"],
-            message.get("events") or (),
-            self.start_file,
-            message.get("strength"),
-        )
-        pool = self.live.decoders if self.start_file else self.live.encoders
-        session = await self.loop.run_in_executor(pool, make)
+        if not isinstance(message.get("replay", False), bool):
+            raise ValueError("replay must be true or false.")
+        arguments = self.replay if message.get("replay") else self._arguments(message)
+        if arguments is None:
+            raise ValueError("there is no session to replay: upload one first.")
+        self.replay = None
+        pool = self.live.decoders if arguments.get("start_file") else self.live.encoders
+        session = await self.loop.run_in_executor(pool, partial(LiveSession, self.live.model, **arguments))
         size = session.height, session.width, self.live.model.frame_rate
         encoders = [
             await self.loop.run_in_executor(self.live.encoders, make_encoder, codec, *size)
@@ -334,6 +339,19 @@ class Viewer:
         self._end_recording()
         self._blocks.clear()
         self._outbox = deque(item for item in self._outbox if isinstance(item, dict))
+
+    def _arguments(self, message: dict[str, Any]) -> dict[str, Any]:
+        seed = message.get("seed")
+        return {
+            "prompt": message.get("prompt"),
+            "seed": secrets.randbelow(MAX_SEED) if seed is None else seed,
+            "height": message.get("height"),
+            "width": message.get("width"),
+            "compare": False if message.get("compare") is None else message["compare"],
+            "events": message.get("events") or (),
+            "start_file": self.start_file,
+            "strength": message.get("strength"),
+        }
 
     async def _change(self, message: dict[str, Any]):
         self.session.send(message)
@@ -361,8 +379,11 @@ class Viewer:
 
     async def _begin_upload(self, message: dict[str, Any]):
         self._wait_for_the_one_before()
-        check_whole_number("bytes", message.get("bytes"), MAX_BYTES, least=1)
-        self._upload = Upload(message["bytes"])
+        content = message.get("content", "start_frames")
+        if not isinstance(content, str) or content not in UPLOADS:
+            raise ValueError(f"content must be one of {', '.join(UPLOADS)}.")
+        check_whole_number("bytes", message.get("bytes"), UPLOADS[content][0], least=1)
+        self._upload = Upload(message["bytes"], content)
         self.say({"type": "received", "bytes": 0})
 
     async def _remove(self, message: dict[str, Any]):
@@ -389,13 +410,15 @@ class Viewer:
             self.say(self._start_frames("too many files wait to be looked at: try again."))
             return
         self.live.num_checks += 1
-        self._looking = self.loop.create_task(self._look_at(bytes(upload.data)))
+        self._looking = self.loop.create_task(self._look_at(bytes(upload.data), upload.content))
 
-    async def _look_at(self, data: bytes):
+    async def _look_at(self, data: bytes, content: str):
         """Beside what is read and sent; also when the viewer has left. The file before stays if this one is wrong."""
         error = None
+        _, read = UPLOADS[content]
         try:
-            self.start_file = await self.loop.run_in_executor(self.live.decoders, self.live.model.read_start, data)
+            found = await self.loop.run_in_executor(self.live.decoders, read, self.live.model, data)
+            self.start_file, self.replay = found
         except CHECKED as wrong:
             error = one_line(wrong)[:500]
         finally:
@@ -499,6 +522,18 @@ class Viewer:
             raise WebSocketDisconnect from None
 
 
+def _read_start(model: LiveModel, data: bytes) -> tuple[StartFile, None]:
+    return model.read_start(data), None
+
+
+def _read_session(model: LiveModel, data: bytes) -> tuple[StartFile | None, dict[str, Any]]:
+    arguments = read_session(model, data)
+    file = arguments.get("start_file")
+    if file:
+        model.num_start_frames(file)
+    return file, arguments
+
+
 ANSWERS = {
     "start": Viewer._start,
     "prompt": Viewer._change,
@@ -511,15 +546,18 @@ ANSWERS = {
     "upload": Viewer._begin_upload,
     "remove": Viewer._remove,
 }
+# What may be sent in parts: the bytes that it may have, and what reads it.
+UPLOADS = {"start_frames": (MAX_BYTES, _read_start), "session": (MAX_SESSION_BYTES, _read_session)}
 # What needs no session.
 _BEFORE_START = ("start", "upload", "remove")
 
 
 @dataclass
 class Upload:
-    """A file of `size` bytes that is coming, and what has come of it."""
+    """A file of `size` bytes that is coming, what it has, of `UPLOADS`, and what has come of it."""
 
     size: int
+    content: str
     data: bytearray = field(default_factory=bytearray)
 
 

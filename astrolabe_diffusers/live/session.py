@@ -1,5 +1,6 @@
 """One viewer's video: made block by block, steered while it is made, and written down so that it can be made again."""
 
+import json
 import math
 import threading
 import time
@@ -15,6 +16,7 @@ import psutil
 import torch
 
 from ..errors import close_matches
+from ..files.text import parse_json
 from ..models.lora_layers import adapter_weights, dora_adapters
 from ..pipelines.block_generation import NOISE_LAYOUT
 from ..pipelines.loading import base_digest, lora_digest
@@ -34,6 +36,9 @@ MAX_PROMPT = 4096
 MAX_SCENES = MAX_TRANSITION_BLOCKS = 32
 MAX_WEIGHT = 100
 MAX_EVENTS = 10_000
+# Of all events of a session, as JSON: it and its file are to fit into what a server takes.
+MAX_EVENT_BYTES = 2**22
+MAX_SESSION_BYTES = 2**24
 # What changes frames beside the weights, and what it is if nobody says so. Sessions have it.
 FRAME_SETTINGS = {"max_sequence_length": None, "vae_tiling": False, "attention_backend": None, "compile": False}
 # What a block may take longer than the slowest of the last ones, on its way too.
@@ -267,6 +272,8 @@ class LiveSession:
         if without := self.weights if self.compare else self.without:
             self.model.check_event({"type": "lora", "weights": dict.fromkeys(without, 0.0)})
         self._schedule = self._check_events(self.events)
+        self._num_events = len(self.events) + bool(self.weights)
+        self._event_bytes = len(json.dumps(self._schedule))
         self._taken: list[dict[str, Any]] = []
         if self.weights:
             self._taken.append({"block": 0, "type": "lora", "weights": dict(self.weights)})
@@ -315,10 +322,15 @@ class LiveSession:
         `{"type": "lora", "weights": {name: weight}}`. Of several prompts before one block the last counts.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is neither, or the session could not be saved and replayed with one more.
         """
         checked = self.model.check_event(event)
+        size = len(json.dumps(checked))
         with self._lock:
+            if self._num_events >= MAX_EVENTS or self._event_bytes + size > MAX_EVENT_BYTES:
+                raise ValueError("this video has had as many changes as can be saved: restart it.")
+            self._num_events += 1
+            self._event_bytes += size
             now = time.monotonic()
             same = [p for p in self._pending if p.event["type"] == checked["type"]]
             if same and checked["type"] == "lora":
@@ -513,6 +525,11 @@ def session_arguments(model: LiveModel, record: Any) -> dict[str, Any]:
     if record.get("start_frames") is not None:
         values["start_file"] = StartFile.from_uri(record["start_frames"])
     return values
+
+
+def read_session(model: LiveModel, data: bytes) -> dict[str, Any]:
+    """[`session_arguments`] of a file with a record."""
+    return session_arguments(model, parse_json(data, "the file"))
 
 
 def check_form(record: Any) -> dict[str, Any]:

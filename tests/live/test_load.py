@@ -78,7 +78,7 @@ FEW_TOKENS = {"max_sequence_length": 4}
 TILES = {"vae_tiling": True, "width": 272}
 
 
-@pytest.mark.parametrize("settings", [FEW_TOKENS, TILES, {"compile": True}, {"attention_backend": "_native_math"}])
+@pytest.mark.parametrize("settings", [FEW_TOKENS, TILES, {"compile": True}])
 def test_a_session_says_how_its_model_was_made(folder, tmp_path, monkeypatch, settings):
     """Then `generate` does the same without being told."""
     model = load_model(LiveConfig(model=str(folder / "model"), **settings), None, None)

@@ -458,14 +458,14 @@ def test_a_file_to_start_from(server, open_tab, tmp_path, blue_video):
     tab.received.clear()
     tab.page.set_input_files("#file", saved)
     assert all(np.array_equal(tab.frames(0, 45, lane), frames) for lane, frames in enumerate(lanes))
-    tab.wait_for_text("#start-state", "the session's file: its first 21 frames")
+    tab.wait_for_text("#start-state", f"{saved.name}: its first 21 frames")
 
     # What is wrong is said, and the one before stays.
     drop(tab, "drop", "<b>notes</b>.txt", b"hello")
     tab.wait_for_text("[role=alert]", "<b>notes</b>.txt: a file to start from is one of")
     drop(tab, "paste", "large.mp4", bytes(2**23 + 1))
     tab.wait_for_text("[role=alert]", "large.mp4: it has 8388609 bytes; there may be 8388608.")
-    tab.wait_for_text("#start-state", "the session's file: its first 21 frames")
+    tab.wait_for_text("#start-state", f"{saved.name}: its first 21 frames")
     drop(tab, "paste", "nine.mp4", video_file(tmp_path / "nine.mp4", 9).read_bytes())
     tab.wait_for_text("#start-state", "nine.mp4: its first 9 frames")
     tab.page.fill("#strength", "0.5")
@@ -494,11 +494,13 @@ def test_a_server_that_comes_back_gets_the_file_again(open_tab, tmp_path):
 
 def test_files_that_are_no_session_of_this_model(server, open_tab, tmp_path):
     tab = open_tab(server.url)
-    session = {"model": "another", "prompt": RED, "seed": 0, "height": 96, "width": 96, "compare": False, "events": []}
+    session = {"version": 1, "prompt": RED, "seed": 0, "height": 96, "width": 96, "num_blocks": 1, "events": []}
+    session |= {"model": "tiny_shapes", "weights": "of another", "loras": {}}
     for text, error in (
-        ("red", "notes.json: Unexpected token"),
-        ("[]", "notes.json: a session has model, prompt, seed"),
-        (json.dumps(session), "notes.json: it was made with another, not tiny_shapes"),
+        ("red", "notes.json: the file is no JSON"),
+        ("[]", "notes.json: it is no session, which has"),
+        (json.dumps(session), "notes.json: it was made with other weights than those of tiny_shapes"),
+        (" " * (2**24 + 1), "notes.json: it has 16777217 bytes; there may be 16777216."),
     ):
         (tmp_path / "notes.json").write_text(text)
         tab.page.set_input_files("#file", tmp_path / "notes.json")
@@ -616,6 +618,7 @@ HELLO = {
     "version": 1,
     "start_media": [],
     "max_upload": 0,
+    "max_session": 0,
 }
 
 

@@ -76,9 +76,9 @@ class Client:
         self.send("start", **{"prompt": A, "seed": 0, "codecs": ["webp"], **values})
         return self
 
-    def upload(self, data):
+    def upload(self, data, **values):
         """Sends a file as the page does, each part when it is asked for; what is said of it."""
-        self.send("upload", bytes=len(data))
+        self.send("upload", bytes=len(data), **values)
         for start in range(0, len(data), 2**16):
             self.until("received", bytes=start)
             self.socket.send(data[start : start + 2**16])
@@ -135,7 +135,7 @@ def test_hello(live):
         "transitions": ["roll", "recache", "flush", "rope_cut", "cut"], "presets": [A, B],
         "loras": {"first": 1.0, "second": 0.0},
         "codecs": ["h264", "jpeg", "webp"], "sessions": 2,
-        "start_media": ["video/quicktime", "video/mp4", "video/webm"], "max_upload": 2**23,
+        "start_media": ["video/quicktime", "video/mp4", "video/webm"], "max_upload": 2**23, "max_session": 2**24,
     }  # fmt: skip
 
 
@@ -346,7 +346,7 @@ def test_random_messages_do_no_harm(live):
     chance = random.Random(0)
     values = [None, True, -1, 0, 5, 10**30, 1e308, "", "a", A, [], [1], {}, {"first": 1}, {"first": None}, "\0", "[#]"]
     fields = "prompt seed height width codecs compare events transition num_blocks weights frame on".split()
-    fields += ["bytes", "strength"]
+    fields += ["bytes", "strength", "replay", "content"]
     kinds = [*server_module.ANSWERS, "hello", None]
     with Client(live, watches=False) as good:
         good.start()
@@ -484,6 +484,70 @@ def test_a_file_that_is_looked_at_lets_nobody_wait(live, video, decoding):
         client.start(seed=9).until("pictures", block=2)
         client.send("save")
         assert client.until("session")["session"]["start_frames"].startswith("data:video/mp4;base64,")
+
+
+def as_file(record, **values):
+    return json.dumps({**record, **values}, indent=1).encode()
+
+
+def test_a_long_session_is_replayed(live, video):
+    """One of more bytes than a message may have, with its file, in both lanes and to its end."""
+    with Client(live) as client:
+        client.upload(video)
+        client.start(seed=5, compare=True)
+        client.until("started")
+        for number in range(1, 4):
+            client.send("prompt", prompt=f"{B} {number}", transition="recache")
+            client.send("lora", weights={"first": 0.25 * number})
+            client.until("mark")
+            client.until("pictures", block=client.blocks[-1]["block"] + 1 if client.blocks else 1, lane=1)
+        last = client.blocks[-1]["block"]
+        client.send("save")
+        record = client.until("session")["session"]
+    later = [{"block": 10**6 + i, "type": "lora", "weights": {"first": 0.5}} for i in range(5000)]
+    wanted = {(block["block"], block["lane"]): block["packets"] for block in client.blocks}
+    with Client(live) as again:
+        data = as_file(record, events=[*record["events"], *later])
+        assert len(data) > 2**18
+        assert again.upload(data, content="session")["frames"] == 21
+        again.send("start", replay=True, codecs=["webp"])
+        assert again.until("started")["seed"] == 5
+        again.until("pictures", block=last, lane=1)
+        got = {(block["block"], block["lane"]): block["packets"] for block in again.blocks}
+        assert all(wanted[key] == packets for key, packets in got.items() if key in wanted) and len(got) > 6
+        again.send("save")
+        assert again.until("session")["session"]["start_frames"] == record["start_frames"]
+        # Once; a restart is the page's own.
+        again.send("start", replay=True)
+        assert again.until("error")["message"] == "there is no session to replay: upload one first."
+
+
+def test_sessions_that_are_not_this_models_are_refused(live):
+    with Client(live) as client:
+        client.start().until("started")
+        client.send("save")
+        record = client.until("session")["session"]
+        for values, message in (
+            ({"weights": "0" * 16}, "it was made with other weights than those of tiny: give its model."),
+            ({"loras": {"first": "0" * 16}}, "it was made with the LoRA first: load that one, and under this name."),
+            ({"dtype": "bfloat16"}, "it was made in bfloat16, not float32: give that dtype."),
+            ({"start_frames": "a.mp4"}, "start_frames must be a data URI in base64."),
+        ):
+            assert client.upload(as_file(record, **values), content="session")["error"] == message
+        assert "the file is no JSON" in client.upload(b"\xff{}", content="session")["error"]
+        assert "it is no session, which has" in client.upload(b"[]", content="session")["error"]
+        for values, message in (
+            ({"bytes": 2**24 + 1}, "bytes must be a whole number from 1 to 16777216."),
+            ({"content": "video"}, "content must be one of start_frames, session."),
+            ({"content": []}, "content must be one of start_frames, session."),
+        ):
+            client.send("upload", **{"bytes": 5, "content": "session", **values})
+            assert client.until("error")["message"] == message
+        # What is wrong in what it starts with is said at the start, and the video that runs goes on.
+        assert client.upload(as_file(record, seed=-1), content="session")["error"] is None
+        client.send("start", replay=True)
+        assert "seed must be a whole number" in client.until("error")["message"]
+        client.until("pictures", block=client.blocks[-1]["block"] + 2 if client.blocks else 2)
 
 
 def test_a_start_that_takes_long_lets_nobody_wait(live, monkeypatch):

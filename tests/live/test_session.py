@@ -511,6 +511,26 @@ def test_events_that_cannot_be(model, event, message):
     assert session.make_block()[1] == []
 
 
+@pytest.mark.parametrize("bound,value", [("MAX_EVENTS", 5), ("MAX_EVENT_BYTES", 300)])
+def test_a_session_has_no_more_changes_than_can_be_replayed(model, monkeypatch, bound, value):
+    monkeypatch.setattr(session_module, bound, value)
+    session, sent = LiveSession(model, A, 0), 0
+    with pytest.raises(ValueError, match="this video has had as many changes as can be saved: restart it"):
+        for number in range(10):
+            session.send(lora(first=0.1 * number))
+            session.make_block()
+            sent += 1
+    assert 2 <= sent < 9
+    record = session.record()
+    assert record["num_blocks"] == sent and len(record["events"]) <= 5
+    session.close()
+    assert len(list(replay(model, record))) == sent
+    again = LiveSession(model, A, 0, events=record["events"])
+    with pytest.raises(ValueError, match="as many changes"):
+        for _ in range(sent + 1):
+            again.send(lora(first=0.5))
+
+
 def test_without_a_lora_there_is_none_to_compare():
     with pytest.raises(ValueError, match="only with a LoRA"):
         LiveSession(make_model(), A, 0, compare=True)

@@ -61,7 +61,7 @@ const receive = {
     // The session goes on with what was on.
     const again = accepted;
     startFrames.greet(message).then(() => {
-      if (again) start({ ...again, events: loras.events });
+      if (again) start({ ...again, replay: false, events: loras.events });
     });
   },
   queue({ position, sessions }) {
@@ -169,23 +169,16 @@ function startAnew() {
   });
 }
 
-function readSession(text) {
-  const session = JSON.parse(text);
-  const parts = ["model", "prompt", "seed", "height", "width", "compare", "events"];
-  if (!parts.every((name) => name in Object(session))) throw new Error(`a session has ${parts.join(", ")}`);
-  if (session.model !== hello.model) throw new Error(`it was made with ${session.model}, not ${hello.model}`);
-  return session;
-}
-
-async function replay(session) {
-  if (!startFrames.ready() || !(await startFrames.restore(session.start_frames ?? null))) return;
-  startFrames.strength = session.strength;
-  get("prompt").value = session.prompt;
-  for (const name of ["seed", "height", "width"]) get(name).value = session[name];
-  get("compare").checked = session.compare;
+/** The server checks that it is one of this model and its LoRAs. */
+async function replay(file) {
+  if (!startFrames.ready() || !(await startFrames.put(file, file.name, "session"))) return;
+  const { prompt, seed, height, width, compare = false, strength = null } = JSON.parse(await file.text());
+  startFrames.strength = strength;
+  get("prompt").value = prompt;
+  for (const [name, value] of Object.entries({ seed, height, width })) get(name).value = value;
+  get("compare").checked = compare;
   loras.show();
-  const { prompt, seed, height, width, compare, strength, events } = session;
-  start({ type: "start", prompt, seed, height, width, codecs, compare, strength, events });
+  start({ type: "start", replay: true, prompt, seed, height, width, codecs, compare, strength });
 }
 
 function steer(event) {
@@ -313,10 +306,9 @@ get("load").addEventListener("click", () => get("file").click());
 get("file").addEventListener("change", async () => {
   const [file] = get("file").files;
   // The same file may be chosen again.
-  const text = await file.text();
   get("file").value = "";
   try {
-    await replay(readSession(text));
+    await replay(file);
   } catch (error) {
     showError(`${file.name}: ${error.message}`);
   }
