@@ -368,11 +368,12 @@ class Viewer:
     async def _record(self, message: dict[str, Any]):
         if not isinstance(message.get("on"), bool):
             raise ValueError("on must be true or false.")
-        if not message["on"]:
+        if not message["on"] and self.recording:
             self._end_recording()
-        elif self.recording is None:
+            return
+        if message["on"] and self.recording is None:
             self.recording = Recording(self, self.session)
-            self.say({"type": "recording", "url": None, "frames": 0})
+        self.say_recording()
 
     async def _save(self, message: dict[str, Any]):
         self.say({"type": "session", "session": self.session.record()})
@@ -447,6 +448,10 @@ class Viewer:
             recording.finish()
 
     # To the viewer
+
+    def say_recording(self, url: str | None = None, frames: int = 0):
+        """Whether there is a recording now, and what came of one that has ended."""
+        self.say({"type": "recording", "on": self.recording is not None, "url": url, "frames": frames})
 
     def say(self, message: dict[str, Any]):
         if len(self._outbox) < _MAX_WAITING:
@@ -589,21 +594,20 @@ class Recording:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self):
+        url, frames = None, 0
         try:
             frames = await self._write()
+            url = f"/recordings/{self._recorder.path.stem}.mp4" if frames else None
         except OSError as error:
             logger.error("a recording failed: %s", one_line(error))
             text = "the recording has failed: the server's disk is full, or cannot be written to"
             self.viewer.say({"type": "error", "message": text})
-            self.viewer.say({"type": "recording", "url": None, "frames": 0})
-        else:
-            url = f"/recordings/{self._recorder.path.stem}.mp4" if frames else None
-            self.viewer.say({"type": "recording", "url": url, "frames": frames})
         finally:
             if self.viewer.recording is self:
                 self.viewer.recording = None
             self.session.hold(False)
             self.live.engine.wake()
+        self.viewer.say_recording(url, frames)
 
     async def _write(self) -> int:
         call = lambda *args: self.viewer.loop.run_in_executor(self.live.recorders, *args)  # noqa: E731

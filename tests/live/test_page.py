@@ -391,6 +391,25 @@ def test_record_and_replay(server, open_tab, tmp_path):
     tab.wait_for_text("#log", f"Block {mark['block']}: “{BLUE}”, cut")
 
 
+def test_a_recording_without_a_frame(server, open_tab):
+    """Pause, Record, Restart: the button is as it was, and works."""
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(FIRST + LATER)
+    tab.page.click("#pause")
+    tab.page.click("#record")
+    record = sync_api.expect(tab.page.locator("#record"))
+    record.to_have_attribute("aria-pressed", "true")
+    tab.page.click("#restart")
+    record.to_have_attribute("aria-pressed", "false")
+    tab.page.click("#record")
+    record.to_have_attribute("aria-pressed", "true")
+    tab.wait_for_frames(FIRST + 2 * LATER)
+    tab.page.click("#record")
+    tab.page.get_by_role("link", name="Download").wait_for()
+    record.to_have_attribute("aria-pressed", "false")
+
+
 def drop(tab, event: str, name: str, data: bytes):
     """A file is dropped on the page, or pasted."""
     tab.page.evaluate(

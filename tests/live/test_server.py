@@ -878,7 +878,7 @@ def test_a_recording_is_every_frame_and_the_replay_its_equal(live, model):
     with Client(live) as client:
         client.start(seed=3)
         client.send("record", on=True)
-        assert client.until("recording") == {"type": "recording", "url": None, "frames": 0}
+        assert client.until("recording") == {"type": "recording", "on": True, "url": None, "frames": 0}
         client.until("pictures", block=3)
         client.send("prompt", prompt=B, transition="cut")
         client.until("pictures", block=6)
@@ -897,6 +897,30 @@ def test_a_recording_is_every_frame_and_the_replay_its_equal(live, model):
     errors = [abs(video.astype(int) - made[start : start + len(video)]).mean() for start in starts]
     assert min(errors) < 15 and sorted(errors)[1] > min(errors) + 1
     assert requests.get(f"http://{live.host}/recordings/none.mp4").status_code == 404
+
+
+def test_that_it_records_is_always_said(live):
+    with Client(live) as client:
+        client.start().until("pictures")
+        states = []
+        for on in (False, True, True, False, False):
+            client.send("record", on=on)
+            states.append(client.until("recording")["on"])
+            if states[-1]:
+                client.until("pictures", block=client.blocks[-1]["block"] + 2)
+        assert states == [False, True, True, False, False]
+        # A restart ends one that has no frame yet, and a new one is not the old one.
+        client.send("pause")
+        client.send("record", on=True)
+        assert client.until("recording")["on"]
+        client.start(seed=1)
+        client.send("record", on=True)
+        first, second = client.until("recording"), client.until("recording")
+        assert second["on"] and first["url"] is second["url"] is None
+        client.until("pictures", block=2)
+        client.send("record", on=False)
+        ended = client.until("recording")
+        assert not ended["on"] and ended["frames"] >= 9 and ended["url"]
 
 
 def test_a_full_disk_ends_the_recording_alone(live):

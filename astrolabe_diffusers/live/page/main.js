@@ -82,7 +82,7 @@ const receive = {
     showPrompt(asked.prompt);
     running = true;
     waiting = ended = null;
-    paused = recording = false;
+    paused = false;
     playOrHold();
   },
   block(message) {
@@ -99,9 +99,8 @@ const receive = {
       showPrompt(message.event.prompt);
     }
   },
-  recording({ url, frames }) {
-    // Without an address it has begun, or ended without a frame.
-    recording = url === null && !recording;
+  recording({ on, url, frames }) {
+    recording = on;
     if (url !== null) offer(downloadAddress(url), `video of ${frames} frames`);
   },
   session({ session }) {
@@ -119,7 +118,7 @@ const receive = {
     startFrames.told(message);
   },
   ended({ reason }) {
-    running = recording = false;
+    running = false;
     waiting = accepted = null;
     ended = reason;
     player?.finish();
