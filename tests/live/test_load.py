@@ -173,12 +173,13 @@ def test_presets_of_the_embedded_model_work():
         assert reward.score(video, [preset], [{}]).scores.item() > 0.85, preset
 
 
-def test_the_command(folder):
-    """It says where it is, serves, needs its token, and ends at a signal."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(folder, tmp_path, number):
+    """It says where it is, serves, needs its token, ends at a signal, and leaves nothing."""
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     words = ["live", "--model", str(folder / "model"), "--port", str(port)]
-    environment = os.environ | {"ASTROLABE_LIVE_TOKEN": "secret"}
+    environment = os.environ | {"ASTROLABE_LIVE_TOKEN": "secret", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-m", "astrolabe_diffusers.cli.main", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -193,9 +194,11 @@ def test_the_command(folder):
             client.send(json.dumps({"type": "start", "prompt": A, "seed": 0}))
             while isinstance(client.recv(20), str):
                 pass
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert list(tmp_path.glob("astrolabe-live-*"))
+            process.send_signal(number)
+            assert process.wait(20) == 128 + number
         assert process.stderr.read() == ""
+        assert not list(tmp_path.glob("astrolabe-live-*"))
     finally:
         process.kill()
         process.wait()
