@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import CHECKED, one_line
+from ..errors import CHECKED, one_line, summarize_exception
 from ..files.text import parse_json
 from ..serving.binding import is_loopback
 from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_block
@@ -81,6 +81,13 @@ HEADERS = {
 
 class ViewerError(Exception):
     """What a viewer did that ends the connection."""
+
+
+def tell(error: Exception) -> str:
+    """What a viewer is told of an error. One that no check has raised is the server's own, and goes to its log."""
+    if not isinstance(error, (FullError, *CHECKED)):
+        logger.error("a message failed: %s", summarize_exception(error))
+    return one_line(error.args[0] if error.args else error)[:500] or type(error).__name__
 
 
 class LiveApp(AbstractContextManager):
@@ -297,8 +304,8 @@ class Viewer:
                     await self._answer(message["text"])
                 else:
                     self._receive(message["bytes"])
-            except (FullError, *CHECKED) as error:
-                self.say({"type": "error", "message": one_line(error.args[0] if error.args else error)[:500]})
+            except Exception as error:
+                self.say({"type": "error", "message": tell(error)})
 
     def _count(self):
         now = time.monotonic()
@@ -420,8 +427,8 @@ class Viewer:
         try:
             found = await self.loop.run_in_executor(self.live.decoders, read, self.live.model, data)
             self.start_file, self.replay = found
-        except CHECKED as wrong:
-            error = one_line(wrong)[:500]
+        except Exception as wrong:
+            error = tell(wrong)
         finally:
             self.live.num_checks -= 1
             self._looking = None
@@ -512,7 +519,12 @@ class Viewer:
 
     async def _send_block(self, block: Block):
         session, codec, encoder = self.session, self.codec, self.encoders[block.lane]
-        frames = await self.loop.run_in_executor(self.live.encoders, encoder.encode, block.frames)
+        try:
+            frames = await self.loop.run_in_executor(self.live.encoders, encoder.encode, block.frames)
+        except Exception as error:
+            self.live.engine.remove(session)
+            self._take(session, Ended(f"its frames cannot be sent as {codec}: {tell(error)}"))
+            return
         if session is not self.session:
             return
         about = {"type": "block", "block": block.number, "first_frame": block.first_frame}

@@ -32,6 +32,8 @@ VERSION = 1
 # JavaScript's whole numbers end there.
 MAX_SEED = 2**53 - 1
 MAX_PROMPT = 4096
+# Of a frame, in pixels: WebP's bound; x264's is one more.
+MAX_SIDE = 16_383
 # Texts are in memory from the time at which they are asked for.
 MAX_SCENES = MAX_TRANSITION_BLOCKS = 32
 MAX_WEIGHT = 100
@@ -263,6 +265,8 @@ class LiveSession:
         pipe.check_size(self.height, self.width)
         if self.height * self.width > self.model.max_pixels:
             raise ValueError(f"{self.height}x{self.width} are more than {self.model.max_pixels} pixels.")
+        if max(self.height, self.width) > MAX_SIDE:
+            raise ValueError(f"height and width must be at most {MAX_SIDE}, not {self.height} and {self.width}.")
         number = self._check_start()
         self._length = self.model.num_frames if self.strength is None else number
         pipe.check_inputs(check_prompt(self.prompt), self.height, self.width, self._length)

@@ -18,6 +18,7 @@ import websockets.exceptions
 from websockets.sync.client import connect
 
 from astrolabe_diffusers.live import server as server_module
+from astrolabe_diffusers.live.encoding import ImageEncoder
 from astrolabe_diffusers.live.engine import LiveEngine
 from astrolabe_diffusers.live.server import LiveApp, make_live_server
 from astrolabe_diffusers.live.session import LiveSession, replay
@@ -339,6 +340,31 @@ def test_a_flood_ends_the_connection(live):
             client.send("shown", frame=0)
         client.until("never")
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "more than 200 messages a second")
+
+
+def test_an_error_of_the_servers_own_is_a_line_too(live, monkeypatch, caplog):
+    """The connection stays, and so does the video that runs."""
+
+    def fail(*_):
+        raise RuntimeError("the encoder\ncannot")
+
+    with Client(live) as client:
+        client.start().until("pictures")
+        with monkeypatch.context() as patch:
+            patch.setattr(server_module, "make_encoder", fail)
+            client.start(seed=1)
+            assert client.until("error")["message"] == "the encoder cannot"
+        assert "RuntimeError: the encoder cannot" in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr(StartFile, "read", fail)
+            assert client.upload(b"GIF")["error"] == "the encoder cannot"
+        client.until("pictures", block=client.blocks[-1]["block"] + 2)
+        # While frames are encoded: that video ends, and another one can be started.
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageEncoder, "encode", lambda self, frames: fail() if len(frames) > 1 else [b""])
+            assert client.until("ended")["reason"] == "its frames cannot be sent as webp: the encoder cannot"
+            wait_for(lambda: live.engine.running == 0)
+        client.start().until("pictures", block=2)
 
 
 def test_random_messages_do_no_harm(live):

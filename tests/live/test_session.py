@@ -531,6 +531,14 @@ def test_a_session_has_no_more_changes_than_can_be_replayed(model, monkeypatch, 
             again.send(lora(first=0.5))
 
 
+def test_a_side_that_no_codec_has():
+    model = make_model(max_pixels=2**30)
+    LiveSession(model, A, 0, height=16, width=16_368)
+    for size in ({"width": 16_384}, {"height": 17_600, "width": 16}):
+        with pytest.raises(ValueError, match="height and width must be at most 16383, not"):
+            LiveSession(model, A, 0, **size)
+
+
 def test_without_a_lora_there_is_none_to_compare():
     with pytest.raises(ValueError, match="only with a LoRA"):
         LiveSession(make_model(), A, 0, compare=True)
