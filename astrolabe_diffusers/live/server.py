@@ -30,6 +30,7 @@ from .engine import Ended, FullError, LiveEngine, Queued
 from .session import (
     MAX_SEED,
     MAX_SESSION_BYTES,
+    MAX_TRANSITION_BLOCKS,
     Block,
     LiveModel,
     LiveSession,
@@ -168,6 +169,7 @@ class LiveApp(AbstractContextManager):
             "frames_per_block": model.frames_per_block,
             "num_frames": None if model.num_frames == math.inf else model.num_frames,
             "transitions": list(model.pipe.transitions),
+            "max_transition_blocks": MAX_TRANSITION_BLOCKS,
             "presets": self.presets,
             "loras": model.weights,
             "codecs": self.codecs,
@@ -243,6 +245,8 @@ class Viewer:
         self.websocket, self.live = websocket, live
         self.loop = asyncio.get_running_loop()
         self.session: LiveSession | None = None
+        # Of the start messages that have come, and which of them the session is of.
+        self.num_starts = self.start_number = 0
         self.codec: str | None = None
         self.encoders = []  # of the lanes
         self.recording: Recording | None = None
@@ -324,6 +328,7 @@ class Viewer:
         await ANSWERS[kind](self, message)
 
     async def _start(self, message: dict[str, Any]):
+        self.num_starts += 1
         wanted = message.get("codecs", self.live.codecs)
         codec = next((c for c in self.live.codecs if isinstance(wanted, list) and c in wanted), None)
         if codec is None:
@@ -343,6 +348,7 @@ class Viewer:
         ]
         self.live.engine.add(session, self._listener(session), instead_of=self.session)
         self.session, self.codec, self.encoders = session, codec, encoders
+        self.start_number = self.num_starts
         self._end_recording()
         self._blocks.clear()
         self._outbox = deque(item for item in self._outbox if isinstance(item, dict))
@@ -488,7 +494,7 @@ class Viewer:
         elif isinstance(item, Mark):
             self.say({"type": "mark", **vars(item)})
         elif isinstance(item, Queued):
-            self.say({"type": "queue", **vars(item)})
+            self.say({"type": "queue", **vars(item), "start": self.start_number})
             if item.position == 0:
                 self.say(self._started(session))
         else:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import struct
+import time
 
 import imageio.v3 as iio
 import numpy as np
@@ -84,6 +85,10 @@ class Server:
     def kill(self):
         self._process.kill_all()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
     def stop(self):
         self._process.send_signal(signal.SIGINT)
         self._process.finish(timeout=20)
@@ -113,7 +118,8 @@ def small_server():
     """Has room for one session."""
     server = Server("--sessions", "1")
     yield server
-    server.stop()
+    if server.is_alive:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +209,9 @@ class Tab:
 
     def wait_for_message(self, name: str) -> dict:
         """The first of this type since the last start."""
+        deadline = time.monotonic() + 20
         while not self.of_type(name):
+            assert time.monotonic() < deadline, f"no {name} came"
             self.page.wait_for_timeout(20)
         return self.of_type(name)[0]
 
@@ -546,6 +554,48 @@ def test_reload_in_the_middle(small_server, open_tab):
     assert match(tab.frames(0, 33), BLUE) > 0.7
 
 
+def test_a_lora_that_is_moved_while_it_waits(lora, open_tab):
+    """Holds from the first block on, or from the next."""
+    server = Server("--lora", lora, "--sessions", "1")
+    first, second = (open_tab(server.url) for _ in range(2))
+    first.start(RED)
+    first.wait_for_frames(FIRST)
+    second.start(RED)
+    second.wait_for_text("#state", "place 1 in the queue")
+    second.page.get_by_role("checkbox", name="strong").uncheck()
+    first.page.close()
+    mark = second.wait_for_message("mark")
+    assert mark["event"]["weights"] == {"strong": 0} and mark["block"] <= 1
+    assert [message for message in second.sent if message["type"] == "lora"] == [
+        {"type": "lora", "weights": {"strong": 0}}
+    ]
+    server.stop()
+
+
+def test_a_start_that_is_refused_is_not_what_comes_back(small_server, open_tab):
+    """The one that waits, and the prompt that it has, are."""
+    port = small_server.port
+    first, second = (open_tab(small_server.url) for _ in range(2))
+    first.start(RED)
+    first.wait_for_frames(FIRST)
+    second.start(BLUE)
+    second.wait_for_text("#state", "place 1 in the queue")
+    second.page.fill("#height", "7")
+    second.page.fill("#prompt", RED)
+    second.page.press("#prompt", "Enter")
+    second.wait_for_text("[role=alert]", "multiple of")
+    first.page.close()
+    second.wait_for_text("#state", "Playing")
+    assert second.page.get_by_role("img", name=f"Video of “{BLUE}”").is_visible()
+    small_server.kill()
+    second.wait_for_text("#state", "No connection")
+    second.page.evaluate("pictures.length = 0")
+    again = Server(port=port)
+    second.wait_for_text("#state", "The server is back. Playing")
+    assert match(second.frames(0, 33), BLUE) > 0.7
+    again.stop()
+
+
 def test_three_on_one_slot(small_server, open_tab):
     first, second, third = (open_tab(small_server.url) for _ in range(3))
     for tab, state in ((first, "Playing"), (second, "place 1 in the queue"), (third, "place 2 in the queue")):
@@ -638,6 +688,7 @@ HELLO = {
     "start_media": [],
     "max_upload": 0,
     "max_session": 0,
+    "max_transition_blocks": 32,
 }
 
 
@@ -665,6 +716,7 @@ def server_of_messages(server, open_tab):
 
     tab = open_tab(server.url, answer=answer)
     tab.start("one")
+    ends[0].send(json.dumps({"type": "queue", "position": 0, "sessions": 1, "start": 1}))
     started = {"type": "started", "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
     ends[0].send(json.dumps(started))
     yield tab, ends, sent

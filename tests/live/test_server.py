@@ -133,7 +133,7 @@ def test_hello(live):
     assert hello == {
         "type": "hello", "version": 1, "model": "tiny", "frame_rate": 16, "height": 16, "width": 32,
         "max_pixels": 512, "frames_first_block": 9, "frames_per_block": 12, "num_frames": None,
-        "transitions": ["roll", "recache", "flush", "rope_cut", "cut"], "presets": [A, B],
+        "transitions": ["roll", "recache", "flush", "rope_cut", "cut"], "presets": [A, B], "max_transition_blocks": 32,
         "loras": {"first": 1.0, "second": 0.0},
         "codecs": ["h264", "jpeg", "webp"], "sessions": 2,
         "start_media": ["video/quicktime", "video/mp4", "video/webm"], "max_upload": 2**23, "max_session": 2**24,
@@ -215,6 +215,19 @@ def test_restart_begins_anew(live):
         count = len(client.blocks)
         client.until("pictures", block=1)
         assert [block["block"] for block in client.blocks[count:]] == [0, 1]
+
+
+def test_the_queue_says_which_start_it_is_of(model):
+    with serving(model, engine={"sessions": 1}) as live, ExitStack() as stack:
+        first, second = (stack.enter_context(Client(live)) for _ in range(2))
+        first.start().until("started")
+        second.start(height=7)
+        second.until("error")
+        assert second.start().until("queue")["start"] == 2
+        second.start(height=7)
+        second.until("error")
+        first.socket.close()
+        assert second.until("queue", position=0)["start"] == 2
 
 
 # Who may
@@ -713,7 +726,7 @@ def test_three_on_one_slot(model):
     with serving(model) as live, ExitStack() as stack:
         first = stack.enter_context(Client(live)).start(seed=0)
         # Who asks at the same time may come first.
-        assert first.until("queue") == {"type": "queue", "position": 0, "sessions": 1}
+        assert first.until("queue") == {"type": "queue", "position": 0, "sessions": 1, "start": 1}
         second, third = (stack.enter_context(Client(live)).start(seed=i) for i in (1, 2))
         first.until("pictures")
         assert [second.until("queue")["position"], third.until("queue")["position"]] in ([1, 2], [2, 1])
