@@ -281,7 +281,7 @@ class Viewer:
                 task.cancel()
             await self.leave(str(error), POLICY_VIOLATION)
         except WebSocketDisconnect:
-            pass
+            self.session.hold(self, len(self._blocks) >= _MAX_BEHIND)
         finally:
             for task in tasks:
                 task.cancel()
@@ -598,7 +598,7 @@ class Recording:
 
     def add(self, block: Block):
         self._blocks.append(block)
-        self.session.hold(len(self._blocks) >= _MAX_BEHIND)
+        self.session.hold(self, len(self._blocks) >= _MAX_BEHIND)
         self._something.set()
 
     def finish(self):
@@ -616,14 +616,15 @@ class Recording:
         try:
             frames = await self._write()
             url = f"/recordings/{self._recorder.path.stem}.mp4" if frames else None
-        except OSError as error:
+        except Exception as error:
             logger.error("a recording failed: %s", one_line(error))
-            text = "the recording has failed: the server's disk is full, or cannot be written to"
+            disk = "the server's disk is full, or cannot be written to"
+            text = f"the recording has failed: {disk if isinstance(error, OSError) else tell(error)}"
             self.viewer.say({"type": "error", "message": text})
         finally:
             if self.viewer.recording is self:
                 self.viewer.recording = None
-            self.session.hold(False)
+            self.session.hold(self, False)
             self.live.engine.wake()
         self.viewer.say_recording(url, frames)
 
@@ -641,7 +642,7 @@ class Recording:
                         self._recorder = Recorder(self.live.new_recording(), *size)
                     await call(self._recorder.write, frames)
                     self._blocks.popleft()
-                    self.session.hold(False)
+                    self.session.hold(self, len(self._blocks) >= _MAX_BEHIND)
                     self.live.engine.wake()
                     if self._recorder.is_full:
                         self._finished = True

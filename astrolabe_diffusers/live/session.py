@@ -255,7 +255,7 @@ class LiveSession:
     num_blocks: int = field(default=0, init=False)  # made
     num_frames: int = field(default=0, init=False)  # made
     paused: bool = field(default=False, init=False)
-    held: bool = field(default=False, init=False)  # what takes every frame, a recording, is behind
+    holders: set[Any] = field(default_factory=set, init=False)  # what takes every frame, recordings, and is behind
 
     def __post_init__(self):
         pipe = self.model.pipe
@@ -350,9 +350,10 @@ class LiveSession:
             self._shown_at = None if paused else self._shown_at
             self.active_at = time.monotonic()
 
-    def hold(self, held: bool):
+    def hold(self, holder: Any, held: bool):
+        """`holder` takes every frame and is behind, or is not any more."""
         with self._lock:
-            self.held = held
+            (self.holders.add if held else self.holders.discard)(holder)
 
     def show(self, frame: int):
         """The viewer has seen the video up to this frame. One that was not made is of a video before this one.
@@ -383,7 +384,7 @@ class LiveSession:
         """
         with self._lock:
             ahead, rate = self.num_frames - 1 - self._shown, self.model.frame_rate
-            if self.paused or self.held or ahead > self.model.frames_per_block:
+            if self.paused or self.holders or ahead > self.model.frames_per_block:
                 return math.inf
             if self._shown_at is None:
                 return self.ready_at

@@ -18,7 +18,7 @@ import websockets.exceptions
 from websockets.sync.client import connect
 
 from astrolabe_diffusers.live import server as server_module
-from astrolabe_diffusers.live.encoding import ImageEncoder
+from astrolabe_diffusers.live.encoding import ImageEncoder, Recorder
 from astrolabe_diffusers.live.engine import LiveEngine
 from astrolabe_diffusers.live.server import LiveApp, make_live_server
 from astrolabe_diffusers.live.session import LiveSession, replay
@@ -960,6 +960,38 @@ def test_that_it_records_is_always_said(live):
         client.send("record", on=False)
         ended = client.until("recording")
         assert not ended["on"] and ended["frames"] >= 9 and ended["url"]
+
+
+def test_a_recording_that_is_slow_is_waited_for(live, monkeypatch):
+    """Two of them, the one beside the end of the other: few blocks wait, and the files have every frame."""
+    write, behind, written = Recorder.write, [], {}
+
+    def slow(self, frames):
+        time.sleep(0.3)
+        written.setdefault(self.path, []).append(len(frames))
+        write(self, frames)
+
+    add = server_module.Recording.add
+
+    def watch(self, block):
+        add(self, block)
+        behind.append(len(self._blocks))
+
+    monkeypatch.setattr(Recorder, "write", slow)
+    monkeypatch.setattr(server_module.Recording, "add", watch)
+    with Client(live) as client:
+        client.start().until("pictures")
+        for _ in range(2):
+            client.send("record", on=True)
+            client.until("pictures", block=client.blocks[-1]["block"] + 8)
+            client.send("record", on=False)
+        files = []
+        while len(files) < 2:
+            client.receive()
+            files = [message for message in client.messages if message["type"] == "recording" and message["url"]]
+    assert max(behind) <= 3 and 2 in behind
+    assert [file["frames"] for file in files] == [sum(lengths) for lengths in written.values()]
+    assert all(file["frames"] >= 6 * 12 for file in files)
 
 
 def test_a_full_disk_ends_the_recording_alone(live):

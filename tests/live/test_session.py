@@ -448,11 +448,14 @@ def test_frames_of_a_video_before_are_not_this_ones(model):
     assert session.due_at(0.1) == math.inf
 
 
-def test_a_recording_that_is_behind_is_waited_for(model):
+def test_recordings_that_are_behind_are_waited_for(model):
     session = LiveSession(model, A, 0)
-    session.hold(True)
+    for recording in ("first", "second"):
+        session.hold(recording, True)
     assert session.due_at(0.1) == math.inf
-    session.hold(False)
+    session.hold("first", False)
+    assert session.due_at(0.1) == math.inf
+    session.hold("second", False)
     assert session.due_at(0.1) < math.inf
 
 
