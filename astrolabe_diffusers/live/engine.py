@@ -178,6 +178,7 @@ class LiveEngine:
         return None, None if until == math.inf else max(until - now, 0) + 1e-3
 
     def _make(self, session: LiveSession):
+        before = session.ready_at
         try:
             blocks, marks = session.make_block()
         except StopIteration:
@@ -188,5 +189,9 @@ class LiveEngine:
         else:
             with self._changed:
                 listener = self._running.get(session)
+                others = [s for s in self._running if s is not session and s.ready_at > before]
+                turn = sum(block.seconds for block in blocks) + sum(s.block_seconds for s in others)
+                for block in blocks:
+                    block.turn_seconds = turn
                 for item in (*marks, *blocks) if listener else ():
                     listener(item)

@@ -281,7 +281,7 @@ class Viewer:
                 task.cancel()
             await self.leave(str(error), POLICY_VIOLATION)
         except WebSocketDisconnect:
-            self.session.hold(self, len(self._blocks) >= _MAX_BEHIND)
+            pass
         finally:
             for task in tasks:
                 task.cancel()
@@ -534,7 +534,8 @@ class Viewer:
         if session is not self.session:
             return
         about = {"type": "block", "block": block.number, "first_frame": block.first_frame}
-        about |= {"frames": len(frames), "seconds": block.seconds, "memory_gb": block.memory_gb, "lane": block.lane}
+        about |= {"frames": len(frames), "seconds": block.seconds, "turn_seconds": block.turn_seconds}
+        about |= {"memory_gb": block.memory_gb, "lane": block.lane}
         await self._send(json.dumps(about))
         await self._send(pack_block(block, codec, frames))
 

@@ -60,6 +60,9 @@ class Block:
     frames: np.ndarray
     seconds: float  # that it took
     memory_gb: float  # of the GPU, in use; of the process on a CPU
+    # From one block of the session to its next, all lanes, if nobody pauses: with those of others in between. The
+    # engine knows.
+    turn_seconds: float = 0.0
 
 
 @dataclass

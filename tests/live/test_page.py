@@ -722,8 +722,8 @@ def server_of_messages(server, open_tab):
     yield tab, ends, sent
 
 
-def block(number: int, first_frame: int) -> dict:
-    figures = {"seconds": 1.0, "memory_gb": 0.5, "lane": 0}
+def block(number: int, first_frame: int, **values) -> dict:
+    figures = {"seconds": 1.0, "turn_seconds": 1.0, "memory_gb": 0.5, "lane": 0, **values}
     return {"type": "block", "block": number, "first_frame": first_frame, "frames": 4, **figures}
 
 
@@ -745,6 +745,19 @@ def test_an_empty_buffer_holds_the_picture_and_is_counted(server_of_messages):
     assert figures == {"underruns": "2", "lost": "4", "made": "4.0 frames/s", "memory": "0.50 GB"}
     tab.wait_for_text("#log", "The buffer ran dry before frame 4.")
     tab.wait_for_text("#state", "Playing, slower than real time")
+
+
+def test_a_server_with_other_viewers_may_be_slow(server_of_messages):
+    """Though the model alone is not."""
+    tab, (end,), _ = server_of_messages
+    end.send(json.dumps(block(0, 0, seconds=0.1, turn_seconds=0.1)))
+    end.send(pictures(0, 0, GREYS[:4]))
+    tab.wait_for_frames(4)
+    tab.wait_for_text("#made", "40.0 frames/s")
+    assert tab.page.text_content("#state") == "Playing"
+    end.send(json.dumps(block(1, 4, seconds=0.1, turn_seconds=0.9)))
+    tab.wait_for_text("#state", "Playing, slower than real time")
+    assert tab.page.text_content("#made") == "40.0 frames/s"
 
 
 def test_pictures_that_cannot_be_decoded_are_lost_alone(server_of_messages):
