@@ -66,6 +66,10 @@ _MAX_WAITING = 256
 _MAX_BEHIND = 2
 # Of all viewers, files that wait to be looked at.
 _MAX_CHECKS = 8
+# For which a page may stay on which nothing runs or waits, and nothing is done.
+IDLE_SECONDS = 300.0
+# Connections beyond those of viewers, for the page's files, recordings and /health.
+HTTP_CONNECTIONS = 8
 POLICY_VIOLATION = 1008
 HEADERS = {
     # Nothing is from elsewhere, and what a viewer types runs nowhere.
@@ -235,6 +239,10 @@ async def connect(websocket: WebSocket, token: str | None = None):
     if not live.knows(token):
         await viewer.leave("this server wants its token: open the page by the address that has it", POLICY_VIOLATION)
         return
+    if len(live.viewers) >= websocket.app.state.max_viewers:
+        text = f"{len(live.viewers)} pages are open already, and there may be no more: reload it later"
+        await viewer.leave(text, POLICY_VIOLATION)
+        return
     await viewer.run()
 
 
@@ -245,6 +253,8 @@ class Viewer:
         self.websocket, self.live = websocket, live
         self.loop = asyncio.get_running_loop()
         self.session: LiveSession | None = None
+        self.ended = True  # or it runs or waits
+        self._seen_at = time.monotonic()  # of the viewer, that something was done
         # Of the start messages that have come, and which of them the session is of.
         self.num_starts = self.start_number = 0
         self.codec: str | None = None
@@ -268,7 +278,7 @@ class Viewer:
     async def run(self):
         self.live.viewers.add(self)
         self.say(self.live.hello())
-        tasks = [self.loop.create_task(run()) for run in (self._read, self._write)]
+        tasks = [self.loop.create_task(run()) for run in (self._read, self._write, self._watch)]
         try:
             done, _ = await asyncio.wait([*tasks, self._unread], return_when=asyncio.FIRST_COMPLETED)
             if self._unread.done():
@@ -311,8 +321,14 @@ class Viewer:
             except Exception as error:
                 self.say({"type": "error", "message": tell(error)})
 
+    async def _watch(self):
+        """Ends the connection of a page that is left open."""
+        while not self.ended or time.monotonic() - self._seen_at < IDLE_SECONDS:
+            await asyncio.sleep(IDLE_SECONDS / 10)
+        raise ViewerError(f"nothing ran for {IDLE_SECONDS / 60:g} minutes: reload the page to go on")
+
     def _count(self):
-        now = time.monotonic()
+        now = self._seen_at = time.monotonic()
         self._allowance += (now - self._counted_at) * MESSAGES_PER_SECOND
         self._allowance, self._counted_at = min(self._allowance, 2.0 * MESSAGES_PER_SECOND) - 1, now
         if self._allowance < 0:
@@ -348,7 +364,7 @@ class Viewer:
         ]
         self.live.engine.add(session, self._listener(session), instead_of=self.session)
         self.session, self.codec, self.encoders = session, codec, encoders
-        self.start_number = self.num_starts
+        self.start_number, self.ended = self.num_starts, False
         self._end_recording()
         self._blocks.clear()
         self._outbox = deque(item for item in self._outbox if isinstance(item, dict))
@@ -499,6 +515,7 @@ class Viewer:
                 self.say(self._started(session))
         else:
             self._end_recording()
+            self.ended, self._seen_at = True, time.monotonic()
             self.say({"type": "ended", "reason": item.reason})
 
     def _started(self, session: LiveSession) -> dict[str, Any]:
@@ -659,11 +676,11 @@ class Recording:
             raise
 
 
-def create_app(live: LiveApp) -> FastAPI:
+def create_app(live: LiveApp, max_viewers: int) -> FastAPI:
     """The ASGI application of a server; the context of `live` has to be entered."""
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="astrolabe_diffusers live", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.live = live
+    app.state.live, app.state.max_viewers = live, max_viewers
     app.include_router(router)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
 
@@ -679,11 +696,11 @@ def create_app(live: LiveApp) -> FastAPI:
 
 
 def make_live_server(live: LiveApp, max_connections: int = 64, ping_seconds: float = 5.0):
-    """The uvicorn server of it, with bounds for connections and messages. That a viewer has gone without a word is
-    found out after three times `ping_seconds`."""
+    """The uvicorn server of it, with bounds for messages and for connections, of viewers and a few more. That a viewer
+    has gone without a word is found out after three times `ping_seconds`."""
     return make_server(
-        create_app(live),
-        ConnectionLimits(max_connections),
+        create_app(live, max_connections),
+        ConnectionLimits(max_connections + HTTP_CONNECTIONS),
         ws=BoundedWebSocket,
         ws_max_size=MAX_MESSAGE,
         # Frames are compressed, and windows of compression are memory of each connection.

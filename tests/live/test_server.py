@@ -754,6 +754,50 @@ def test_no_more_may_wait_than_there_are_places(model):
         assert late.until("error")["message"] == "1 viewers are waiting already: come again later."
 
 
+def closed_with(client):
+    """The reason for which the server ends a connection, which the page does not try again for."""
+    with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+        while True:
+            client.receive()
+    assert closed.value.rcvd.code == 1008
+    return closed.value.rcvd.reason
+
+
+def test_a_page_that_is_left_open_makes_room(model, monkeypatch):
+    """One without a video, and one whose video has ended, but not one that is paused."""
+    monkeypatch.setattr(server_module, "IDLE_SECONDS", 1.5)
+    short = make_model(num_frames=21)
+    with serving(short, engine={"sessions": 2}) as live, ExitStack() as stack:
+        paused, idle, ended = (stack.enter_context(Client(live)) for _ in range(3))
+        paused.start().until("pictures")
+        paused.send("pause")
+        ended.start().until("ended")
+        wait_for(lambda: len(live.viewers) == 1, 10)
+        for client in (idle, ended):
+            assert "nothing ran for" in closed_with(client) and "reload the page" in client.messages[-1]["message"]
+        paused.send("save")
+        paused.until("session")
+        # Something is done: it stays.
+        with Client(live) as busy:
+            for _ in range(6):
+                busy.send("remove")
+                busy.until("start_frames")
+                time.sleep(0.5)
+
+
+def test_pages_of_a_full_server(model):
+    with serving(model, connections=2) as live, ExitStack() as stack:
+        first, _ = (stack.enter_context(Client(live)) for _ in range(2))
+        wait_for(lambda: len(live.viewers) == 2)
+        with Client(live) as third:
+            assert closed_with(third) == "2 pages are open already, and there may be no more: reload it later"
+        assert requests.get(f"http://{live.host}/health").status_code == 200
+        first.socket.close()
+        wait_for(lambda: len(live.viewers) == 1)
+        with Client(live) as third:
+            assert third.until("hello")
+
+
 def test_fifty_at_once(model):
     with serving(model, connections=60, engine={"sessions": 2, "waiting": 20}) as live:
         outcomes = []
