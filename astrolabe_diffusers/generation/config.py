@@ -11,7 +11,7 @@ from ..rollout.config import VideoConfig
 
 # What a session says itself, or what makes other frames of it.
 NOT_OF_SESSIONS = ("seed", "height", "width", "num_frames", "fps", "sigmas", "num_videos_per_prompt", "batch_size")
-NOT_OF_SESSIONS += ("lora_scale", "plain_prompts", "rewards", "compile")
+NOT_OF_SESSIONS += ("lora_scale", "plain_prompts", "rewards")
 
 
 @dataclass

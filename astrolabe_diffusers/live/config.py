@@ -28,7 +28,7 @@ class LiveConfig(PipelineConfig):
     waiting: int = option(16, "viewers that may wait for one of these to leave", minimum=0)
     idle_seconds: float = option(60, "after which a paused viewer makes room for one who waits", minimum=1)
     max_pixels: int | None = option(None, "of a frame, at most; those of the model's own size if not given", minimum=1)
-    max_connections: int = option(64, "connections at a time; further ones are closed", minimum=1)
+    max_connections: int = option(64, "pages that are open at a time; further ones are told to come later", minimum=1)
     codecs: list[str] = option(list(CODECS), "how frames may be sent; the first that a viewer can decode is taken")
     max_recordings: int = option(16, "recordings that are kept; the oldest goes first", minimum=1)
     max_recording_seconds: float = option(600, "of video in a recording", above=0)

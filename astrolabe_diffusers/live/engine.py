@@ -127,6 +127,8 @@ class LiveEngine:
         queued = Queued(position, self.sessions)
         if self._told.get(session) != queued:
             self._told[session] = queued
+            # Nothing could be seen of it while it waited.
+            session.active_at = time.monotonic()
             listener(queued)
 
     def _end(self, session: LiveSession, reason: str):
@@ -176,6 +178,7 @@ class LiveEngine:
         return None, None if until == math.inf else max(until - now, 0) + 1e-3
 
     def _make(self, session: LiveSession):
+        before = session.ready_at
         try:
             blocks, marks = session.make_block()
         except StopIteration:
@@ -186,5 +189,9 @@ class LiveEngine:
         else:
             with self._changed:
                 listener = self._running.get(session)
+                others = [s for s in self._running if s is not session and s.ready_at > before]
+                turn = sum(block.seconds for block in blocks) + sum(s.block_seconds for s in others)
+                for block in blocks:
+                    block.turn_seconds = turn
                 for item in (*marks, *blocks) if listener else ():
                     listener(item)

@@ -21,7 +21,7 @@ from ..shareable import shareable_value
 from .config import LiveConfig
 from .engine import LiveEngine
 from .server import LiveApp
-from .session import LiveModel, check_form, replay
+from .session import FRAME_SETTINGS, LiveModel, check_form, check_record, replay
 
 
 # Prompts that a page offers, of those that lie beside a model.
@@ -39,7 +39,7 @@ def load_live_app(config: LiveConfig, token: str | None = None) -> LiveApp:
         device = torch.device(config.device) if config.device else None
     model = load_model(config, config.num_frames, config.max_pixels, device)
     if config.compile:
-        print(f"compiled in {model.pipe.compile(**model.stream_settings):.0f} s", flush=True)
+        compile_model(model)
     model.warm_up()
     with as_user_error("codecs"):
         return LiveApp(
@@ -65,9 +65,13 @@ def load_model(
         pipe.check_size(sizes.get("height", pipe.config.height), sizes.get("width", pipe.config.width))
     pipe.register_to_config(**sizes)
     prepare_pipeline(pipe, device, config.offload, config.vae_tiling, config.attention_backend)
-    settings = {"max_sequence_length": config.max_sequence_length}
+    settings = {name: getattr(config, name) for name in FRAME_SETTINGS}
     with as_user_error("num_frames"):
         return LiveModel(pipe, shareable_value(config.model), config.lora, num_frames, max_pixels, **settings)
+
+
+def compile_model(model: LiveModel):
+    print(f"compiled in {model.pipe.compile(**model.stream_settings):.0f} s", flush=True)
 
 
 def read_presets(model: str) -> list[str]:
@@ -88,13 +92,18 @@ def generate_session(config: GenerationConfig):
     path = Path(config.session)
     with as_user_error(f"session {path.name}"):
         record = check_form(read_json(path))
-        config = replace(config, dtype=config.dtype or record.get("dtype"))
+        names = [name for name in ("dtype", *FRAME_SETTINGS) if name in record]
+        config = replace(config, **{name: getattr(config, name) or record[name] for name in names})
     lanes = ("-base", "") if record.get("compare") else ("",)
     files = [Path(config.output_dir) / f"{path.stem}{lane}.mp4" for lane in lanes]
     with RunFolder(config.output_dir, "generation"):
         if present := [str(file) for file in files if file.exists()]:
             raise UserError(f"{present[0]} is there already: name another --output_dir.")
         model = load_model(config, record.get("num_frames"), math.inf, make_accelerator().device)
+        with as_user_error(f"session {path.name}"):
+            check_record(model, record)
+        if config.compile:
+            compile_model(model)
         with as_user_error(f"session {path.name}"), writing(f"to {config.output_dir}"), ExitStack() as stack:
             writers = []
             for blocks in replay(model, record):

@@ -22,12 +22,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import CHECKED, one_line
+from ..errors import CHECKED, one_line, summarize_exception
 from ..files.text import parse_json
 from ..serving.binding import is_loopback
 from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_block
 from .engine import Ended, FullError, LiveEngine, Queued
-from .session import MAX_SEED, Block, LiveModel, LiveSession, Mark, check_whole_number
+from .session import (
+    MAX_SEED,
+    MAX_SESSION_BYTES,
+    MAX_TRANSITION_BLOCKS,
+    Block,
+    LiveModel,
+    LiveSession,
+    Mark,
+    check_whole_number,
+    read_session,
+)
 from .start_file import MAX_BYTES, StartFile
 
 
@@ -56,6 +66,10 @@ _MAX_WAITING = 256
 _MAX_BEHIND = 2
 # Of all viewers, files that wait to be looked at.
 _MAX_CHECKS = 8
+# For which a page may stay on which nothing runs or waits, and nothing is done.
+IDLE_SECONDS = 300.0
+# Connections beyond those of viewers, for the page's files, recordings and /health.
+HTTP_CONNECTIONS = 8
 POLICY_VIOLATION = 1008
 HEADERS = {
     # Nothing is from elsewhere, and what a viewer types runs nowhere.
@@ -72,6 +86,13 @@ HEADERS = {
 
 class ViewerError(Exception):
     """What a viewer did that ends the connection."""
+
+
+def tell(error: Exception) -> str:
+    """What a viewer is told of an error. One that no check has raised is the server's own, and goes to its log."""
+    if not isinstance(error, (FullError, *CHECKED)):
+        logger.error("a message failed: %s", summarize_exception(error))
+    return one_line(error.args[0] if error.args else error)[:500] or type(error).__name__
 
 
 class LiveApp(AbstractContextManager):
@@ -152,12 +173,14 @@ class LiveApp(AbstractContextManager):
             "frames_per_block": model.frames_per_block,
             "num_frames": None if model.num_frames == math.inf else model.num_frames,
             "transitions": list(model.pipe.transitions),
+            "max_transition_blocks": MAX_TRANSITION_BLOCKS,
             "presets": self.presets,
             "loras": model.weights,
             "codecs": self.codecs,
             "sessions": self.engine.sessions,
             "start_media": model.start_media,
             "max_upload": MAX_BYTES,
+            "max_session": MAX_SESSION_BYTES,
         }
 
     # Who may come in
@@ -216,6 +239,10 @@ async def connect(websocket: WebSocket, token: str | None = None):
     if not live.knows(token):
         await viewer.leave("this server wants its token: open the page by the address that has it", POLICY_VIOLATION)
         return
+    if len(live.viewers) >= websocket.app.state.max_viewers:
+        text = f"{len(live.viewers)} pages are open already, and there may be no more: reload it later"
+        await viewer.leave(text, POLICY_VIOLATION)
+        return
     await viewer.run()
 
 
@@ -226,11 +253,17 @@ class Viewer:
         self.websocket, self.live = websocket, live
         self.loop = asyncio.get_running_loop()
         self.session: LiveSession | None = None
+        self.ended = True  # or it runs or waits
+        self._seen_at = time.monotonic()  # of the viewer, that something was done
+        # Of the start messages that have come, and which of them the session is of.
+        self.num_starts = self.start_number = 0
         self.codec: str | None = None
         self.encoders = []  # of the lanes
         self.recording: Recording | None = None
-        # What the next session starts from; a file that is coming, and one that is looked at.
+        # What the next session starts from, and the one that was sent to be replayed, as arguments; a file that is
+        # coming, and one that is looked at.
         self.start_file: StartFile | None = None
+        self.replay: dict[str, Any] | None = None
         self._upload: Upload | None = None
         self._looking: asyncio.Task | None = None
         # What is to be sent, in this order: words, or the lane whose newest block it is the turn of.
@@ -245,7 +278,7 @@ class Viewer:
     async def run(self):
         self.live.viewers.add(self)
         self.say(self.live.hello())
-        tasks = [self.loop.create_task(run()) for run in (self._read, self._write)]
+        tasks = [self.loop.create_task(run()) for run in (self._read, self._write, self._watch)]
         try:
             done, _ = await asyncio.wait([*tasks, self._unread], return_when=asyncio.FIRST_COMPLETED)
             if self._unread.done():
@@ -285,11 +318,17 @@ class Viewer:
                     await self._answer(message["text"])
                 else:
                     self._receive(message["bytes"])
-            except (FullError, *CHECKED) as error:
-                self.say({"type": "error", "message": one_line(error.args[0] if error.args else error)[:500]})
+            except Exception as error:
+                self.say({"type": "error", "message": tell(error)})
+
+    async def _watch(self):
+        """Ends the connection of a page that is left open."""
+        while not self.ended or time.monotonic() - self._seen_at < IDLE_SECONDS:
+            await asyncio.sleep(IDLE_SECONDS / 10)
+        raise ViewerError(f"nothing ran for {IDLE_SECONDS / 60:g} minutes: reload the page to go on")
 
     def _count(self):
-        now = time.monotonic()
+        now = self._seen_at = time.monotonic()
         self._allowance += (now - self._counted_at) * MESSAGES_PER_SECOND
         self._allowance, self._counted_at = min(self._allowance, 2.0 * MESSAGES_PER_SECOND) - 1, now
         if self._allowance < 0:
@@ -305,24 +344,19 @@ class Viewer:
         await ANSWERS[kind](self, message)
 
     async def _start(self, message: dict[str, Any]):
+        self.num_starts += 1
         wanted = message.get("codecs", self.live.codecs)
         codec = next((c for c in self.live.codecs if isinstance(wanted, list) and c in wanted), None)
         if codec is None:
             raise ValueError(f"codecs must be a list with one of {', '.join(self.live.codecs)}.")
-        seed = message.get("seed")
-        make = partial(
-            LiveSession,
-            self.live.model,
-            message.get("prompt"),
-            secrets.randbelow(MAX_SEED) if seed is None else seed,
-            message.get("height"),
-            message.get("width"),
-            False if message.get("compare") is None else message["compare"],
-            message.get("events") or (),
-            self.start_file,
-            message.get("strength"),
-        )
-        session = await self.loop.run_in_executor(self.live.decoders, make) if self.start_file else make()
+        if not isinstance(message.get("replay", False), bool):
+            raise ValueError("replay must be true or false.")
+        arguments = self.replay if message.get("replay") else self._arguments(message)
+        if arguments is None:
+            raise ValueError("there is no session to replay: upload one first.")
+        self.replay = None
+        pool = self.live.decoders if arguments.get("start_file") else self.live.encoders
+        session = await self.loop.run_in_executor(pool, partial(LiveSession, self.live.model, **arguments))
         size = session.height, session.width, self.live.model.frame_rate
         encoders = [
             await self.loop.run_in_executor(self.live.encoders, make_encoder, codec, *size)
@@ -330,9 +364,23 @@ class Viewer:
         ]
         self.live.engine.add(session, self._listener(session), instead_of=self.session)
         self.session, self.codec, self.encoders = session, codec, encoders
+        self.start_number, self.ended = self.num_starts, False
         self._end_recording()
         self._blocks.clear()
         self._outbox = deque(item for item in self._outbox if isinstance(item, dict))
+
+    def _arguments(self, message: dict[str, Any]) -> dict[str, Any]:
+        seed = message.get("seed")
+        return {
+            "prompt": message.get("prompt"),
+            "seed": secrets.randbelow(MAX_SEED) if seed is None else seed,
+            "height": message.get("height"),
+            "width": message.get("width"),
+            "compare": False if message.get("compare") is None else message["compare"],
+            "events": message.get("events") or (),
+            "start_file": self.start_file,
+            "strength": message.get("strength"),
+        }
 
     async def _change(self, message: dict[str, Any]):
         self.session.send(message)
@@ -349,19 +397,23 @@ class Viewer:
     async def _record(self, message: dict[str, Any]):
         if not isinstance(message.get("on"), bool):
             raise ValueError("on must be true or false.")
-        if not message["on"]:
+        if not message["on"] and self.recording:
             self._end_recording()
-        elif self.recording is None:
+            return
+        if message["on"] and self.recording is None:
             self.recording = Recording(self, self.session)
-            self.say({"type": "recording", "url": None, "frames": 0})
+        self.say_recording()
 
     async def _save(self, message: dict[str, Any]):
         self.say({"type": "session", "session": self.session.record()})
 
     async def _begin_upload(self, message: dict[str, Any]):
         self._wait_for_the_one_before()
-        check_whole_number("bytes", message.get("bytes"), MAX_BYTES, least=1)
-        self._upload = Upload(message["bytes"])
+        content = message.get("content", "start_frames")
+        if not isinstance(content, str) or content not in UPLOADS:
+            raise ValueError(f"content must be one of {', '.join(UPLOADS)}.")
+        check_whole_number("bytes", message.get("bytes"), UPLOADS[content][0], least=1)
+        self._upload = Upload(message["bytes"], content)
         self.say({"type": "received", "bytes": 0})
 
     async def _remove(self, message: dict[str, Any]):
@@ -388,15 +440,17 @@ class Viewer:
             self.say(self._start_frames("too many files wait to be looked at: try again."))
             return
         self.live.num_checks += 1
-        self._looking = self.loop.create_task(self._look_at(bytes(upload.data)))
+        self._looking = self.loop.create_task(self._look_at(bytes(upload.data), upload.content))
 
-    async def _look_at(self, data: bytes):
+    async def _look_at(self, data: bytes, content: str):
         """Beside what is read and sent; also when the viewer has left. The file before stays if this one is wrong."""
         error = None
+        _, read = UPLOADS[content]
         try:
-            self.start_file = await self.loop.run_in_executor(self.live.decoders, self.live.model.read_start, data)
-        except CHECKED as wrong:
-            error = one_line(wrong)[:500]
+            found = await self.loop.run_in_executor(self.live.decoders, read, self.live.model, data)
+            self.start_file, self.replay = found
+        except Exception as wrong:
+            error = tell(wrong)
         finally:
             self.live.num_checks -= 1
             self._looking = None
@@ -423,6 +477,10 @@ class Viewer:
             recording.finish()
 
     # To the viewer
+
+    def say_recording(self, url: str | None = None, frames: int = 0):
+        """Whether there is a recording now, and what came of one that has ended."""
+        self.say({"type": "recording", "on": self.recording is not None, "url": url, "frames": frames})
 
     def say(self, message: dict[str, Any]):
         if len(self._outbox) < _MAX_WAITING:
@@ -452,11 +510,12 @@ class Viewer:
         elif isinstance(item, Mark):
             self.say({"type": "mark", **vars(item)})
         elif isinstance(item, Queued):
-            self.say({"type": "queue", **vars(item)})
+            self.say({"type": "queue", **vars(item), "start": self.start_number})
             if item.position == 0:
                 self.say(self._started(session))
         else:
             self._end_recording()
+            self.ended, self._seen_at = True, time.monotonic()
             self.say({"type": "ended", "reason": item.reason})
 
     def _started(self, session: LiveSession) -> dict[str, Any]:
@@ -483,11 +542,17 @@ class Viewer:
 
     async def _send_block(self, block: Block):
         session, codec, encoder = self.session, self.codec, self.encoders[block.lane]
-        frames = await self.loop.run_in_executor(self.live.encoders, encoder.encode, block.frames)
+        try:
+            frames = await self.loop.run_in_executor(self.live.encoders, encoder.encode, block.frames)
+        except Exception as error:
+            self.live.engine.remove(session)
+            self._take(session, Ended(f"its frames cannot be sent as {codec}: {tell(error)}"))
+            return
         if session is not self.session:
             return
         about = {"type": "block", "block": block.number, "first_frame": block.first_frame}
-        about |= {"frames": len(frames), "seconds": block.seconds, "memory_gb": block.memory_gb, "lane": block.lane}
+        about |= {"frames": len(frames), "seconds": block.seconds, "turn_seconds": block.turn_seconds}
+        about |= {"memory_gb": block.memory_gb, "lane": block.lane}
         await self._send(json.dumps(about))
         await self._send(pack_block(block, codec, frames))
 
@@ -496,6 +561,18 @@ class Viewer:
             await (self.websocket.send_text if isinstance(data, str) else self.websocket.send_bytes)(data)
         except RuntimeError:  # it was closed by another task
             raise WebSocketDisconnect from None
+
+
+def _read_start(model: LiveModel, data: bytes) -> tuple[StartFile, None]:
+    return model.read_start(data), None
+
+
+def _read_session(model: LiveModel, data: bytes) -> tuple[StartFile | None, dict[str, Any]]:
+    arguments = read_session(model, data)
+    file = arguments.get("start_file")
+    if file:
+        model.num_start_frames(file)
+    return file, arguments
 
 
 ANSWERS = {
@@ -510,15 +587,18 @@ ANSWERS = {
     "upload": Viewer._begin_upload,
     "remove": Viewer._remove,
 }
+# What may be sent in parts: the bytes that it may have, and what reads it.
+UPLOADS = {"start_frames": (MAX_BYTES, _read_start), "session": (MAX_SESSION_BYTES, _read_session)}
 # What needs no session.
 _BEFORE_START = ("start", "upload", "remove")
 
 
 @dataclass
 class Upload:
-    """A file of `size` bytes that is coming, and what has come of it."""
+    """A file of `size` bytes that is coming, what it has, of `UPLOADS`, and what has come of it."""
 
     size: int
+    content: str
     data: bytearray = field(default_factory=bytearray)
 
 
@@ -536,7 +616,7 @@ class Recording:
 
     def add(self, block: Block):
         self._blocks.append(block)
-        self.session.hold(len(self._blocks) >= _MAX_BEHIND)
+        self.session.hold(self, len(self._blocks) >= _MAX_BEHIND)
         self._something.set()
 
     def finish(self):
@@ -550,21 +630,21 @@ class Recording:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self):
+        url, frames = None, 0
         try:
             frames = await self._write()
-        except OSError as error:
-            logger.error("a recording failed: %s", one_line(error))
-            text = "the recording has failed: the server's disk is full, or cannot be written to"
-            self.viewer.say({"type": "error", "message": text})
-            self.viewer.say({"type": "recording", "url": None, "frames": 0})
-        else:
             url = f"/recordings/{self._recorder.path.stem}.mp4" if frames else None
-            self.viewer.say({"type": "recording", "url": url, "frames": frames})
+        except Exception as error:
+            logger.error("a recording failed: %s", one_line(error))
+            disk = "the server's disk is full, or cannot be written to"
+            text = f"the recording has failed: {disk if isinstance(error, OSError) else tell(error)}"
+            self.viewer.say({"type": "error", "message": text})
         finally:
             if self.viewer.recording is self:
                 self.viewer.recording = None
-            self.session.hold(False)
+            self.session.hold(self, False)
             self.live.engine.wake()
+        self.viewer.say_recording(url, frames)
 
     async def _write(self) -> int:
         call = lambda *args: self.viewer.loop.run_in_executor(self.live.recorders, *args)  # noqa: E731
@@ -580,7 +660,7 @@ class Recording:
                         self._recorder = Recorder(self.live.new_recording(), *size)
                     await call(self._recorder.write, frames)
                     self._blocks.popleft()
-                    self.session.hold(False)
+                    self.session.hold(self, len(self._blocks) >= _MAX_BEHIND)
                     self.live.engine.wake()
                     if self._recorder.is_full:
                         self._finished = True
@@ -596,11 +676,11 @@ class Recording:
             raise
 
 
-def create_app(live: LiveApp) -> FastAPI:
+def create_app(live: LiveApp, max_viewers: int) -> FastAPI:
     """The ASGI application of a server; the context of `live` has to be entered."""
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="astrolabe_diffusers live", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.live = live
+    app.state.live, app.state.max_viewers = live, max_viewers
     app.include_router(router)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
 
@@ -616,11 +696,11 @@ def create_app(live: LiveApp) -> FastAPI:
 
 
 def make_live_server(live: LiveApp, max_connections: int = 64, ping_seconds: float = 5.0):
-    """The uvicorn server of it, with bounds for connections and messages. That a viewer has gone without a word is
-    found out after three times `ping_seconds`."""
+    """The uvicorn server of it, with bounds for messages and for connections, of viewers and a few more. That a viewer
+    has gone without a word is found out after three times `ping_seconds`."""
     return make_server(
-        create_app(live),
-        ConnectionLimits(max_connections),
+        create_app(live, max_connections),
+        ConnectionLimits(max_connections + HTTP_CONNECTIONS),
         ws=BoundedWebSocket,
         ws_max_size=MAX_MESSAGE,
         # Frames are compressed, and windows of compression are memory of each connection.

@@ -1,5 +1,6 @@
 """One viewer's video: made block by block, steered while it is made, and written down so that it can be made again."""
 
+import json
 import math
 import threading
 import time
@@ -15,7 +16,8 @@ import psutil
 import torch
 
 from ..errors import close_matches
-from ..models.lora_layers import adapter_weights, check_lora_weights
+from ..files.text import parse_json
+from ..models.lora_layers import adapter_weights, dora_adapters
 from ..pipelines.block_generation import NOISE_LAYOUT
 from ..pipelines.loading import base_digest, lora_digest
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
@@ -30,10 +32,17 @@ VERSION = 1
 # JavaScript's whole numbers end there.
 MAX_SEED = 2**53 - 1
 MAX_PROMPT = 4096
+# Of a frame, in pixels: WebP's bound; x264's is one more.
+MAX_SIDE = 16_383
 # Texts are in memory from the time at which they are asked for.
 MAX_SCENES = MAX_TRANSITION_BLOCKS = 32
 MAX_WEIGHT = 100
 MAX_EVENTS = 10_000
+# Of all events of a session, as JSON: it and its file are to fit into what a server takes.
+MAX_EVENT_BYTES = 2**22
+MAX_SESSION_BYTES = 2**24
+# What changes frames beside the weights, and what it is if nobody says so. Sessions have it.
+FRAME_SETTINGS = {"max_sequence_length": None, "vae_tiling": False, "attention_backend": None, "compile": False}
 # What a block may take longer than the slowest of the last ones, on its way too.
 _SLACK = 0.15
 # What remains of more than that after a block that was in time.
@@ -51,6 +60,9 @@ class Block:
     frames: np.ndarray
     seconds: float  # that it took
     memory_gb: float  # of the GPU, in use; of the process on a CPU
+    # From one block of the session to its next, all lanes, if nobody pauses: with those of others in between. The
+    # engine knows.
+    turn_seconds: float = 0.0
 
 
 @dataclass
@@ -82,7 +94,8 @@ class LiveModel:
         loras: paths or Hub ids and their weights, in the order in which they were loaded.
         num_frames: after which a video ends. By default never, or with the model's own number if it cannot go on.
         max_pixels: of a frame; by default as many as the model's own size has.
-        stream_settings: further arguments of `stream`.
+        max_sequence_length: of its prompts, in tokens; the pipeline's own by default.
+        settings: further ones that `pipe` was made with and that change frames, by their names in [`PipelineConfig`].
     """
 
     def __init__(
@@ -92,16 +105,22 @@ class LiveModel:
         loras: Mapping[str, float] | None = None,
         num_frames: int | None = None,
         max_pixels: int | None = None,
-        **stream_settings: Any,
+        max_sequence_length: int | None = None,
+        **settings: Any,
     ):
         self.pipe = pipe
         self.name = name
         self.weights = shareable_value(dict(loras or {}))
         self.adapters = {lora: f"lora_{i}" for i, lora in enumerate(self.weights)}
+        # Now, for it looks at every layer: viewers send thousands of weights.
+        doras = dora_adapters(pipe.denoiser)
+        self.doras = {lora for lora, name in self.adapters.items() if name in doras}
         self.num_frames = num_frames or (math.inf if pipe.is_endless else pipe.config.num_frames)
         self.num_frames = pipe.round_num_frames(self.num_frames)
         self.max_pixels = max_pixels or pipe.config.height * pipe.config.width
-        self.stream_settings = stream_settings
+        length = max_sequence_length or pipe.config.max_sequence_length
+        self.stream_settings = {"max_sequence_length": length}
+        self.settings = FRAME_SETTINGS | settings | self.stream_settings
         self.digest = base_digest(pipe)
         self.lora_digests = {lora: lora_digest(pipe.denoiser, name) for lora, name in self.adapters.items()}
 
@@ -189,7 +208,8 @@ class LiveModel:
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if not number or not abs(weight) <= MAX_WEIGHT:
                 raise ValueError(f"the weight of a LoRA must be a number from {-MAX_WEIGHT} to {MAX_WEIGHT}.")
-            check_lora_weights(self.pipe.denoiser, [weight], [self.adapters[name]])
+            if weight != 1 and name in self.doras:
+                raise ValueError(f"{name} is a DoRA, which can only be applied with weight 1.")
         return {"weights": {name: float(weight) for name, weight in weights.items()}}
 
 
@@ -219,6 +239,7 @@ class LiveSession:
         start_file: that all lanes start from, as `image` or `video` of the pipeline. It is decoded here and now.
         strength: in (0, 1], of the pipeline: the video is made anew, and ends with the frames that are given.
         events: of an earlier session, each with the `block` it is for; they come as they came there.
+        without: LoRAs whose weight is 0 at first.
 
     Raises:
         ValueError: an argument that is none of these.
@@ -233,10 +254,11 @@ class LiveSession:
     events: Sequence[dict[str, Any]] = ()
     start_file: StartFile | None = None
     strength: float | None = None
+    without: Sequence[str] = ()
     num_blocks: int = field(default=0, init=False)  # made
     num_frames: int = field(default=0, init=False)  # made
     paused: bool = field(default=False, init=False)
-    held: bool = field(default=False, init=False)  # what takes every frame, a recording, is behind
+    holders: set[Any] = field(default_factory=set, init=False)  # what takes every frame, recordings, and is behind
 
     def __post_init__(self):
         pipe = self.model.pipe
@@ -246,15 +268,19 @@ class LiveSession:
         pipe.check_size(self.height, self.width)
         if self.height * self.width > self.model.max_pixels:
             raise ValueError(f"{self.height}x{self.width} are more than {self.model.max_pixels} pixels.")
+        if max(self.height, self.width) > MAX_SIDE:
+            raise ValueError(f"height and width must be at most {MAX_SIDE}, not {self.height} and {self.width}.")
         number = self._check_start()
         self._length = self.model.num_frames if self.strength is None else number
         pipe.check_inputs(check_prompt(self.prompt), self.height, self.width, self._length)
         if not isinstance(self.compare, bool) or (self.compare and not self.model.adapters):
             raise ValueError("compare must be true or false, and true only with a LoRA.")
-        self.weights = dict(self.model.weights)
-        if self.compare:
-            self.model.check_event({"type": "lora", "weights": dict.fromkeys(self.weights, 0.0)})
+        self.weights = self.model.weights | dict.fromkeys(self.without, 0.0)
+        if without := self.weights if self.compare else self.without:
+            self.model.check_event({"type": "lora", "weights": dict.fromkeys(without, 0.0)})
         self._schedule = self._check_events(self.events)
+        self._num_events = len(self.events) + bool(self.weights)
+        self._event_bytes = len(json.dumps(self._schedule))
         self._taken: list[dict[str, Any]] = []
         if self.weights:
             self._taken.append({"block": 0, "type": "lora", "weights": dict(self.weights)})
@@ -303,10 +329,15 @@ class LiveSession:
         `{"type": "lora", "weights": {name: weight}}`. Of several prompts before one block the last counts.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is neither, or the session could not be saved and replayed with one more.
         """
         checked = self.model.check_event(event)
+        size = len(json.dumps(checked))
         with self._lock:
+            if self._num_events >= MAX_EVENTS or self._event_bytes + size > MAX_EVENT_BYTES:
+                raise ValueError("this video has had as many changes as can be saved: restart it.")
+            self._num_events += 1
+            self._event_bytes += size
             now = time.monotonic()
             same = [p for p in self._pending if p.event["type"] == checked["type"]]
             if same and checked["type"] == "lora":
@@ -322,9 +353,10 @@ class LiveSession:
             self._shown_at = None if paused else self._shown_at
             self.active_at = time.monotonic()
 
-    def hold(self, held: bool):
+    def hold(self, holder: Any, held: bool):
+        """`holder` takes every frame and is behind, or is not any more."""
         with self._lock:
-            self.held = held
+            (self.holders.add if held else self.holders.discard)(holder)
 
     def show(self, frame: int):
         """The viewer has seen the video up to this frame. One that was not made is of a video before this one.
@@ -355,7 +387,7 @@ class LiveSession:
         """
         with self._lock:
             ahead, rate = self.num_frames - 1 - self._shown, self.model.frame_rate
-            if self.paused or self.held or ahead > self.model.frames_per_block:
+            if self.paused or self.holders or ahead > self.model.frames_per_block:
                 return math.inf
             if self._shown_at is None:
                 return self.ready_at
@@ -456,6 +488,7 @@ class LiveSession:
                 "weights": self.model.digest,
                 "loras": self.model.lora_digests,
                 "dtype": str(self.model.pipe.transformer.dtype).removeprefix("torch."),
+                **self.model.settings,
                 "noise_layout": NOISE_LAYOUT,
                 "seed": self.seed,
                 "height": self.height,
@@ -479,12 +512,7 @@ def replay(model: LiveModel, record: dict[str, Any]) -> Iterator[list[Block]]:
     Raises:
         ValueError: it is no session, or of other weights.
     """
-    check_record(model, record)
-    names = ("prompt", "seed", "height", "width", "compare", "events", "strength")
-    values = {name: record[name] for name in names if name in record}
-    if record.get("start_frames") is not None:
-        values["start_file"] = StartFile.from_uri(record["start_frames"])
-    session = LiveSession(model, **values)
+    session = LiveSession(model, **session_arguments(model, record))
     try:
         for number in range(record["num_blocks"]):
             try:
@@ -494,6 +522,22 @@ def replay(model: LiveModel, record: dict[str, Any]) -> Iterator[list[Block]]:
             yield blocks
     finally:
         session.close()
+
+
+def session_arguments(model: LiveModel, record: Any) -> dict[str, Any]:
+    """The arguments of the [`LiveSession`] that makes the frames of a record again; errors as of [`replay`]."""
+    check_record(model, record)
+    names = ("prompt", "seed", "height", "width", "compare", "events", "strength")
+    values = {name: record[name] for name in names if name in record}
+    values["without"] = [name for name in model.weights if name not in record["loras"]]
+    if record.get("start_frames") is not None:
+        values["start_file"] = StartFile.from_uri(record["start_frames"])
+    return values
+
+
+def read_session(model: LiveModel, data: bytes) -> dict[str, Any]:
+    """[`session_arguments`] of a file with a record."""
+    return session_arguments(model, parse_json(data, "the file"))
 
 
 def check_form(record: Any) -> dict[str, Any]:
@@ -512,13 +556,17 @@ def check_record(model: LiveModel, record: Any):
     check_whole_number("num_blocks", record["num_blocks"], MAX_SEED)
     if record["weights"] != model.digest:
         raise ValueError(f"it was made with other weights than those of {model.name}: give its model.")
-    loras = record["loras"] if isinstance(record["loras"], dict) else {}
-    for name, digest in loras.items():
+    if not isinstance(record["loras"], dict):
+        raise ValueError("loras must be an object of names and digests.")
+    for name, digest in record["loras"].items():
         if model.lora_digests.get(name) != digest:
             raise ValueError(f"it was made with the LoRA {name}: load that one, and under this name.")
     dtype = str(model.pipe.transformer.dtype).removeprefix("torch.")
     if record.get("dtype", dtype) != dtype:
         raise ValueError(f"it was made in {record['dtype']}, not {dtype}: give that dtype.")
+    for name, value in model.settings.items():
+        if record.get(name, value) != value:
+            raise ValueError(f"it was made with {name} {record[name]}, not {value}: give that one.")
     frames = record.get("num_frames") or math.inf
     if frames != model.num_frames:
         raise ValueError(f"its video ends after {frames} frames, this one's after {model.num_frames}.")

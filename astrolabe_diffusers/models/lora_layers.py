@@ -49,6 +49,11 @@ def check_lora_weights(model: nn.Module, weights: Iterable[float], adapters: Ite
                     raise ValueError(f"{name} is a DoRA, which can only be applied with weight 1, or disabled.")
 
 
+def dora_adapters(model: nn.Module) -> set[str]:
+    """Names of the adapters that are DoRAs, whose only weight is 1."""
+    return {name for layer in tuner_layers(model) for name, used in getattr(layer, "use_dora", {}).items() if used}
+
+
 def check_no_loose_lora(model: nn.Module):
     """Raise a one-line `ValueError` if the model is not what its own weights say: a LoRA acts that is not fused."""
     for layer in tuner_layers(model):

@@ -13,11 +13,19 @@ from ..errors import Interrupted
 
 
 def run(server: uvicorn.Server, listener: socket.socket):
-    """Answers until a signal comes: then, whom it can, and an [`Interrupted`]."""
+    """Answers until SIGINT or SIGTERM comes: then, whom it can, and an [`Interrupted`]."""
+
+    def interrupt(number, _):
+        raise Interrupted(number)
+
+    # uvicorn raises the signal again when it has ended, for these. The system's own handler of SIGTERM would end the
+    # process at once, and leave its files.
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

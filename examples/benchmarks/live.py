@@ -66,23 +66,23 @@ class Viewer:
         self.memory: list[float] = []
         self.shown = self.underruns = self.received = 0
         self.rate: float | None = None
+        self.began: float | None = None  # showing
 
     async def watch(self, seed: int, seconds: float) -> Visit:
         hello = json.loads(await self.socket.recv())
         self.rate = hello["frame_rate"]
         asked = time.perf_counter()
         await self.send(type="start", prompt=PROMPTS[0], seed=seed, codecs=[self.codec])
-        receiving = asyncio.create_task(self.receive())
-        await self.arrived.wait()
-        first = time.perf_counter() - asked
-        steering = asyncio.create_task(self.steer())
-        await self.play(seconds)
-        for task in (receiving, steering):
+        tasks = [asyncio.create_task(run) for run in (self.receive(), self.steer(), self.play(seconds))]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(receiving, steering, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
         delays = sorted(self.delays)
         return Visit(
-            first_frame=first,
+            first_frame=self.began - asked,
             frames=self.shown,
             underruns=self.underruns,
             seconds=seconds,
@@ -113,8 +113,10 @@ class Viewer:
                 self.due[message["block"]] = self.sent.popleft()
             elif message["type"] in ("error", "ended"):
                 raise UserError(message.get("message") or message["reason"])
+        raise UserError("the server has closed the connection.")
 
     async def steer(self):
+        await self.arrived.wait()
         number = 0
         while True:
             await asyncio.sleep(self.random.uniform(*BETWEEN))
@@ -125,8 +127,9 @@ class Viewer:
             await self.send(type="prompt", prompt=PROMPTS[number % 2], transition="roll", num_blocks=1)
 
     async def play(self, seconds: float):
-        began = due = time.perf_counter()
-        while due < began + seconds:
+        await self.arrived.wait()
+        self.began = due = time.perf_counter()
+        while due < self.began + seconds:
             await asyncio.sleep(max(due - time.perf_counter(), 0))
             if not self.buffer:
                 self.underruns += 1

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from astrolabe_diffusers.live.encoding import Recorder, available_codecs, avc_string, make_encoder, pack_block
-from astrolabe_diffusers.live.session import Block
+from astrolabe_diffusers.live.session import MAX_SIDE, Block
 from tests.training.helpers import full_disk
 
 
@@ -118,3 +118,10 @@ def test_a_full_disk_is_an_error(tmp_path):
         recorder.finish()
     recorder.discard()
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["h264", "jpeg", "webp"])
+@pytest.mark.parametrize("size", [(16, MAX_SIDE // 16 * 16), (MAX_SIDE // 16 * 16, 16)])
+def test_the_longest_sides(codec, size):
+    frames = np.full((2, *size, 3), 100, np.uint8)
+    assert abs(decode(codec, make_encoder(codec, *size, 16).encode(frames)).astype(int) - frames).mean() < 5

@@ -1,6 +1,7 @@
 """The thread that makes blocks: whose turn it is, who waits, and what is left of those who go."""
 
 import gc
+import math
 import threading
 import time
 import weakref
@@ -152,6 +153,33 @@ def test_who_runs_out_first_is_served_in_time(model):
         assert time.monotonic() - began < 12 / model.frame_rate  # so long its frames last
 
 
+def test_a_turn_is_as_long_as_the_blocks_of_all_who_want_some(model, monkeypatch):
+    make = LiveSession.make_block
+
+    def slow(self):
+        blocks, marks = make(self)
+        for block in blocks:
+            block.seconds += 5.0 * (self.seed + 1)
+        return blocks, marks
+
+    monkeypatch.setattr(LiveSession, "make_block", slow)
+    monkeypatch.setattr(LiveSession, "block_seconds", property(lambda self: 5.0 * (self.seed + 1)))
+    monkeypatch.setattr(LiveSession, "due_at", lambda self, turn: math.inf if self.paused else 0.0)
+    with engine_of(sessions=3) as engine:
+        first, second = (Watched(model, engine, seed=seed).add() for seed in (0, 1))
+        third = Watched(model, engine, seed=2, watches=False)
+        third.session.pause()
+        third.add()
+        wait_for(lambda: len(first.of(Block)) > 6 and len(second.of(Block)) > 6)
+        turns = [block.turn_seconds for viewer in (first, second) for block in viewer.of(Block)[3:6]]
+        assert all(15 <= turn < 16 for turn in turns)
+        second.session.pause()
+        time.sleep(0.3)
+        count = len(first.of(Block))
+        wait_for(lambda: len(first.of(Block)) > count + 3)
+        assert all(5 <= block.turn_seconds < 6 for block in first.of(Block)[count + 1 :])
+
+
 def test_a_failure_ends_one_session_alone(model, caplog):
     with engine_of(sessions=2) as engine:
         good = Watched(model, engine).add()
@@ -202,6 +230,15 @@ def test_a_paused_session_makes_room_for_one_that_waits(model):
         third = Watched(model, engine).add()
         time.sleep(0.6)
         assert not second.of(Ended) and not third.of(Block)  # it is looked at
+
+
+def test_who_has_waited_long_gets_its_turn(model):
+    with engine_of(sessions=1, idle_seconds=0.5) as engine:
+        first, second, third = (Watched(model, engine).add() for _ in range(3))
+        time.sleep(1.0)
+        engine.remove(first.session)
+        wait_for(lambda: second.of(Block) or second.of(Ended))
+        assert second.of(Block) and not second.of(Ended) and not third.of(Block)
 
 
 def test_a_session_that_left_is_gone_within_seconds(model):

@@ -74,12 +74,34 @@ def test_the_frames_of_a_session_again(folder, tmp_path, monkeypatch, name):
         assert imageio.v3.imread(tmp_path / f"{lane}.mp4").shape == frames.shape
 
 
+FEW_TOKENS = {"max_sequence_length": 4}
+TILES = {"vae_tiling": True, "width": 272}
+
+
+@pytest.mark.parametrize("settings", [FEW_TOKENS, TILES, {"compile": True}])
+def test_a_session_says_how_its_model_was_made(folder, tmp_path, monkeypatch, settings):
+    """Then `generate` does the same without being told."""
+    model = load_model(LiveConfig(model=str(folder / "model"), **settings), None, None)
+    session = LiveSession(model, A, 5)
+    frames = np.concatenate([session.make_block()[0][0].frames for _ in range(3)])
+    path = tmp_path / "made.json"
+    path.write_text(json.dumps(session.record()))
+    compiled, written = [], []
+    monkeypatch.setattr("astrolabe_diffusers.live.load.compile_model", compiled.append)
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: written.append(frames))
+    monkeypatch.setattr(VideoWriter, "__exit__", lambda self, *_: self._encoder.close())
+    words = ["generate", "--model", str(folder / "model"), "--session", str(path), "--output_dir", str(tmp_path)]
+    assert main(words) == 0
+    assert np.array_equal(np.concatenate(written), frames)
+    assert len(compiled) == bool(settings.get("compile"))
+
+
 def test_the_session_of_another_model_is_refused(folder, tmp_path, capsys):
     output = ("--output_dir", str(tmp_path))
     for words, message in (
         ((), "session mine.json: it was made with the LoRA first: load that one, and under this name."),
         (("--dtype", "bfloat16", "--lora", f"{folder}/loras/first"), "it was made with other weights"),
-        (("--compile", "--lora", f"{folder}/loras/first"), "compile is not for a session"),
+        (("--compile", "--lora", f"{folder}/loras/first"), "it was made with compile False, not True: give that one"),
     ):
         assert generate(folder, *words, *output) == 2
         error = capsys.readouterr().err
@@ -151,12 +173,13 @@ def test_presets_of_the_embedded_model_work():
         assert reward.score(video, [preset], [{}]).scores.item() > 0.85, preset
 
 
-def test_the_command(folder):
-    """It says where it is, serves, needs its token, and ends at a signal."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(folder, tmp_path, number):
+    """It says where it is, serves, needs its token, ends at a signal, and leaves nothing."""
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     words = ["live", "--model", str(folder / "model"), "--port", str(port)]
-    environment = os.environ | {"ASTROLABE_LIVE_TOKEN": "secret"}
+    environment = os.environ | {"ASTROLABE_LIVE_TOKEN": "secret", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-m", "astrolabe_diffusers.cli.main", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -171,9 +194,11 @@ def test_the_command(folder):
             client.send(json.dumps({"type": "start", "prompt": A, "seed": 0}))
             while isinstance(client.recv(20), str):
                 pass
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert list(tmp_path.glob("astrolabe-live-*"))
+            process.send_signal(number)
+            assert process.wait(20) == 128 + number
         assert process.stderr.read() == ""
+        assert not list(tmp_path.glob("astrolabe-live-*"))
     finally:
         process.kill()
         process.wait()

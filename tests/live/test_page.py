@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import struct
+import time
 
 import imageio.v3 as iio
 import numpy as np
@@ -84,6 +85,10 @@ class Server:
     def kill(self):
         self._process.kill_all()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
     def stop(self):
         self._process.send_signal(signal.SIGINT)
         self._process.finish(timeout=20)
@@ -113,7 +118,8 @@ def small_server():
     """Has room for one session."""
     server = Server("--sessions", "1")
     yield server
-    server.stop()
+    if server.is_alive:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +209,9 @@ class Tab:
 
     def wait_for_message(self, name: str) -> dict:
         """The first of this type since the last start."""
+        deadline = time.monotonic() + 20
         while not self.of_type(name):
+            assert time.monotonic() < deadline, f"no {name} came"
             self.page.wait_for_timeout(20)
         return self.of_type(name)[0]
 
@@ -314,6 +322,46 @@ def test_a_hidden_tab_waits(server, open_tab):
     assert [tab.page.text_content(name) for name in ("#underruns", "#lost")] == ["0", "0"]
 
 
+KEEP_DECODERS = """(() => {
+  window.decoders = [];
+  window.VideoDecoder = class extends VideoDecoder {
+    constructor(init) {
+      super(init);
+      window.decoders.push(this);
+    }
+  };
+})()"""
+
+
+def test_a_decoder_that_the_browser_has_closed_is_opened_again(server, open_tab):
+    """As Chromium does it to a tab that is hidden for a minute and a half."""
+    tab = open_tab(server.url, KEEP_DECODERS)
+    tab.start(RED)
+    assert tab.wait_for_message("started")["codec"] == "h264"
+    tab.wait_for_frames(20)
+    tab.page.click("#pause")
+    tab.page.wait_for_timeout(1000)  # what has come is decoded
+    tab.page.evaluate("decoders.forEach((decoder) => decoder.close())")
+    tab.page.click("#pause")
+    tab.wait_for_frames(70)
+    assert match(tab.frames(40, 70), RED) > 0.7
+    assert [tab.page.text_content(name) for name in ("#underruns", "#lost")] == ["0", "0"]
+    # Within a block, what it had is lost, and counted.
+    tab.page.evaluate("""() => {
+      const decode = VideoDecoder.prototype.decode;
+      VideoDecoder.prototype.decode = function (chunk) {
+        VideoDecoder.prototype.decode = decode;
+        const { timestamp } = chunk;
+        decode.call(this, new EncodedVideoChunk({ type: "key", timestamp, data: new Uint8Array(99) }));
+      };
+    }""")
+    tab.wait_for_text("#lost", "12")
+    count = tab.count()
+    tab.wait_for_frames(count + 30)
+    assert match(tab.frames(count, count + 30), RED) > 0.7
+    assert tab.page.locator("#error").is_visible()
+
+
 def test_record_and_replay(server, open_tab, tmp_path):
     """The same frames as at first, and in the recording all of them in their order."""
     tab = open_tab(server.url)
@@ -349,6 +397,25 @@ def test_record_and_replay(server, open_tab, tmp_path):
     tab.page.set_input_files("#file", download.value.path())
     assert np.array_equal(tab.frames(0, length), frames)
     tab.wait_for_text("#log", f"Block {mark['block']}: “{BLUE}”, cut")
+
+
+def test_a_recording_without_a_frame(server, open_tab):
+    """Pause, Record, Restart: the button is as it was, and works."""
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(FIRST + LATER)
+    tab.page.click("#pause")
+    tab.page.click("#record")
+    record = sync_api.expect(tab.page.locator("#record"))
+    record.to_have_attribute("aria-pressed", "true")
+    tab.page.click("#restart")
+    record.to_have_attribute("aria-pressed", "false")
+    tab.page.click("#record")
+    record.to_have_attribute("aria-pressed", "true")
+    tab.wait_for_frames(FIRST + 2 * LATER)
+    tab.page.click("#record")
+    tab.page.get_by_role("link", name="Download").wait_for()
+    record.to_have_attribute("aria-pressed", "false")
 
 
 def drop(tab, event: str, name: str, data: bytes):
@@ -418,14 +485,14 @@ def test_a_file_to_start_from(server, open_tab, tmp_path, blue_video):
     tab.received.clear()
     tab.page.set_input_files("#file", saved)
     assert all(np.array_equal(tab.frames(0, 45, lane), frames) for lane, frames in enumerate(lanes))
-    tab.wait_for_text("#start-state", "the session's file: its first 21 frames")
+    tab.wait_for_text("#start-state", f"{saved.name}: its first 21 frames")
 
     # What is wrong is said, and the one before stays.
     drop(tab, "drop", "<b>notes</b>.txt", b"hello")
     tab.wait_for_text("[role=alert]", "<b>notes</b>.txt: a file to start from is one of")
     drop(tab, "paste", "large.mp4", bytes(2**23 + 1))
     tab.wait_for_text("[role=alert]", "large.mp4: it has 8388609 bytes; there may be 8388608.")
-    tab.wait_for_text("#start-state", "the session's file: its first 21 frames")
+    tab.wait_for_text("#start-state", f"{saved.name}: its first 21 frames")
     drop(tab, "paste", "nine.mp4", video_file(tmp_path / "nine.mp4", 9).read_bytes())
     tab.wait_for_text("#start-state", "nine.mp4: its first 9 frames")
     tab.page.fill("#strength", "0.5")
@@ -454,11 +521,13 @@ def test_a_server_that_comes_back_gets_the_file_again(open_tab, tmp_path):
 
 def test_files_that_are_no_session_of_this_model(server, open_tab, tmp_path):
     tab = open_tab(server.url)
-    session = {"model": "another", "prompt": RED, "seed": 0, "height": 96, "width": 96, "compare": False, "events": []}
+    session = {"version": 1, "prompt": RED, "seed": 0, "height": 96, "width": 96, "num_blocks": 1, "events": []}
+    session |= {"model": "tiny_shapes", "weights": "of another", "loras": {}}
     for text, error in (
-        ("red", "notes.json: Unexpected token"),
-        ("[]", "notes.json: a session has model, prompt, seed"),
-        (json.dumps(session), "notes.json: it was made with another, not tiny_shapes"),
+        ("red", "notes.json: the file is no JSON"),
+        ("[]", "notes.json: it is no session, which has"),
+        (json.dumps(session), "notes.json: it was made with other weights than those of tiny_shapes"),
+        (" " * (2**24 + 1), "notes.json: it has 16777217 bytes; there may be 16777216."),
     ):
         (tmp_path / "notes.json").write_text(text)
         tab.page.set_input_files("#file", tmp_path / "notes.json")
@@ -483,6 +552,48 @@ def test_reload_in_the_middle(small_server, open_tab):
     tab.page.wait_for_selector("#send:enabled")
     tab.start(BLUE)
     assert match(tab.frames(0, 33), BLUE) > 0.7
+
+
+def test_a_lora_that_is_moved_while_it_waits(lora, open_tab):
+    """Holds from the first block on, or from the next."""
+    server = Server("--lora", lora, "--sessions", "1")
+    first, second = (open_tab(server.url) for _ in range(2))
+    first.start(RED)
+    first.wait_for_frames(FIRST)
+    second.start(RED)
+    second.wait_for_text("#state", "place 1 in the queue")
+    second.page.get_by_role("checkbox", name="strong").uncheck()
+    first.page.close()
+    mark = second.wait_for_message("mark")
+    assert mark["event"]["weights"] == {"strong": 0} and mark["block"] <= 1
+    assert [message for message in second.sent if message["type"] == "lora"] == [
+        {"type": "lora", "weights": {"strong": 0}}
+    ]
+    server.stop()
+
+
+def test_a_start_that_is_refused_is_not_what_comes_back(small_server, open_tab):
+    """The one that waits, and the prompt that it has, are."""
+    port = small_server.port
+    first, second = (open_tab(small_server.url) for _ in range(2))
+    first.start(RED)
+    first.wait_for_frames(FIRST)
+    second.start(BLUE)
+    second.wait_for_text("#state", "place 1 in the queue")
+    second.page.fill("#height", "7")
+    second.page.fill("#prompt", RED)
+    second.page.press("#prompt", "Enter")
+    second.wait_for_text("[role=alert]", "multiple of")
+    first.page.close()
+    second.wait_for_text("#state", "Playing")
+    assert second.page.get_by_role("img", name=f"Video of “{BLUE}”").is_visible()
+    small_server.kill()
+    second.wait_for_text("#state", "No connection")
+    second.page.evaluate("pictures.length = 0")
+    again = Server(port=port)
+    second.wait_for_text("#state", "The server is back. Playing")
+    assert match(second.frames(0, 33), BLUE) > 0.7
+    again.stop()
 
 
 def test_three_on_one_slot(small_server, open_tab):
@@ -576,15 +687,18 @@ HELLO = {
     "version": 1,
     "start_media": [],
     "max_upload": 0,
+    "max_session": 0,
+    "max_transition_blocks": 32,
 }
 
 
-def pictures(block: int, first_frame: int, colors: list[tuple[int, int, int]]) -> bytes:
-    """A block's JPEG pictures of 32x16 pixels, each of one colour, as the server sends them."""
+def pictures(block: int, first_frame: int, colors: list[tuple[int, int, int] | None]) -> bytes:
+    """A block's JPEG pictures of 32x16 pixels, each of one colour, as the server sends them; one of None is none."""
     files = []
     for color in colors:
-        file = io.BytesIO()
-        Image.new("RGB", (32, 16), color).save(file, "JPEG", quality=95)
+        file = io.BytesIO(b"no picture")
+        if color:
+            Image.new("RGB", (32, 16), color).save(file, "JPEG", quality=95)
         files.append(file.getvalue())
     header = struct.pack("<BBHIII", 1, 0, len(files), block, first_frame, 0)
     return header + struct.pack(f"<{len(files)}I", *map(len, files)) + b"".join(files)
@@ -602,13 +716,14 @@ def server_of_messages(server, open_tab):
 
     tab = open_tab(server.url, answer=answer)
     tab.start("one")
+    ends[0].send(json.dumps({"type": "queue", "position": 0, "sessions": 1, "start": 1}))
     started = {"type": "started", "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
     ends[0].send(json.dumps(started))
     yield tab, ends, sent
 
 
-def block(number: int, first_frame: int) -> dict:
-    figures = {"seconds": 1.0, "memory_gb": 0.5, "lane": 0}
+def block(number: int, first_frame: int, **values) -> dict:
+    figures = {"seconds": 1.0, "turn_seconds": 1.0, "memory_gb": 0.5, "lane": 0, **values}
     return {"type": "block", "block": number, "first_frame": first_frame, "frames": 4, **figures}
 
 
@@ -630,6 +745,37 @@ def test_an_empty_buffer_holds_the_picture_and_is_counted(server_of_messages):
     assert figures == {"underruns": "2", "lost": "4", "made": "4.0 frames/s", "memory": "0.50 GB"}
     tab.wait_for_text("#log", "The buffer ran dry before frame 4.")
     tab.wait_for_text("#state", "Playing, slower than real time")
+
+
+def test_a_server_with_other_viewers_may_be_slow(server_of_messages):
+    """Though the model alone is not."""
+    tab, (end,), _ = server_of_messages
+    end.send(json.dumps(block(0, 0, seconds=0.1, turn_seconds=0.1)))
+    end.send(pictures(0, 0, GREYS[:4]))
+    tab.wait_for_frames(4)
+    tab.wait_for_text("#made", "40.0 frames/s")
+    assert tab.page.text_content("#state") == "Playing"
+    end.send(json.dumps(block(1, 4, seconds=0.1, turn_seconds=0.9)))
+    tab.wait_for_text("#state", "Playing, slower than real time")
+    assert tab.page.text_content("#made") == "40.0 frames/s"
+
+
+def test_pictures_that_cannot_be_decoded_are_lost_alone(server_of_messages):
+    """And the server is told when there are no others, or it would wait for ever."""
+    tab, (end,), sent = server_of_messages
+    end.send(json.dumps(block(0, 0)))
+    end.send(pictures(0, 0, [GREYS[0], None, *GREYS[2:4]]))
+    tab.wait_for_frames(3)
+    for number in (1, 2):
+        end.send(json.dumps(block(number, 4 * number)))
+        end.send(pictures(number, 4 * number, 4 * [None]))
+    tab.wait_for_text("#lost", "9")
+    assert max(message["frame"] for message in sent if message["type"] == "shown") == 11
+    end.send(json.dumps(block(3, 12)))
+    end.send(pictures(3, 12, GREYS[8:12]))
+    shades = tab.frames(0, 7).mean((1, 2, 3))
+    assert np.allclose(shades, [GREYS[i][0] for i in (0, 2, 3, 8, 9, 10, 11)], atol=2)
+    assert tab.page.text_content("#lost") == "9" and tab.page.locator("#error").is_visible()
 
 
 def test_a_refused_connection_is_not_tried_again(server_of_messages):

@@ -18,9 +18,10 @@ import websockets.exceptions
 from websockets.sync.client import connect
 
 from astrolabe_diffusers.live import server as server_module
+from astrolabe_diffusers.live.encoding import ImageEncoder, Recorder
 from astrolabe_diffusers.live.engine import LiveEngine
 from astrolabe_diffusers.live.server import LiveApp, make_live_server
-from astrolabe_diffusers.live.session import replay
+from astrolabe_diffusers.live.session import LiveSession, replay
 from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.serving.binding import bind
 from astrolabe_diffusers.serving.running import in_thread
@@ -76,9 +77,9 @@ class Client:
         self.send("start", **{"prompt": A, "seed": 0, "codecs": ["webp"], **values})
         return self
 
-    def upload(self, data):
+    def upload(self, data, **values):
         """Sends a file as the page does, each part when it is asked for; what is said of it."""
-        self.send("upload", bytes=len(data))
+        self.send("upload", bytes=len(data), **values)
         for start in range(0, len(data), 2**16):
             self.until("received", bytes=start)
             self.socket.send(data[start : start + 2**16])
@@ -132,10 +133,10 @@ def test_hello(live):
     assert hello == {
         "type": "hello", "version": 1, "model": "tiny", "frame_rate": 16, "height": 16, "width": 32,
         "max_pixels": 512, "frames_first_block": 9, "frames_per_block": 12, "num_frames": None,
-        "transitions": ["roll", "recache", "flush", "rope_cut", "cut"], "presets": [A, B],
+        "transitions": ["roll", "recache", "flush", "rope_cut", "cut"], "presets": [A, B], "max_transition_blocks": 32,
         "loras": {"first": 1.0, "second": 0.0},
         "codecs": ["h264", "jpeg", "webp"], "sessions": 2,
-        "start_media": ["video/quicktime", "video/mp4", "video/webm"], "max_upload": 2**23,
+        "start_media": ["video/quicktime", "video/mp4", "video/webm"], "max_upload": 2**23, "max_session": 2**24,
     }  # fmt: skip
 
 
@@ -214,6 +215,19 @@ def test_restart_begins_anew(live):
         count = len(client.blocks)
         client.until("pictures", block=1)
         assert [block["block"] for block in client.blocks[count:]] == [0, 1]
+
+
+def test_the_queue_says_which_start_it_is_of(model):
+    with serving(model, engine={"sessions": 1}) as live, ExitStack() as stack:
+        first, second = (stack.enter_context(Client(live)) for _ in range(2))
+        first.start().until("started")
+        second.start(height=7)
+        second.until("error")
+        assert second.start().until("queue")["start"] == 2
+        second.start(height=7)
+        second.until("error")
+        first.socket.close()
+        assert second.until("queue", position=0)["start"] == 2
 
 
 # Who may
@@ -341,12 +355,37 @@ def test_a_flood_ends_the_connection(live):
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "more than 200 messages a second")
 
 
+def test_an_error_of_the_servers_own_is_a_line_too(live, monkeypatch, caplog):
+    """The connection stays, and so does the video that runs."""
+
+    def fail(*_):
+        raise RuntimeError("the encoder\ncannot")
+
+    with Client(live) as client:
+        client.start().until("pictures")
+        with monkeypatch.context() as patch:
+            patch.setattr(server_module, "make_encoder", fail)
+            client.start(seed=1)
+            assert client.until("error")["message"] == "the encoder cannot"
+        assert "RuntimeError: the encoder cannot" in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr(StartFile, "read", fail)
+            assert client.upload(b"GIF")["error"] == "the encoder cannot"
+        client.until("pictures", block=client.blocks[-1]["block"] + 2)
+        # While frames are encoded: that video ends, and another one can be started.
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageEncoder, "encode", lambda self, frames: fail() if len(frames) > 1 else [b""])
+            assert client.until("ended")["reason"] == "its frames cannot be sent as webp: the encoder cannot"
+            wait_for(lambda: live.engine.running == 0)
+        client.start().until("pictures", block=2)
+
+
 def test_random_messages_do_no_harm(live):
     """Types and fields that exist, with values that do not fit, and bytes of all kinds."""
     chance = random.Random(0)
     values = [None, True, -1, 0, 5, 10**30, 1e308, "", "a", A, [], [1], {}, {"first": 1}, {"first": None}, "\0", "[#]"]
     fields = "prompt seed height width codecs compare events transition num_blocks weights frame on".split()
-    fields += ["bytes", "strength"]
+    fields += ["bytes", "strength", "replay", "content"]
     kinds = [*server_module.ANSWERS, "hello", None]
     with Client(live, watches=False) as good:
         good.start()
@@ -486,6 +525,94 @@ def test_a_file_that_is_looked_at_lets_nobody_wait(live, video, decoding):
         assert client.until("session")["session"]["start_frames"].startswith("data:video/mp4;base64,")
 
 
+def as_file(record, **values):
+    return json.dumps({**record, **values}, indent=1).encode()
+
+
+def test_a_long_session_is_replayed(live, video):
+    """One of more bytes than a message may have, with its file, in both lanes and to its end."""
+    with Client(live) as client:
+        client.upload(video)
+        client.start(seed=5, compare=True)
+        client.until("started")
+        for number in range(1, 4):
+            client.send("prompt", prompt=f"{B} {number}", transition="recache")
+            client.send("lora", weights={"first": 0.25 * number})
+            client.until("mark")
+            client.until("pictures", block=client.blocks[-1]["block"] + 1 if client.blocks else 1, lane=1)
+        last = client.blocks[-1]["block"]
+        client.send("save")
+        record = client.until("session")["session"]
+    later = [{"block": 10**6 + i, "type": "lora", "weights": {"first": 0.5}} for i in range(5000)]
+    wanted = {(block["block"], block["lane"]): block["packets"] for block in client.blocks}
+    with Client(live) as again:
+        data = as_file(record, events=[*record["events"], *later])
+        assert len(data) > 2**18
+        assert again.upload(data, content="session")["frames"] == 21
+        again.send("start", replay=True, codecs=["webp"])
+        assert again.until("started")["seed"] == 5
+        again.until("pictures", block=last, lane=1)
+        got = {(block["block"], block["lane"]): block["packets"] for block in again.blocks}
+        assert all(wanted[key] == packets for key, packets in got.items() if key in wanted) and len(got) > 6
+        again.send("save")
+        assert again.until("session")["session"]["start_frames"] == record["start_frames"]
+        # Once; a restart is the page's own.
+        again.send("start", replay=True)
+        assert again.until("error")["message"] == "there is no session to replay: upload one first."
+
+
+def test_sessions_that_are_not_this_models_are_refused(live):
+    with Client(live) as client:
+        client.start().until("started")
+        client.send("save")
+        record = client.until("session")["session"]
+        for values, message in (
+            ({"weights": "0" * 16}, "it was made with other weights than those of tiny: give its model."),
+            ({"loras": {"first": "0" * 16}}, "it was made with the LoRA first: load that one, and under this name."),
+            ({"dtype": "bfloat16"}, "it was made in bfloat16, not float32: give that dtype."),
+            ({"start_frames": "a.mp4"}, "start_frames must be a data URI in base64."),
+        ):
+            assert client.upload(as_file(record, **values), content="session")["error"] == message
+        assert "the file is no JSON" in client.upload(b"\xff{}", content="session")["error"]
+        assert "it is no session, which has" in client.upload(b"[]", content="session")["error"]
+        for values, message in (
+            ({"bytes": 2**24 + 1}, "bytes must be a whole number from 1 to 16777216."),
+            ({"content": "video"}, "content must be one of start_frames, session."),
+            ({"content": []}, "content must be one of start_frames, session."),
+        ):
+            client.send("upload", **{"bytes": 5, "content": "session", **values})
+            assert client.until("error")["message"] == message
+        # What is wrong in what it starts with is said at the start, and the video that runs goes on.
+        assert client.upload(as_file(record, seed=-1), content="session")["error"] is None
+        client.send("start", replay=True)
+        assert "seed must be a whole number" in client.until("error")["message"]
+        client.until("pictures", block=client.blocks[-1]["block"] + 2 if client.blocks else 2)
+
+
+def test_a_start_that_takes_long_lets_nobody_wait(live, monkeypatch):
+    """Of thousands of events, or scenes: others are shown what is made, and are answered."""
+    go, begun, make = threading.Event(), threading.Event(), LiveSession.__post_init__
+
+    def wait(self):
+        if self.seed == 77:
+            begun.set()
+            assert go.wait(60)
+        make(self)
+
+    monkeypatch.setattr(LiveSession, "__post_init__", wait)
+    with Client(live) as client, Client(live) as other:
+        other.start().until("pictures")
+        client.start(seed=77)
+        try:
+            assert begun.wait(20)
+            other.until("pictures", block=other.blocks[-1]["block"] + 3)
+            other.send("save")
+            other.until("session")
+        finally:
+            go.set()
+        client.until("pictures", block=2)
+
+
 def test_files_that_are_wrong_leave_the_one_before(live, video, tmp_path):
     short = video_file(tmp_path / "short.mp4", 5).read_bytes()
     with Client(live) as client:
@@ -599,7 +726,7 @@ def test_three_on_one_slot(model):
     with serving(model) as live, ExitStack() as stack:
         first = stack.enter_context(Client(live)).start(seed=0)
         # Who asks at the same time may come first.
-        assert first.until("queue") == {"type": "queue", "position": 0, "sessions": 1}
+        assert first.until("queue") == {"type": "queue", "position": 0, "sessions": 1, "start": 1}
         second, third = (stack.enter_context(Client(live)).start(seed=i) for i in (1, 2))
         first.until("pictures")
         assert [second.until("queue")["position"], third.until("queue")["position"]] in ([1, 2], [2, 1])
@@ -625,6 +752,50 @@ def test_no_more_may_wait_than_there_are_places(model):
             stack.enter_context(Client(live)).start().until("queue")
         late = stack.enter_context(Client(live)).start()
         assert late.until("error")["message"] == "1 viewers are waiting already: come again later."
+
+
+def closed_with(client):
+    """The reason for which the server ends a connection, which the page does not try again for."""
+    with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+        while True:
+            client.receive()
+    assert closed.value.rcvd.code == 1008
+    return closed.value.rcvd.reason
+
+
+def test_a_page_that_is_left_open_makes_room(model, monkeypatch):
+    """One without a video, and one whose video has ended, but not one that is paused."""
+    monkeypatch.setattr(server_module, "IDLE_SECONDS", 1.5)
+    short = make_model(num_frames=21)
+    with serving(short, engine={"sessions": 2}) as live, ExitStack() as stack:
+        paused, idle, ended = (stack.enter_context(Client(live)) for _ in range(3))
+        paused.start().until("pictures")
+        paused.send("pause")
+        ended.start().until("ended")
+        wait_for(lambda: len(live.viewers) == 1, 10)
+        for client in (idle, ended):
+            assert "nothing ran for" in closed_with(client) and "reload the page" in client.messages[-1]["message"]
+        paused.send("save")
+        paused.until("session")
+        # Something is done: it stays.
+        with Client(live) as busy:
+            for _ in range(6):
+                busy.send("remove")
+                busy.until("start_frames")
+                time.sleep(0.5)
+
+
+def test_pages_of_a_full_server(model):
+    with serving(model, connections=2) as live, ExitStack() as stack:
+        first, _ = (stack.enter_context(Client(live)) for _ in range(2))
+        wait_for(lambda: len(live.viewers) == 2)
+        with Client(live) as third:
+            assert closed_with(third) == "2 pages are open already, and there may be no more: reload it later"
+        assert requests.get(f"http://{live.host}/health").status_code == 200
+        first.socket.close()
+        wait_for(lambda: len(live.viewers) == 1)
+        with Client(live) as third:
+            assert third.until("hello")
 
 
 def test_fifty_at_once(model):
@@ -790,7 +961,7 @@ def test_a_recording_is_every_frame_and_the_replay_its_equal(live, model):
     with Client(live) as client:
         client.start(seed=3)
         client.send("record", on=True)
-        assert client.until("recording") == {"type": "recording", "url": None, "frames": 0}
+        assert client.until("recording") == {"type": "recording", "on": True, "url": None, "frames": 0}
         client.until("pictures", block=3)
         client.send("prompt", prompt=B, transition="cut")
         client.until("pictures", block=6)
@@ -809,6 +980,62 @@ def test_a_recording_is_every_frame_and_the_replay_its_equal(live, model):
     errors = [abs(video.astype(int) - made[start : start + len(video)]).mean() for start in starts]
     assert min(errors) < 15 and sorted(errors)[1] > min(errors) + 1
     assert requests.get(f"http://{live.host}/recordings/none.mp4").status_code == 404
+
+
+def test_that_it_records_is_always_said(live):
+    with Client(live) as client:
+        client.start().until("pictures")
+        states = []
+        for on in (False, True, True, False, False):
+            client.send("record", on=on)
+            states.append(client.until("recording")["on"])
+            if states[-1]:
+                client.until("pictures", block=client.blocks[-1]["block"] + 2)
+        assert states == [False, True, True, False, False]
+        # A restart ends one that has no frame yet, and a new one is not the old one.
+        client.send("pause")
+        client.send("record", on=True)
+        assert client.until("recording")["on"]
+        client.start(seed=1)
+        client.send("record", on=True)
+        first, second = client.until("recording"), client.until("recording")
+        assert second["on"] and first["url"] is second["url"] is None
+        client.until("pictures", block=2)
+        client.send("record", on=False)
+        ended = client.until("recording")
+        assert not ended["on"] and ended["frames"] >= 9 and ended["url"]
+
+
+def test_a_recording_that_is_slow_is_waited_for(live, monkeypatch):
+    """Two of them, the one beside the end of the other: few blocks wait, and the files have every frame."""
+    write, behind, written = Recorder.write, [], {}
+
+    def slow(self, frames):
+        time.sleep(0.3)
+        written.setdefault(self.path, []).append(len(frames))
+        write(self, frames)
+
+    add = server_module.Recording.add
+
+    def watch(self, block):
+        add(self, block)
+        behind.append(len(self._blocks))
+
+    monkeypatch.setattr(Recorder, "write", slow)
+    monkeypatch.setattr(server_module.Recording, "add", watch)
+    with Client(live) as client:
+        client.start().until("pictures")
+        for _ in range(2):
+            client.send("record", on=True)
+            client.until("pictures", block=client.blocks[-1]["block"] + 8)
+            client.send("record", on=False)
+        files = []
+        while len(files) < 2:
+            client.receive()
+            files = [message for message in client.messages if message["type"] == "recording" and message["url"]]
+    assert max(behind) <= 3 and 2 in behind
+    assert [file["frames"] for file in files] == [sum(lengths) for lengths in written.values()]
+    assert all(file["frames"] >= 6 * 12 for file in files)
 
 
 def test_a_full_disk_ends_the_recording_alone(live):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import load_image
+from peft import LoraConfig
 from PIL import Image
 
 from astrolabe_diffusers.live import session as session_module
@@ -135,6 +136,33 @@ def test_sessions_of_other_strengths_do_not_touch(model):
     assert all_equal(mixed[0], alone[0]) and all_equal(mixed[1], alone[1])
 
 
+def test_a_thousand_weights_do_not_look_at_every_layer(model, monkeypatch):
+    """Which takes 33 ms for each in a model of 1.3B."""
+    walks, modules = [], torch.nn.Module.modules
+    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: walks.append(self) or modules(self))
+    session = LiveSession(model, A, 0, events=[{**lora(first=0.5), "block": 3}] * 1000)
+    for _ in range(1000):
+        session.send(lora(first=0.3))
+    assert len(walks) < 10
+    assert list(model.pipe.transformer.modules()) and walks  # it is what is counted
+
+
+def test_a_dora_has_one_weight():
+    pipe = tiny_pipeline(**ENDLESS)
+    config = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False, use_dora=True)
+    pipe.transformer.add_adapter(config, "lora_0")
+    model = LiveModel(pipe, "tiny", {"mine": 1.0})
+    session = LiveSession(model, A, 0)
+    session.send(lora(mine=1))
+    for call in (
+        lambda: session.send(lora(mine=0.5)),
+        lambda: LiveSession(model, A, 0, compare=True),
+        lambda: LiveSession(model, A, 0, events=[{**lora(mine=0), "block": 1}]),
+    ):
+        with pytest.raises(ValueError, match="^mine is a DoRA, which can only be applied with weight 1.$"):
+            call()
+
+
 def test_lanes_are_the_base_and_the_loras(model):
     session = LiveSession(model, A, 0, compare=True)
     lanes = [session.make_block() for _ in range(3)]
@@ -174,6 +202,18 @@ def test_a_saved_session_is_the_same_again(model, lora_paths, compare):
     for old, new in zip(blocks, repeated):
         assert [block.lane for block in new] == [block.lane for block in old]
         assert all(np.array_equal(a.frames, b.frames) for a, b in zip(old, new))
+
+
+def test_a_lora_that_a_session_was_made_without_does_not_act(model, lora_paths):
+    first = make_model({lora_paths[0]: 1.0})
+    session, blocks = LiveSession(first, A, 7), []
+    blocks += make_blocks(session, 2)
+    session.send(lora(first=0.3))
+    blocks += make_blocks(session, 2)
+    both = make_model(dict(zip(lora_paths, (1.0, 1.0))))
+    repeated = [torch.from_numpy(lanes[0].frames) for lanes in replay(both, session.record())]
+    assert all_equal(repeated, blocks)
+    assert not torch.equal(make_blocks(LiveSession(both, A, 7), 1)[0], blocks[0])
 
 
 def test_a_replay_can_be_steered_on(model):
@@ -408,11 +448,14 @@ def test_frames_of_a_video_before_are_not_this_ones(model):
     assert session.due_at(0.1) == math.inf
 
 
-def test_a_recording_that_is_behind_is_waited_for(model):
+def test_recordings_that_are_behind_are_waited_for(model):
     session = LiveSession(model, A, 0)
-    session.hold(True)
+    for recording in ("first", "second"):
+        session.hold(recording, True)
     assert session.due_at(0.1) == math.inf
-    session.hold(False)
+    session.hold("first", False)
+    assert session.due_at(0.1) == math.inf
+    session.hold("second", False)
     assert session.due_at(0.1) < math.inf
 
 
@@ -471,6 +514,34 @@ def test_events_that_cannot_be(model, event, message):
     assert session.make_block()[1] == []
 
 
+@pytest.mark.parametrize("bound,value", [("MAX_EVENTS", 5), ("MAX_EVENT_BYTES", 300)])
+def test_a_session_has_no_more_changes_than_can_be_replayed(model, monkeypatch, bound, value):
+    monkeypatch.setattr(session_module, bound, value)
+    session, sent = LiveSession(model, A, 0), 0
+    with pytest.raises(ValueError, match="this video has had as many changes as can be saved: restart it"):
+        for number in range(10):
+            session.send(lora(first=0.1 * number))
+            session.make_block()
+            sent += 1
+    assert 2 <= sent < 9
+    record = session.record()
+    assert record["num_blocks"] == sent
+    session.close()
+    assert len(list(replay(model, record))) == sent
+    again = LiveSession(model, A, 0, events=record["events"])
+    with pytest.raises(ValueError, match="as many changes"):
+        for _ in range(sent + 1):
+            again.send(lora(first=0.5))
+
+
+def test_a_side_that_no_codec_has():
+    model = make_model(max_pixels=2**30)
+    LiveSession(model, A, 0, height=16, width=16_368)
+    for size in ({"width": 16_384}, {"height": 17_600, "width": 16}):
+        with pytest.raises(ValueError, match="height and width must be at most 16383, not"):
+            LiveSession(model, A, 0, **size)
+
+
 def test_without_a_lora_there_is_none_to_compare():
     with pytest.raises(ValueError, match="only with a LoRA"):
         LiveSession(make_model(), A, 0, compare=True)
@@ -491,6 +562,11 @@ def test_sessions_of_others_are_told_apart(model, lora_paths):
     refuse("with the LoRA first: load that one", model=make_model())
     refuse("another release: its version is 2", version=2)
     refuse("made in bfloat16, not float32", dtype="bfloat16")
+    refuse("with max_sequence_length 4, not 16: give that one", max_sequence_length=4)
+    refuse("with vae_tiling True, not False", vae_tiling=True)
+    refuse("with attention_backend flash, not None", attention_backend="flash")
+    refuse("with compile True, not False", compile=True)
+    refuse("loras must be an object", loras=["first"])
     refuse("ends after 33 frames", num_frames=33)
     refuse("num_blocks must be a whole number", num_blocks=-1)
     with pytest.raises(ValueError, match="it is no session, which has events"):

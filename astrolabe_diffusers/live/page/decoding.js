@@ -11,28 +11,29 @@ export async function decodableCodecs() {
 }
 
 /**
- * Decodes the pictures of one lane. `receive(frame, bitmap)` is called for each, in any order within a block.
+ * Decodes the pictures of one lane. `receiver` has `picture(frame, bitmap)`, in any order within a block, and
+ * `lost(frame, error)`: each frame comes to one of the two.
  */
-export function newDecoder({ codec, codec_string: codecString }, receive, fail) {
-  return codec === "h264" ? new VideoPictures(codecString ?? H264, receive, fail)
-    : new ImagePictures(codec, receive, fail);
+export function newDecoder({ codec, codec_string: codecString }, receiver) {
+  return codec === "h264" ? new VideoPictures(codecString ?? H264, receiver) : new ImagePictures(codec, receiver);
 }
 
 class ImagePictures {
   #codec;
-  #receive;
-  #fail;
+  #receiver;
 
-  constructor(codec, receive, fail) {
+  constructor(codec, receiver) {
     this.#codec = codec;
-    this.#receive = receive;
-    this.#fail = fail;
+    this.#receiver = receiver;
   }
 
   decode(firstFrame, pictures) {
     pictures.forEach((bytes, i) => {
       const image = new Blob([bytes], { type: `image/${this.#codec}` });
-      createImageBitmap(image).then((bitmap) => this.#receive(firstFrame + i, bitmap), this.#fail);
+      createImageBitmap(image).then(
+        (bitmap) => this.#receiver.picture(firstFrame + i, bitmap),
+        (error) => this.#receiver.lost(firstFrame + i, error),
+      );
     });
   }
 
@@ -40,30 +41,59 @@ class ImagePictures {
 }
 
 class VideoPictures {
-  #decoder;
+  #codec;
+  #receiver;
+  #decoder = null;
+  #awaited = new Set(); // frames that the decoder has and has not given back
 
-  constructor(codec, receive, fail) {
-    this.#decoder = new VideoDecoder({
-      output: (picture) => {
-        // A decoder has few pictures to lend and stops when they are out: each is copied and given back at once.
-        const frame = picture.timestamp;
-        createImageBitmap(picture).then((bitmap) => receive(frame, bitmap), fail).finally(() => picture.close());
-      },
-      error: fail,
-    });
-    this.#decoder.configure({ codec, optimizeForLatency: true });
+  constructor(codec, receiver) {
+    this.#codec = codec;
+    this.#receiver = receiver;
   }
 
   decode(firstFrame, pictures) {
-    pictures.forEach((data, i) => {
-      const type = i === 0 ? "key" : "delta";
-      this.#decoder.decode(new EncodedVideoChunk({ type, data, timestamp: firstFrame + i }));
-    });
+    // Browsers close the decoder of a tab that is hidden for long. A new one can begin with any block.
+    if (this.#decoder === null || this.#decoder.state === "closed") this.#open();
+    pictures.forEach((_, i) => this.#awaited.add(firstFrame + i));
+    try {
+      pictures.forEach((data, i) => {
+        const type = i === 0 ? "key" : "delta";
+        this.#decoder.decode(new EncodedVideoChunk({ type, data, timestamp: firstFrame + i }));
+      });
+    } catch (error) {
+      // It would wait for a key frame, which the next block begins with.
+      this.close();
+      this.#lose(error);
+      return;
+    }
     // The last pictures of a block are not kept back for the next, which begins with a key frame.
     this.#decoder.flush().catch(() => {});
   }
 
+  #open() {
+    this.#lose(new Error("the decoder was closed"));
+    this.#decoder = new VideoDecoder({
+      output: (picture) => {
+        const frame = picture.timestamp;
+        this.#awaited.delete(frame);
+        // A decoder has few pictures to lend and stops when they are out: each is copied and given back at once.
+        createImageBitmap(picture).then(
+          (bitmap) => this.#receiver.picture(frame, bitmap),
+          (error) => this.#receiver.lost(frame, error),
+        ).finally(() => picture.close());
+      },
+      error: (error) => this.#lose(error),
+    });
+    this.#decoder.configure({ codec: this.#codec, optimizeForLatency: true });
+  }
+
+  #lose(error) {
+    const frames = [...this.#awaited];
+    this.#awaited.clear();
+    frames.forEach((frame) => this.#receiver.lost(frame, error));
+  }
+
   close() {
-    if (this.#decoder.state !== "closed") this.#decoder.close();
+    if (this.#decoder !== null && this.#decoder.state !== "closed") this.#decoder.close();
   }
 }

@@ -11,7 +11,7 @@ const onScreen = (id, text) => {
 export class Figures {
   #frameRate;
   #shown = []; // times
-  #made = []; // [frames, seconds]
+  #made = []; // {frames, seconds, turn}
 
   constructor(frameRate) {
     this.#frameRate = frameRate;
@@ -19,21 +19,21 @@ export class Figures {
     onScreen("latency", "–");
   }
 
-  /** Whether the model makes fewer frames a second than are shown in one. */
+  /** Whether fewer frames a second are made for this page, in turns with others, than are shown in one. */
   get slow() {
-    return this.#made.length > 0 && this.#speed() < this.#frameRate;
+    return this.#made.length > 0 && this.#speed("turn") < this.#frameRate;
   }
 
-  #speed() {
-    const [frames, seconds] = this.#made.reduce(([f, s], [frames, seconds]) => [f + frames, s + seconds], [0, 0]);
-    return frames / seconds;
+  #speed(time) {
+    const sum = (name) => this.#made.reduce((total, block) => total + block[name], 0);
+    return sum("frames") / sum(time);
   }
 
-  block({ frames, seconds, lane, memory_gb: memory }) {
+  block({ frames, seconds, turn_seconds: turn, lane, memory_gb: memory }) {
     // Two lanes are made one after the other, and shown together.
-    if (lane > 0) this.#made.at(-1)[1] += seconds;
-    else this.#made = [...this.#made, [frames, seconds]].slice(-BLOCKS);
-    onScreen("made", `${this.#speed().toFixed(1)} frames/s`);
+    if (lane > 0) this.#made.at(-1).seconds += seconds;
+    else this.#made = [...this.#made, { frames, seconds, turn }].slice(-BLOCKS);
+    onScreen("made", `${this.#speed("seconds").toFixed(1)} frames/s`);
     onScreen("memory", `${memory.toFixed(2)} GB`);
   }
 

@@ -13,7 +13,8 @@ const BACK_MS = 5000; // for which the page says that the server is back
 const codecs = await decodableCodecs();
 let hello = null; // what the server has; null while there is no connection
 let player = null;
-let asked = null; // the start that was sent last
+const starts = new Map(); // of this connection, by number from 1 on: {message, weights} as they were sent
+let numStarts = 0;
 let accepted = null; // the start of the session that runs or waits
 let waiting = null; // the place in the queue
 let running = false;
@@ -23,7 +24,7 @@ let ended = null; // why the last session did
 let trouble = null; // why there is no connection
 let cameBack = false;
 
-const loras = new Loras(get("lora-list"), (weights) => steer({ type: "lora", weights }));
+const loras = new Loras(get("lora-list"), steerLoras);
 
 const startFrames = new StartFrames((message) => connection.send(message), showError);
 
@@ -47,11 +48,14 @@ const receiver = {
 const receive = {
   hello(message) {
     hello = message;
+    starts.clear();
+    numStarts = 0;
     if (trouble !== null) sayThatItIsBack();
     trouble = null;
     get("model").textContent = message.model;
     get("transition").replaceChildren(...message.transitions.map((name) => new Option(name)));
     showPresets(message.presets);
+    get("num-blocks").max = message.max_transition_blocks;
     loras.load(message.loras);
     get("loras").hidden = Object.keys(message.loras).length === 0;
     get("prompt").value ||= message.presets[0] ?? "";
@@ -61,11 +65,13 @@ const receive = {
     // The session goes on with what was on.
     const again = accepted;
     startFrames.greet(message).then(() => {
-      if (again) start({ ...again, events: loras.events });
+      if (again) start({ ...again, replay: false, events: loras.events });
     });
   },
-  queue({ position, sessions }) {
-    accepted = asked;
+  queue({ position, sessions, start: number }) {
+    // Those before are over, and those between were refused.
+    for (const other of starts.keys()) if (other < number) starts.delete(other);
+    accepted = starts.get(number).message;
     waiting = position > 0 ? position : null;
     const places = `${sessions} ${sessions === 1 ? "session" : "sessions"} at once`;
     get("queue").textContent = waiting ? `place ${position}, ${places}` : "running";
@@ -79,11 +85,15 @@ const receive = {
     const shown = (frame) => connection.send({ type: "shown", frame });
     player = new Player(canvases, hello.frame_rate, message, shown, (error) => showError(error.message));
     get("seed").value = message.seed;
-    showPrompt(asked.prompt);
+    showPrompt(accepted.prompt);
     running = true;
     waiting = ended = null;
-    paused = recording = false;
+    paused = false;
     playOrHold();
+    // What was moved while it was on its way, or waited.
+    const { weights } = starts.values().next().value;
+    const moved = Object.entries(loras.weights).filter(([name, weight]) => weight !== weights[name]);
+    if (moved.length) steerLoras(Object.fromEntries(moved));
   },
   block(message) {
     player.block(message);
@@ -99,9 +109,8 @@ const receive = {
       showPrompt(message.event.prompt);
     }
   },
-  recording({ url, frames }) {
-    // Without an address it has begun, or ended without a frame.
-    recording = url === null && !recording;
+  recording({ on, url, frames }) {
+    recording = on;
     if (url !== null) offer(downloadAddress(url), `video of ${frames} frames`);
   },
   session({ session }) {
@@ -119,7 +128,7 @@ const receive = {
     startFrames.told(message);
   },
   ended({ reason }) {
-    running = recording = false;
+    running = false;
     waiting = accepted = null;
     ended = reason;
     player?.finish();
@@ -148,7 +157,7 @@ function disconnected(words) {
 // What is sent.
 
 function start(message) {
-  asked = message;
+  starts.set(++numStarts, { message, weights: loras.weights });
   connection.send(message);
 }
 
@@ -169,29 +178,26 @@ function startAnew() {
   });
 }
 
-function readSession(text) {
-  const session = JSON.parse(text);
-  const parts = ["model", "prompt", "seed", "height", "width", "compare", "events"];
-  if (!parts.every((name) => name in Object(session))) throw new Error(`a session has ${parts.join(", ")}`);
-  if (session.model !== hello.model) throw new Error(`it was made with ${session.model}, not ${hello.model}`);
-  return session;
-}
-
-async function replay(session) {
-  if (!startFrames.ready() || !(await startFrames.restore(session.start_frames ?? null))) return;
-  startFrames.strength = session.strength;
-  get("prompt").value = session.prompt;
-  for (const name of ["seed", "height", "width"]) get(name).value = session[name];
-  get("compare").checked = session.compare;
+/** The server checks that it is one of this model and its LoRAs. */
+async function replay(file) {
+  if (!startFrames.ready() || !(await startFrames.put(file, file.name, "session"))) return;
+  const { prompt, seed, height, width, compare = false, strength = null } = JSON.parse(await file.text());
+  startFrames.strength = strength;
+  get("prompt").value = prompt;
+  for (const [name, value] of Object.entries({ seed, height, width })) get(name).value = value;
+  get("compare").checked = compare;
   loras.show();
-  const { prompt, seed, height, width, compare, strength, events } = session;
-  start({ type: "start", prompt, seed, height, width, codecs, compare, strength, events });
+  start({ type: "start", replay: true, prompt, seed, height, width, codecs, compare, strength });
 }
 
 function steer(event) {
   if (!running) return;
   player.send(event);
   connection.send(event);
+}
+
+function steerLoras(weights) {
+  steer({ type: "lora", weights });
 }
 
 function sendPrompt() {
@@ -313,10 +319,9 @@ get("load").addEventListener("click", () => get("file").click());
 get("file").addEventListener("change", async () => {
   const [file] = get("file").files;
   // The same file may be chosen again.
-  const text = await file.text();
   get("file").value = "";
   try {
-    await replay(readSession(text));
+    await replay(file);
   } catch (error) {
     showError(`${file.name}: ${error.message}`);
   }

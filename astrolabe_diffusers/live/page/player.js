@@ -28,9 +28,15 @@ export class Player {
     this.#playout = new Playout(canvases, frameRate, {
       shown: (frame) => this.#show(frame),
       underrun: (frame) => this.#timeline.underrun(frame),
+      passed: (frame) => this.#shown(frame),
     });
-    const add = (lane) => (frame, bitmap) => this.#playout.add(lane, frame, bitmap);
-    this.#decoders = canvases.map((_, lane) => newDecoder(started, add(lane), fail));
+    this.#decoders = canvases.map((_, lane) => newDecoder(started, {
+      picture: (frame, bitmap) => this.#playout.add(lane, frame, bitmap),
+      lost: (frame, error) => {
+        this.#playout.lose(frame);
+        fail(error);
+      },
+    }));
   }
 
   play() {

@@ -4,10 +4,11 @@
 const EARLY_MS = 4;
 
 /**
- * `canvases`, one a lane, show the same frame at the same time. `watcher` has `shown(frame)` and `underrun(frame)`.
+ * `canvases`, one a lane, show the same frame at the same time. `watcher` has `shown(frame)`, `underrun(frame)` and
+ * `passed(frame)`: the last one of those that were skipped, with nothing behind them yet.
  *
  * When a frame is due and not there, the picture holds and that is one underrun, however long it lasts. Frames that
- * the server did not send are skipped and counted in `lost`.
+ * the server did not send, or that cannot be decoded, are skipped and counted in `lost`.
  */
 export class Playout {
   underruns = 0;
@@ -41,6 +42,11 @@ export class Playout {
   expect(lane, firstFrame, count) {
     if (firstFrame > this.#ends[lane]) this.#gaps.push([this.#ends[lane], firstFrame]);
     this.#ends[lane] = firstFrame + count;
+  }
+
+  /** A frame that has arrived cannot be decoded. */
+  lose(frame) {
+    this.#gaps.push([frame, frame + 1]);
   }
 
   add(lane, frame, bitmap) {
@@ -80,9 +86,12 @@ export class Playout {
   #tick(now) {
     this.#request = requestAnimationFrame((later) => this.#tick(later));
     if (this.#due !== null && now < this.#due - EARLY_MS) return;
+    const before = this.next;
     this.#skipGaps();
     const lanes = this.#bitmaps.get(this.next);
     if (!lanes || Object.keys(lanes).length < this.#contexts.length) {
+      // The server makes no more than is seen or passed.
+      if (this.next > before && this.buffered === 0) this.#watcher.passed(this.next - 1);
       // Before the first frame and after the last there is nothing to run dry.
       if (this.#due !== null && !this.#dry && !this.#finished) {
         this.#dry = true;
@@ -104,13 +113,9 @@ export class Playout {
   }
 
   #skipGaps() {
-    for (let i = 0; i < this.#gaps.length; ) {
-      const [first, end] = this.#gaps[i];
-      if (first > this.next) {
-        i++;
-        continue;
-      }
-      this.#gaps.splice(i, 1);
+    let i;
+    while ((i = this.#gaps.findIndex(([first]) => first <= this.next)) >= 0) {
+      const [[, end]] = this.#gaps.splice(i, 1);
       for (; this.next < end; this.next++) {
         this.lost++;
         this.#bitmaps.get(this.next)?.forEach((bitmap) => bitmap.close());

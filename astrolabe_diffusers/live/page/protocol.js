@@ -46,7 +46,8 @@ function socketAddress() {
   return withToken(url).href;
 }
 
-const POLICY_VIOLATION = 1008;
+// A policy that was violated, and a message that is too long: it would be again.
+const FINAL_CODES = [1008, 1009];
 const RETRY_MS = [500, 1000, 2000, 4000];
 
 /**
@@ -72,8 +73,8 @@ export class Connection {
       else this.#receiver.pictures(data);
     });
     this.#socket.addEventListener("close", ({ code, reason }) => {
-      if (code === POLICY_VIOLATION) {
-        this.#receiver.refused(reason);
+      if (FINAL_CODES.includes(code)) {
+        this.#receiver.refused(reason || `code ${code}`);
         return;
       }
       this.#receiver.lost();

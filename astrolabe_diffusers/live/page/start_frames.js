@@ -1,4 +1,5 @@
 // The picture or video that the next video starts from: chosen, dropped or pasted, and sent to the server in parts.
+// A saved session has one too, and is sent the same way.
 
 const PART_BYTES = 65536; // as many as the server takes in one message
 
@@ -8,8 +9,8 @@ export class StartFrames {
   #send;
   #fail;
   #media = [];
-  #maxBytes = 0;
-  #coming = null; // the file that is sent or looked at: {name, blob, bytes, done}
+  #maxBytes = {}; // by the content of a file
+  #coming = null; // the file that is sent or looked at: {name, blob, content, bytes, done}
   #removing = null; // called when it is done
   #file = null; // what the server has, as it was sent
   #words = ""; // what is said of it
@@ -69,9 +70,10 @@ export class StartFrames {
   }
 
   /** A server is there, and has no file yet. Ends when it has the one of before, if any. */
-  async greet({ start_media: media, max_upload: maxBytes }) {
+  async greet({ start_media: media, max_upload: maxBytes, max_session: maxSession }) {
     const file = this.#coming ?? this.#file;
-    [this.#media, this.#maxBytes] = [media, maxBytes];
+    this.#media = media;
+    this.#maxBytes = { start_frames: maxBytes, session: maxSession };
     this.#coming = this.#removing = this.#file = null;
     get("start-frames").hidden = media.length === 0;
     get("start-file").accept = media.join();
@@ -79,16 +81,17 @@ export class StartFrames {
     get("start-help").textContent =
       `${kinds} of at most ${maxBytes / 2 ** 20} MB: choose, drop or paste it. It holds from the next start on.`;
     this.#show({ media: null });
-    if (file && media.length) await this.put(file.blob, file.name);
+    if (file && media.length) await this.put(file.blob, file.name, file.content);
   }
 
-  /** Sends a file. Returns whether the server takes it. */
-  async put(blob, name) {
-    if (blob.size === 0 || blob.size > this.#maxBytes) {
-      this.#fail(`${name}: it has ${blob.size} bytes; there may be ${this.#maxBytes}.`);
+  /** Sends a file, with a `content` of "start_frames" or "session". Returns whether the server takes it. */
+  async put(blob, name, content = "start_frames") {
+    const most = this.#maxBytes[content];
+    if (blob.size === 0 || blob.size > most) {
+      this.#fail(`${name}: it has ${blob.size} bytes; there may be ${most}.`);
       return false;
     }
-    const coming = { name, blob };
+    const coming = { name, blob, content };
     this.#coming = coming;
     this.#say(`Sending ${name}`);
     try {
@@ -103,7 +106,7 @@ export class StartFrames {
     if (this.#coming !== coming) return false;
     return new Promise((done) => {
       coming.done = done;
-      this.#send({ type: "upload", bytes: blob.size });
+      this.#send({ type: "upload", bytes: blob.size, content });
     });
   }
 
@@ -112,18 +115,6 @@ export class StartFrames {
       this.#removing = done;
       this.#send({ type: "remove" });
     });
-  }
-
-  /** Of a saved session: its file in place of what is there. Whether the server takes it. */
-  async restore(uri) {
-    if (uri === null) {
-      if (this.#file) await this.remove();
-      return true;
-    }
-    const [, type, text] = /^data:([a-z0-9/]+);base64,(.*)$/s.exec(uri) ?? [];
-    if (text === undefined) throw new Error("start_frames is no data URI");
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    return this.put(new Blob([bytes], { type }), "the session's file");
   }
 
   /** The server asks for the part from byte `start` on. */

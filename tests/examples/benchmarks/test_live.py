@@ -1,5 +1,16 @@
 """examples/benchmarks/live.py: viewers of a server, and the encoders."""
 
+import asyncio
+
+import pytest
+
+from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.live.engine import LiveEngine
+from astrolabe_diffusers.live.server import LiveApp, make_live_server
+from astrolabe_diffusers.serving.binding import bind
+from astrolabe_diffusers.serving.running import in_thread
+from tests.live.helpers import make_model
+
 
 def test_what_a_viewer_sees(capsys):
     from live import main
@@ -18,3 +29,19 @@ def test_what_encoding_costs():
     assert list(figures) == ["h264", "jpeg", "webp"]
     assert all(milliseconds > 0 and 0.1 < kilobytes < 46 and decibels > 25 for milliseconds, kilobytes, decibels in
                figures.values())  # fmt: skip
+
+
+def test_a_viewer_that_is_refused_says_why():
+    from live import visit
+
+    async def visits(url):
+        first = asyncio.create_task(visit(url, 0, 30, "jpeg"))
+        while not live.engine.running:
+            await asyncio.sleep(0.05)
+        with pytest.raises(UserError, match="0 viewers are waiting already"):
+            await asyncio.wait_for(visit(url, 1, 30, "jpeg"), 20)
+        first.cancel()
+
+    with LiveApp(make_model(), LiveEngine(waiting=0)) as live, bind("127.0.0.1", 0) as listener:
+        with in_thread(make_live_server(live), listener) as address:
+            asyncio.run(visits(f"ws://{address}/ws"))
