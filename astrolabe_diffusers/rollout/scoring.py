@@ -1,12 +1,14 @@
 """Decoding and scoring videos while the next ones are sampled."""
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -23,6 +25,8 @@ from .samples import Sample, VideoBatch
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -72,8 +76,8 @@ class ScoringThread(Closing):
 
     def _run(self, latents, samples, watched, keep, past) -> Scores:
         start = time.perf_counter()
-        videos = decode_videos(self.vae, latents, past)
-        values = self._score(videos, samples, watched)
+        videos = decode_samples(self.vae, latents, samples, past)
+        values = self._score(videos, samples, watched, past)
         kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
         return Scores(values, kept, time.perf_counter() - start)
 
@@ -82,10 +86,27 @@ class ScoringThread(Closing):
         return self._thread.submit(self._score, videos, samples, watched).result()
 
     @torch.no_grad()
-    def _score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool) -> dict[str, torch.Tensor]:
-        values = self._call(self.rewards, videos, samples)
+    def _score(
+        self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool, past: Past = Past()
+    ) -> dict[str, torch.Tensor]:
+        values = self._score_scenes(self.rewards, videos, samples, past)
         if watched and self.watched is not None:
-            values = values | self._call(self.watched, videos, samples) | values
+            values = values | self._score_scenes(self.watched, videos, samples, past) | values
+        return values
+
+    def _score_scenes(
+        self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample], past: Past
+    ) -> dict[str, torch.Tensor]:
+        """Each scene's frames are scored with its own text: the mean over frames."""
+        scale, values = self.vae.config.scale_factor_temporal, {}
+        for parts, rows in _by(samples, lambda sample: _scene_frames(sample, past, videos.shape[1], scale)).items():
+            scored = []
+            for scene, start, stop in parts:
+                batch = [_with_text(samples[row], samples[row].texts[scene]) for row in rows]
+                scored.append((stop - start, self._call(rewards, videos[rows, start:stop], batch)))
+            for name in scored[0][1]:
+                mean = sum(length * part[name] for length, part in scored) / videos.shape[1]
+                values.setdefault(name, torch.full((len(samples),), math.nan))[rows] = mean
         return values
 
     def _call(self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -116,13 +137,67 @@ class ScoringThread(Closing):
         self._thread.close()
 
 
+def _by(items: Sequence[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[int]]:
+    """The indices of items of which the key is the same."""
+    rows = {}
+    for row, item in enumerate(items):
+        rows.setdefault(key(item), []).append(row)
+    return rows
+
+
+def _with_text(sample: Sample, text: str) -> Sample:
+    return replace(sample, prompt=replace(sample.prompt, text=text))
+
+
+def _scene_frames(sample: Sample, past: Past, num_frames: int, scale: int) -> tuple[tuple[int, int, int], ...]:
+    """The scenes of a sample in a window of `num_frames` frames after the `past`: of each its index, its first frame
+    there, and the one after its last."""
+    if not sample.scenes:
+        return ((0, 0, num_frames),)
+    first = first_frame(past.num_frames, scale)
+    starts = [max(first_frame(scene.switch.frame, scale) - first, 0) for scene in sample.scenes]
+    stops = [*starts[1:], num_frames]
+    return tuple((i, start, stop) for i, (start, stop) in enumerate(zip(starts, stops)) if start < stop)
+
+
+def first_frame(latent_frame: int, scale: int) -> int:
+    """The first frame that a latent one stands for: that at the beginning of a video is one frame, others `scale`."""
+    return max(scale * (latent_frame - 1) + 1, 0)
+
+
+def decode_samples(
+    vae: AutoencoderKLWan, latents: torch.Tensor, samples: Sequence[Sample], past: Past = Past()
+) -> torch.Tensor:
+    """[`decode_videos`], each with the cuts of its own scenes."""
+    videos: list[torch.Tensor | None] = [None] * len(samples)
+    for cuts, rows in _by(samples, lambda sample: sample.cuts).items():
+        for row, video in zip(rows, decode_videos(vae, latents[rows], past, cuts)):
+            videos[row] = video
+    return torch.stack(videos)
+
+
 @torch.no_grad()
-def decode_videos(vae: AutoencoderKLWan, latents: torch.Tensor, past: Past = Past()) -> torch.Tensor:
+def decode_videos(
+    vae: AutoencoderKLWan, latents: torch.Tensor, past: Past = Past(), cuts: Sequence[int] = ()
+) -> torch.Tensor:
     """Videos `(B, F, 3, H, W)` in [0, 1], float32, of `latents` `(B, C, f, h, w)` after their past.
 
     The past warms the decoder's memory up, as much of it as that can hold, so that the window's first frames are
-    those of the whole video. One that is shared is decoded once for all.
+    those of the whole video. One that is shared is decoded once for all. From the latent frames `cuts` on the video
+    is another one, whose first frame is held as long as four, as the pipeline does.
     """
+    scale, takes = vae.config.scale_factor_temporal, []
+    for start, stop in itertools.pairwise((0, *cuts, latents.shape[2])):
+        if stop > past.num_frames:
+            take = Past(max(past.num_frames - start, 0), past.shared)
+            frames = _decode_take(vae, latents[:, :, start:stop], take)
+            if start and take.num_frames == 0:
+                frames = torch.cat([frames[:, :1].expand(-1, scale - 1, -1, -1, -1), frames], dim=1)
+            takes.append(frames)
+    return torch.cat(takes, dim=1)
+
+
+def _decode_take(vae: AutoencoderKLWan, latents: torch.Tensor, past: Past) -> torch.Tensor:
     if past.num_frames == 0:
         frames = decode_latents(vae, latents)
     else:

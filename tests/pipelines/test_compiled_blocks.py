@@ -46,7 +46,7 @@ def shared_past_videos(pipe, num_blocks):
         for block in noise[:2]:
             past.finish(past.denoise(block[:1], None, generator))
         past.remember()
-        videos, blocks = past.share_past(2, past.prompt_embeds.expand(2, -1, -1)), []
+        videos, blocks = past.share_past(2), []
         for block in noise[2:]:
             blocks.append(videos.denoise(block, None, generator))
             videos.finish(blocks[-1])
