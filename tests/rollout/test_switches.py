@@ -26,7 +26,7 @@ MODELS = {
     "unlimited": STEPS,
     "relative": {**STEPS, "local_attn_size": 9, "sink_size": 3, "rope_mode": "relative"},
     "absolute window": {**STEPS, "local_attn_size": 9, "sink_size": 3, "first_block_sigmas": [1.0, 0.75, 0.5, 0.25]},
-    "frame by frame": {**STEPS, "num_frames_per_block": 1, "local_attn_size": 7, "sink_size": 5, "rope_mode": "relative"},
+    "frames": {**STEPS, "num_frames_per_block": 1, "local_attn_size": 7, "sink_size": 5, "rope_mode": "relative"},
 }
 SWITCHES = {
     **{name: Switch(12, name) for name in TRANSITIONS},
@@ -107,7 +107,7 @@ def test_a_group_parts_after_the_switch(model, switch, window):
         generators = [seeded_generator("sample", *sample.key)]
         expected = stream(alone, switch, generators, video=past, output_type="latent")
         assert (made.latents[row : row + 1] - expected).abs().max() < 2e-5
-    assert (made.latents[0] - made.latents[1])[:, :, window:].abs().max() > 0.05
+    assert (made.latents[0] - made.latents[1])[:, window:].abs().max() > 0.05
 
 
 def settings(**values):

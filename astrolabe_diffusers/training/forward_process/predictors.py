@@ -138,7 +138,7 @@ class SwitchPredictor(BlockwisePredictor):
             self._take_up(past.rows(batch.clean[:, :, frames]), frames.stop)
         if past.shared:
             self.generator = self.generator.share_past(len(batch.clean))
-            self.schedule = self.schedule * len(batch.clean)
+            self.schedule = [list(self.schedule[0]) for _ in batch.clean]
 
     @property
     def cache(self) -> CausalWanKVCache:
