@@ -36,6 +36,11 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def with_default(config_class: type["Config"], name: str, default: Any):
+    """The field of this name of a [`Config`], as a subclass has it that differs in its default."""
+    return field(default=default, metadata=config_class.__dataclass_fields__[name].metadata)
+
+
 _WITHIN = {"at least": operator.ge, "at most": operator.le, "more than": operator.gt, "less than": operator.lt}
 
 

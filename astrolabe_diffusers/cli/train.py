@@ -10,7 +10,7 @@ from typing import Any
 from ..config import Config, coerce, read_yaml
 from ..errors import UserError, as_user_error, close_matches
 from ..files.text import read_text
-from ..training.algorithms import get_algorithm, get_config_class
+from ..training.algorithms import ALGORITHMS, get_algorithm, get_config_class
 from ..training.config import AUTO
 from ..training.published_runs import (
     RECIPES,
@@ -65,7 +65,8 @@ def parse_settings(parser: ArgumentParser, argv: list[str] | None) -> tuple[str,
 
     help = f"a YAML file, {_recipe_names()}, the name of a published run, or `list`, which prints these names"
     parser.add_argument("--config", metavar="", help=help)
-    help = f"nft, awm, or package.module:Class of your own; its settings are the fields below [{DEFAULT_ALGORITHM}]"
+    known = ", ".join(ALGORITHMS)
+    help = f"{known}, or package.module:Class of your own; its settings are the fields below [{DEFAULT_ALGORITHM}]"
     parser.add_argument("--algorithm", metavar="", help=help)
     help = "of a published run not what was released, but what we would change of it (docs/published_runs.md)"
     parser.add_argument("--recommended", nargs="?", const="true", default="false", metavar="", help=help)

@@ -69,7 +69,8 @@ class CausalTransformer(Protocol):
 
         With `packs_clips` also a [`ClipKVCache`], with `"read"`, `"write"` and `"store"`: several blocks from frame
         `frame_offset` on. `begin_clip(...)` first; in every layer a block sees the part of `keys` and `values` that
-        window and sink allow, of clean blocks also those of its own pass, and itself; then as above.
+        window and sink allow, of clean blocks also those of its own pass, and itself; then as above. And with `"read"`
+        `clean_hidden_states`, the clean blocks of the same frames with gradients, which follow those in the cache.
         """
 
 

@@ -47,7 +47,8 @@ class ClipKVCache(CausalWanKVCache):
 
     `"store"` and `"write"` take the clean blocks that follow those stored; each sees the clean ones before it, of its
     own pass too. `"read"` takes noisy blocks; each sees the clean ones before it, which have to be stored, and itself,
-    and with grad what is stored are constants. All of this as far as the model's window and sink allow.
+    and with grad what is stored are constants. It may bring the clean blocks that follow those stored, one for each
+    noisy block, which then have gradients too. All of this as far as the model's window and sink allow.
 
     A pass that stores first forgets what neither its first block nor a later one sees: memory follows the window and
     the blocks of a pass. Blocks before it can then not be read any more.
@@ -72,7 +73,9 @@ class ClipKVCache(CausalWanKVCache):
         super().clear()
         self.num_taken = 0
 
-    def begin_clip(self, layout: BlockLayout, shape: tuple[int, int, int], stores: bool):
+    def begin_clip(
+        self, layout: BlockLayout, shape: tuple[int, int, int], stores: bool, brings_clean: bool = False
+    ):
         """Check a pass over blocks of latents of this batch, height and width, and forget what it need not see."""
         state, first, n = self.state, layout.first_frame, layout.block_frames
         if state.num_frames and shape[1:] != state.shape[1:]:
@@ -83,19 +86,26 @@ class ClipKVCache(CausalWanKVCache):
             raise ValueError(f"`kv_cache` has blocks of {state.shape[0]} videos, and these are of {shape[0]}.")
         if not stores:
             kept = {i for i, key in enumerate(self.layer_caches[0].keys) if key is not None}
+            if brings_clean:
+                # Those of the pass are counted on from the cache's.
+                self._check_follows(first)
+                kept.update(layout.units([(first, first + n * len(layout.sink_shifts))]))
             for start in range(first, first + n * len(layout.sink_shifts), n):
                 end = start + n
                 lacks = not kept.issuperset(layout.units(layout.context(start, end)))
                 if start % n or lacks or layout.taken_before(end) < self.num_taken:
                     raise ValueError(f"`kv_cache` lacks frames that a block from latent frame {start} on sees.")
             return
-        if first != state.num_frames:
-            raise ValueError(
-                f"`frame_offset` must be {state.num_frames}, the number of latent frames in `kv_cache`, but is "
-                f"{first}."
-            )
+        self._check_follows(first)
         state.shape = shape
         for layer_cache in self.layer_caches:
             layer_cache.begin_pass(layout, first + n)
         if layout.ema is not None:
             self.num_taken = layout.num_taken = layout.taken_before(first + n)
+
+    def _check_follows(self, first: int):
+        if first != self.state.num_frames:
+            raise ValueError(
+                f"`frame_offset` must be {self.state.num_frames}, the number of latent frames in `kv_cache`, but is "
+                f"{first}."
+            )

@@ -64,13 +64,14 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
         self._num_kept = 0  # frames in the bank
         self._beside = 0  # slots in use that the bank lies beside
         self._spare: KeyValue | None = None  # (batch, tokens, heads, head_dim) each
-        # Of each video `(batch,)`, the place of the newest frame in the bank, before the one was chosen, if it was,
-        # whose place the spare frame took for the block that comes.
+        # Places in the bank, of each video `(batch,)`: of the newest frame, and of the one that the spare frame took
+        # for the next block, if the bank is full and takes one in.
         self._newest: torch.Tensor | None = None
         self._choice: torch.Tensor | None = None
         # Of the last pass: the text, and the mean of its keys `(batch, heads, head_dim)`.
         self._text: torch.Tensor | None = None
         self._text_key: torch.Tensor | None = None
+        self._past_text: torch.Tensor | None = None
         self._chooses = self._chooses_next = False
         self._ignores_text = False
 
@@ -85,7 +86,7 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
         num_tokens = state.end + state.block_frames * state.frame_tokens
         other.key, other.value = (new_buffer(x, num_videos, num_tokens) for x in (self.key, self.value))
         self._hand_over(other, [0] * num_videos)
-        other._text, other._beside = self._text, state.num_cached
+        other._past_text, other._beside = self._text, state.num_cached
         for place, frames in zip(other._bank(), self._bank()):
             place.copy_(frames)
         return other
@@ -123,12 +124,12 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
         self._text = encoder_hidden_states
 
     def _knows(self, text: torch.Tensor) -> bool:
-        """Whether it is the last pass's text: the very tensor, or the single video's that these go on from. Then those
-        weights have chosen, and others that predict from the same past see what they do."""
-        last = self._text
-        if last is None or text is last:
-            return last is not None
-        return len(last) == 1 and last.shape[1:] == text.shape[1:] and torch.equal(last.expand_as(text), text)
+        """Whether it is the last pass's: the very tensor, or in the first pass that of the video that these go on
+        from. Then the weights of that pass have chosen, and others that predict from the same past see the same."""
+        if text is self._text:
+            return True
+        past, self._past_text = self._past_text, None
+        return past is not None and past.shape[1:] == text.shape[1:] and torch.equal(past.expand_as(text), text)
 
     def needs_text_key(self, kv_cache_mode: str) -> bool:
         return self._chooses or (self._chooses_next and kv_cache_mode != "read")

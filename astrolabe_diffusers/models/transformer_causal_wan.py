@@ -428,7 +428,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         Without a cache, all blocks of a video are computed at once, each seeing the blocks before it that window and
         sink allow; with `clean_hidden_states` it sees those clean blocks, at t = 0, instead of the noisy ones (teacher
         forcing). With a cache, the input is one block of any number of frames that sees the cached frames and itself;
-        with a [`ClipKVCache`] any number of blocks, each of which sees the clean ones before it and itself.
+        with a [`ClipKVCache`] any number of blocks, each of which sees the clean ones before it and itself; these are
+        then in the cache, or, from the pass's first frame on, `clean_hidden_states`.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`): noisy latents.
@@ -445,7 +446,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             frame_offset (`int`):
                 Latent frame index of the first frame; with a cache, the number of frames in it. With a [`ClipKVCache`]
                 noisy blocks may begin earlier.
-            clean_hidden_states (`(B, C, F, H, W)`, *optional*): the clean video, for teacher forcing, with gradients.
+            clean_hidden_states (`(B, C, F, H, W)`, *optional*):
+                The clean video, for teacher forcing, with gradients; where a [`ClipKVCache`] is read, that of the
+                frames from `frame_offset` on, and the cache has those before.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies the weights of the LoRAs, in this call.
 
         Returns:
@@ -453,18 +456,22 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             `"store+read"`, and `None` with `"store"`.
         """
         size = hidden_states.shape[2:]
-        if kv_cache is not None and clean_hidden_states is not None:
-            raise ValueError("pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to.")
-        layout = self._begin_pass(hidden_states, kv_cache, kv_cache_mode, frame_offset)
+        forced = clean_hidden_states is not None
+        if forced and kv_cache is not None and not (isinstance(kv_cache, ClipKVCache) and kv_cache_mode == "read"):
+            raise ValueError(
+                "pass `kv_cache` or `clean_hidden_states`: both are the clean blocks to attend to; a `ClipKVCache` "
+                "that is read may have those before them."
+            )
+        layout = self._begin_pass(hidden_states, kv_cache, kv_cache_mode, frame_offset, forced)
         timestep = timestep.unsqueeze(1) if timestep.ndim == 1 else timestep  # (B, 1) or (B, F)
         rotary_emb = self.rope(hidden_states, frame_offset)
         hidden_states = self._embed(hidden_states)
-        if clean_hidden_states is not None:
+        if forced:
             hidden_states = torch.cat([self._embed(clean_hidden_states), hidden_states], dim=1)
             rotary_emb = tuple(torch.cat([table, table], dim=1) for table in rotary_emb)
             timestep = timestep.expand(-1, size[0])
         paired = kv_cache_mode == "store+read"
-        if paired or clean_hidden_states is not None:
+        if paired or forced:
             timestep = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
         temb, timestep_proj = self._embed_time(timestep, encoder_hidden_states.dtype)
         # The keys of cached text are all that is used of it.
@@ -479,13 +486,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             kv_cache.advance(size[0])
         if kv_cache_mode == "store":
             return Transformer2DModelOutput(sample=None) if return_dict else (None,)
-        if paired or clean_hidden_states is not None:
+        if paired or forced:
             hidden_states, temb = hidden_states.chunk(2, dim=1)[1], temb.chunk(2, dim=1)[1]
         output = self._project_out(hidden_states, temb, size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _begin_pass(
-        self, latents: torch.Tensor, kv_cache: CausalWanKVCache | None, kv_cache_mode: str | None, frame_offset: int
+        self,
+        latents: torch.Tensor,
+        kv_cache: CausalWanKVCache | None,
+        kv_cache_mode: str | None,
+        frame_offset: int,
+        forced: bool,
     ) -> BlockLayout | None:
         """Check a pass and prepare its cache; what each block sees if it may have several."""
         batch_size, _, num_frames, height, width = latents.shape
@@ -509,7 +521,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"`kv_cache_mode` must be one of {modes} but is {kv_cache_mode!r}.")
         if packs_clip:
             layout = self._block_layout(num_frames, frame_tokens, latents.device, frame_offset, kv_cache.num_taken)
-            kv_cache.begin_clip(layout, (batch_size, height, width), stores=kv_cache_mode != "read")
+            shape = (batch_size, height, width)
+            kv_cache.begin_clip(layout, shape, stores=kv_cache_mode != "read", brings_clean=forced)
             return layout
         if isinstance(kv_cache, EMASinkKVCache) != (self._sink_ema() is not None):
             raise ValueError("`kv_cache` must be of the model's `new_kv_cache()`: `sink_ema` needs one of its own.")

@@ -93,7 +93,7 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
             if name not in experts:
                 raise ValueError(f"this LoRA is for {name}, which this pipeline does not have.")
             if len(parts) > 1:  # all of it or nothing
-                _fitting_lora(part, experts[name], configs.get(name, {}))
+                _fitting_lora(part, experts[name], configs.get(name, {}), adapter_name, hotswap)
         taken = {adapter for name in parts for adapter in getattr(experts[name], "peft_config", {})}
         adapter_name = adapter_name or _free_name(taken)
         for name, part in parts.items():
@@ -155,15 +155,9 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         """As the parent's, which `load_lora_weights` ends in; a LoRA that does not fit is refused in one line."""
         transformer = unwrap_module(transformer)  # of torch.compile, under which names begin with another module
         metadata = _without_prefix(metadata or {})
-        lora = _fitting_lora(state_dict, transformer, metadata)
-        taken = getattr(transformer, "peft_config", {})
-        if adapter_name in taken and not hotswap:
-            raise ValueError(
-                f"there is a LoRA {adapter_name!r} already: unload it, or give another `adapter_name` than "
-                f"{', '.join(map(repr, taken))}."
-            )
+        lora = _fitting_lora(state_dict, transformer, metadata, adapter_name, hotswap)
         # diffusers would count the adapters of one layer, which need not have all.
-        adapter_name = adapter_name or _free_name(taken)
+        adapter_name = adapter_name or _free_name(getattr(transformer, "peft_config", {}))
         lora, biases = split_for_peft(lora, transformer)
         if biases and getattr(transformer, "is_quantized", False):
             raise ValueError("this LoRA adds to biases, which peft has no place for beside quantised weights.")
@@ -196,12 +190,23 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
 
 
 def _fitting_lora(
-    tensors: dict[str, torch.Tensor], transformer: nn.Module, metadata: dict[str, Any]
+    tensors: dict[str, torch.Tensor],
+    transformer: nn.Module,
+    metadata: dict[str, Any],
+    adapter_name: str | None,
+    hotswap: bool,
 ) -> OriginalLora:
-    """The LoRA of a state dict and its config; a one-line `ValueError` if it cannot be applied whole."""
+    """The LoRA of a state dict and its config; a one-line `ValueError` if it cannot be applied whole, or there is one
+    of its name."""
     lora, transformer = parse_lora(_without_prefix(tensors), _without_prefix(metadata)), unwrap_module(transformer)
     lora.check_fits(plain_state_dict(transformer))
     check_not_fused(lora, transformer)
+    taken = getattr(transformer, "peft_config", {})
+    if adapter_name in taken and not hotswap:
+        raise ValueError(
+            f"there is a LoRA {adapter_name!r} already: unload it, or give another `adapter_name` than "
+            f"{', '.join(map(repr, taken))}."
+        )
     return lora
 
 

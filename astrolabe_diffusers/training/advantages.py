@@ -44,8 +44,8 @@ def reward_to_maximise(
     """The reward `(N,)` that advantages are made of: the `primary` one of `scores` `(N,)` alone, or the weighted sum;
     NaN where one of them is.
 
-    With the normalization `"group"` each is first centred and divided by its standard deviation in its group, so that
-    a reward with a wide range does not drown the others.
+    With the normalization `"group"` each is first centred and divided by its standard deviation in its group, one of
+    `groups` `(N,)`, so that a reward with a wide range does not drown the others.
     """
     if primary is not None:
         return scores[primary]

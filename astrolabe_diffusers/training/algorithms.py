@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 ALGORITHMS = {
     "nft": ("astrolabe_diffusers.training.nft:NFTTrainer", "astrolabe_diffusers.training.nft:NFTConfig"),
     "awm": ("astrolabe_diffusers.training.awm:AWMTrainer", "astrolabe_diffusers.training.awm:AWMConfig"),
+    "cm_grpo": (
+        "astrolabe_diffusers.training.cm_grpo:CMGRPOTrainer",
+        "astrolabe_diffusers.training.cm_grpo:CMGRPOConfig",
+    ),
 }
 
 

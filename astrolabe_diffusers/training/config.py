@@ -109,6 +109,12 @@ class OnlineConfig(VideoConfig, SwitchConfig):
     reward_normalization: str = option(
         "none", "before weighting: none, or centred and divided by the spread in the group", choices=("none", "group")
     )
+    reward_normalization_size: int | None = option(
+        None,
+        "reward_normalization=group: of how many samples of a group, in their order, its mean and spread are; of all "
+        "if not given",
+        minimum=2,
+    )
     primary_reward: str | None = option(None, "the reward that may be hacked; the first one if not given")
     advantage_std: str = option(
         "global",
@@ -220,6 +226,11 @@ class OnlineConfig(VideoConfig, SwitchConfig):
             raise UserError("transitions with cut and shared_past: after a cut there is no past to share.")
         if not self.switch_distances or min(self.switch_distances) < 0:
             raise UserError(f"switch_distances must be numbers of blocks, 0 or more, not {self.switch_distances}.")
+        if self.samples_per_prompt % (self.reward_normalization_size or 1):
+            raise UserError(
+                f"reward_normalization_size={self.reward_normalization_size} does not divide samples_per_prompt="
+                f"{self.samples_per_prompt}; it can be {_listing(_divisors(self.samples_per_prompt)[1:])}."
+            )
         if self.gradient_accumulation_steps is None:
             self.gradient_accumulation_steps = self.batches_per_epoch
         if self.batches_per_epoch % self.gradient_accumulation_steps:

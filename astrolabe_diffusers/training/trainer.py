@@ -119,7 +119,9 @@ class OnlineTrainer:
         config = self.config
         groups = torch.tensor([sample.group for sample in samples])
         primary = self.primary_reward if config.advantage_reward == "primary" else None
-        reward = reward_to_maximise(scores, config.rewards, groups, primary, config.reward_normalization)
+        size = config.reward_normalization_size or config.samples_per_prompt
+        parts = torch.tensor([(s.group * config.samples_per_prompt + s.key[-1]) // size for s in samples])
+        reward = reward_to_maximise(scores, config.rewards, parts, primary, config.reward_normalization)
         return group_advantages(reward, groups, config.advantage_std)
 
     def sample_values(self, scores: dict[str, torch.Tensor], advantages: Advantages) -> dict[str, torch.Tensor]:

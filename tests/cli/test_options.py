@@ -14,6 +14,7 @@ from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.evaluation.config import LoraEvaluationConfig, ScoreConfig
 from astrolabe_diffusers.generation.config import GenerationConfig
 from astrolabe_diffusers.training.awm import AWMConfig
+from astrolabe_diffusers.training.cm_grpo import CMGRPOConfig
 from astrolabe_diffusers.training.nft import NFTConfig
 
 
@@ -64,7 +65,8 @@ def test_name_and_weight(text, expected):
     assert name_and_weight(text) == expected
 
 
-COMMANDS = (NFTConfig, AWMConfig, GenerationConfig, LoraEvaluationConfig, ScoreConfig, ServerConfig, ConversionConfig)
+ALGORITHMS = (NFTConfig, AWMConfig, CMGRPOConfig)
+COMMANDS = (*ALGORITHMS, GenerationConfig, LoraEvaluationConfig, ScoreConfig, ServerConfig, ConversionConfig)
 # Where nothing is summed up, rewards have no weights; a LoRA may be a column, or a published file with any alpha.
 DIFFERENT = {"rewards", "lora", "lora_alpha"}
 

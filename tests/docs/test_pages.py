@@ -19,6 +19,7 @@ from astrolabe_diffusers.cli.main import main as astrolabe
 from astrolabe_diffusers.registration import register_with_diffusers
 from astrolabe_diffusers.rewards.reward_set import PLACEMENTS, check_placement
 from astrolabe_diffusers.training import NFTConfig
+from astrolabe_diffusers.training.algorithms import ALGORITHMS
 from astrolabe_diffusers.training.run_folder import open_training_folder
 from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import TEXT_DIM, tiny_pipeline, tiny_shapes_captions
@@ -98,13 +99,13 @@ def test_the_quick_start_a_second_time(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def flags():
-    """Every flag that `--help` of a command of ours shows."""
+    """Every flag that `--help` of a command of ours shows, of training with each algorithm."""
     shown = set()
-    for name in COMMANDS:
+    for arguments in [*([name] for name in COMMANDS), *(["train", "--algorithm", name] for name in ALGORITHMS)]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             lines = []
             patch.setattr(sys.stdout, "write", lines.append)
-            astrolabe([name, "--help"])
+            astrolabe([*arguments, "--help"])
         shown |= set(re.findall(r"--\w+", "".join(lines)))
     return shown
 

@@ -145,6 +145,38 @@ def test_videos_that_share_a_past(name, num_past, with_grad):
     assert rows == ({3} if CONFIGS[name] == {"local_attn_size": 9} else {1, 3})
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_teacher_forcing_after_a_past(name, shared):
+    """As in one pass over the whole clip; gradients are those of its last blocks, through their clean halves too."""
+    transformer = tiny_transformer(**CONFIGS[name])
+    n = transformer.config.num_frames_per_block
+    clean, noisy, timestep, embeds = clip(7 * n, 2)
+    if shared:
+        clean[1, :, : 4 * n], embeds[1] = clean[0, :, : 4 * n], embeds[0]
+    own, past_inputs = clean[:, :, 4 * n :].requires_grad_(), clean[:, :, : 4 * n].detach()
+    whole = torch.cat([past_inputs, own], dim=2)
+    expected = transformer(noisy, timestep, embeds, clean_hidden_states=whole).sample[:, :, 4 * n :]
+    (slope,) = torch.autograd.grad(expected.square().sum(), own)
+    cache, rows = new_cache(transformer), slice(1) if shared else slice(2)
+    store(transformer, cache, past_inputs[rows], embeds[rows])
+    transformer.enable_gradient_checkpointing()
+    result = transformer(
+        noisy[:, :, 4 * n :],
+        timestep,
+        embeds,
+        kv_cache=cache,
+        kv_cache_mode="read",
+        frame_offset=4 * n,
+        clean_hidden_states=own,
+    ).sample
+    assert (result - expected).abs().max() < 1e-5
+    (own_slope,) = torch.autograd.grad(result.square().sum(), own)
+    assert (slope[:, :, :n].abs().max() > 1e-3) == (name != "only the sink")
+    torch.testing.assert_close(own_slope, slope, rtol=1e-4, atol=1e-5)
+    assert cache.num_frames == 4 * n
+
+
 def test_memory_follows_the_window():
     """Tokens whose storage is alive after forty blocks, two a pass: at most the window's and those of two passes."""
     transformer = transformer_of("relative")
@@ -190,3 +222,15 @@ def test_what_cannot_be_stored_or_read():
     with pytest.raises(ValueError, match="has blocks of 2 videos, and these are of 3"):
         run(transformer, cache, torch.zeros(3, 4, 3, 4, 8), timestep, embeds.expand(3, -1, -1), "read", 3)
     assert cache.num_frames == 3
+
+
+def test_clean_blocks_of_a_pass_follow_those_stored():
+    transformer = transformer_of("sink")
+    clean, noisy, timestep, embeds = clip(12, 1)
+    cache = new_cache(transformer)
+    store(transformer, cache, clean[:, :, :6], embeds)
+    arguments = {"kv_cache": cache, "kv_cache_mode": "read", "clean_hidden_states": clean[:, :, 9:]}
+    with pytest.raises(ValueError, match="`frame_offset` must be 6.*but is 9"):
+        transformer(noisy[:, :, 9:], timestep, embeds, frame_offset=9, **arguments)
+    with pytest.raises(ValueError, match="pass `kv_cache` or `clean_hidden_states`.*a `ClipKVCache` that is read"):
+        transformer(noisy[:, :, 6:9], timestep, embeds, frame_offset=6, **arguments | {"kv_cache_mode": "store"})

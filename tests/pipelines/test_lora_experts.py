@@ -169,6 +169,11 @@ def test_all_of_it_or_nothing(pipe, videos, tmp_path):
     with pytest.raises(ValueError, match="this LoRA changes blocks.2.attn1.to_k"):
         pipe.load_lora_weights(write(tmp_path, *BOTH, **loras))
     assert pipe.get_list_adapters() == {} and torch.equal(video(pipe), videos["none"])
+    # A name that only the second expert has.
+    pipe.load_lora_weights(write(tmp_path / "second", "memory_transformer"), adapter_name="a")
+    with pytest.raises(ValueError, match="there is a LoRA 'a' already"):
+        pipe.load_lora_weights(write(tmp_path / "both", *BOTH), adapter_name="a")
+    assert pipe.get_list_adapters() == {"memory_transformer": ["a"]}
 
 
 def test_what_a_user_gets_wrong(pipe, tmp_path):

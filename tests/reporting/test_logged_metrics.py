@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer
-from astrolabe_diffusers.training.awm import AWMConfig, AWMTrainer
+from astrolabe_diffusers.training.awm import AWMTrainer
+from astrolabe_diffusers.training.cm_grpo import CMGRPOTrainer
 from tests.reporting.test_trackers import events_of
 from tests.training.helpers import ALL_REPORTS, BRIGHTNESS, tiny_settings
 
@@ -55,7 +56,7 @@ def run(model_folder, tmp_path_factory):
     return folder
 
 
-ALGORITHMS = ("Every algorithm", "NFT and AWM", "NFT")
+ALGORITHMS = ("Every algorithm", "NFT, AWM and CM-GRPO", "NFT")
 
 
 def test_files_hold_what_the_page_says(run):
@@ -66,10 +67,11 @@ def test_files_hold_what_the_page_says(run):
     assert evaluation == for_scores(page["Held-out videos"][0], (*TRAINED, FLICKER))
 
 
-def test_awm_logs_what_the_page_says(model_folder, tmp_path):
-    train(AWMTrainer, AWMConfig, model_folder, tmp_path, report_to="none", num_eval_videos=0, eval_seeds=1)
+@pytest.mark.parametrize(("kind", "own"), [(AWMTrainer, ()), (CMGRPOTrainer, ("CM-GRPO",))])
+def test_others_log_what_the_page_says(kind, own, model_folder, tmp_path):
+    train(kind, kind.config_class, model_folder, tmp_path, report_to="none", num_eval_videos=0, eval_seeds=1)
     page, metrics = tables(), set(flat(json.loads((tmp_path / "metrics.jsonl").read_text())))
-    assert metrics == set().union(*(for_scores(page[part][0], TRAINED) for part in ALGORITHMS[:2]))
+    assert metrics == set().union(*(for_scores(page[part][0], TRAINED) for part in (*ALGORITHMS[:2], *own)))
 
 
 def test_trackers_show_what_the_page_says(run):

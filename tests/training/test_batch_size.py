@@ -43,6 +43,7 @@ def make_trainer(model_folder, folder, limit=100, algorithm="nft", **values):
         ("nft", SELECTIVE),
         ("nft", {"window_size": 3, "sample_frames": 9, "eval_num_frames": 9}),
         ("awm", {}),
+        ("cm_grpo", {}),
         ("tests.training.step_policy_gradient:StepPolicyGradient", {}),  # with a trajectory
     ],
 )

@@ -74,8 +74,12 @@ def test_a_checkpoint_of_other_experts(model_folder, tmp_path, capsys):
 def test_a_setting_that_would_train_nothing(lora_expert):
     with pytest.raises(UserError, match="the memory transformer learns nothing with context=clean, .*clean_grad"):
         NFTConfig(rewards={BRIGHTNESS: 1.0}, lora_expert=lora_expert)
-    with pytest.raises(UserError, match="context=clean_grad trains a whole video in one pass: no window_size"):
-        config(context="clean_grad", lora_expert=lora_expert, window_size=6)
+
+
+def test_a_window_of_two_experts():
+    pair = two_expert_pipeline(**WINDOWS["chunkwise"]).denoiser
+    with pytest.raises(UserError, match="context=clean_grad trains whole videos of two experts: no window_size"):
+        check_context(config(context="clean_grad", window_size=6), pair)
 
 
 def test_what_a_user_gets_wrong(model_folder, tmp_path):

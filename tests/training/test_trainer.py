@@ -10,6 +10,7 @@ from astrolabe_diffusers.rollout.scoring import decode_videos
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.adapter_files import save_adapter
 from astrolabe_diffusers.training.awm import AWMTrainer
+from astrolabe_diffusers.training.cm_grpo import CMGRPOTrainer
 from astrolabe_diffusers.training.forward_process.predictors import BlockwisePredictor
 from astrolabe_diffusers.training.policies import use_policy
 from tests.tiny_pipeline import tiny_pipeline
@@ -154,6 +155,8 @@ BOTH = f"{BRIGHTNESS}=1,tests.training.rewards:contrast=0"
         (NFTTrainer, {"selective_kl": True, "rewards": BOTH}, 1.0, {"default": 2, "old": 4}),
         (AWMTrainer, {}, None, {"default": 4, "base": 2}),
         (AWMTrainer, {"kl_weight": 0.0}, None, {"default": 4}),
+        (CMGRPOTrainer, {"kl_weight": 0.1}, None, {"default": 2, "base": 2}),
+        (CMGRPOTrainer, {}, None, {"default": 2}),
     ],
 )
 def test_the_reference_has_no_pass_without_samples_that_are_held_to_it(

@@ -58,13 +58,13 @@ def noise_batch(batch: VideoBatch, sigmas: torch.Tensor) -> NoisedBatch:
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """`x_t = (1 - sigma) x_0 + sigma eps`; `sigma` `(B,)` in [0, 1], the others `(B, ...)`."""
-    sigma = _per_sample(sigma, clean)
+    sigma = per_sample(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
 
 def predicted_clean(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """`x_0 = x_t - sigma v` with the predicted flow `v = eps - x_0`; `sigma` `(B,)`, the others `(B, ...)`."""
-    return noisy - _per_sample(sigma, noisy) * velocity
+    return noisy - per_sample(sigma, noisy) * velocity
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -73,5 +73,6 @@ def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a - b).square().flatten(1).mean(1)
 
 
-def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(B,)` as what multiplies `like` `(B, ...)`."""
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,6 +1,7 @@
 """What predicts the clean blocks of noised videos, as policies are compared in training."""
 
 from inspect import signature
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ...pipelines.block_generation import Sampling, begin_scenes
 from ...rollout.past import Switch
 from ...rollout.sampling import encode_scenes
 from ..policies import use_policy
-from .config import ForwardProcessConfig
+from .config import BlockwiseConfig
 from .noising import NoisedBatch, predicted_clean
 
 
@@ -66,22 +67,17 @@ class BlockwisePredictor:
         batch, past = self.batch, self.batch.past.num_frames
         noisy = batch.noisy[:, :, frames.start - past : frames.stop - past]
         velocity = (forward or self.transformer)(
-            noisy.to(self.dtype),
-            batch.timestep,
-            self._text(),
-            kv_cache=self.cache,
-            kv_cache_mode="read",
-            frame_offset=self._frame_offset(frames),
-            return_dict=False,
+            noisy.to(self.dtype), batch.timestep, self._text(), **self._context(frames), return_dict=False
         )[0]
-        return predicted_clean(noisy, velocity.float(), batch.sigma)
+        return predicted_clean(noisy, velocity.to(noisy.dtype), batch.sigma)
+
+    def _context(self, frames: slice) -> dict[str, Any]:
+        """The arguments of a pass that say what its blocks see before them."""
+        return {"kv_cache": self.cache, "kv_cache_mode": "read", "frame_offset": frames.start}
 
     def _text(self) -> torch.Tensor:
         """Of the next pass, `(B, L, D)`."""
         return self.batch.prompt_embeds
-
-    def _frame_offset(self, frames: slice) -> int:
-        return frames.start
 
     def predict_as(self, policy: str, frames: slice) -> torch.Tensor:
         """As [`~BlockwisePredictor.predict`], by another policy and without gradients."""
@@ -154,13 +150,32 @@ class SwitchPredictor(BlockwisePredictor):
     def _text(self) -> torch.Tensor:
         return self.generator.prompt_embeds
 
-    def _frame_offset(self, frames: slice) -> int:
+    def _context(self, frames: slice) -> dict[str, Any]:
         # After a cut the video begins anew.
-        return self.cache.num_frames
+        return super()._context(frames) | {"frame_offset": self.cache.num_frames}
 
     def advance(self, frames: slice):
         if frames != self.passes[-1]:
             self._take_up(self.batch.clean[:, :, frames], frames.stop)
+
+
+class TeacherForcingPredictor(BlockwisePredictor):
+    """A whole window in one pass with one graph, beside its clean blocks, whose K/V have gradients too, into the
+    memory transformer where there is one. What is before the window is constant, and needs a transformer that has
+    `packs_clips`."""
+
+    def _begin(self, num_frames: int, blocks_per_pass: int):
+        past, config = self.batch.past, self.transformer.config
+        self.blocks = _parts(past.num_frames, num_frames, config.num_frames_per_block)
+        self.passes = [slice(past.num_frames, num_frames)]
+        # Empty without a past, and then not looked at.
+        self.cache = ClipKVCache(config.num_layers)
+        for frames in _parts(0, past.num_frames, config.num_frames_per_block * blocks_per_pass):
+            self._store(past.rows(self.batch.clean[:, :, frames]), past.rows(self.batch.prompt_embeds))
+
+    def _context(self, frames: slice) -> dict[str, Any]:
+        clean = {"clean_hidden_states": self.batch.clean[:, :, frames].to(self.dtype)}
+        return super()._context(frames) | clean if self.batch.past.num_frames else clean
 
 
 class WholeClipPredictor(BlockwisePredictor):
@@ -183,27 +198,7 @@ class WholeClipPredictor(BlockwisePredictor):
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
 
-class TeacherForcingPredictor(BlockwisePredictor):
-    """A whole clip in one pass with one graph: its blocks see the clean ones of the active policy, as in inference.
-    Gradients go through these too, into the memory transformer where there is one."""
-
-    def _begin(self, num_frames: int, blocks_per_pass: int):
-        self.blocks = _parts(0, num_frames, self.transformer.config.num_frames_per_block)
-        self.passes = [slice(0, num_frames)]
-
-    def predict(self, frames: slice, forward=None) -> torch.Tensor:
-        batch = self.batch
-        velocity = (forward or self.transformer)(
-            batch.noisy.to(self.dtype),
-            batch.timestep,
-            batch.prompt_embeds,
-            clean_hidden_states=batch.clean.to(self.dtype),
-            return_dict=False,
-        )[0]
-        return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
-
-
-def check_context(config: ForwardProcessConfig, transformer):
+def check_context(config: BlockwiseConfig, transformer):
     """A [`UserError`] where a transformer cannot be given the context of the settings."""
     experts = experts_of(transformer).values()
     if config.context == "noisy" and len(experts) > 1:
@@ -213,18 +208,27 @@ def check_context(config: ForwardProcessConfig, transformer):
         )
     if config.context == "noisy" and transformer.config.get("memory_bank_size"):
         raise UserError("the model's memory bank has clean frames: train with context=clean.")
-    takes_clean = "clean_hidden_states" in signature(transformer.forward).parameters
-    if config.context == "clean_grad" and not (takes_clean and (len(experts) == 1 or packs_clips(transformer))):
+    if config.context != "clean_grad":
+        return
+    if "clean_hidden_states" not in signature(transformer.forward).parameters:
         raise UserError("context=clean_grad needs a transformer that takes `clean_hidden_states`: set context=clean.")
+    if (len(experts) > 1 or config.window_size is not None) and not packs_clips(transformer):
+        raise UserError("this transformer has one block a pass (no `packs_clips`): set context=clean.")
+    if len(experts) > 1 and config.window_size is not None:
+        raise UserError("context=clean_grad trains whole videos of two experts: no window_size.")
 
 
-def check_compiled_passes(config: ForwardProcessConfig, transformer, num_frames: int):
-    """A [`UserError`] where torch.compile would have to compile every pass of a window of latent frames for itself, as
-    each begins with another frame."""
+def check_compiled_passes(config: BlockwiseConfig, transformer, num_frames: int):
+    """With a window of latent frames: a [`UserError`] where torch.compile would have to compile every pass for itself,
+    as each begins with another frame."""
     blocks = num_frames // transformer.config.num_frames_per_block
     one_pass = config.window_size is None and blocks <= config.blocks_per_pass
-    if config.compile and config.context == "clean" and config.blocks_per_pass > 1 and not one_pass:
+    if not config.compile:
+        return
+    if config.context == "clean" and config.blocks_per_pass > 1 and not one_pass:
         raise UserError("compile needs blocks_per_pass=1 where a video is trained in a window or in several passes.")
+    if config.context == "clean_grad" and config.window_size is not None:
+        raise UserError("compile needs context=clean and blocks_per_pass=1 where a window is trained.")
 
 
 def _parts(start: int, stop: int, size: int) -> list[slice]:
