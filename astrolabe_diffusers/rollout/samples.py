@@ -145,7 +145,8 @@ def eval_switches(
             for text, start in zip(texts[1:], starts[1:]):
                 switch = Switch(start * block_frames, transition, blocks, config.recache_sink)
                 scenes.append(SampleScene(text, switch))
-            switched.append(replace(sample, prompt=prompt, scenes=tuple(scenes)))
+            key = (sample.key[0], transition, *sample.key[1:])
+            switched.append(replace(sample, prompt=prompt, key=key, scenes=tuple(scenes)))
     return switched
 
 
