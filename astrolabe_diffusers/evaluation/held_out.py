@@ -46,6 +46,7 @@ class HeldOut:
     size: dict[str, int]  # height, width and num_frames
     batch_size: int  # on each process
     num_videos: int = 0  # the first of them, that are kept to be looked at
+    by_block: bool = False  # whether the blocks after a switch of the prompt are scored one by one too
 
     @property
     def shown(self) -> Sequence[Sample]:
@@ -78,7 +79,7 @@ class HeldOut:
         keep = {sample.key: i for i, sample in enumerate(self.shown)}
         generated = []
         with raise_together():
-            for batch in self.rollout.generate(batches, self.size, watched=True, keep=keep):
+            for batch in self.rollout.generate(batches, self.size, watched=True, keep=keep, by_block=self.by_block):
                 generated.append(batch)
                 on_batch(len(generated), len(batches))
         scores, _ = gather_scores(generated, self.samples)

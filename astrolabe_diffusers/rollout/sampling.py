@@ -179,12 +179,13 @@ class Rollout:
         keep_trajectory: bool = False,
         watched: bool = False,
         keep: Collection[tuple] = (),
+        by_block: bool = False,
     ) -> Iterator[VideoBatch]:
         """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
 
         An error of the rewards is raised one batch later, or by [`gather_scores`]; videos that are not finite are a
         [`UserError`] at once. `size` and `keep_trajectory` are as in [`Sampler`], the others as in
-        [`ScoringThread.submit`].
+        [`ScoringThread.submit`], `by_block` with the model's blocks.
         """
         if past.shared:
             sampler = SharedPastSampler(self.pipeline, size, keep_trajectory, num_past_frames=past.num_frames)
@@ -199,6 +200,7 @@ class Rollout:
                 latents, trajectory = sampler(self.encode(samples), samples)
             if scores is not None:
                 scores.result()  # if rewards are slower than the model, videos must not pile up
-            scores = self.scoring.submit(latents, samples, watched, keep, past)
+            block_frames = self.pipeline.transformer.config.num_frames_per_block if by_block else None
+            scores = self.scoring.submit(latents, samples, watched, keep, past, block_frames)
             made = old_prompt_embeds, self.pipeline
             yield VideoBatch(samples, prompt_embeds, latents, scores, past, trajectory, *made)

@@ -66,18 +66,26 @@ class ScoringThread(Closing):
         watched: bool = False,
         keep: Collection[tuple] = (),
         past: Past = Past(),
+        block_frames: int | None = None,
     ) -> Future:
         """[`Scores`] of `latents` `(B, C, f, h, w)` after their `past` as a future; a reward's error becomes a
-        [`UserError`]. The `watched` rewards may be asked too; videos of samples with keys in `keep` are kept."""
-        future = self._thread.submit(self._run, latents, samples, watched, keep, past)
+        [`UserError`]. The `watched` rewards may be asked too; videos of samples with keys in `keep` are kept.
+
+        With `block_frames`, of latents, the blocks after each switch of the prompt are scored by themselves, of whole
+        videos: `"after_switch/new/3/name"` is what the reward `name` says of the third with the prompt from the switch
+        on, and `"after_switch/old/..."`, of those that look at the prompt, with that before it; NaN if there is none.
+        """
+        future = self._thread.submit(self._run, latents, samples, watched, keep, past, block_frames)
         if any(reward_set.takes_turns for reward_set in self._reward_sets):
             wait([future])
         return future
 
-    def _run(self, latents, samples, watched, keep, past) -> Scores:
+    def _run(self, latents, samples, watched, keep, past, block_frames) -> Scores:
         start = time.perf_counter()
         videos = decode_samples(self.vae, latents, samples, past)
         values = self._score(videos, samples, watched, past)
+        if block_frames is not None:
+            values |= self._score_blocks(videos, samples, block_frames)
         kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
         return Scores(values, kept, time.perf_counter() - start)
 
@@ -108,6 +116,33 @@ class ScoringThread(Closing):
                 mean = sum(length * part[name] for length, part in scored) / videos.shape[1]
                 values.setdefault(name, torch.full((len(samples),), math.nan))[rows] = mean
         return values
+
+    @torch.no_grad()
+    def _score_blocks(
+        self, videos: torch.Tensor, samples: Sequence[Sample], block_frames: int
+    ) -> dict[str, torch.Tensor]:
+        """What [`submit`] says of `block_frames`. A video with several switches has the mean over them."""
+        scale, blocks, values = self.vae.config.scale_factor_temporal, {}, {}
+        for row, sample in enumerate(samples):
+            for scene, start, stop in _scene_frames(sample, Past(), videos.shape[1], scale)[1:]:
+                old, new = sample.texts[scene - 1 : scene + 1]
+                for number, first in enumerate(range(start, stop, block_frames * scale), 1):
+                    blocks.setdefault((number, first), []).append((row, new, old))
+        for (number, first), jobs in blocks.items():
+            rows, *texts = zip(*jobs)
+            frames = videos[list(rows), first : first + block_frames * scale]
+            rewards = self.rewards.weights, self.rewards.using_prompts
+            for which, prompts, names in zip(("new", "old"), texts, rewards):
+                batch = [_with_text(samples[row], text) for row, text in zip(rows, prompts)]
+                called = self._call(self.rewards, frames, batch) if names else {}
+                for name in names:
+                    column = values.setdefault(f"after_switch/{which}/{number}/{name}", [[] for _ in samples])
+                    for row, value in zip(rows, called[name].tolist()):
+                        column[row].append(value)
+        return {
+            name: torch.tensor([sum(row) / len(row) if row else math.nan for row in column])
+            for name, column in values.items()
+        }
 
     def _call(self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         prompts = [sample.prompt.text for sample in samples]
