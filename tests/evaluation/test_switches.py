@@ -118,7 +118,8 @@ def test_two_processes_are_one(model_folder, prompts, tmp_path):
     arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
     code, output = Torchrun("examples/evaluate.py", *arguments).finish()
     assert code == 0 and "2 processes on cpu" in output, output
-    one, two = (json.loads((tmp_path / name / "results.json").read_text())["columns"]["base"] for name in ("one", "two"))
+    texts = [(tmp_path / name / "results.json").read_text() for name in ("one", "two")]
+    one, two = (json.loads(text)["columns"]["base"] for text in texts)
     assert one["scores"].keys() == two["scores"].keys()
     for name, scores in one["scores"].items():
         assert two["scores"][name] == pytest.approx(scores, abs=1e-5)
