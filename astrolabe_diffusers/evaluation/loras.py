@@ -73,8 +73,10 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         if is_main:
             folder.begin()
             number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
+            prompts = len({sample.group for sample in held_out.samples})
+            ways = f" x {len(config.transitions)} transitions" if config.transitions else ""
             print(
-                f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
+                f"{config.model}: {number} videos ({prompts} prompts x {config.seeds} seeds{ways}) of "
                 f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
                 f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
                 f"{accelerator.mixed_precision}; output in {config.output_dir}",
