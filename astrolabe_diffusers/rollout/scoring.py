@@ -82,11 +82,14 @@ class ScoringThread(Closing):
 
     def _run(self, latents, samples, watched, keep, past, block_frames) -> Scores:
         start = time.perf_counter()
-        videos = decode_samples(self.vae, latents, samples, past)
-        values = self._score(videos, samples, watched, past)
+        number = max(reward_set.num_context_frames for reward_set in self._reward_sets)
+        videos = decode_samples(self.vae, latents, samples, past, number)
+        # As many of the frames are before the window.
+        before = min(number, first_frame(past.num_frames, self.vae.config.scale_factor_temporal))
+        values = self._score(videos, samples, watched, past, before)
         if block_frames is not None:
             values |= self._score_blocks(videos, samples, block_frames)
-        kept = {sample.key: video.cpu() for sample, video in zip(samples, videos) if sample.key in keep}
+        kept = {sample.key: video[before:].cpu() for sample, video in zip(samples, videos) if sample.key in keep}
         return Scores(values, kept, time.perf_counter() - start)
 
     def score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool = False) -> dict[str, torch.Tensor]:
@@ -95,25 +98,27 @@ class ScoringThread(Closing):
 
     @torch.no_grad()
     def _score(
-        self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool, past: Past = Past()
+        self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool, past: Past = Past(), before: int = 0
     ) -> dict[str, torch.Tensor]:
-        values = self._score_scenes(self.rewards, videos, samples, past)
+        values = self._score_scenes(self.rewards, videos, samples, past, before)
         if watched and self.watched is not None:
-            values = values | self._score_scenes(self.watched, videos, samples, past) | values
+            values = values | self._score_scenes(self.watched, videos, samples, past, before) | values
         return values
 
     def _score_scenes(
-        self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample], past: Past
+        self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample], past: Past, before: int
     ) -> dict[str, torch.Tensor]:
-        """Each scene's frames are scored with its own text: the mean over frames."""
-        scale, values = self.vae.config.scale_factor_temporal, {}
-        for parts, rows in _by(samples, lambda sample: _scene_frames(sample, past, videos.shape[1], scale)).items():
+        """Each scene's frames are scored with its own text: the mean over frames, of which `before` are before the
+        window."""
+        scale, values, number = self.vae.config.scale_factor_temporal, {}, videos.shape[1] - before
+        for parts, rows in _by(samples, lambda sample: _scene_frames(sample, past, number, scale)).items():
             scored = []
             for scene, start, stop in parts:
                 batch = [_with_text(samples[row], samples[row].texts[scene]) for row in rows]
-                scored.append((stop - start, self._call(rewards, videos[rows, start:stop], batch)))
+                part = self._call(rewards, videos[rows], slice(before + start, before + stop), batch)
+                scored.append((stop - start, part))
             for name in scored[0][1]:
-                mean = sum(length * part[name] for length, part in scored) / videos.shape[1]
+                mean = sum(length * part[name] for length, part in scored) / number
                 values.setdefault(name, torch.full((len(samples),), math.nan))[rows] = mean
         return values
 
@@ -130,11 +135,11 @@ class ScoringThread(Closing):
                     blocks.setdefault((number, first), []).append((row, new, old))
         for (number, first), jobs in blocks.items():
             rows, *texts = zip(*jobs)
-            frames = videos[list(rows), first : first + block_frames * scale]
+            frames = slice(first, first + block_frames * scale)
             rewards = self.rewards.weights, self.rewards.using_prompts
             for which, prompts, names in zip(("new", "old"), texts, rewards):
                 batch = [_with_text(samples[row], text) for row, text in zip(rows, prompts)]
-                called = self._call(self.rewards, frames, batch) if names else {}
+                called = self._call(self.rewards, videos[list(rows)], frames, batch) if names else {}
                 for name in names:
                     column = values.setdefault(f"after_switch/{which}/{number}/{name}", [[] for _ in samples])
                     for row, value in zip(rows, called[name].tolist()):
@@ -144,16 +149,20 @@ class ScoringThread(Closing):
             for name, column in values.items()
         }
 
-    def _call(self, rewards: RewardSet, videos: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def _call(
+        self, rewards: RewardSet, videos: torch.Tensor, frames: slice, samples: Sequence[Sample]
+    ) -> dict[str, torch.Tensor]:
+        """Scores of some frames of videos, after those before them."""
         prompts = [sample.prompt.text for sample in samples]
         metadata = [sample.prompt.metadata or {} for sample in samples]
         try:
-            output = rewards(videos, prompts, metadata)
+            output = rewards(videos[:, frames], prompts, metadata, context=videos[:, : frames.start])
         except (RewardError, RewardPlacementError) as error:
             if not self.skip_bad or isinstance(error, RewardPlacementError):
                 raise UserError(one_line(error)) from error
             if len(samples) > 1:
-                parts = [self._call(rewards, video[None], [sample]) for video, sample in zip(videos, samples)]
+                pairs = zip(videos, samples)
+                parts = [self._call(rewards, video[None], frames, [sample]) for video, sample in pairs]
                 return stack_scores(parts)
             logger.warning("skipped: %s", one_line(error))
             return {name: torch.tensor([math.nan]) for name in ("reward", *rewards.weights)}
@@ -201,47 +210,67 @@ def first_frame(latent_frame: int, scale: int) -> int:
 
 
 def decode_samples(
-    vae: AutoencoderKLWan, latents: torch.Tensor, samples: Sequence[Sample], past: Past = Past()
+    vae: AutoencoderKLWan,
+    latents: torch.Tensor,
+    samples: Sequence[Sample],
+    past: Past = Past(),
+    num_context_frames: int = 0,
 ) -> torch.Tensor:
     """[`decode_videos`], each with the cuts of its own scenes."""
     videos: list[torch.Tensor | None] = [None] * len(samples)
     for cuts, rows in _by(samples, lambda sample: sample.cuts).items():
-        for row, video in zip(rows, decode_videos(vae, latents[rows], past, cuts)):
+        for row, video in zip(rows, decode_videos(vae, latents[rows], past, cuts, num_context_frames)):
             videos[row] = video
     return torch.stack(videos)
 
 
 @torch.no_grad()
 def decode_videos(
-    vae: AutoencoderKLWan, latents: torch.Tensor, past: Past = Past(), cuts: Sequence[int] = ()
+    vae: AutoencoderKLWan,
+    latents: torch.Tensor,
+    past: Past = Past(),
+    cuts: Sequence[int] = (),
+    num_context_frames: int = 0,
 ) -> torch.Tensor:
-    """Videos `(B, F, 3, H, W)` in [0, 1], float32, of `latents` `(B, C, f, h, w)` after their past.
+    """Videos `(B, F, 3, H, W)` in [0, 1], float32, of `latents` `(B, C, f, h, w)` after their past, and in front of
+    them the last `num_context_frames` of that, or all that there are.
 
     The past warms the decoder's memory up, as much of it as that can hold, so that the window's first frames are
     those of the whole video. One that is shared is decoded once for all. From the latent frames `cuts` on the video
     is another one, whose first frame is held as long as four, as the pipeline does.
     """
     scale, takes = vae.config.scale_factor_temporal, []
+    first = max(past.num_frames - -(-num_context_frames // scale), 0)  # the first latent frame whose frames are kept
     for start, stop in itertools.pairwise((0, *cuts, latents.shape[2])):
-        if stop > past.num_frames:
-            take = Past(max(past.num_frames - start, 0), past.shared)
-            frames = _decode_take(vae, latents[:, :, start:stop], take)
-            if start and take.num_frames == 0:
+        if stop > first:
+            begin, window = max(first - start, 0), min(max(past.num_frames, start), stop) - start
+            frames = _decode_take(vae, latents[:, :, start:stop], begin, window, past)
+            if start and begin == 0:
                 frames = torch.cat([frames[:, :1].expand(-1, scale - 1, -1, -1, -1), frames], dim=1)
             takes.append(frames)
-    return torch.cat(takes, dim=1)
+    videos = torch.cat(takes, dim=1)
+    length = first_frame(latents.shape[2], scale) - first_frame(past.num_frames, scale)
+    return videos[:, max(videos.shape[1] - length - num_context_frames, 0) :]
 
 
-def _decode_take(vae: AutoencoderKLWan, latents: torch.Tensor, past: Past) -> torch.Tensor:
-    if past.num_frames == 0:
+def _decode_take(
+    vae: AutoencoderKLWan, latents: torch.Tensor, begin: int, window: int, past: Past
+) -> torch.Tensor:
+    """Of the latent frames from `begin` on; those before `window` are part of the past."""
+    if window == 0:
         frames = decode_latents(vae, latents)
     else:
-        decoder = StreamingVAEDecoder(vae)
-        for frame in range(max(past.num_frames - DECODER_MEMORY, 0), past.num_frames):
+        decoder, pieces = StreamingVAEDecoder(vae), []
+        for frame in range(max(begin - DECODER_MEMORY, 0), begin):
             decoder.decode(past.rows(latents[:, :, frame : frame + 1]))
+        if begin < window:
+            piece = decoder.decode(past.rows(latents[:, :, begin:window]))
+            pieces.append(piece.expand(len(latents), -1, -1, -1, -1))
         if past.shared:
             decoder = decoder.select([0] * len(latents))
-        frames = decoder.decode(latents[:, :, past.num_frames :])
+        if window < latents.shape[2]:
+            pieces.append(decoder.decode(latents[:, :, window:]))
+        frames = torch.cat(pieces, dim=2)
     return (frames.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 

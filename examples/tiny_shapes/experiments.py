@@ -4,7 +4,8 @@
 
 Every run is one of examples/train_nft.py with `--config tiny_shapes`, on captions of three objects, and an evaluation
 of its adapter on those of two and one, or after switches of the prompt; what is complete is not repeated. With several
-GPUs the runs are dealt out over them. `--eval_split validation` is for choosing settings, the default, `test`, for reporting what they do.
+GPUs the runs are dealt out over them. `--eval_split validation` is for choosing settings, the default, `test`, for
+reporting what they do.
 """
 
 import argparse
