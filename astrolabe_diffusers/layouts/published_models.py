@@ -28,6 +28,7 @@ class PublishedModel:
         transformer: its config, beside the base model's sizes.
         pipeline: its config.
         size: of the Wan2.1 model it was trained from, or "14B".
+        experts: transformers in the file, of that size each; the second one writes the cache.
     """
 
     source: str
@@ -35,6 +36,7 @@ class PublishedModel:
     transformer: dict[str, Any] = field(default_factory=dict)
     pipeline: dict[str, Any] = field(default_factory=dict)
     size: str = _SIZES[0]
+    experts: int = 1
 
     def check_names(self, part: str, known: Collection[str]):
         """Raises a `ValueError` if `part`, `"transformer"` or `"pipeline"`, has a name that is not `known`."""
@@ -56,12 +58,14 @@ def read_published_model(path: Path) -> PublishedModel:
         if name not in names:
             near = close_matches(str(name), names) or f"; it has {', '.join(names)}"
             raise ValueError(f"{path}: a recipe has no {name}{near}.")
-        kind = {"weights": list, "transformer": dict, "pipeline": dict}.get(name, str)
+        kind = {"weights": list, "transformer": dict, "pipeline": dict, "experts": int}.get(name, str)
         if not isinstance(value, kind):
-            words = {list: "a list of names", dict: "a mapping of names to values", str: "text"}
+            words = {list: "a list of names", dict: "a mapping of names to values", str: "text", int: "a number"}
             raise ValueError(f"{path}: {name} must be {words[kind]}, not {value!r}.")
     if values.get("size", _SIZES[0]) not in _SIZES:
         raise ValueError(f"{path}: size must be one of {', '.join(_SIZES)}, not {values['size']!r}.")
+    if values.get("experts", 1) not in (1, 2):
+        raise ValueError(f"{path}: experts must be 1 or 2, not {values['experts']!r}.")
     return PublishedModel(**values | {"weights": tuple(values.get("weights", ()))})
 
 

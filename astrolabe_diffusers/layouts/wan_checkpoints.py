@@ -47,7 +47,6 @@ _KNOWN = {(1536, 30): "Wan2.1 1.3B", (5120, 40): "Wan2.1 14B", (3072, 30): "Wan2
 _OTHER_FILES = {
     r"\.base_layer\.": "a model with a LoRA beside its weights, as PEFT keeps it: take the file with both merged",
     r"\.lora_|\.diff(_b)?$": "a LoRA: merge it into its model's file with --lora",
-    r"(^|\.)memory_": "a model with a second expert, as Self Gradient Forcing Plus has it",
     r"^vace_": "VACE",
     r"^img_emb\.|_img\.": "a model of images to videos, with an encoder of images",
     r"^encoder\.block\.|^shared\.|^token_embedding\.": "a text encoder",

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +27,8 @@ from ..files.text import parse_json
 from ..serving.binding import is_loopback
 from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_block
 from .engine import Ended, FullError, LiveEngine, Queued
-from .session import MAX_SEED, Block, LiveModel, LiveSession, Mark
+from .session import MAX_SEED, Block, LiveModel, LiveSession, Mark, check_whole_number
+from .start_file import MAX_BYTES, StartFile
 
 
 try:
@@ -51,6 +54,8 @@ MESSAGES_PER_SECOND = 200
 _MAX_WAITING = 256
 # Of a recording, blocks that wait to be encoded before the session waits for them.
 _MAX_BEHIND = 2
+# Of all viewers, files that wait to be looked at.
+_MAX_CHECKS = 8
 POLICY_VIOLATION = 1008
 HEADERS = {
     # Nothing is from elsewhere, and what a viewer types runs nowhere.
@@ -110,6 +115,9 @@ class LiveApp(AbstractContextManager):
         # Those that wait for a recording's encoder are not those that the frames of others wait for.
         self.encoders = ThreadPoolExecutor(engine.sessions + 1, "live-encode")
         self.recorders = ThreadPoolExecutor(engine.sessions + 1, "live-record")
+        # Two at a time: files of viewers take two cores at most from what is made.
+        self.decoders = ThreadPoolExecutor(2, "live-decode")
+        self.num_checks = 0
 
     def __enter__(self):
         self.engine.__enter__()
@@ -119,6 +127,7 @@ class LiveApp(AbstractContextManager):
         self.engine.__exit__(*error)
         self.encoders.shutdown()
         self.recorders.shutdown()
+        self.decoders.shutdown(cancel_futures=True)
         self._folder.cleanup()
 
     def new_recording(self) -> Path:
@@ -147,6 +156,8 @@ class LiveApp(AbstractContextManager):
             "loras": model.weights,
             "codecs": self.codecs,
             "sessions": self.engine.sessions,
+            "start_media": model.start_media,
+            "max_upload": MAX_BYTES,
         }
 
     # Who may come in
@@ -218,6 +229,10 @@ class Viewer:
         self.codec: str | None = None
         self.encoders = []  # of the lanes
         self.recording: Recording | None = None
+        # What the next session starts from; a file that is coming, and one that is looked at.
+        self.start_file: StartFile | None = None
+        self._upload: Upload | None = None
+        self._looking: asyncio.Task | None = None
         # What is to be sent, in this order: words, or the lane whose newest block it is the turn of.
         self._outbox: deque[dict[str, Any] | int] = deque()
         self._blocks: dict[int, Block] = {}
@@ -266,7 +281,10 @@ class Viewer:
                 raise WebSocketDisconnect
             self._count()
             try:
-                await self._answer(message.get("text"))
+                if message.get("bytes") is None:
+                    await self._answer(message["text"])
+                else:
+                    self._receive(message["bytes"])
             except (FullError, *CHECKED) as error:
                 self.say({"type": "error", "message": one_line(error.args[0] if error.args else error)[:500]})
 
@@ -277,14 +295,12 @@ class Viewer:
         if self._allowance < 0:
             raise ViewerError(f"more than {MESSAGES_PER_SECOND} messages a second")
 
-    async def _answer(self, text: str | None):
-        if text is None:
-            raise ValueError("a message is a text, an object of JSON.")
+    async def _answer(self, text: str):
         message = parse_json(text, "the message")
         kind = message.get("type") if isinstance(message, dict) else None
         if not isinstance(kind, str) or kind not in ANSWERS:
             raise ValueError(f"the type of a message is one of {', '.join(ANSWERS)}.")
-        if kind != "start" and self.session is None:
+        if kind not in _BEFORE_START and self.session is None:
             raise ValueError("there is no video: start one first.")
         await ANSWERS[kind](self, message)
 
@@ -294,7 +310,8 @@ class Viewer:
         if codec is None:
             raise ValueError(f"codecs must be a list with one of {', '.join(self.live.codecs)}.")
         seed = message.get("seed")
-        session = LiveSession(
+        make = partial(
+            LiveSession,
             self.live.model,
             message.get("prompt"),
             secrets.randbelow(MAX_SEED) if seed is None else seed,
@@ -302,7 +319,10 @@ class Viewer:
             message.get("width"),
             False if message.get("compare") is None else message["compare"],
             message.get("events") or (),
+            self.start_file,
+            message.get("strength"),
         )
+        session = await self.loop.run_in_executor(self.live.decoders, make) if self.start_file else make()
         size = session.height, session.width, self.live.model.frame_rate
         encoders = [
             await self.loop.run_in_executor(self.live.encoders, make_encoder, codec, *size)
@@ -337,6 +357,60 @@ class Viewer:
 
     async def _save(self, message: dict[str, Any]):
         self.say({"type": "session", "session": self.session.record()})
+
+    async def _begin_upload(self, message: dict[str, Any]):
+        self._wait_for_the_one_before()
+        check_whole_number("bytes", message.get("bytes"), MAX_BYTES, least=1)
+        self._upload = Upload(message["bytes"])
+        self.say({"type": "received", "bytes": 0})
+
+    async def _remove(self, message: dict[str, Any]):
+        self._wait_for_the_one_before()
+        self._upload = self.start_file = None
+        self.say(self._start_frames())
+
+    def _wait_for_the_one_before(self):
+        if self._looking:
+            raise ValueError("the file before is still looked at: wait for its start_frames.")
+
+    def _receive(self, data: bytes):
+        upload = self._upload
+        if upload is None:
+            raise ValueError("a message is a text, an object of JSON; bytes come after an upload.")
+        upload.data += data
+        if len(upload.data) < upload.size:
+            self.say({"type": "received", "bytes": len(upload.data)})
+            return
+        self._upload = None
+        if len(upload.data) > upload.size:
+            raise ValueError(f"{len(upload.data)} bytes came of a file of {upload.size}.")
+        if self.live.num_checks >= _MAX_CHECKS:
+            self.say(self._start_frames("too many files wait to be looked at: try again."))
+            return
+        self.live.num_checks += 1
+        self._looking = self.loop.create_task(self._look_at(bytes(upload.data)))
+
+    async def _look_at(self, data: bytes):
+        """Beside what is read and sent; also when the viewer has left. The file before stays if this one is wrong."""
+        error = None
+        try:
+            self.start_file = await self.loop.run_in_executor(self.live.decoders, self.live.model.read_start, data)
+        except CHECKED as wrong:
+            error = one_line(wrong)[:500]
+        finally:
+            self.live.num_checks -= 1
+            self._looking = None
+        self.say(self._start_frames(error))
+
+    def _start_frames(self, error: str | None = None) -> dict[str, Any]:
+        file = self.start_file
+        return {
+            "type": "start_frames",
+            "media": file and file.media,
+            "frames": file and self.live.model.num_start_frames(file),
+            "thumbnail": file and file.thumbnail,
+            "error": error,
+        }
 
     def _end_session(self):
         if self.session:
@@ -433,7 +507,19 @@ ANSWERS = {
     "shown": Viewer._shown,
     "record": Viewer._record,
     "save": Viewer._save,
+    "upload": Viewer._begin_upload,
+    "remove": Viewer._remove,
 }
+# What needs no session.
+_BEFORE_START = ("start", "upload", "remove")
+
+
+@dataclass
+class Upload:
+    """A file of `size` bytes that is coming, and what has come of it."""
+
+    size: int
+    data: bytearray = field(default_factory=bytearray)
 
 
 class Recording:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import parse_scenes
 from ..pipelines.stream import PromptSwitch
 from ..shareable import shareable_value
+from .start_file import StartFile, available_media
 
 
 # Of the JSON of a session.
@@ -115,6 +117,39 @@ class LiveModel:
     def frame_rate(self) -> int:
         return self.pipe.config.frame_rate
 
+    @property
+    def start_media(self) -> list[str]:
+        """Media types of the files that a video may start from; pictures if a block has one latent frame."""
+        return available_media(pictures=self.frames_first_block == 1)
+
+    def read_start(self, data: bytes) -> StartFile:
+        """A file that videos may start from; a `ValueError` if this model cannot."""
+        file = StartFile.read(data)
+        self.num_start_frames(file)
+        return file
+
+    def num_start_frames(self, file: StartFile, strength: float | None = None) -> int:
+        """
+        So many of its first frames a video starts from: whole blocks of them.
+
+        Raises:
+            ValueError: there is no whole block, or it is a picture and a block has more latent frames than one.
+        """
+        first, step = self.frames_first_block, self.frames_per_block
+        if file.is_picture and first > 1:
+            raise ValueError(
+                f"a picture is one frame, but the first block of this model has {first}: give a video of {first} "
+                "frames or more."
+            )
+        # Without a strength there has to be a block to make.
+        room = min(file.num_frames, self.num_frames - (step if strength is None else 0))
+        if room < first:
+            raise ValueError(
+                f"the first block of this model has {first} frames, and of the file's {file.num_frames} only "
+                f"{max(room, 0)} can be given."
+            )
+        return int(first + (room - first) // step * step)
+
     def memory_gb(self) -> float:
         # Not where the weights are, which may be offloaded.
         device = self.pipe._execution_device
@@ -181,6 +216,8 @@ class LiveSession:
         prompt, seed: with the events they decide all frames.
         height, width: in pixels; the model's own by default.
         compare: two lanes from the same noise, 0 without the LoRAs and 1 with them; else lane 0 has them.
+        start_file: that all lanes start from, as `image` or `video` of the pipeline. It is decoded here and now.
+        strength: in (0, 1], of the pipeline: the video is made anew, and ends with the frames that are given.
         events: of an earlier session, each with the `block` it is for; they come as they came there.
 
     Raises:
@@ -194,6 +231,8 @@ class LiveSession:
     width: int | None = None
     compare: bool = False
     events: Sequence[dict[str, Any]] = ()
+    start_file: StartFile | None = None
+    strength: float | None = None
     num_blocks: int = field(default=0, init=False)  # made
     num_frames: int = field(default=0, init=False)  # made
     paused: bool = field(default=False, init=False)
@@ -207,7 +246,9 @@ class LiveSession:
         pipe.check_size(self.height, self.width)
         if self.height * self.width > self.model.max_pixels:
             raise ValueError(f"{self.height}x{self.width} are more than {self.model.max_pixels} pixels.")
-        pipe.check_inputs(check_prompt(self.prompt), self.height, self.width, self.model.num_frames)
+        number = self._check_start()
+        self._length = self.model.num_frames if self.strength is None else number
+        pipe.check_inputs(check_prompt(self.prompt), self.height, self.width, self._length)
         if not isinstance(self.compare, bool) or (self.compare and not self.model.adapters):
             raise ValueError("compare must be true or false, and true only with a LoRA.")
         self.weights = dict(self.model.weights)
@@ -226,6 +267,24 @@ class LiveSession:
         self.ready_at = self.active_at = time.monotonic()
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._slack = _SLACK
+        self._start = self._decode_start(number)
+
+    def _check_start(self) -> int:
+        """How many frames are given."""
+        number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
+        if self.strength is not None and not (
+            number and 0 < self.strength <= 1 and self.start_file and not self.start_file.is_picture
+        ):
+            raise ValueError("strength must be a number above 0 and at most 1, and needs a video to start from.")
+        return self.model.num_start_frames(self.start_file, self.strength) if self.start_file else 0
+
+    def _decode_start(self, number: int) -> dict[str, Any]:
+        """The arguments of the pipeline, for which it has nothing left to resize."""
+        if self.start_file is None:
+            return {}
+        resize = partial(self.model.pipe.video_processor.resize, height=self.height, width=self.width)
+        frames = self.start_file.frames(number, resize)
+        return {"image": frames[0]} if self.start_file.is_picture else {"video": frames, "strength": self.strength}
 
     def _check_events(self, events: Any) -> dict[int, list[dict[str, Any]]]:
         if not isinstance(events, (list, tuple)) or len(events) > MAX_EVENTS:
@@ -321,6 +380,7 @@ class LiveSession:
         began = time.monotonic()
         if self._streams is None:
             self._streams = [self._open() for _ in range(1 + self.compare)]
+            self._start = {}
         with self._lock:
             pending, self._pending = self._pending, []
         number = self.num_blocks
@@ -352,10 +412,11 @@ class LiveSession:
             self.prompt,
             height=self.height,
             width=self.width,
-            num_frames=self.model.num_frames,
+            num_frames=self._length,
             # On the CPU: the same random numbers on every device.
             generator=torch.Generator().manual_seed(self.seed),
             output_type="uint8",
+            **self._start,
             **self.model.stream_settings,
         )
 
@@ -384,6 +445,7 @@ class LiveSession:
             with suppress(GeneratorExit):
                 stream.close()
         self._streams = []
+        self._start = {}
 
     def record(self) -> dict[str, Any]:
         """The session as JSON values: [`replay`] makes the same frames of it."""
@@ -402,6 +464,9 @@ class LiveSession:
                 "num_frames": None if self.model.num_frames == math.inf else self.model.num_frames,
                 "prompt": self.prompt,
                 "compare": self.compare,
+                # The file itself: frames of it are many times as large, and are the same whenever it is decoded.
+                "start_frames": self.start_file and self.start_file.uri,
+                "strength": self.strength,
                 "num_blocks": self.num_blocks,
                 "events": [dict(event) for event in self._taken],
             }
@@ -415,8 +480,11 @@ def replay(model: LiveModel, record: dict[str, Any]) -> Iterator[list[Block]]:
         ValueError: it is no session, or of other weights.
     """
     check_record(model, record)
-    names = ("prompt", "seed", "height", "width", "compare", "events")
-    session = LiveSession(model, **{name: record[name] for name in names if name in record})
+    names = ("prompt", "seed", "height", "width", "compare", "events", "strength")
+    values = {name: record[name] for name in names if name in record}
+    if record.get("start_frames") is not None:
+        values["start_file"] = StartFile.from_uri(record["start_frames"])
+    session = LiveSession(model, **values)
     try:
         for number in range(record["num_blocks"]):
             try:

@@ -35,8 +35,9 @@ class CausalTransformer(Protocol):
     _repeated_blocks: list[str]
 
     # May have `packs_blocks`, true if it knows two more cache modes; nothing needs them ([`store_mode`]). And
-    # `packs_clips`, true if a pass may have several blocks with a [`ClipKVCache`], in training. And `rope`, a
-    # [`CausalWanRotaryPosEmbed`], by which its keys are rotated in time: transitions that move frames need it.
+    # `packs_clips`, true if a pass may have several blocks with a [`ClipKVCache`], in training. And
+    # `can_flush`, true if a [`CausalWanRotaryPosEmbed`], its `rope`, rotates its keys in time and its cache may be
+    # flushed ([`CausalWanKVCache.flush`]): transitions that move frames need it.
 
     def new_kv_cache(self, max_frames: int | None = None, past_weight: float = 1.0) -> CausalWanKVCache:
         """An empty cache for one generation."""

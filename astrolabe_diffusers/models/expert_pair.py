@@ -12,8 +12,10 @@ from .kv_cache import CausalWanKVCache
 from .kv_cache_clip import ClipKVCache
 
 
-# What two experts that share a cache have in common: all that the contract names, and the shape of a key.
+# What two experts that share a cache have in common: all that the contract names, the shape of a key, and where the
+# sink is and what it takes up.
 _COMMON = (*CausalTransformerConfig.__annotations__, "num_attention_heads", "attention_head_dim", "text_dim")
+_COMMON += ("rope_window", "sink_ema", "upcast_sink_ema", "memory_bank_size")
 
 
 class ExpertPair(nn.Module):
@@ -60,9 +62,11 @@ class ExpertPair(nn.Module):
     ) -> Any:
         """As [`CausalWanTransformer3DModel.forward`]. With `clean_hidden_states` noisy blocks see what the memory
         expert makes of these, with gradients into both experts. A `ValueError` without these or a cache: then noisy
-        blocks would see what the memory expert has not made."""
+        blocks would see what the memory expert has not made; or with both."""
+        if clean_hidden_states is not None and kv_cache is not None:
+            raise ValueError("pass `kv_cache` or `clean_hidden_states`: with two experts these are whole videos.")
         if clean_hidden_states is not None:
-            kv_cache, kv_cache_mode = self._store_clip(clean_hidden_states, encoder_hidden_states), "read"
+            kv_cache, kv_cache_mode = self._store_clip(clean_hidden_states, encoder_hidden_states, **kwargs), "read"
         if kv_cache is None:
             raise ValueError("a memory transformer has no part in a pass without `kv_cache` or `clean_hidden_states`.")
         expert = self.transformer
@@ -71,7 +75,13 @@ class ExpertPair(nn.Module):
         inputs = hidden_states, timestep, encoder_hidden_states
         return expert(*inputs, kv_cache=kv_cache, kv_cache_mode=kv_cache_mode, **kwargs)
 
-    def _store_clip(self, clean: torch.Tensor, encoder_hidden_states: torch.Tensor) -> ClipKVCache:
+    def _store_clip(
+        self,
+        clean: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+        **_,
+    ) -> ClipKVCache:
         """The keys and values of a clip's blocks, with their graph. Nothing sees the last one's."""
         cache = ClipKVCache(self.config.num_layers, keeps_graph=True)
         clean = clean[:, :, : -self.config.num_frames_per_block]
@@ -79,7 +89,8 @@ class ExpertPair(nn.Module):
             timestep = torch.zeros(len(clean), device=clean.device)
             mode = store_mode(self.memory_transformer)
             inputs = clean, timestep, encoder_hidden_states
-            self.memory_transformer(*inputs, kv_cache=cache, kv_cache_mode=mode, return_dict=False)
+            arguments = {"attention_kwargs": attention_kwargs, "return_dict": False}
+            self.memory_transformer(*inputs, kv_cache=cache, kv_cache_mode=mode, **arguments)
         return cache
 
     # What policies ask of a transformer with adapters.
@@ -119,5 +130,7 @@ def differences(transformer: CausalTransformer, memory_transformer: CausalTransf
     for name in _COMMON:
         if here.get(name) != there.get(name):
             yield f"`{name}` is {there.get(name)!r} and not {here.get(name)!r}"
+    if here.get("memory_bank_size") and there.get("memory_bank_size"):
+        yield "a memory bank is chosen by the text's keys of one transformer, not of two"
     if transformer.dtype != memory_transformer.dtype:
         yield f"its dtype is {memory_transformer.dtype} and not {transformer.dtype}"

@@ -303,7 +303,6 @@ class CausalWanKVCache:
     """
 
     keeps_graph = False  # as its layers
-    can_flush = True  # [`flush`]
     # Whether videos that go on from one may attend to its keys and values, kept once ([`share_past`]).
     shares_past = True
 
@@ -432,7 +431,7 @@ class CausalWanKVCache:
     def select(self, videos: list[int]) -> "CausalWanKVCache":
         """A cache of its own for some videos of the batch."""
         other = copy.copy(self)
-        other._text = None
+        other._text, other._other_texts = None, {}
         other.state = replace(self.state, shape=self.state.shape and (len(videos), *self.state.shape[1:]))
         other.layer_caches = [layer_cache.select(videos, other.state) for layer_cache in self.layer_caches]
         return other

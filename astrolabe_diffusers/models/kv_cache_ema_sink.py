@@ -137,8 +137,6 @@ class EMASinkKVCache(CausalWanKVCache):
     takes up nothing of what is written anew a second time. Without, it is built of the frames that are written next.
     """
 
-    # Where the frames go that a flush drops nobody has said.
-    can_flush = False
     # Each video's sink takes up that video's frames.
     shares_past = False
 

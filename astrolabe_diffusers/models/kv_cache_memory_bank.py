@@ -210,8 +210,6 @@ class MemoryBankKVCache(CausalWanKVCache):
     recorded. Takes `size + 1` frames a layer more than [`CausalWanKVCache`].
     """
 
-    can_flush = False  # the bank would lie where the window was
-
     def __init__(self, num_layers: int, max_frames: int | None, past_weight: float, bank: MemoryBank):
         super().__init__(0, max_frames, past_weight)
         self.state = MemoryBankState(bank=bank)

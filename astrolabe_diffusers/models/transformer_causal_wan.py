@@ -193,25 +193,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
         if rope_mode not in ("absolute", "relative"):
             raise ValueError(f"`rope_mode` must be one of ('absolute', 'relative') but is {rope_mode!r}.")
-        if local_attn_size != -1 and local_attn_size < sink_size + num_frames_per_block:
-            raise ValueError(
-                f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = "
-                f"{sink_size + num_frames_per_block}, but is {local_attn_size}."
-            )
-        if rope_window is not None:
-            check_rope_window(self.config)
-        if sink_ema is not None and not (0 < sink_ema < 1 and sink_size > 0 and local_attn_size != -1):
-            raise ValueError(
-                f"`sink_ema` must be a decay in (0, 1) and needs a `sink_size` and a `local_attn_size`, but they are "
-                f"{sink_ema}, {sink_size} and {local_attn_size}; `None` is a sink that stays as it is."
-            )
+        check_window(self.config)
         if memory_bank_update not in BANK_UPDATES:
             raise ValueError(f"`memory_bank_update` must be one of {BANK_UPDATES} but is {memory_bank_update!r}.")
-        if memory_bank_size and (local_attn_size == -1 or rope_mode != "absolute" or sink_ema is not None):
-            raise ValueError(
-                f"`memory_bank_size={memory_bank_size}` needs a `local_attn_size` other than -1, no `sink_ema` and "
-                "`rope_mode='absolute'`: the bank has frames that leave the window, at their own positions."
-            )
         # The parent builds everything but the blocks, whose class is ours.
         stock = signature(WanTransformer3DModel.__init__).parameters.keys() & self.config.keys()
         super().__init__(**{name: self.config[name] for name in stock} | {"num_layers": 0})
@@ -359,6 +343,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             bank = MemoryBank(config.memory_bank_size, config.memory_bank_interval, config.memory_bank_update)
             return MemoryBankKVCache(config.num_layers, max_frames, past_weight, bank)
         return CausalWanKVCache(config.num_layers, max_frames, past_weight)
+
+    @property
+    def can_flush(self) -> bool:
+        """
+        Whether the transitions that forget a part of the window are possible: not where a sink takes up what leaves
+        it, or a memory bank has its places beside it.
+        """
+        return self._sink_ema() is None and not self.config.memory_bank_size
 
     def _sink_ema(self) -> SinkEMA | None:
         config = self.config
@@ -600,16 +592,34 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return BlockLayout(frame_tokens, n, attn_window, sink_size, shifts, first_frame, ema, num_taken)
 
 
-def check_rope_window(config):
-    """Raises a `ValueError` if the `rope_window` of a transformer's config does not go with the rest."""
-    value, window = config.rope_window, config.local_attn_size
-    if config.rope_mode != "relative" or window == -1:
+def check_window(config):
+    """Raises a `ValueError` if what a transformer's config says of window, sink and positions does not go together."""
+    window, sink_size, relative = config.local_attn_size, config.sink_size, config.rope_mode == "relative"
+    least = sink_size + config.num_frames_per_block
+    if window != -1 and window < least:
         raise ValueError(
-            f"`rope_window={value!r}` needs rope_mode='relative' and a window (`local_attn_size`): leave it None."
+            f"`local_attn_size` must be -1 or at least `sink_size + num_frames_per_block` = {least}, but is {window}."
         )
-    if not isinstance(value, int) or value < window:
+    # A transformer of one's own need not have these.
+    rows, ema, bank_size = (config.get(name) for name in ("rope_window", "sink_ema", "memory_bank_size"))
+    if rows is not None and not (relative and window != -1):
         raise ValueError(
-            f"`rope_window` must be None or a whole number of at least `local_attn_size` = {window}, but is {value!r}."
+            f"`rope_window={rows!r}` needs rope_mode='relative' and a window, `local_attn_size`, but they are "
+            f"{config.rope_mode!r} and {window}."
+        )
+    if rows is not None and (not isinstance(rows, int) or rows < window):
+        raise ValueError(
+            f"`rope_window` must be None or a whole number of at least `local_attn_size` = {window}, but is {rows!r}."
+        )
+    if ema is not None and not (0 < ema < 1 and sink_size > 0 and window != -1):
+        raise ValueError(
+            f"`sink_ema` must be a decay in (0, 1) and needs a `sink_size` and a `local_attn_size`, but they are "
+            f"{ema}, {sink_size} and {window}; `None` is a sink that stays as it is."
+        )
+    if bank_size and (window == -1 or relative or ema is not None):
+        raise ValueError(
+            f"`memory_bank_size={bank_size}` needs a `local_attn_size` other than -1, no `sink_ema` and "
+            "`rope_mode='absolute'`: the bank has frames that leave the window, at their own positions."
         )
 
 

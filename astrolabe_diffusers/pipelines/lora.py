@@ -148,7 +148,6 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
 
     @classmethod
-    @classmethod
     def load_lora_into_transformer(
         cls, state_dict, transformer, adapter_name=None, metadata=None, hotswap=False, **kwargs
     ):

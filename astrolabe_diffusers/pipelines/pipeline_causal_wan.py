@@ -22,7 +22,6 @@ from ..models.contract import CausalTransformer
 from ..models.expert_pair import ExpertPair, differences
 from ..models.lora_layers import check_no_loose_lora
 from ..models.module_calls import has_hooks
-from ..models.rotary import CausalWanRotaryPosEmbed
 from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_operations import to_uint8
@@ -282,11 +281,9 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     @property
     def transitions(self) -> tuple[str, ...]:
         """How a video can go on with another prompt. `"flush"` and `"rope_cut"` need a cache that lasts, which with
-        `num_context_frames` is made anew for every block, without an EMA sink or a memory bank, and a transformer with
-        a `rope` ([`CausalTransformer`])."""
-        rope = getattr(self.transformer, "rope", None)
-        lasts = self.config.num_context_frames is None and isinstance(rope, CausalWanRotaryPosEmbed)
-        if lasts and self.transformer.new_kv_cache().can_flush:
+        `num_context_frames` is made anew for every block, and a transformer that `can_flush` it
+        ([`CausalTransformer`])."""
+        if self.config.num_context_frames is None and getattr(self.transformer, "can_flush", False):
             return TRANSITIONS
         return tuple(name for name in TRANSITIONS if name not in ("flush", "rope_cut"))
 

@@ -56,7 +56,10 @@ def check_transition(transition: str, possible: Sequence[str]):
     if transition not in possible:
         needs = ""
         if transition in TRANSITIONS:
-            needs = " It needs a cache that lasts, so no `num_context_frames`, and a transformer with a `rope`."
+            needs = (
+                " It needs a cache that lasts, so no `num_context_frames`, no EMA sink and no memory bank, and a "
+                "transformer that `can_flush` it."
+            )
         raise ValueError(f"`transition` must be one of {possible} but is {transition!r}.{needs}")
 
 

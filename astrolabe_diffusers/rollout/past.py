@@ -50,6 +50,11 @@ class Windows:
     shared_past: bool = False
     switches: list[Switch] = field(default_factory=list)
 
+    @property
+    def have_past(self) -> bool:
+        """Whether something lies before one of them."""
+        return max(self.starts) > 0
+
     def past(self, epoch: int) -> Past:
         """What is before it in this epoch, on every process."""
         start = _draw(self.starts, "window", self.seed, epoch)

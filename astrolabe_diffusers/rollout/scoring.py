@@ -156,7 +156,7 @@ class ScoringThread(Closing):
         prompts = [sample.prompt.text for sample in samples]
         metadata = [sample.prompt.metadata or {} for sample in samples]
         try:
-            output = rewards(videos[:, frames], prompts, metadata, context=videos[:, : frames.start])
+            output = rewards(videos[:, frames], prompts, metadata, videos[:, : frames.start])
         except (RewardError, RewardPlacementError) as error:
             if not self.skip_bad or isinstance(error, RewardPlacementError):
                 raise UserError(one_line(error)) from error

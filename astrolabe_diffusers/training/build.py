@@ -16,7 +16,7 @@ from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.sharding import is_sharded
 from ..errors import UserError, as_user_error
 from ..layouts.experts import MEMORY_TRANSFORMER
-from ..models.transformer_causal_wan import check_rope_window
+from ..models.transformer_causal_wan import check_window
 from ..pipelines.loading import frozen_dtype, load_text_encoder
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet, named_reward_funcs
@@ -98,15 +98,8 @@ def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
     attention = {"local_attn_size": config.local_attn_size, "sink_size": config.sink_size}
     for expert in pipeline.experts.values():
         expert.register_to_config(**{name: value for name, value in attention.items() if value is not None})
-    model = pipeline.transformer.config
-    if model.local_attn_size != -1 and model.local_attn_size < model.sink_size + model.num_frames_per_block:
-        raise UserError(
-            f"local_attn_size={model.local_attn_size} has no room for the sink of {model.sink_size} and a block of "
-            f"{model.num_frames_per_block} latent frames; -1 is no limit."
-        )
-    if model.get("rope_window") is not None:
-        with as_user_error("local_attn_size"):
-            check_rope_window(model)
+    with as_user_error("this model's window or sink cannot be that"):
+        check_window(pipeline.transformer.config)
     if config.sigmas:
         pipeline.register_to_config(sigmas=config.sigmas)
     if config.num_context_frames is not None:

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, ModelMixin
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline, CausalWanTransformer3DModel
+from astrolabe_diffusers.layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 
 
@@ -35,15 +36,19 @@ def random_pipeline(
     torch.manual_seed(0)  # the same on every process
     published = PUBLISHED_MODELS[recipe]
     with init_empty_weights():
-        transformer = CausalWanTransformer3DModel(**WAN_SIZES[published.size], **published.transformer)
+        experts = [
+            CausalWanTransformer3DModel(**WAN_SIZES[published.size], **published.transformer)
+            for _ in range(published.experts)
+        ]
         text_encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
+    experts = [random_weights(expert, device, dtype, home) for expert in experts]
     return CausalWanPipeline(
         # Any: only the number of tokens, which is padded, costs time.
         tokenizer=AutoTokenizer.from_pretrained(TINY_SHAPES, subfolder="tokenizer"),
         text_encoder=random_weights(text_encoder, device, dtype, home),
         vae=AutoencoderKLWan().to(home or device, dtype).eval(),
         scheduler=FlowMatchLCMScheduler(shift=5.0),
-        transformer=random_weights(transformer, device, dtype, home),
+        **dict(zip((TRANSFORMER, MEMORY_TRANSFORMER), experts)),
         **published.pipeline,
     )
 

@@ -26,7 +26,8 @@ def settings_of(model):
     if "rope_window" in transformer:
         positions += f", {transformer['rope_window']}"
     frames = str(transformer.get("num_frames_per_block", 3))
-    return [model.size, frames, f"{first}, {steps}", f"{window} / {transformer.get('sink_size', 0)}", positions]
+    base = model.size if model.experts == 1 else f"{model.experts} x {model.size}"
+    return [base, frames, f"{first}, {steps}", f"{window} / {transformer.get('sink_size', 0)}", positions]
 
 
 def test_what_each_is():

@@ -45,7 +45,7 @@ def test_the_package_s_own_are_such_files():
         ("source: x\ntransformer: [1]", r"transformer must be a mapping of names to values, not \[1\]"),
         ("source: x\nsize: 5B", "size must be one of 1.3B, 14B, not '5B'"),
         ("source: x\nsource: y", "is no valid YAML: .*source is given twice"),
-        ("source: x\ntransformer: {sink: 3}", r"recipe's transformer has no `sink` \(did you mean sink_size\?\)"),
+        ("source: x\ntransformer: {sink: 3}", r"transformer has no `sink` \(did you mean sink_ema or sink_size\?\)"),
         ("source: x\ntransformer: {sink_size: -3}", "`sink_size` must be a whole number of at least 0"),
     ],
 )

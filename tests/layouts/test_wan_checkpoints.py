@@ -319,7 +319,6 @@ def with_lora(weights):
     [
         ("RAVEN's full file", "a model with a LoRA beside its weights.*take the file with both merged"),
         ("a LoRA", "a LoRA: merge it"),
-        ("two experts", "a model with a second expert, as Self Gradient Forcing Plus"),
         ("image to video", "a model of images to videos"),
         ("autoencoder", "an autoencoder or a decoder"),
         ("5B", r"Wan2.2 5B \(LongLive 2.0\) \(width 3072, 30 layers\)"),
@@ -328,12 +327,10 @@ def with_lora(weights):
 def test_files_of_other_models(transformer, kind, words):
     """Their names tell what they are."""
     weights = original_weights(transformer)
-    experts = {"blocks.0.self_attn.q.memory_weight": torch.zeros(24, 24), "memory_head.head.bias": torch.zeros(1)}
     large = full_size(24, 30, 14336).state_dict() if kind == "5B" else {}
     checkpoint = {
         "RAVEN's full file": with_lora(weights)[0],
         "a LoRA": with_lora(weights)[1],
-        "two experts": weights | experts,
         "image to video": weights | {"img_emb.proj.0.weight": torch.zeros(8), "x.k_img.weight": torch.zeros(8)},
         "autoencoder": {"encoder.conv1.weight": torch.zeros(1), "decoder.conv1.weight": torch.zeros(1)},
         "5B": {name: large.get(new) for name, new in original_names(30).items()},

@@ -30,8 +30,9 @@ def save_loras(folder: Path) -> list[Path]:
     return paths
 
 
-def make_model(loras: dict[Path, float] | None = None, **settings) -> LiveModel:
-    pipe = tiny_pipeline(**ENDLESS)
+def make_model(loras: dict[Path, float] | None = None, config: dict | None = None, **settings) -> LiveModel:
+    """`config` overrides any of the pipeline's."""
+    pipe = tiny_pipeline(**ENDLESS | (config or {}))
     loras = {str(path): weight for path, weight in (loras or {}).items()}
     if loras:
         load_loras(pipe, loras)

@@ -21,8 +21,10 @@ from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.live.config import LiveConfig
 from astrolabe_diffusers.live.load import load_live_app, load_model, read_presets
 from astrolabe_diffusers.live.session import LiveSession
+from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.serving.binding import bind
+from tests.live.files import video_file
 from tests.live.helpers import ENDLESS, save_loras
 from tests.pipelines.test_scenes import A, B
 from tests.tiny_pipeline import save_tiny_pipeline
@@ -31,27 +33,30 @@ from tests.waiting import wait_for
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model's folder, two LoRAs, and a session that was steered, with its frames."""
+    """A model's folder, two LoRAs, and sessions that were steered, with their frames."""
     folder = tmp_path_factory.mktemp("live")
     save_tiny_pipeline(folder / "model", **ENDLESS)
     loras = save_loras(folder / "loras")
     model = load_model(LiveConfig(model=str(folder / "model"), lora={str(loras[0]): 1.0}), None, None)
-    session = LiveSession(model, A, 11, compare=True)
-    lanes = [session.make_block()[0] for _ in range(2)]
-    session.send({"type": "prompt", "prompt": B, "transition": "recache"})
-    session.send({"type": "lora", "weights": {"first": 0.25}})
-    lanes += [session.make_block()[0] for _ in range(3)]
-    (folder / "mine.json").write_text(json.dumps(session.record()))
-    for lane, name in enumerate(("base", "tuned")):
-        np.save(folder / f"{name}.npy", np.concatenate([blocks[lane].frames for blocks in lanes]))
+    video = video_file(folder / "start.mp4").read_bytes()
+    for name, start in (("mine", None), ("from_a_file", StartFile.read(video))):
+        session = LiveSession(model, A, 11, compare=True, start_file=start)
+        lanes = [session.make_block()[0] for _ in range(2)]
+        session.send({"type": "prompt", "prompt": B, "transition": "recache"})
+        session.send({"type": "lora", "weights": {"first": 0.25}})
+        lanes += [session.make_block()[0] for _ in range(3)]
+        (folder / f"{name}.json").write_text(json.dumps(session.record()))
+        for lane, suffix in enumerate(("-base", "")):
+            np.save(folder / f"{name}{suffix}.npy", np.concatenate([blocks[lane].frames for blocks in lanes]))
     return folder
 
 
-def generate(folder, *words):
-    return main(["generate", "--model", str(folder / "model"), "--session", str(folder / "mine.json"), *words])
+def generate(folder, *words, session="mine"):
+    return main(["generate", "--model", str(folder / "model"), "--session", str(folder / f"{session}.json"), *words])
 
 
-def test_the_frames_of_a_session_again(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["mine", "from_a_file"])
+def test_the_frames_of_a_session_again(folder, tmp_path, monkeypatch, name):
     """Bit for bit, as they come to the encoder."""
     written = {}
     write = VideoWriter.write
@@ -61,11 +66,12 @@ def test_the_frames_of_a_session_again(folder, tmp_path, monkeypatch):
         write(self, frames)
 
     monkeypatch.setattr(VideoWriter, "write", keep)
-    assert generate(folder, "--lora", f"{folder}/loras/first=0.5", "--output_dir", str(tmp_path)) == 0
-    for file, name in (("mine-base.mp4", "base"), ("mine.mp4", "tuned")):
-        frames = np.load(folder / f"{name}.npy")
-        assert np.array_equal(np.concatenate(written[file]), frames)
-        assert imageio.v3.imread(tmp_path / file).shape == frames.shape
+    words = ("--lora", f"{folder}/loras/first=0.5", "--output_dir", str(tmp_path))
+    assert generate(folder, *words, session=name) == 0
+    for lane in (f"{name}-base", name):
+        frames = np.load(folder / f"{lane}.npy")
+        assert np.array_equal(np.concatenate(written[f"{lane}.mp4"]), frames)
+        assert imageio.v3.imread(tmp_path / f"{lane}.mp4").shape == frames.shape
 
 
 def test_the_session_of_another_model_is_refused(folder, tmp_path, capsys):

@@ -21,6 +21,7 @@ from PIL import Image
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.rewards.metrics.tiny_shapes import TinyShapesPromptMatch
+from tests.live.files import video_file
 from tests.processes import Script
 
 
@@ -163,7 +164,7 @@ class Tab:
                 self.received.append(message)
 
         websocket.on("framereceived", received)
-        websocket.on("framesent", lambda data: self.sent.append(json.loads(data)))
+        websocket.on("framesent", lambda data: self.sent.append(json.loads(data)) if isinstance(data, str) else None)
 
     def start(self, prompt: str, seed: int = 0):
         self.page.evaluate("pictures.length = 0")
@@ -350,6 +351,107 @@ def test_record_and_replay(server, open_tab, tmp_path):
     tab.wait_for_text("#log", f"Block {mark['block']}: “{BLUE}”, cut")
 
 
+def drop(tab, event: str, name: str, data: bytes):
+    """A file is dropped on the page, or pasted."""
+    tab.page.evaluate(
+        """([event, name, data]) => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name));
+          const given = event === "drop" ? { dataTransfer: transfer } : { clipboardData: transfer };
+          const Kind = event === "drop" ? DragEvent : ClipboardEvent;
+          document.body.dispatchEvent(new Kind(event, { ...given, bubbles: true, cancelable: true }));
+        }""",
+        [event, name, base64.b64encode(data).decode()],
+    )
+
+
+@pytest.fixture(scope="module")
+def blue_video(tmp_path_factory):
+    """25 frames, in a file of more parts than one."""
+    path = tmp_path_factory.mktemp("video") / "blue.mp4"
+    pipe = DiffusionPipeline.from_pretrained(TINY_SHAPES)
+    frames = pipe(BLUE, num_frames=33, generator=torch.Generator().manual_seed(0), output_type="uint8").frames[0]
+    iio.imwrite(path, frames[:25].numpy(), fps=16)
+    with path.open("ab") as file:
+        file.write(struct.pack(">I4s", 2**17, b"free") + bytes(2**17 - 8))
+    return path
+
+
+def test_a_file_to_start_from(server, open_tab, tmp_path, blue_video):
+    """Chosen by keyboard, shown, used in both lanes by the next start, saved, replayed, removed; dropped, pasted."""
+    markup = "<img src=x onerror=alert(1)>.mp4"
+    path = tmp_path / markup
+    path.write_bytes(blue_video.read_bytes())
+    wanted = iio.imread(path, plugin="FFMPEG")[:21].astype(int)
+    tab = open_tab(server.url, viewport={"width": 360, "height": 740})
+    tab.start(RED, seed=5)
+    tab.wait_for_frames(FIRST)
+    tab.page.focus("#start-choose")
+    with tab.page.expect_file_chooser() as chooser:
+        tab.page.keyboard.press("Enter")
+    chooser.value.set_files(path)
+    tab.wait_for_text("#start-state", f"{markup}: its first 21 frames")
+    assert tab.page.locator("#start-frames img").count() == 1
+    picture = tab.page.get_by_role("img", name=f"The first frame of {markup}")
+    assert picture.evaluate("e => e.decode().then(() => [e.naturalWidth, e.naturalHeight])") == [96, 96]
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert tab.page.evaluate("document.activeElement.id") == "start-choose"
+    # The video that runs goes on; the next one begins with it.
+    assert match(tab.frames(0, 33), RED) > 0.7
+    tab.received.clear()
+    tab.page.check("#compare")
+    assert tab.wait_for_message("started")["compare"]
+    lanes = [tab.frames(0, 45, lane) for lane in (0, 1)]
+    for frames in lanes:
+        assert abs(frames[:21] - wanted).mean() < 10
+        assert match(frames[:21], BLUE) > 0.7
+    assert not np.array_equal(lanes[0][21:], lanes[1][21:])
+
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("button", name="Save session").click()
+    saved = download.value.path()
+    uri = json.loads(saved.read_text())["start_frames"]
+    assert base64.b64decode(uri.removeprefix("data:video/mp4;base64,")) == path.read_bytes()
+    tab.page.get_by_role("button", name="Remove the file to start from").click()
+    tab.page.wait_for_selector("#start-picture", state="hidden")
+    tab.page.evaluate("pictures.length = 0")
+    tab.received.clear()
+    tab.page.set_input_files("#file", saved)
+    assert all(np.array_equal(tab.frames(0, 45, lane), frames) for lane, frames in enumerate(lanes))
+    tab.wait_for_text("#start-state", "the session's file: its first 21 frames")
+
+    # What is wrong is said, and the one before stays.
+    drop(tab, "drop", "<b>notes</b>.txt", b"hello")
+    tab.wait_for_text("[role=alert]", "<b>notes</b>.txt: a file to start from is one of")
+    drop(tab, "paste", "large.mp4", bytes(2**23 + 1))
+    tab.wait_for_text("[role=alert]", "large.mp4: it has 8388609 bytes; there may be 8388608.")
+    tab.wait_for_text("#start-state", "the session's file: its first 21 frames")
+    drop(tab, "paste", "nine.mp4", video_file(tmp_path / "nine.mp4", 9).read_bytes())
+    tab.wait_for_text("#start-state", "nine.mp4: its first 9 frames")
+    tab.page.fill("#strength", "0.5")
+    tab.page.click("#restart")
+    tab.wait_for_text("#state", "Ended: the video has come to its end")
+    tab.wait_for_frames(9)
+    tab.page.wait_for_timeout(500)
+    assert tab.count() == 9 and tab.page.locator("[role=alert] b").count() == 0
+
+
+def test_a_server_that_comes_back_gets_the_file_again(open_tab, tmp_path):
+    path = video_file(tmp_path / "video.mp4", 9, 96, 96)
+    server = Server()
+    tab = open_tab(server.url)
+    tab.page.set_input_files("#start-file", path)
+    tab.wait_for_text("#start-state", "video.mp4: its first 9 frames")
+    tab.start(RED)
+    frames = tab.frames(0, 9)
+    server.kill()
+    tab.wait_for_text("#state", "No connection")
+    again = Server(port=server.port)
+    tab.wait_for_text("#state", "The server is back. Playing")
+    assert np.array_equal(tab.frames(0, 9), frames)
+    again.stop()
+
+
 def test_files_that_are_no_session_of_this_model(server, open_tab, tmp_path):
     tab = open_tab(server.url)
     session = {"model": "another", "prompt": RED, "seed": 0, "height": 96, "width": 96, "compare": False, "events": []}
@@ -444,7 +546,7 @@ def test_markup_is_text(server, open_tab):
     # What the server says of a prompt that it refuses has the prompt in it.
     tab.send("<b>a | [9x]</b>")
     tab.wait_for_text("[role=alert]", "<b>a")
-    assert tab.page.locator("main img, main b, [role=alert] b").count() == 0
+    assert tab.page.locator("main img:not(#start-picture), main b, [role=alert] b").count() == 0
     assert tab.page.title() == "Astrolabe live"
 
 
@@ -472,6 +574,8 @@ HELLO = {
     "loras": {},
     "max_pixels": 4096,
     "version": 1,
+    "start_media": [],
+    "max_upload": 0,
 }
 
 

@@ -1,19 +1,27 @@
 """Sessions: what is asked for holds from the next block on, is written down, and comes again bit for bit."""
 
+import gc
 import json
 import math
 import threading
+import weakref
+from dataclasses import replace
 from functools import partial
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import load_image
+from PIL import Image
 
 from astrolabe_diffusers.live import session as session_module
 from astrolabe_diffusers.live.session import LiveModel, LiveSession, replay
+from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.models.kv_cache import CausalWanKVCache
 from astrolabe_diffusers.models.lora_layers import lora_weights_of
 from astrolabe_diffusers.pipelines.loading import load_loras
+from tests.live.files import picture_file, video_file
 from tests.live.helpers import ENDLESS, all_equal, make_blocks, make_model, save_loras
 from tests.pipelines.test_scenes import A, B, C
 from tests.tiny_pipeline import tiny_pipeline
@@ -207,6 +215,112 @@ def test_a_model_that_cannot_go_on_has_an_end():
         assert session.record()["num_frames"] == len(wanted) == 21
         with pytest.raises(ValueError, match="it has 3 blocks, and its video only 2"):
             list(replay(session.model, {**session.record(), "num_blocks": 3}))
+
+
+# What a video starts from
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """A file of 25 frames, which are no whole number of blocks, and its frames as ffmpeg gives them."""
+    path = video_file(tmp_path_factory.mktemp("start") / "video.mp4")
+    return StartFile.read(path.read_bytes()), [Image.fromarray(frame) for frame in iio.imread(path, plugin="FFMPEG")]
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("start") / "picture.png"
+    path.write_bytes(picture_file())
+    return StartFile.read(path.read_bytes()), load_image(str(path))
+
+
+def stream(model, number, **start):
+    """Blocks of the pipeline's own stream, with the weights that were loaded."""
+    if model.adapters:
+        model.pipe.set_adapters(list(model.adapters.values()), list(model.weights.values()))
+    generator = torch.Generator().manual_seed(3)
+    settings = {"num_frames": model.num_frames} if "strength" not in start else {}
+    with model.pipe.stream(A, generator=generator, output_type="uint8", **settings, **start) as stream:
+        return [next(stream)[0] for _ in range(number)]
+
+
+def test_a_video_goes_on_from_the_file(model, video):
+    """It has its first 21 frames, in the pipeline's size, whatever size they are sent in."""
+    file, frames = video
+    session = LiveSession(model, A, 3, start_file=file)
+    blocks = make_blocks(session, 4)
+    assert all_equal(blocks, stream(model, 4, video=frames[:21]))
+    assert not torch.equal(blocks[2], make_blocks(LiveSession(model, A, 3), 3)[2])
+
+
+def test_a_picture_is_the_first_block_of_a_model_with_blocks_of_one(picture):
+    file, image = picture
+    model = make_model(config={"num_frames_per_block": 1})
+    assert "image/png" in model.start_media
+    blocks = make_blocks(LiveSession(model, A, 3, start_file=file), 4)
+    assert [len(block) for block in blocks] == [1, 4, 4, 4]
+    assert all_equal(blocks, stream(model, 4, image=image))
+    assert not torch.equal(blocks[1], make_blocks(LiveSession(model, A, 3), 2)[1])
+
+
+def test_with_a_strength_the_video_is_made_anew(model, video):
+    file, frames = video
+    session = LiveSession(model, A, 3, start_file=file, strength=0.6)
+    blocks = make_blocks(session, 2)
+    assert all_equal(blocks, stream(model, 2, video=frames[:21], strength=0.6))
+    with pytest.raises(StopIteration):
+        session.make_block()
+    other = make_blocks(LiveSession(model, A, 3, start_file=file, strength=0.9), 2)
+    assert not torch.equal(blocks[0], other[0])
+    repeated = [torch.from_numpy(lanes[0].frames) for lanes in replay(model, json.loads(json.dumps(session.record())))]
+    assert all_equal(repeated, blocks)
+
+
+def test_a_saved_session_has_what_it_started_from(model, lora_paths, video):
+    """Both lanes start from it, and begin alike."""
+    file, frames = video
+    session, blocks = steered(model, compare=True, start_file=file)
+    assert np.array_equal(blocks[0][0].frames, stream(model, 1, video=frames[:21])[0])
+    assert np.array_equal(blocks[0][0].frames, blocks[0][1].frames)
+    assert not np.array_equal(blocks[2][0].frames, blocks[2][1].frames)
+    record = json.loads(json.dumps(session.record()))
+    again = make_model(dict(zip(lora_paths, (1.0, 0.0))))
+    for old, new in zip(blocks, replay(again, record), strict=True):
+        assert all(np.array_equal(a.frames, b.frames) for a, b in zip(old, new, strict=True))
+    # Of one that started from nothing there is nothing.
+    assert LiveSession(model, A, 0).record()["start_frames"] is None
+
+
+def test_frames_are_let_go_when_they_are_encoded(model, video):
+    for use in (LiveSession.make_block, LiveSession.close):
+        session = LiveSession(model, A, 0, start_file=video[0])
+        frame = weakref.ref(session._start["video"][0])
+        use(session)
+        gc.collect()
+        assert frame() is None
+
+
+def test_starts_that_cannot_be(model, video, picture):
+    """With every number of frames that a video may have, none of them a whole block too many."""
+    (video, _), (picture, _) = video, picture
+    assert model.start_media == ["video/quicktime", "video/mp4", "video/webm"]
+    for values, message in (
+        ({"start_file": picture}, "a picture is one frame, but the first block of this model has 9"),
+        ({"start_file": replace(video, num_frames=8)}, "has 9 frames, and of the file's 8 only 8 can be given"),
+        ({"strength": 0.5}, "needs a video to start from"),
+        *(({"start_file": video, "strength": s}, "above 0 and at most 1") for s in (0, 1.1, math.nan, True, "1", [])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LiveSession(model, A, 0, **values)
+    short = LiveModel(tiny_pipeline(**{**ENDLESS, "rope_mode": "absolute"}), "tiny")
+    assert short.num_frames == 21
+    assert (short.num_start_frames(video), short.num_start_frames(video, 0.5)) == (9, 21)
+    assert len(torch.cat(make_blocks(LiveSession(short, A, 0, start_file=video), 2))) == 21
+    for number in range(9, 26):
+        assert model.num_start_frames(replace(video, num_frames=number)) == (9 if number < 21 else 21)
+    record = LiveSession(model, A, 0).record()
+    with pytest.raises(ValueError, match="start_frames must be a data URI"):
+        next(replay(model, {**record, "num_blocks": 1, "start_frames": "video.mp4"}))
 
 
 # The flow, by a clock of ours

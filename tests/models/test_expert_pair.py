@@ -36,6 +36,13 @@ def test_what_two_experts_must_have_in_common():
     assert not list(differences(transformer, tiny_transformer(seed=1)))
     found = list(differences(transformer, tiny_transformer(sink_size=1, local_attn_size=8)))
     assert found == ["`local_attn_size` is 8 and not -1", "`sink_size` is 1 and not 0"]
+    window = {"local_attn_size": 6, "sink_size": 1, "rope_mode": "relative"}
+    for value in ({"rope_window": 9}, {"sink_ema": 0.9}):
+        assert len(list(differences(tiny_transformer(**window), tiny_transformer(**window, **value)))) == 1
+    bank = tiny_transformer(local_attn_size=6, memory_bank_size=2)
+    assert list(differences(bank, bank)) == [
+        "a memory bank is chosen by the text's keys of one transformer, not of two"
+    ]
     assert list(differences(transformer, tiny_transformer().to(torch.bfloat16))) == [
         "its dtype is torch.bfloat16 and not torch.float32"
     ]

@@ -163,12 +163,18 @@ def test_soft_scenes(pipe):
     assert (result - expected_latents(pipe, [A] * 3 + [B] * 2 + [C])).abs().max() <= 1e-5
 
 
-def test_videos_that_part_keep_their_past(pipe):
-    """At a hard cut of one of two."""
-    prompts = [f"{A}[1.5s#] | {B}[2.2s]", f"{C}[3.7s]"]
-    both = pipe(prompts, generator=[seeded(0), seeded(1)], output_type="latent").frames
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [f"{A}[1.5s#] | {B}[2.2s]", f"{C}[3.7s]"],
+        # Parts of unequal size, whose blocks are stored with texts of their own.
+        [f"{A}[1.5s] | {B}[1.5s flush] | {C}[3s]", f"{B}[1.5s flush] | {C}[4.5s]", f"{C}[3s recache] | {A}[3s]"],
+    ],
+)
+def test_videos_that_part_keep_their_past(pipe, prompts):
+    together = pipe(prompts, generator=[seeded(i) for i in range(len(prompts))], output_type="latent").frames
     for i, prompt in enumerate(prompts):
-        assert (both[i : i + 1] - generate(pipe, prompt, generator=[seeded(i)])).abs().max() <= 1e-5
+        assert (together[i : i + 1] - generate(pipe, prompt, generator=[seeded(i)])).abs().max() <= 1e-5
 
 
 @torch.no_grad()

@@ -178,9 +178,10 @@ def test_many_flushes_do_not_wear_the_first_frame_out():
 
 
 def test_where_they_are_not_possible():
-    for pipe in (build(num_context_frames=3), build()):
-        if pipe.config.num_context_frames is None:
-            pipe.transformer = OwnTransformer()
+    own, window = build(), {"local_attn_size": 6, "sink_size": 1}
+    own.transformer = OwnTransformer()
+    bank = {"rope_mode": "absolute", "memory_bank_size": 2, **window}
+    for pipe in (build(num_context_frames=3), own, build(**window, sink_ema=0.9), build(**bank)):
         assert pipe.transitions == ("roll", "recache", "cut")
         for transition in ("flush", "rope_cut"):
             message = rf"one of .*'roll', 'recache', 'cut'.* but is '{transition}'. It needs a cache that lasts"

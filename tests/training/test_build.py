@@ -57,12 +57,14 @@ def test_a_server_s_recipe_is_trained_in_the_plain_loop():
 
 
 def test_a_window_needs_room():
-    with pytest.raises(UserError, match="local_attn_size=3 has no room for the sink of 3 and a block of 3"):
+    with pytest.raises(UserError, match="`local_attn_size` must be -1 or at least .* = 6, but is 3"):
         set_recipe(tiny_pipeline(), config(local_attn_size=3, sink_size=3))
     pipe = tiny_pipeline(local_attn_size=9, sink_size=3, rope_mode="relative", rope_window=14)
     set_recipe(pipe, config(local_attn_size=12))
-    with pytest.raises(UserError, match="local_attn_size: `rope_window` must be .* at least `local_attn_size` = 15"):
+    with pytest.raises(UserError, match="`rope_window` must be .* at least `local_attn_size` = 15"):
         set_recipe(pipe, config(local_attn_size=15))
+    with pytest.raises(UserError, match="`memory_bank_size=2` needs a `local_attn_size`"):
+        set_recipe(tiny_pipeline(local_attn_size=6, memory_bank_size=2), config(local_attn_size=-1))
 
 
 @pytest.fixture

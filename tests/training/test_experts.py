@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from astrolabe_diffusers import CausalWanPipeline, NFTConfig, NFTTrainer
 from astrolabe_diffusers.cli.train import main
 from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.models.kv_cache_clip import ClipKVCache
 from astrolabe_diffusers.training.forward_process.predictors import check_context
 from tests.own_transformer import OwnTransformer
 from tests.tiny_pipeline import SMALL, tiny_pipeline, write_prompt_folder
@@ -78,8 +79,27 @@ def test_a_setting_that_would_train_nothing(lora_expert):
 
 def test_a_window_of_two_experts():
     pair = two_expert_pipeline(**WINDOWS["chunkwise"]).denoiser
-    with pytest.raises(UserError, match="context=clean_grad trains whole videos of two experts: no window_size"):
-        check_context(config(context="clean_grad", window_size=6), pair)
+    with pytest.raises(UserError, match="trains whole videos of two experts: no window_size or sample_frames"):
+        check_context(config(context="clean_grad"), pair, has_past=True)
+    x = torch.zeros(1, 4, 3, 4, 4)
+    with pytest.raises(ValueError, match="with two experts these are whole videos"):
+        pair(x, x[:, 0, 0, 0, 0], x, kv_cache=ClipKVCache(1), kv_cache_mode="read", clean_hidden_states=x)
+
+
+@pytest.mark.parametrize("context", ["noisy", "clean_grad"])
+def test_a_memory_bank_has_clean_blocks_one_by_one(context):
+    model = tiny_pipeline(local_attn_size=6, memory_bank_size=2).transformer
+    with pytest.raises(UserError, match="memory bank is made block by block, .*train with context=clean"):
+        check_context(config(context=context), model)
+
+
+def test_what_lies_before_noisy_context(model_folder, tmp_path):
+    longer = {"context": "noisy", "num_frames": 9, "sample_frames": 6}
+    settings = tiny_settings(str(model_folder), str(tmp_path), rewards={BRIGHTNESS: 1.0}, eval_rewards=[])
+    pipe = tiny_pipeline(**SMALL)
+    prompts = {"train_prompts": ["a red circle", "a blue square"], "eval_prompts": ["a green cross"]}
+    with pytest.raises(UserError, match="context=noisy trains a whole video in one pass: no sample_frames"):
+        NFTTrainer(pipe, NFTConfig(**settings | longer), **prompts)
 
 
 def test_what_a_user_gets_wrong(model_folder, tmp_path):

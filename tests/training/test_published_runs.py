@@ -10,7 +10,10 @@ import yaml
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
-from astrolabe_diffusers.training.build import set_recipe
+from astrolabe_diffusers.rollout.past import make_windows
+from astrolabe_diffusers.training.build import check_experts, set_recipe
+from astrolabe_diffusers.training.forward_process.noising import training_sigmas
+from astrolabe_diffusers.training.forward_process.predictors import check_compiled_passes, check_context
 from astrolabe_diffusers.training.nft import NFTConfig
 from astrolabe_diffusers.training.published_runs import (
     PUBLISHED,
@@ -190,9 +193,18 @@ def test_a_run_of_ours(name, monkeypatch, capsys):
     assert find_published_run(name).settings.keys() >= find_published_run("longlive_video_hpsv3").settings.keys()
     model = PUBLISHED_MODELS[config.model]
     pipe = tiny_pipeline(**model.transformer, **model.pipeline)
+    if model.experts == 2:
+        pipe.memory_transformer = tiny_pipeline(**model.transformer).transformer
     before = dict(pipe.transformer.config), dict(pipe.config)
     set_recipe(pipe, config)
     assert (dict(pipe.transformer.config), dict(pipe.config)) == before
+    # What a run would only be told after its model is loaded.
+    check_experts(pipe, config)
+    blocks = pipe.transformer.config.num_frames_per_block
+    windows = make_windows(config, 21, blocks, pipe.transformer.config.sink_size)
+    check_context(config, pipe.denoiser, windows.have_past)
+    check_compiled_passes(config, pipe.denoiser, windows.size)
+    assert len(training_sigmas(pipe, config.train_timesteps, config.train_steps))
 
 
 def test_krea_is_trained_in_the_plain_loop():

@@ -4,6 +4,7 @@ import { decodableCodecs } from "./decoding.js";
 import { Loras } from "./loras.js";
 import { Player } from "./player.js";
 import { Connection, downloadAddress, unpackPictures } from "./protocol.js";
+import { StartFrames } from "./start_frames.js";
 
 const get = (id) => document.getElementById(id);
 const UPDATE_MS = 250; // between two looks at the figures
@@ -23,6 +24,8 @@ let trouble = null; // why there is no connection
 let cameBack = false;
 
 const loras = new Loras(get("lora-list"), (weights) => steer({ type: "lora", weights }));
+
+const startFrames = new StartFrames((message) => connection.send(message), showError);
 
 const receiver = {
   message(message) {
@@ -56,7 +59,10 @@ const receive = {
     get("height").value ||= message.height;
     if (player === null) setAspect(message);
     // The session goes on with what was on.
-    if (accepted) start({ ...accepted, events: loras.events });
+    const again = accepted;
+    startFrames.greet(message).then(() => {
+      if (again) start({ ...again, events: loras.events });
+    });
   },
   queue({ position, sessions }) {
     accepted = asked;
@@ -106,6 +112,12 @@ const receive = {
     link.click();
     URL.revokeObjectURL(link.href);
   },
+  received(message) {
+    startFrames.received(message);
+  },
+  start_frames(message) {
+    startFrames.told(message);
+  },
   ended({ reason }) {
     running = recording = false;
     waiting = accepted = null;
@@ -142,7 +154,7 @@ function start(message) {
 
 function startAnew() {
   const fields = ["prompt", "seed", "width", "height"].map(get);
-  if (!fields.every((field) => field.reportValidity())) return;
+  if (!fields.every((field) => field.reportValidity()) || !startFrames.valid || !startFrames.ready()) return;
   const number = (id) => get(id).valueAsNumber;
   start({
     type: "start",
@@ -152,6 +164,7 @@ function startAnew() {
     width: number("width"),
     codecs,
     compare: get("compare").checked,
+    strength: startFrames.strength,
     events: loras.events,
   });
 }
@@ -164,13 +177,15 @@ function readSession(text) {
   return session;
 }
 
-function replay(session) {
+async function replay(session) {
+  if (!startFrames.ready() || !(await startFrames.restore(session.start_frames ?? null))) return;
+  startFrames.strength = session.strength;
   get("prompt").value = session.prompt;
   for (const name of ["seed", "height", "width"]) get(name).value = session[name];
   get("compare").checked = session.compare;
   loras.show();
-  const { prompt, seed, height, width, compare, events } = session;
-  start({ type: "start", prompt, seed, height, width, codecs, compare, events });
+  const { prompt, seed, height, width, compare, strength, events } = session;
+  start({ type: "start", prompt, seed, height, width, codecs, compare, strength, events });
 }
 
 function steer(event) {
@@ -222,7 +237,7 @@ function describe() {
   for (const id of ["pause", "record"]) get(id).disabled = !running;
   // A video that has come to its end can be kept as well.
   get("save").disabled = hello === null || player === null;
-  for (const id of ["restart", "send", "load"]) get(id).disabled = hello === null;
+  for (const id of ["restart", "send", "load", "start-choose"]) get(id).disabled = hello === null;
   get("num-blocks").disabled = get("transition").value !== "roll";
   document.body.classList.toggle("slow", running && player.figures.slow);
 }
@@ -301,7 +316,7 @@ get("file").addEventListener("change", async () => {
   const text = await file.text();
   get("file").value = "";
   try {
-    replay(readSession(text));
+    await replay(readSession(text));
   } catch (error) {
     showError(`${file.name}: ${error.message}`);
   }

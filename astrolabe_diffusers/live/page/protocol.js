@@ -82,7 +82,9 @@ export class Connection {
     });
   }
 
+  /** `message` is an object or bytes. */
   send(message) {
-    if (this.#socket.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(message));
+    if (this.#socket.readyState !== WebSocket.OPEN) return;
+    this.#socket.send(message instanceof Uint8Array ? message : JSON.stringify(message));
   }
 }

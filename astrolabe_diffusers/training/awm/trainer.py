@@ -43,7 +43,7 @@ class AWMTrainer(OnlineTrainer):
 
     def prepare(self):
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
-        check_context(self.config, self.transformer)
+        check_context(self.config, self.transformer, self.windows.have_past)
         check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 

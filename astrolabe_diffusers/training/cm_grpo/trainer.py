@@ -9,7 +9,7 @@ from ...errors import UserError
 from ...rollout.samples import VideoBatch
 from ...rollout.seeds import seeded_generator
 from ..forward_process.gradient import backward_by_block
-from ..forward_process.noising import NoisedBatch, per_sample, squared_distance, training_sigmas
+from ..forward_process.noising import NoisedBatch, per_sample, squared_distance
 from ..forward_process.predictors import check_compiled_passes, check_context, predictor_class
 from ..trainer import OnlineTrainer
 from .config import CMGRPOConfig
@@ -25,8 +25,9 @@ class CMGRPOBatch(NoisedBatch):
 
 
 def noisy_steps(pipeline, train_steps: Sequence[int]) -> list[int]:
-    """The sampler's steps that are trained, `train_steps` or all, of those that draw noise: all but the last."""
-    count = len(training_sigmas(pipeline, "warped")) - 1
+    """The sampler's steps that are trained, `train_steps` or all, of those that draw noise: all but the last, and one
+    that goes to a level of 0."""
+    count = sum(level > 0 for level in pipeline.config.sigmas[1:])
     if count < 1:
         raise UserError("cm_grpo trains the sampler's steps that draw noise: one of a single step has none.")
     if list(pipeline.config.first_block_sigmas or pipeline.config.sigmas) != list(pipeline.config.sigmas):
@@ -103,7 +104,7 @@ class CMGRPOTrainer(OnlineTrainer):
     def prepare(self):
         config = self.config
         self.steps = noisy_steps(self.pipeline, config.train_steps)
-        check_context(config, self.transformer)
+        check_context(config, self.transformer, self.windows.have_past)
         check_compiled_passes(config, self.transformer, self.windows.size)
         super().prepare()
 

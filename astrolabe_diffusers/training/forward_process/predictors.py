@@ -198,24 +198,27 @@ class WholeClipPredictor(BlockwisePredictor):
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
 
-def check_context(config: BlockwiseConfig, transformer):
-    """A [`UserError`] where a transformer cannot be given the context of the settings."""
+def check_context(config: BlockwiseConfig, transformer, has_past: bool = False):
+    """A [`UserError`] where a transformer cannot be given the context of the settings; `has_past` if something may lie
+    before what is trained."""
     experts = experts_of(transformer).values()
     if config.context == "noisy" and len(experts) > 1:
         raise UserError(
             "context=noisy has no pass of the memory transformer, and this model's blocks see nothing else: set "
             "context=clean or clean_grad."
         )
-    if config.context == "noisy" and transformer.config.get("memory_bank_size"):
-        raise UserError("the model's memory bank has clean frames: train with context=clean.")
+    if config.context == "noisy" and has_past:
+        raise UserError("context=noisy trains a whole video in one pass: no sample_frames before it.")
+    if config.context != "clean" and getattr(transformer.config, "memory_bank_size", 0):
+        raise UserError("the model's memory bank is made block by block, of clean frames: train with context=clean.")
     if config.context != "clean_grad":
         return
     if "clean_hidden_states" not in signature(transformer.forward).parameters:
         raise UserError("context=clean_grad needs a transformer that takes `clean_hidden_states`: set context=clean.")
-    if (len(experts) > 1 or config.window_size is not None) and not packs_clips(transformer):
+    if (len(experts) > 1 or has_past) and not packs_clips(transformer):
         raise UserError("this transformer has one block a pass (no `packs_clips`): set context=clean.")
-    if len(experts) > 1 and config.window_size is not None:
-        raise UserError("context=clean_grad trains whole videos of two experts: no window_size.")
+    if len(experts) > 1 and has_past:
+        raise UserError("context=clean_grad trains whole videos of two experts: no window_size or sample_frames.")
 
 
 def check_compiled_passes(config: BlockwiseConfig, transformer, num_frames: int):

@@ -40,7 +40,7 @@ class NFTTrainer(OnlineTrainer):
     def prepare(self):
         self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
-        check_context(self.config, self.transformer)
+        check_context(self.config, self.transformer, self.windows.have_past)
         check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 

@@ -360,6 +360,8 @@ def test_mistakes_in_settings(values, words):
     [
         ({}, [1, 3], "train_steps=3: the sampler's steps that draw noise are 0 to 2"),
         ({"sigmas": [1.0]}, [], "of a single step has none"),
+        # From the third step to the fourth, at 0, there is no noise.
+        ({"sigmas": [1.0, 0.5, 0.25, 0.0]}, [2], "train_steps=2: the sampler's steps that draw noise are 0 to 1"),
         ({"sigmas": [1.0, 0.5], "first_block_sigmas": [1.0, 0.75, 0.5]}, [], "first_block_sigmas are others"),
     ],
 )
