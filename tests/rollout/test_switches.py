@@ -213,3 +213,45 @@ def test_rewards_get_the_text_of_each_frame():
 def decode(vae, latents):
     with torch.no_grad():
         return (decode_latents(vae, latents).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("past", [Past(9), Past(9, shared=True), Past(3)])
+@pytest.mark.parametrize("cuts", [(), (6,), (9,)])
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_the_frames_before_the_window(past, cuts, number):
+    """As of the whole video, down to none at its beginning, over a cut too."""
+    if cuts and (past.shared or past.num_frames < cuts[0]):
+        pytest.skip("a past after a cut is not shared")
+    vae = tiny_pipeline(vae_num_res_blocks=0).vae
+    latents = torch.randn(2, 4, 15, 2, 4, generator=torch.Generator().manual_seed(0))
+    latents[1, :, : past.num_frames] = latents[0, :, : past.num_frames]
+    whole = decode_videos(vae, latents, cuts=cuts)
+    first = 4 * (past.num_frames - 1) + 1
+    videos = decode_videos(vae, latents, past, cuts, number)
+    assert videos.shape[1] == 57 - first + min(number, first)
+    assert (videos - whole[:, first - min(number, first) :]).abs().max() < 1e-4
+
+
+def test_rewards_see_what_was_before_their_frames():
+    """Of a window, of the scenes of a video, and of its blocks; the watched rewards may look further back."""
+    pipe, name = tiny_pipeline(**STEPS, vae_num_res_blocks=0), "tests.rewards.placed_rewards:Before"
+    scenes = SampleScene("four"), SampleScene("eight888", Switch(6))
+    sample = Sample(Prompt("of two"), 0, (0, 0), scenes)
+    latents = torch.randn(1, 4, 12, 2, 4, generator=torch.Generator().manual_seed(0))
+    frames = decode(pipe.vae, latents)[0]
+    levels = (frames * 255).round().mean((1, 2, 3))
+
+    def seen(end):
+        values = levels[max(end - 3, 0) : end]
+        return float(values @ 1000.0 ** torch.arange(len(values)).float())
+
+    rewards = [RewardSet({name: 1.0}), RewardSet({"hard_cut": 1.0})]
+    with ScoringThread(pipe.vae, *rewards) as scoring:
+        window = scoring.submit(latents, [sample], True, [sample.key], Past(9, switch=Switch(6))).result()
+        whole = scoring.submit(latents, [sample], block_frames=3).result()
+    assert window.values[name].item() == pytest.approx(seen(33), rel=1e-4) and "hard_cut/jump" in window.values
+    assert len(window.videos[sample.key]) == 12
+    assert whole.values[name].item() == pytest.approx((21 * seen(0) + 24 * seen(21)) / 45, rel=1e-4)
+    for number in (1, 2):
+        value = whole.values[f"after_switch/new/{number}/{name}"].item()
+        assert value == pytest.approx(seen(21 + 12 * (number - 1)), rel=1e-4)

@@ -34,7 +34,7 @@ class HardCut(Reward):
     uses_prompt = False
     num_context_frames = 8
 
-    def __init__(self, limit: float = 4.0):
+    def __init__(self, limit: float = 3.0):
         if not limit >= 1:
             raise ValueError(f"limit must be at least 1, not {limit}: a jump is never smaller.")
         self.limit = limit
