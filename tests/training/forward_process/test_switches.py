@@ -14,9 +14,12 @@ from astrolabe_diffusers.training.forward_process.noising import NoisedBatch
 from astrolabe_diffusers.training.forward_process.predictors import SwitchPredictor
 from astrolabe_diffusers.training.nft.trainer import accumulate_gradients
 from astrolabe_diffusers.training.policies import policy_parameters, use_policy
+from tests.own_transformer import OwnTransformer
 from tests.reference_causal_wan import ReferenceCausalWan
 from tests.reference_transitions import SlowScenes
+from tests.tiny_pipeline import tiny_transformer
 from tests.training.helpers import config, noised_batch, policy_pipeline
+from tests.two_experts import sizes_of
 
 
 OLD, NEW = "a red circle moves left on a black background", "a green cross moves up on a white background"
@@ -34,7 +37,7 @@ SWITCHES = {
     "recache without the sink": Switch(12, "recache", global_sink=False),
 }
 BANK = {"local_attn_size": 6, "sink_size": 3, "memory_bank_size": 2, "memory_bank_interval": 1}
-OTHERS = {"EMA sink": {**RELATIVE, "sink_ema": 0.7}, "memory bank": BANK}
+OTHERS = {"EMA sink": {**RELATIVE, "sink_ema": 0.7}, "memory bank": BANK, "past weight": {"past_weight": 0.5}}
 
 
 class Remembering(BlockGenerator):
@@ -47,6 +50,15 @@ class Remembering(BlockGenerator):
         # Its first pass has stored the block before.
         self.seen.append(in_use(self.kv_cache))
         return latents
+
+
+def make_pipeline(model):
+    if model == "own transformer":
+        return policy_pipeline(transformer=OwnTransformer(), vae_num_res_blocks=0)
+    pipe = policy_pipeline(**(MODELS | OTHERS).get(model, RELATIVE), vae_num_res_blocks=0)
+    if model == "two experts":
+        pipe.register_modules(memory_transformer=tiny_transformer(seed=1, **sizes_of(pipe.transformer)))
+    return pipe
 
 
 def in_use(cache):
@@ -64,11 +76,12 @@ def in_use(cache):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("model", [*MODELS, *OTHERS])
+@pytest.mark.parametrize("model", [*MODELS, *OTHERS, "own transformer", "two experts"])
 def test_the_replay_has_the_rollout_s_cache(model, switch, shared):
     """Also, the prediction from the noisy latents of a block's last step is the block that came of it."""
-    pipe, switch = policy_pipeline(**{**MODELS, **OTHERS}[model], vae_num_res_blocks=0), SWITCHES[switch]
-    if switch.transition not in pipe.transitions or (shared and switch.transition == "cut"):
+    pipe, switch = make_pipeline(model), SWITCHES[switch]
+    lacks = switch.transition not in pipe.transitions
+    if lacks or (shared and (switch.transition == "cut" or pipe.config.past_weight != 1)):
         pytest.skip("there is no such transition")
     Remembering.seen = seen = []
     pipe.block_generator_class = Remembering
@@ -82,14 +95,14 @@ def test_the_replay_has_the_rollout_s_cache(model, switch, shared):
         def submit(self, *args):
             return None
 
-    with use_policy(pipe.transformer, "old"):
+    with use_policy(pipe.denoiser, "old"):
         (batch,) = Rollout(pipe, Silent()).generate([samples], SIZE, past, keep_trajectory=True)
     blocks = batch.trajectory.latents[-2:]
     noisy = torch.cat([block[-2] for block in blocks], dim=2)
     timestep = batch.trajectory.timesteps[-1][-1].float().expand(2)
     made = batch.prompt_embeds, past, batch.old_prompt_embeds, pipe
     replayed = NoisedBatch(batch.latents, noisy, timestep / 1000, timestep, *made)
-    predictor = SwitchPredictor(pipe.transformer, replayed, "old")
+    predictor = SwitchPredictor(pipe.denoiser, replayed, "old")
     assert [frames.start for frames in predictor.passes] == [12, 15]
     for frames, expected in zip(predictor.passes, seen[-2:]):
         clean = predictor.predict_as("old", frames)
@@ -215,3 +228,18 @@ def test_a_shared_past_changes_nothing_in_a_step(switch, policy):
         results.append(([p.grad.clone() for p in policy_parameters(pipe.transformer)], statistics))
     assert min(g.abs().max() for g in results[0][0]) > 1e-5
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("switch", ["roll", "recache", "rope_cut"])
+def test_gradients_with_checkpointing(switch):
+    """What is computed again in the backward pass sees what it saw."""
+    pipe, accelerator, results = policy_pipeline(**RELATIVE), Accelerator(mixed_precision="no"), []
+    batch = noised_batch(pipe, frames=18)
+    batch.old_prompt_embeds, batch.pipeline = torch.flip(batch.prompt_embeds, [1]), pipe
+    batch.noisy, batch.past = batch.noisy[:, :, 12:], Past(12, switch=SWITCHES[switch])
+    for _ in range(2):
+        pipe.transformer.zero_grad()
+        accumulate_gradients(accelerator, pipe.transformer, batch, config(), 2, True)
+        results.append([p.grad.clone() for p in policy_parameters(pipe.transformer)])
+        pipe.transformer.enable_gradient_checkpointing()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
