@@ -54,7 +54,7 @@ EXPERIMENTS: dict[str, dict] = {
     # 5 / sigma^2 and by 5 over the mean distance, or smaller, by beta: rates and KL weights make up for it.
     "AWM": {"algorithm": "awm", "learning_rate": 3.5e-3, "kl_weight": 0.05},
     # Its gradient is of the noise that was drawn, which has no structure: a twentieth as long as that of an error.
-    "CM-GRPO": {"algorithm": "cm_grpo", "learning_rate": 0.16, "kl_weight": 0.011},
+    "CM-GRPO": {"algorithm": "cm_grpo", "learning_rate": 0.12, "kl_weight": 0.015},
     "an old policy that lags": LAGGING,
     "an old policy that lags, beta 0.1": {**LAGGING, "beta": 0.1, "learning_rate": 0.25, "kl_weight": 0.001},
     "adaptive loss weights": {"loss_weighting": "adaptive", "learning_rate": 1.5e-3, "kl_weight": 0.17},

@@ -249,6 +249,7 @@ def test_experts_that_cannot_share_a_cache(pipe, changes, message):
         later.stream(PROMPT)
 
 
+@pytest.mark.usefixtures("own_precision")
 def test_both_are_under_autocast(pipe):
     """As accelerate prepares a model, evaluation and training in bf16: the pair is the same one afterwards."""
     prepared = two_expert_pipeline(**CHUNKWISE)
