@@ -30,7 +30,7 @@ def make_samples(
     samples = eval_samples(prompts, seeds)
     if not config.transitions:
         return samples
-    check_switch_prompts(prompts, config.switch_prompts)
+    check_switch_prompts(prompts, config.switch_prompts, "held-out")
     with as_user_error("transitions"):
         for transition in config.transitions:
             check_transition(transition, pipeline.transitions)

@@ -28,7 +28,7 @@ class SwitchConfig(Config):
     """How videos change their prompt on the way."""
 
     transitions: list[str] = option(
-        [], f"videos go on with another prompt, by one of these: {', '.join(TRANSITIONS)}; none if not given"
+        [], f"prompts change on the way, once by each of these: {', '.join(TRANSITIONS)}; not at all if not given"
     )
     transition_blocks: int = option(1, "blocks over which `roll` goes from the old text to the new one", minimum=1)
     recache_sink: bool = option(True, "`recache` keeps the sink, as it was made with the old prompt")

@@ -83,11 +83,13 @@ def epoch_prompts(prompts: Sequence[Prompt], num_groups: int, num_epochs: int, s
 def switch_texts(
     prompt: Prompt, prompts: Sequence[Prompt], switch_prompts: str, *key: int | str
 ) -> tuple[Prompt, list[str]]:
-    """A prompt with scenes and the texts of these: its own, or its text after that of another one, by the `key`."""
+    """A prompt with scenes and the texts of these: its own, or its text after another one of `prompts`, of which it is
+    not the only one, drawn by the `key`."""
     if switch_prompts == "scenes":
         return prompt, [scene.text for scene in parse_scenes(prompt.text)]
-    others = [other.text for other in prompts if other.text != prompt.text]
-    old = others[torch.randint(len(others), (), generator=seeded_generator("pair", *key))]
+    generator, old = seeded_generator("pair", *key), prompt.text
+    while old == prompt.text:
+        old = prompts[torch.randint(len(prompts), (), generator=generator)].text
     return replace(prompt, text=f"{escape_scenes(old)} | {escape_scenes(prompt.text)}"), [old, prompt.text]
 
 
@@ -97,14 +99,14 @@ def held_out_texts(prompts: Sequence[Prompt], switch_prompts: str) -> list[str]:
     return [text for prompt in prompts for text in ([prompt.text] if pairs else switch_texts(prompt, (), "scenes")[1])]
 
 
-def check_switch_prompts(prompts: Sequence[Prompt], switch_prompts: str):
-    """A [`UserError`] if one of them has no two scenes, or there is no second one."""
+def check_switch_prompts(prompts: Sequence[Prompt], switch_prompts: str, kind: str):
+    """A [`UserError`] if one of these has no two scenes, or there is no second one; `kind` says whose they are."""
     if switch_prompts == "pairs":
         if len({prompt.text for prompt in prompts}) == 1:
-            raise UserError("transitions go from a prompt to another one, and there is only one.")
+            raise UserError(f"transitions go from a prompt to another one, and there is only one {kind} prompt.")
         return
     for index, prompt in enumerate(prompts):
-        with as_user_error(f"prompt {index}"):
+        with as_user_error(f"{kind} prompt {index}"):
             if len(parse_scenes(prompt.text)) == 1:
                 raise ValueError(f"{prompt.text[:80]!r} has one scene: write `a | b`, or set switch_prompts=pairs.")
 

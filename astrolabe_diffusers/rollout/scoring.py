@@ -115,9 +115,10 @@ class ScoringThread(Closing):
             scored = []
             for scene, start, stop in parts:
                 batch = [_with_text(samples[row], samples[row].texts[scene]) for row in rows]
-                part = self._call(rewards, videos[rows], slice(before + start, before + stop), batch)
+                part = self._call(rewards, _rows(videos, rows), slice(before + start, before + stop), batch)
                 scored.append((stop - start, part))
-            for name in scored[0][1]:
+            # A scene without a score has no parts of it either.
+            for name in (name for name in scored[0][1] if all(name in part for _, part in scored)):
                 mean = sum(length * part[name] for length, part in scored) / number
                 values.setdefault(name, torch.full((len(samples),), math.nan))[rows] = mean
         return values
@@ -139,7 +140,7 @@ class ScoringThread(Closing):
             rewards = self.rewards.weights, self.rewards.using_prompts
             for which, prompts, names in zip(("new", "old"), texts, rewards):
                 batch = [_with_text(samples[row], text) for row, text in zip(rows, prompts)]
-                called = self._call(self.rewards, videos[list(rows)], frames, batch) if names else {}
+                called = self._call(self.rewards, _rows(videos, list(rows)), frames, batch) if names else {}
                 for name in names:
                     column = values.setdefault(f"after_switch/{which}/{number}/{name}", [[] for _ in samples])
                     for row, value in zip(rows, called[name].tolist()):
@@ -189,6 +190,11 @@ def _by(items: Sequence[T], key: Callable[[T], Hashable]) -> dict[Hashable, list
     return rows
 
 
+def _rows(videos: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some of the videos; all of them are no copy."""
+    return videos if rows == list(range(len(videos))) else videos[rows]
+
+
 def _with_text(sample: Sample, text: str) -> Sample:
     return replace(sample, prompt=replace(sample.prompt, text=text))
 
@@ -219,7 +225,10 @@ def decode_samples(
     """[`decode_videos`], each with the cuts of its own scenes."""
     videos: list[torch.Tensor | None] = [None] * len(samples)
     for cuts, rows in _by(samples, lambda sample: sample.cuts).items():
-        for row, video in zip(rows, decode_videos(vae, latents[rows], past, cuts, num_context_frames)):
+        decoded = decode_videos(vae, _rows(latents, rows), past, cuts, num_context_frames)
+        if len(rows) == len(samples):
+            return decoded
+        for row, video in zip(rows, decoded):
             videos[row] = video
     return torch.stack(videos)
 

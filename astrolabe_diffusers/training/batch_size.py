@@ -153,9 +153,10 @@ def _try(trainer: "OnlineTrainer", size: int, epoch: VideoBatch):
 
 
 def _samples(trainer: "OnlineTrainer", size: int) -> list[Sample]:
-    switch, prompt = trainer.windows.largest.switch, trainer.eval_prompts[0]
-    text = held_out_texts([prompt], trainer.config.switch_prompts)[0]
-    scenes = () if switch is None else (SampleScene(text), SampleScene(text, switch))
+    switch, prompt, scenes = trainer.windows.largest.switch, trainer.eval_prompts[0], ()
+    if switch is not None:
+        text = held_out_texts([prompt], trainer.config.switch_prompts)[0]
+        scenes = SampleScene(text), SampleScene(text, switch)
     return [Sample(prompt, 0, ("trial", 0, k), scenes) for k in range(size)]
 
 

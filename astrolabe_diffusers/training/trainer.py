@@ -167,7 +167,7 @@ class OnlineTrainer:
 
         self.prompts, self.eval_prompts = load_prompts(config, train_prompts, eval_prompts)
         if config.transitions:
-            check_switch_prompts(self.prompts, config.switch_prompts)
+            check_switch_prompts(self.prompts, config.switch_prompts, "training")
         # Before the large model is loaded: a wrong name is found at once.
         fps = pipeline.config.frame_rate if pipeline else frame_rate(config.model, config.revision)
         rewards, watched = make_rewards(config, fps, self.accelerator.process_index, self.named_rewards)

@@ -147,7 +147,7 @@ def test_videos_that_part(recipe):
     n = pipe.transformer.config.num_frames_per_block
 
     def parting(cut_at):
-        first, rest = (blocks * pipe._seconds_per_block for blocks in (cut_at, 9 - cut_at))
+        first, rest = (blocks * pipe.seconds_per_block for blocks in (cut_at, 9 - cut_at))
         prompts = ["a red circle", f"a red circle[{first}s#] | a blue square[{rest}s]"]
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         return pipe(prompts, num_frames=1 + 4 * (9 * n - 1), generator=generators, output_type="latent")[0]
