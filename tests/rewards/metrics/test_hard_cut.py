@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from astrolabe_diffusers.rewards import get_reward
+from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline
+from astrolabe_diffusers.rewards import RewardSet, get_reward
+from astrolabe_diffusers.rollout.past import Past, Switch
+from astrolabe_diffusers.rollout.prompts import read_prompts, spread
+from astrolabe_diffusers.rollout.samples import Sample, SampleScene
+from astrolabe_diffusers.rollout.sampling import Rollout
+from astrolabe_diffusers.rollout.scoring import ScoringThread
 from tests.rewards.drawn_clips import draw_clip
 from tests.rewards.metrics.test_video_quality import STEADY_PAN, noisy, pan
 
@@ -59,6 +65,26 @@ def test_a_batch_scores_as_its_members():
     context = (clips[:, :8] * 255).round().to(torch.uint8)
     scores = get_reward("hard_cut").score(clips[:, 8:], [""] * 3, context=context).scores
     torch.testing.assert_close(scores, torch.tensor([score(clip)[0] for clip in clips]))
+
+
+def test_cuts_of_the_embedded_model():
+    """Where the prompt stays the same, a cut jumps further than any video that goes on, and scores lower."""
+    pipe = CausalWanPipeline.from_pretrained(TINY_SHAPES)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = spread(read_prompts(f"{TINY_SHAPES}/prompts/test.txt"), 4)
+    outputs = {}
+    with ScoringThread(pipe.vae, RewardSet({"hard_cut": 1.0})) as scoring:
+        for transition in ("recache", "cut"):
+            past = Past(6, switch=Switch(6, transition))
+            samples = [
+                Sample(prompt, i, ("hard cut", i), (SampleScene(prompt.text), SampleScene(prompt.text, past.switch)))
+                for i, prompt in enumerate(prompts)
+            ]
+            size = {"height": 96, "width": 96, "num_frames": 33}
+            (batch,) = Rollout(pipe, scoring).generate([samples], size, past)
+            outputs[transition] = batch.scores.result().values
+    for part, sign in (("hard_cut/jump", 1), ("hard_cut", -1), ("hard_cut/frozen", 1)):
+        assert (sign * outputs["cut"][part]).min() > (sign * outputs["recache"][part]).max()
 
 
 def test_a_limit_below_one():
