@@ -11,12 +11,30 @@ from accelerate.utils import gather_object
 
 from ..distributed.agreement import raise_together
 from ..distributed.sharding import is_sharded
+from ..errors import as_user_error
+from ..pipelines.scene_prompt import check_transition
 from ..reporting.comparison import Evaluation
 from ..reporting.videos import save_video
 from ..rewards.frames import to_uint8
-from ..rollout.samples import Sample, process_batches
+from ..rollout.config import SwitchConfig
+from ..rollout.prompts import Prompt
+from ..rollout.samples import Sample, check_switch_prompts, eval_samples, eval_switches, process_batches
 from ..rollout.sampling import Rollout, Sampler
-from ..rollout.scoring import decode_videos, gather_scores
+from ..rollout.scoring import decode_samples, gather_scores
+
+
+def make_samples(
+    prompts: Sequence[Prompt], seeds: int, config: SwitchConfig, pipeline: object, size: dict[str, int]
+) -> list[Sample]:
+    """Those of held-out prompts, `seeds` videos of this size for each and for each of the settings' transitions."""
+    samples = eval_samples(prompts, seeds)
+    if not config.transitions:
+        return samples
+    check_switch_prompts(prompts, config.switch_prompts, "held-out")
+    with as_user_error("transitions"):
+        for transition in config.transitions:
+            check_transition(transition, pipeline.transitions)
+    return eval_switches(samples, config, pipeline, size["num_frames"])
 
 
 @dataclass
@@ -28,6 +46,7 @@ class HeldOut:
     size: dict[str, int]  # height, width and num_frames
     batch_size: int  # on each process
     num_videos: int = 0  # the first of them, that are kept to be looked at
+    by_block: bool = False  # whether the blocks after a switch of the prompt are scored one by one too
 
     @property
     def shown(self) -> Sequence[Sample]:
@@ -60,7 +79,7 @@ class HeldOut:
         keep = {sample.key: i for i, sample in enumerate(self.shown)}
         generated = []
         with raise_together():
-            for batch in self.rollout.generate(batches, self.size, watched=True, keep=keep):
+            for batch in self.rollout.generate(batches, self.size, watched=True, keep=keep, by_block=self.by_block):
                 generated.append(batch)
                 on_batch(len(generated), len(batches))
         scores, _ = gather_scores(generated, self.samples)
@@ -78,8 +97,8 @@ class HeldOut:
             with policy:
                 columns[name] = []
                 for batch in process_batches(self.shown, self.batch_size, process_index=0, num_processes=1):
-                    latents, _ = sampler(self.rollout.encoder(sample.prompt.text for sample in batch), batch)
-                    columns[name] += decode_videos(self.rollout.pipeline.vae, latents).cpu()
+                    latents, _ = sampler(self.rollout.encode(batch), batch)
+                    columns[name] += decode_samples(self.rollout.pipeline.vae, latents, batch).cpu()
         return columns
 
 

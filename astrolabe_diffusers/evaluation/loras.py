@@ -21,12 +21,13 @@ from ..reporting.machine import versions
 from ..reporting.markdown import markdown_table
 from ..reporting.videos import write_columns
 from ..rollout.prompts import PromptSource, spread
-from ..rollout.samples import eval_samples
+from ..rollout.samples import Sample
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
 from .config import BASE, LoraEvaluationConfig
-from .held_out import HeldOut
+from .held_out import HeldOut, make_samples
+from .switches import PREFIX, after_switch, draw_switches, switch_table
 
 
 @contextmanager
@@ -48,6 +49,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
 
     - `results.json`: what is returned.
     - `table.md`, `scores.png`: means, and differences from the base with their 95 % intervals.
+    - `after_switch.png` with `transitions`: the scores of each block after the switch, which are in the table too.
     - `side_by_side.mp4`, `side_by_side.png`, `videos/COLUMN/`: the first `num_videos` videos.
 
     Every process calls it; the numbers do not depend on how many there are.
@@ -55,7 +57,8 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     Returns:
         In every process, `settings`, `versions`, `videos` (prompt and seed of each), and by name for each of the
         `columns` its `lora` and `weight`, its `scores` (by reward or part, one a video), their `mean`, and their
-        `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval.
+        `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval; with
+        `transitions` also [`after_switch`].
     """
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
@@ -70,8 +73,10 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         if is_main:
             folder.begin()
             number, size, processes = len(held_out.samples), held_out.size, accelerator.num_processes
+            prompts = len({sample.group for sample in held_out.samples})
+            ways = f" x {len(config.transitions)} transitions" if config.transitions else ""
             print(
-                f"{config.model}: {number} videos ({number // config.seeds} prompts x {config.seeds} seeds) of "
+                f"{config.model}: {number} videos ({prompts} prompts x {config.seeds} seeds{ways}) of "
                 f"{size['num_frames']} frames of {size['height']}x{size['width']}, for {', '.join(config.columns)}\n"
                 f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, mixed precision "
                 f"{accelerator.mixed_precision}; output in {config.output_dir}",
@@ -81,12 +86,15 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         results = {
             "settings": {**shareable(config), **held_out.size, "mixed_precision": accelerator.mixed_precision},
             "versions": versions(),
-            "videos": [{"prompt": sample.prompt.text, "seed": sample.key[-1]} for sample in held_out.samples],
+            "videos": [video(sample) for sample in held_out.samples],
             "columns": {
                 name: {"lora": shareable_value(lora), "weight": weight, **column(evaluations[BASE], evaluations[name])}
                 for name, (lora, weight) in config.columns.items()
             },
         }
+        if config.transitions:
+            for name, values in results["columns"].items():
+                values["after_switch"] = after_switch(held_out.samples, evaluations[BASE], evaluations[name])
         if is_main:
             files = write_results(results, Path(config.output_dir))
             if held_out.shown:
@@ -94,7 +102,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
                 loras = {name: use_lora(pipeline, *lora) for name, lora in config.columns.items()}
                 prompts = [sample.prompt.text for sample in held_out.shown]
                 files += write_columns(held_out.generate_columns(loras), prompts, path, pipeline.config.frame_rate)
-            print(f"\n{column_table(results['columns'])}\n", *files, sep="\n")
+            print(f"\n{tables(results['columns'])}\n", *files, sep="\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
@@ -119,10 +127,11 @@ def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resour
     scoring = resources.enter_context(ScoringThread(pipeline.vae, rewards, timeout=config.reward_timeout))
     return HeldOut(
         Rollout(pipeline, scoring),
-        eval_samples(prompts, config.seeds),
+        make_samples(prompts, config.seeds, config, pipeline, size),
         size,
         config.batch_size,
         config.num_videos,
+        by_block=bool(config.transitions),
     )
 
 
@@ -141,7 +150,7 @@ def evaluate_columns(config: LoraEvaluationConfig, held_out: HeldOut, is_main: b
                 score: values
                 for reward in config.rewards
                 for score, values in evaluation.scores.items()
-                if score.split("/")[0] == reward
+                if score.split("/")[0] in (reward, PREFIX)
             }
             evaluations[name] = Evaluation(None, scores)
             if is_main:
@@ -154,7 +163,8 @@ def evaluate_columns(config: LoraEvaluationConfig, held_out: HeldOut, is_main: b
 def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> Iterator[RunFolder]:
     """As a context, the locked folder of an evaluation with these columns. Files of others that it would write over
     are refused without `overwrite`."""
-    files = ("results.json", "table.md", "scores.png", "side_by_side.mp4", "side_by_side.png", "side_by_side.gif")
+    files = ("results.json", "table.md", "scores.png", "after_switch.png")
+    files += ("side_by_side.mp4", "side_by_side.png", "side_by_side.gif")
     files = (*files, *(f"videos/{name}/*.mp4" for name in columns))
     with RunFolder(path, "evaluation", files) as folder:
         ours = is_result(folder.path / "results.json", "settings", "versions", "videos", "columns")
@@ -165,11 +175,24 @@ def open_evaluation_folder(path: str, columns: list[str], overwrite: bool) -> It
 
 def column(base: Evaluation, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """`scores`, `mean` and `change` of a column, as [`evaluate_loras`] returns them."""
+    scores = {score: values for score, values in evaluation.scores.items() if not score.startswith(f"{PREFIX}/")}
     return {
-        "scores": evaluation.scores,
-        "mean": {score: evaluation.mean(score) for score in evaluation.scores},
-        "change": {score: paired_difference(base.scores[score], evaluation.scores[score]) for score in base.scores},
+        "scores": scores,
+        "mean": {score: evaluation.mean(score) for score in scores},
+        "change": {score: paired_difference(base.scores[score], scores[score]) for score in scores},
     }
+
+
+def video(sample: Sample) -> dict[str, Any]:
+    """What `results.json` says of a video."""
+    scenes = {"transition": sample.scenes[1].switch.transition, "scenes": sample.texts} if sample.scenes else {}
+    return {"prompt": sample.prompt.text, "seed": sample.key[-1], **scenes}
+
+
+def tables(columns: dict[str, dict[str, Any]]) -> str:
+    """[`column_table`], and after switches of the prompt [`switch_table`]."""
+    switches = [switch_table(columns)] if "after_switch" in columns[BASE] else []
+    return "\n\n".join([column_table(columns), *switches])
 
 
 def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
@@ -178,7 +201,7 @@ def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
     with replacing(files[0]) as partial:
         partial.write_text(json.dumps(results, indent=2))
     with replacing(files[1]) as partial:
-        partial.write_text(column_table(columns) + "\n")
+        partial.write_text(tables(columns) + "\n")
     # The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.
     means = {
         score: [(column["mean"][score], column["change"][score]["half_width_95"]) for column in columns.values()]
@@ -186,6 +209,9 @@ def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
     }
     with replacing(files[2]) as partial:
         draw_means(means, list(columns), partial, title="means, with the 95 % interval of the change from base")
+    if "after_switch" in columns[BASE]:
+        files.append(output_dir / "after_switch.png")
+        draw_switches(columns, files[-1])
     return files
 
 

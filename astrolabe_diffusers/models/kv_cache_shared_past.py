@@ -68,8 +68,11 @@ class SharedPastKVCache(CausalWanKVCache):
 
 def share_past(past: CausalWanKVCache, num_videos: int, max_frames: int | None) -> CausalWanKVCache:
     """The cache of videos that go on from a single one, whose cache is not to be written while this one is used: a
-    [`SharedPastKVCache`], or copies of `past` where what a video adds changes what it sees of that."""
-    if past.shares_past:
+    [`SharedPastKVCache`], or copies of `past` where what a video adds changes what it sees of that: of frames that are
+    seen from afar until then, or a sink that it completes, after a flush."""
+    state = past.state
+    has_sink = state.num_frames - state.first_frame >= state.slots.sink_size
+    if past.shares_past and has_sink and not state.cut:
         return SharedPastKVCache(past, num_videos, max_frames)
     return past.select([0] * num_videos)
 

@@ -151,12 +151,12 @@ class BlockGenerator:
         other.history = None if self.history is None else self.history[rows]
         return other
 
-    def share_past(self, num_videos: int, prompt_embeds: torch.Tensor) -> "BlockGenerator":
+    def share_past(self, num_videos: int) -> "BlockGenerator":
         """A generator of `num_videos` continuations of this one's single video, which share its cache. Only latents:
-        nothing is decoded, and `remember` has to have been called. `prompt_embeds` are `(num_videos, L, D)`."""
+        nothing is decoded, and `remember` has to have been called."""
         other = copy.copy(self)
         other.videos = list(range(num_videos))
-        other.prompt_embeds = prompt_embeds
+        other.prompt_embeds = self.prompt_embeds.repeat(num_videos, 1, 1)
         other.kv_cache = share_past(self.kv_cache, num_videos, self.sampling.max_frames)
         other.history = self.history.expand(num_videos, -1, -1, -1, -1)
         return other
@@ -294,6 +294,14 @@ class BlockGenerator:
         history = latents if self.history is None else torch.cat([self.history, latents], dim=2)
         self.history = history if window == -1 else history[:, :, -window:]
         return latents if frames is None else frames
+
+
+def blend_scenes(old: torch.Tensor, scene: EncodedScene, num_blocks: int) -> list[EncodedScene]:
+    """A scene whose text comes over `num_blocks` blocks, from the `old` one `(L, dim)` to its own, both included; of
+    one block at once."""
+    weights = torch.linspace(0, 1, num_blocks).tolist() if num_blocks > 1 else [1.0]
+    texts = [torch.lerp(old, scene.prompt_embeds, weight) for weight in weights]
+    return [replace(scene, prompt_embeds=text, start=scene.start + i) for i, text in enumerate(texts)]
 
 
 def begin_scenes(groups: list[BlockGenerator], schedule: list[list[EncodedScene]], block: int) -> list[BlockGenerator]:

@@ -27,7 +27,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..models.vae_operations import to_uint8
 from ..models.vae_streaming import StreamingVAEDecoder
 from ..registration import register_with_diffusers
-from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, draw_noise
+from .block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, blend_scenes, draw_noise
 from .lora import CausalWanLoraLoaderMixin
 from .prompt_tokens import tokenize, warn_once
 from .scene_prompt import TRANSITIONS, Scene, check_sequence_length, check_transition, parse_scenes, plan_scenes
@@ -293,7 +293,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         if num_frames == math.inf:
             return num_frames
         shortest = self._frames_of_blocks(1)
-        blocks = self._num_blocks(num_frames) if isinstance(num_frames, Integral) else 0
+        blocks = self.num_blocks(num_frames) if isinstance(num_frames, Integral) else 0
         if blocks < 1:
             raise ValueError(f"`num_frames` must be a whole number of at least {shortest}, not {num_frames!r}.")
         rounded = self._frames_of_blocks(blocks)
@@ -311,7 +311,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         videos = _parse(prompt)
         if not any(len(scenes) > 1 or scenes[0].seconds for scenes in videos):
             return self.config.num_frames
-        return self._frames_of_blocks(max(plan_scenes(scenes, self._seconds_per_block)[1] for scenes in videos))
+        return self._frames_of_blocks(max(plan_scenes(scenes, self.seconds_per_block)[1] for scenes in videos))
 
     @torch.no_grad()
     def encode_prompt(
@@ -353,7 +353,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         height: int,
         width: int,
         num_frames: int,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | list[list[EncodedScene]] | None = None,
         output_type: str = "np",
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ):
@@ -362,6 +362,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         videos = _parse(prompt)
         for scene in sum(videos, []):
             check_transition(scene.transition, self.transitions)
+        if isinstance(prompt_embeds, list):
+            for scene in sum(prompt_embeds, []):
+                check_transition(scene.transition, self.transitions)
+            prompt_embeds = torch.stack([scene.prompt_embeds for scene in sum(prompt_embeds, [])])
         if prompt_embeds is not None:
             # Another transformer may call it otherwise.
             shape = tuple(prompt_embeds.shape)
@@ -379,7 +383,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 "rope_mode='relative', or num_context_frames."
             )
         scale, n, table = self.vae.config.scale_factor_temporal, config.num_frames_per_block, config.rope_max_seq_len
-        if bounded and self._longest_take(videos, self._num_blocks(num_frames)) * n > table:
+        if bounded and self._longest_take(videos, self.num_blocks(num_frames)) * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
                 f"{1 + scale * (table // n * n - 1)} frames without a cut, or a model with rope_mode='relative'."
@@ -433,7 +437,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | list[list[EncodedScene]] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -461,7 +465,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 steps but the last, `(B, n, C, h, w)`; float32, rounded once to the transformer's dtype. That is the
                 originals' order: a seed of theirs gives their video up to rounding, where docs/generate.md says.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial noise of all generated blocks.
-            prompt_embeds (`torch.Tensor` of shape `(B, L, dim)`, *optional*): what `encode_prompt` returns.
+            prompt_embeds (`torch.Tensor` of shape `(B, L, dim)` or `list[list[EncodedScene]]`, *optional*):
+                What `encode_prompt` returns; or of each video the scenes, in their order, the first from block 0 on.
             output_type (`str`), return_dict (`bool`): see [`CausalWanPipelineOutput`], which else is a tuple.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` scales a LoRA.
             callback_on_step_end (`Callable`, *optional*):
@@ -507,7 +512,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | list[list[EncodedScene]] | None = None,
         output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -538,13 +543,15 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         self.check_inputs(
             prompt, height, width, num_frames, prompt_embeds, output_type, callback_on_step_end_tensor_inputs
         )
-        num_blocks, device = self._num_blocks(num_frames), self._execution_device
+        num_blocks, device = self.num_blocks(num_frames), self._execution_device
         if num_blocks is None and latents is not None:
             raise ValueError("`latents` cannot be given with `num_frames=inf`: its noise is drawn block by block.")
         call = self._calls.begin()
         encode_scenes = partial(self._encode_scenes, max_sequence_length=max_sequence_length)
         if prompt is not None:
             schedule = encode_scenes(_parse(prompt), num_blocks, num_videos_per_prompt)
+        elif isinstance(prompt_embeds, list):
+            schedule = [list(scenes) for scenes in prompt_embeds for _ in range(num_videos_per_prompt)]
         else:
             prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
             schedule = [[EncodedScene(embeds, 0)] for embeds in prompt_embeds]
@@ -606,13 +613,14 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         """The most blocks of a video without a cut between them."""
         longest = 0
         for scenes in videos:
-            plan, _ = plan_scenes(scenes, self._seconds_per_block, num_blocks)
+            plan, _ = plan_scenes(scenes, self.seconds_per_block, num_blocks)
             cuts = [0, *(block for block, scene in plan.items() if scene.transition == "cut"), num_blocks]
             longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
         return longest
 
     @property
-    def _seconds_per_block(self) -> float:
+    def seconds_per_block(self) -> float:
+        """Of every block but the first."""
         return (self._frames_of_blocks(2) - self._frames_of_blocks(1)) / self.config.frame_rate
 
     def _frames_of_blocks(self, num_blocks: int) -> int:
@@ -661,7 +669,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                         stream.set_prompt(prompt, due[block])
         return time.perf_counter() - began
 
-    def _num_blocks(self, num_frames: float) -> int | None:
+    def num_blocks(self, num_frames: float) -> int | None:
+        """Whole blocks of a video of so many frames, `None` if it has no end."""
         if num_frames == math.inf:
             return None
         num_latents = (num_frames - 1) // self.vae.config.scale_factor_temporal + 1
@@ -676,7 +685,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         max_sequence_length: int | None = None,
     ) -> list[list[EncodedScene]]:
         """The scenes of every video, from block `start` on. Each text is encoded once."""
-        plans = [plan_scenes(scenes, self._seconds_per_block, num_blocks)[0] for scenes in videos]
+        plans = [plan_scenes(scenes, self.seconds_per_block, num_blocks)[0] for scenes in videos]
         texts = list(dict.fromkeys(scene.text for plan in plans for scene in plan.values()))
         embeds = dict(zip(texts, self.encode_prompt(texts, max_sequence_length=max_sequence_length)))
         return [
@@ -750,12 +759,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     ) -> list[list[EncodedScene]]:
         """The scenes from `block` on that a change of the prompt leaves."""
         schedule = encode_scenes(switch.scenes, start=block)
-        weights = torch.linspace(0, 1, switch.num_blocks).tolist() if switch.num_blocks > 1 else [1.0]
         old = {video: embeds for group in groups for video, embeds in zip(group.videos, group.prompt_embeds)}
         for video, scenes in enumerate(schedule):
-            new = scenes.pop(0).prompt_embeds
-            texts = [torch.lerp(old[video], new, weight) for weight in weights]
-            scenes[:0] = [
-                EncodedScene(text, block + i, switch.transition, switch.global_sink) for i, text in enumerate(texts)
-            ]
+            new = EncodedScene(scenes.pop(0).prompt_embeds, block, switch.transition, switch.global_sink)
+            scenes[:0] = blend_scenes(old[video], new, switch.num_blocks)
         return schedule

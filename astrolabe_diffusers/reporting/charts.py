@@ -47,6 +47,33 @@ def draw_curves(curves: dict[str, Sequence[tuple[int, float]]], path: str | Path
 
 
 @rc_context(STYLE)
+def draw_intervals(
+    charts: dict[str, dict[str, Sequence[tuple[float, float, float]]]], path: str | Path, title: str, xlabel: str
+):
+    """Charts under their names, two in a row: curves by name, points `x`, mean and half the width of its interval."""
+    columns = min(2, len(charts))
+    rows = math.ceil(len(charts) / columns)
+    figure = Figure((0.1 + 4.4 * columns, 0.9 + 3 * rows))
+    places = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    handles: dict[str, object] = {}
+    for (name, curves), axes in zip(charts.items(), places):
+        for i, (label, points) in enumerate(curves.items()):
+            # A curve that lacks in one chart has its colour in all others.
+            color = COLORS[list(handles).index(label) % len(COLORS)] if label in handles else None
+            color = color or COLORS[len(handles) % len(COLORS)]
+            x, mean, half = zip(*points)
+            handles[label] = axes.errorbar(x, mean, half, fmt="o-", markersize=4, capsize=3, color=color)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel(xlabel)
+        axes.set_title(name, fontsize="small")
+    for axes in places:
+        axes.remove()
+    figure.suptitle(title)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=2)
+    figure.savefig(path, format="png")
+
+
+@rc_context(STYLE)
 def draw_means(means: dict[str, Sequence[tuple[float, float]]], names: Sequence[str], path: str | Path, title: str):
     """A small chart for each score, with its own scale: a mark at every mean, a line at that of the first. `means` are
     by score, for each of `names` the mean and half the width of its interval, NaN where there is none."""

@@ -31,6 +31,12 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> dict[s
     return {"change": differences.mean().item(), "half_width_95": half_width}
 
 
+def mean_interval(values: Sequence[float]) -> dict[str, float]:
+    """`mean` and `half_width_95`, half its 95 % interval (normal approximation). NaN is left out."""
+    difference = paired_difference([0.0] * len(values), values)
+    return {"mean": difference["change"], "half_width_95": difference["half_width_95"]}
+
+
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
     """For every score the means `before` and `after`, and their [`paired_difference`]."""
     return {

@@ -118,9 +118,10 @@ class RunReport:
         with replacing(self.output_dir / "results.json") as partial:
             partial.write_text(json.dumps(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
+        ways = f" x {len(self.config.transitions)} transitions" if self.config.transitions else ""
         self.print(
-            f"\n{number} held-out videos ({num_prompts} prompts x {number // num_prompts} seeds), before and after "
-            f"{after.step} steps\n{comparison_table(results['scores'], self.config.rewards)}\n\n"
+            f"\n{number} held-out videos ({num_prompts} prompts x {self.config.eval_seeds} seeds{ways}), "
+            f"before and after {after.step} steps\n{comparison_table(results['scores'], self.config.rewards)}\n\n"
             f"training took {duration(results['train_seconds'])} without evaluations, "
             f"{results['samples_per_second']:.1f} samples/s; peak memory {results['peak_memory_gb']:.2f} GB a process"
             f"\n{files}"

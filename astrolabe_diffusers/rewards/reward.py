@@ -51,6 +51,8 @@ class Reward(ABC):
     """
 
     uses_prompt = True  # or else scores depend on the video alone
+    # How many frames before the videos it looks at: `score` then has another keyword, `context`.
+    num_context_frames = 0
 
     @abstractmethod
     def score(
@@ -61,6 +63,9 @@ class Reward(ABC):
             videos: float tensor [B, F, C, H, W] in [0, 1], on any device; or the frames of `request`, uint8.
             prompts: the B prompts the videos were generated from.
             metadata: one dict a video with whatever else its prompt file holds, or `None`.
+
+        With `num_context_frames` also `context`, uint8 [B, K, 3, H, W] in the videos' full size: the frames right
+        before them. There are `num_context_frames` of them, or fewer, where a video has no more, down to none.
         """
 
     def request(self, num_frames: int, height: int, width: int) -> FrameRequest | None:

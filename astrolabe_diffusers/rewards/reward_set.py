@@ -107,11 +107,21 @@ class RewardSet(Closing):
         """The names of those rewards that look at the prompt."""
         return [name for group in (*self._here, *self._away) for name in group.using_prompts]
 
+    @property
+    def num_context_frames(self) -> int:
+        """How many frames before the videos these rewards look at."""
+        return max(group.num_context_frames for group in (*self._here, *self._away))
+
     def __call__(
-        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None
+        self,
+        videos: torch.Tensor,
+        prompts: list[str],
+        metadata: list[dict[str, Any]] | None = None,
+        context: torch.Tensor | None = None,
     ) -> RewardSetOutput:
         """
-        Scores B videos, floats [B, F, C, H, W] in [0, 1].
+        Scores B videos, floats [B, F, C, H, W] in [0, 1], with the frames right before them as `context`
+        [B, K, C, H, W], of which the last `num_context_frames` are looked at.
 
         Raises:
             RewardError: a reward returned anything but one finite score a video, or frames are no finite numbers.
@@ -131,7 +141,7 @@ class RewardSet(Closing):
                 f"frames of sample {bad[0]}, prompt {prompts[bad[0]]!r}, are no finite numbers "
                 f"({len(bad)} of {len(prompts)} videos)."
             )
-        outputs = self._score(videos, prompts, metadata)
+        outputs = self._score(videos, prompts, metadata, context)
         scores = {name: outputs[name].scores for name in self.weights}
         for name, values in scores.items():
             if bad := _not_finite(values):
@@ -142,12 +152,12 @@ class RewardSet(Closing):
         info = {f"{name}/{part}": values for name in scores for part, values in outputs[name].info.items()}
         return RewardSetOutput(sum(weight * scores[name] for name, weight in self.weights.items()), scores, info)
 
-    def _score(self, videos, prompts, metadata):
-        answers = [self._executor.submit(group.score, videos, prompts, metadata) for group in self._away]
+    def _score(self, *arguments):
+        answers = [self._executor.submit(group.score, *arguments) for group in self._away]
         outputs = {}
         try:
             for group in self._here:
-                outputs |= group.score(videos, prompts, metadata)
+                outputs |= group.score(*arguments)
         finally:
             wait(answers)  # none is asked anew before it has answered
         for answer in answers:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..config import option
+from ..config import Config, option
+from ..errors import UserError
 from ..pipelines.config import ModelConfig
+from ..pipelines.scene_prompt import TRANSITIONS
 from ..rewards.config import RewardConfig
 
 
@@ -19,3 +21,27 @@ class VideoConfig(ModelConfig, RewardConfig):
     prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
     prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
     num_frames: int | None = option(None, "frames of a video; the model's own if not given", minimum=1)
+
+
+@dataclass
+class SwitchConfig(Config):
+    """How videos change their prompt on the way."""
+
+    transitions: list[str] = option(
+        [], f"prompts change on the way, once by each of these: {', '.join(TRANSITIONS)}; not at all if not given"
+    )
+    transition_blocks: int = option(1, "blocks over which `roll` goes from the old text to the new one", minimum=1)
+    recache_sink: bool = option(True, "`recache` keeps the sink, as it was made with the old prompt")
+    switch_prompts: str = option(
+        "pairs",
+        "old and new prompt: two of the prompts, drawn at random; or the `scenes` of one, `a cat [2s] | a dog`",
+        choices=("pairs", "scenes"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.transitions:
+            if name not in TRANSITIONS:
+                raise UserError(f"transitions: {name!r} is none of {', '.join(TRANSITIONS)}.")
+        if self.transition_blocks > 1 and "roll" not in self.transitions:
+            raise UserError(f"transition_blocks={self.transition_blocks} is of roll, which is none of transitions.")

@@ -1,6 +1,8 @@
 """What lies before the window that is scored and trained (streaming long tuning, Astrolabe 3.2 and 3.3)."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -8,12 +10,28 @@ from ..errors import UserError
 from .seeds import seeded_generator
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Where videos go on with another prompt: from latent frame `frame` on. The others as in
+    [`CausalWanStream.set_prompt`]."""
+
+    frame: int = 0
+    transition: str = "roll"
+    num_blocks: int = 1
+    global_sink: bool = True
+
+
 @dataclass(frozen=True)
 class Past:
-    """`num_frames` latent frames before the window; if `shared`, the videos of a batch, of one group, have one."""
+    """`num_frames` latent frames before the window; if `shared`, the videos of a batch, of one group, have one. The
+    `switch` is in it, or where it ends."""
 
     num_frames: int = 0
     shared: bool = False
+    switch: Switch | None = None
 
     def rows(self, videos: torch.Tensor) -> torch.Tensor:
         """Of what is one a video `(B, ...)` as many as there are pasts."""
@@ -23,12 +41,14 @@ class Past:
 @dataclass
 class Windows:
     """Which window of a long video an epoch trains: its `size`, and where it `starts`, in latent frames. With
-    `shared_past` the videos of a group part only there."""
+    `shared_past` the videos of a group part only there. By one of `switches`, whose `frame` is that before the window,
+    not more than 0, they come to the prompt that they have in it."""
 
     size: int
     starts: list[int]
     seed: int
     shared_past: bool = False
+    switches: list[Switch] = field(default_factory=list)
 
     @property
     def have_past(self) -> bool:
@@ -37,8 +57,25 @@ class Windows:
 
     def past(self, epoch: int) -> Past:
         """What is before it in this epoch, on every process."""
-        index = torch.randint(len(self.starts), (), generator=seeded_generator("window", self.seed, epoch))
-        return Past(self.starts[index], self.shared_past)
+        start = _draw(self.starts, "window", self.seed, epoch)
+        if not self.switches:
+            return Past(start, self.shared_past)
+        possible = [switch for switch in self.switches if start + switch.frame > 0]
+        return self._past(start, _draw(possible, "switch", self.seed, epoch))
+
+    @property
+    def largest(self) -> Past:
+        """The past of the videos that take most memory."""
+        # A recache is a pass over all that the window has.
+        switches = sorted(self.switches, key=lambda switch: switch.transition == "recache")
+        return self._past(max(self.starts), switches[-1] if switches else None)
+
+    def _past(self, start: int, switch: Switch | None) -> Past:
+        return Past(start, self.shared_past, switch and replace(switch, frame=start + switch.frame))
+
+
+def _draw(items: Sequence[T], *key: int | str) -> T:
+    return items[torch.randint(len(items), (), generator=seeded_generator(*key))]
 
 
 def make_windows(config, num_frames: int, block_frames: int, sink_size: int) -> Windows:
@@ -70,4 +107,22 @@ def make_windows(config, num_frames: int, block_frames: int, sink_size: int) -> 
                 f"shared_past: no window begins after the model's sink of {sink_size} latent frames; raise "
                 "sample_frames, or choose another window_selection."
             )
-    return Windows(size, starts, config.seed, config.shared_past)
+    switches = make_switches(config, block_frames)
+    if switches:
+        starts = [start for start in starts if any(start + switch.frame > 0 for switch in switches)]
+        if not starts:
+            raise UserError(
+                "transitions: no window begins after a block with the old prompt; raise sample_frames, or choose "
+                "another window_selection or smaller switch_distances."
+            )
+    return Windows(size, starts, config.seed, config.shared_past, switches)
+
+
+def make_switches(config, block_frames: int) -> list[Switch]:
+    """Those of an [`OnlineConfig`], each with every distance from the window."""
+    switches = []
+    for transition in config.transitions:
+        num_blocks = config.transition_blocks if transition == "roll" else 1
+        for distance in config.switch_distances:
+            switches.append(Switch(-distance * block_frames, transition, num_blocks, config.recache_sink))
+    return switches

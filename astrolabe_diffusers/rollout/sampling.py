@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 
 from ..errors import as_user_error
-from ..pipelines.block_generation import BlockGenerator, Sampling
-from .past import Past
+from ..pipelines.block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, blend_scenes
+from .past import Past, Switch
 from .prompt_embeds import StoredPromptEmbeds
 from .samples import Sample, Trajectory, VideoBatch
 from .scoring import ScoringThread
@@ -33,6 +33,20 @@ class PromptEncoder:
         return torch.cat([self._encode(prompt) for prompt in prompts])
 
 
+def encode_scenes(
+    prompt_embeds: torch.Tensor, switches: Sequence[Switch], block_frames: int
+) -> list[EncodedScene]:
+    """The scenes of a video with these texts `(scenes, L, D)`, which come by these switches, the first of them at its
+    beginning; without switches of a video with one text."""
+    schedule = [EncodedScene(prompt_embeds[0], 0)]
+    for embeds, switch in zip(prompt_embeds[1:], switches[1:]):
+        scene = EncodedScene(embeds, switch.frame // block_frames, switch.transition, switch.global_sink)
+        # A text that has still to change no longer does.
+        schedule = [earlier for earlier in schedule if earlier.start < scene.start]
+        schedule += blend_scenes(schedule[-1].prompt_embeds, scene, switch.num_blocks)
+    return schedule
+
+
 @dataclass
 class Sampler:
     """Samples latents of videos of this `size` (`height`, `width` and `num_frames`, past included) with the active
@@ -43,9 +57,10 @@ class Sampler:
     keep_trajectory: bool = False
 
     def __call__(
-        self, prompt_embeds: torch.Tensor, samples: Sequence[Sample]
+        self, prompt_embeds: torch.Tensor | list[list[EncodedScene]], samples: Sequence[Sample]
     ) -> tuple[torch.Tensor, Trajectory | None]:
-        """Latents `(B, C, f, h, w)`, each from its sample's own generator, and how they came about."""
+        """Latents `(B, C, f, h, w)`, each from its sample's own generator, and how they came about; of prompts
+        `(B, L, D)`, or of the scenes of each video."""
         generators = [seeded_generator("sample", *sample.key) for sample in samples]
         arguments, trajectory = {}, None
         if self.keep_trajectory:
@@ -74,7 +89,7 @@ class SharedPastSampler(Sampler):
     """Samples the past of a group once, and its videos as continuations of it that share its K/V.
 
     The past depends on the group alone, so every process that has samples of it makes the same one. It has at least
-    one block and the model's sink.
+    one block and the model's sink. What begins with the window, a recache for example, is part of it: it is done once.
     """
 
     num_past_frames: int = field(kw_only=True)
@@ -82,39 +97,56 @@ class SharedPastSampler(Sampler):
 
     @torch.no_grad()
     def __call__(
-        self, prompt_embeds: torch.Tensor, samples: Sequence[Sample]
+        self, prompt_embeds: torch.Tensor | list[list[EncodedScene]], samples: Sequence[Sample]
     ) -> tuple[torch.Tensor, Trajectory | None]:
         """As [`Sampler`], for samples of one group; the latents have the past in front."""
+        scenes = prompt_embeds[0]
+        if isinstance(scenes, torch.Tensor):
+            scenes = [EncodedScene(scenes, 0)]
         group = samples[0].key[:-1]
         if group != self._group:
             self._group = group
-            self._past, self._past_latents = self._sample_past(prompt_embeds[:1], group)
+            self._past, self._past_latents = self._sample_past(scenes, group)
         generators = [seeded_generator("sample", *sample.key) for sample in samples]
         noise = self._noise(generators, self.num_past_frames)
-        videos, trajectory = self._past.share_past(len(samples), prompt_embeds), None
+        first = self.num_past_frames // self._block_frames
+        later = [[scene for scene in scenes if scene.start > first] for _ in samples]
+        videos, trajectory = self._past.share_past(len(samples)), None
         if self.keep_trajectory:
             trajectory = Trajectory(noise, self._block_frames)
             videos.sampling = replace(videos.sampling, callback_on_step_end=trajectory.on_step_end)
         past = self._past_latents.expand(len(samples), -1, -1, -1, -1)
-        return torch.cat([past, self._denoise(videos, noise, generators)], dim=2), trajectory
+        latents = self._denoise(videos, later, noise, generators, first)
+        return torch.cat([past, latents], dim=2), trajectory
 
-    def _denoise(self, videos: BlockGenerator, noise: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    def _denoise(
+        self,
+        videos: BlockGenerator,
+        schedule: list[list[EncodedScene]],
+        noise: torch.Tensor,
+        generators: list[torch.Generator],
+        first: int = 0,
+    ) -> torch.Tensor:
         blocks = []
-        for block_noise in noise.split(self._block_frames, dim=2):
+        for block, block_noise in enumerate(noise.split(self._block_frames, dim=2), first):
+            # Samples of a group have one schedule, so none parts from the others.
+            begin_scenes([videos], schedule, block)
             blocks.append(videos.denoise(block_noise, None, generators))
             videos.finish(blocks[-1])
         return torch.cat(blocks, dim=2)
 
-    def _sample_past(self, prompt_embeds: torch.Tensor, group: tuple) -> tuple[BlockGenerator, torch.Tensor]:
+    def _sample_past(self, scenes: list[EncodedScene], group: tuple) -> tuple[BlockGenerator, torch.Tensor]:
         config = self.pipeline.config
         total = (self.size["num_frames"] - 1) // self.pipeline.vae.config.scale_factor_temporal + 1
         sampling = Sampling(
             list(config.sigmas), list(config.first_block_sigmas or config.sigmas), max_frames=total, decode=False
         )
         past = self.pipeline.block_generator_class(self.pipeline, sampling, [0])
-        past.prompt_embeds = prompt_embeds
-        generators = [seeded_generator("past", *group)]
-        latents = self._denoise(past, self._noise(generators)[:, :, : self.num_past_frames], generators)
+        past.prompt_embeds = scenes[0].prompt_embeds[None]
+        generators, schedule = [seeded_generator("past", *group)], [scenes[1:]]
+        noise = self._noise(generators)[:, :, : self.num_past_frames]
+        latents = self._denoise(past, schedule, noise, generators)
+        begin_scenes([past], schedule, self.num_past_frames // self._block_frames)
         past.remember()
         return past, latents
 
@@ -130,6 +162,14 @@ class Rollout:
     def __post_init__(self):
         self.encoder = PromptEncoder(self.pipeline, stored=self.prompt_embeds)
 
+    def encode(self, samples: Sequence[Sample]) -> torch.Tensor | list[list[EncodedScene]]:
+        """What a [`Sampler`] takes of their prompts."""
+        if not any(sample.scenes for sample in samples):
+            return self.encoder(sample.prompt.text for sample in samples)
+        size = self.pipeline.transformer.config.num_frames_per_block
+        switches = [[scene.switch for scene in sample.scenes] for sample in samples]
+        return [encode_scenes(self.encoder(s.texts), of_video, size) for s, of_video in zip(samples, switches)]
+
     def generate(
         self,
         batches: Iterable[Sequence[Sample]],
@@ -139,12 +179,13 @@ class Rollout:
         keep_trajectory: bool = False,
         watched: bool = False,
         keep: Collection[tuple] = (),
+        by_block: bool = False,
     ) -> Iterator[VideoBatch]:
         """Sample the batches one after the other with the active policy; each is scored while the next is sampled.
 
         An error of the rewards is raised one batch later, or by [`gather_scores`]; videos that are not finite are a
         [`UserError`] at once. `size` and `keep_trajectory` are as in [`Sampler`], the others as in
-        [`ScoringThread.submit`].
+        [`ScoringThread.submit`], `by_block` with the model's blocks.
         """
         if past.shared:
             sampler = SharedPastSampler(self.pipeline, size, keep_trajectory, num_past_frames=past.num_frames)
@@ -152,10 +193,14 @@ class Rollout:
             sampler = Sampler(self.pipeline, size, keep_trajectory)
         scores = None
         for samples in batches:
-            prompt_embeds = self.encoder(sample.prompt.text for sample in samples)
+            prompt_embeds, old_prompt_embeds = self.encoder(sample.texts[-1] for sample in samples), None
+            if past.switch is not None:
+                old_prompt_embeds = self.encoder(sample.texts[-2] for sample in samples)
             with as_user_error("sampling", (FloatingPointError,)):
-                latents, trajectory = sampler(prompt_embeds, samples)
+                latents, trajectory = sampler(self.encode(samples), samples)
             if scores is not None:
                 scores.result()  # if rewards are slower than the model, videos must not pile up
-            scores = self.scoring.submit(latents, samples, watched, keep, past)
-            yield VideoBatch(samples, prompt_embeds, latents, scores, past, trajectory)
+            block_frames = self.pipeline.transformer.config.num_frames_per_block if by_block else None
+            scores = self.scoring.submit(latents, samples, watched, keep, past, block_frames)
+            made = old_prompt_embeds, self.pipeline
+            yield VideoBatch(samples, prompt_embeds, latents, scores, past, trajectory, *made)

@@ -17,8 +17,7 @@ from ..distributed.agreement import raise_together
 from ..distributed.sharding import is_sharded
 from ..errors import UserError
 from ..files.text import read_text
-from ..rollout.past import Past
-from ..rollout.samples import Sample, VideoBatch, epoch_samples
+from ..rollout.samples import Sample, SampleScene, VideoBatch, epoch_samples, held_out_texts
 from .config import AUTO, OnlineConfig
 from .policies import cast_once, policy_parameters, use_policy
 
@@ -154,12 +153,16 @@ def _try(trainer: "OnlineTrainer", size: int, epoch: VideoBatch):
 
 
 def _samples(trainer: "OnlineTrainer", size: int) -> list[Sample]:
-    return [Sample(trainer.eval_prompts[0], 0, ("trial", 0, k)) for k in range(size)]
+    switch, prompt, scenes = trainer.windows.largest.switch, trainer.eval_prompts[0], ()
+    if switch is not None:
+        text = held_out_texts([prompt], trainer.config.switch_prompts)[0]
+        scenes = SampleScene(text), SampleScene(text, switch)
+    return [Sample(prompt, 0, ("trial", 0, k), scenes) for k in range(size)]
 
 
 def _sample(trainer: "OnlineTrainer", size: int) -> list[VideoBatch]:
     """Two scored batches of the longest videos that are trained."""
-    past = Past(max(trainer.windows.starts), trainer.windows.shared_past)
+    past = trainer.windows.largest
     with trainer.sampling(), cast_once(trainer.transformer):
         batches = list(trainer.generate([_samples(trainer, size)] * min(2, trainer.config.batches_per_epoch), past))
         for batch in batches:
@@ -174,8 +177,9 @@ def _each(
     trajectory = copy.copy(batch.trajectory)
     if trajectory is not None:
         trajectory.latents = [[function(latents) for latents in block] for block in trajectory.latents]
-    embeds, latents = function(batch.prompt_embeds), function(batch.latents)
-    return replace(batch, samples=samples, prompt_embeds=embeds, latents=latents, trajectory=trajectory)
+    names = ("prompt_embeds", "old_prompt_embeds", "latents")
+    tensors = {name: function(getattr(batch, name)) for name in names if getattr(batch, name) is not None}
+    return replace(batch, samples=samples, trajectory=trajectory, **tensors)
 
 
 def _values(trainer: "OnlineTrainer", batch: VideoBatch) -> dict[str, torch.Tensor]:

@@ -20,8 +20,10 @@ from ..models.transformer_causal_wan import check_window
 from ..pipelines.loading import frozen_dtype, load_text_encoder
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet, named_reward_funcs
+from ..rollout.past import Switch
 from ..rollout.prompt_embeds import StoredPromptEmbeds, encoder_digest
 from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, train_and_eval_prompts
+from ..rollout.samples import epoch_prompts, epoch_samples, held_out_texts
 from .config import OnlineConfig
 
 
@@ -57,10 +59,10 @@ def load_prompts(
 
 
 def store_prompt_embeds(
-    config: OnlineConfig, accelerator: Accelerator, prompts: Sequence[Prompt]
+    config: OnlineConfig, accelerator: Accelerator, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt]
 ) -> StoredPromptEmbeds:
-    """Those of the settings' model and folder, and in it those of this process's part of the prompts: all are there
-    once every process has called it. The text encoder is loaded if one is missing, and let go of."""
+    """Those of the settings' model and folder, and in it those of this process's part of the texts that a run needs:
+    all are there once every process has called it. The text encoder is loaded if one is missing, and let go of."""
     source = config.revision, config.variant
     with as_user_error("prompt_embeds_dir"):
         stored = StoredPromptEmbeds(
@@ -70,10 +72,25 @@ def store_prompt_embeds(
     def load_encoder() -> Callable[[str], torch.Tensor]:
         return load_text_encoder(config.model, accelerator, *source).encode_prompt
 
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    texts = run_texts(config, accelerator.num_processes, prompts, eval_prompts)
     stored.complete(texts[accelerator.process_index :: accelerator.num_processes], load_encoder)
     clear_device_cache(garbage_collection=True)
     return stored
+
+
+def run_texts(
+    config: OnlineConfig, num_processes: int, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt]
+) -> list[str]:
+    """The texts that a run needs embeddings of, each once."""
+    groups, epochs, seed = config.groups_per_epoch(num_processes), config.num_train_epochs, config.seed
+    if not config.transitions:
+        used = [*eval_prompts, *epoch_prompts(prompts, groups, epochs, seed)]
+        return list(dict.fromkeys(prompt.text for prompt in used))
+    texts = held_out_texts(eval_prompts, config.switch_prompts)
+    for epoch in range(epochs):
+        for sample in epoch_samples(prompts, groups, 1, epoch, seed, Switch(), config.switch_prompts):
+            texts += sample.texts
+    return list(dict.fromkeys(texts))
 
 
 def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):

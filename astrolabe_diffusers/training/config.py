@@ -10,9 +10,10 @@ from ..config import option
 from ..distributed.accelerator import PRECISIONS
 from ..errors import UserError, as_user_error
 from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
+from ..pipelines.scene_prompt import TRANSITIONS
 from ..pipelines.sigmas import check_sigmas
 from ..reporting.tracker_names import TRACKERS
-from ..rollout.config import VideoConfig
+from ..rollout.config import SwitchConfig, VideoConfig
 from .algorithms import algorithm_name
 
 
@@ -23,7 +24,7 @@ AUTO = "auto"
 
 
 @dataclass
-class OnlineConfig(VideoConfig):
+class OnlineConfig(VideoConfig, SwitchConfig):
     """Settings of online reinforcement learning, whatever the algorithm, which adds its own.
 
     Names are those of diffusers' example trainers where these have them. The defaults are those published with
@@ -72,6 +73,14 @@ class OnlineConfig(VideoConfig):
     )
     window_choices: list[int] = option([], "latent frames at which a window may begin")
     shared_past: bool = option(False, "videos of a group part only at the window: what is before is sampled once")
+
+    # Switches of the prompt, at or before the window
+    transitions: list[str] = option(
+        [],
+        "the window comes after a switch of the prompt, by one of these, drawn for each epoch: "
+        f"{', '.join(TRANSITIONS)}; none if not given. Held-out videos are made with each of them",
+    )
+    switch_distances: list[int] = option([0], "blocks from the switch to the window, one drawn for each epoch")
 
     # Rollout
     train_batch_size: int | Literal["auto"] = option(
@@ -211,6 +220,12 @@ class OnlineConfig(VideoConfig):
                 f"with shared_past a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
                 f"samples_per_prompt={self.samples_per_prompt}."
             )
+        if self.transitions and self.window_size is None:
+            raise UserError("transitions need window_size: the window, after the switch, is what is trained.")
+        if "cut" in self.transitions and self.shared_past:
+            raise UserError("transitions with cut and shared_past: after a cut there is no past to share.")
+        if not self.switch_distances or min(self.switch_distances) < 0:
+            raise UserError(f"switch_distances must be numbers of blocks, 0 or more, not {self.switch_distances}.")
         if self.samples_per_prompt % (self.reward_normalization_size or 1):
             raise UserError(
                 f"reward_normalization_size={self.reward_normalization_size} does not divide samples_per_prompt="

@@ -1,4 +1,4 @@
-"""The runs published with Astrolabe, by name; and runs of ours of the other published models, which are none of them.
+"""The runs published with Astrolabe, by name; and runs of ours, most of the other published models.
 
 A name is `<base>_video_<variant>[_<N>gpu]`; without a number it is the run on 8 processes. What each is, is data: a
 YAML file a base in `recipes/published/`, `common.yaml` for what all share, and `recommended.yaml` for what we
@@ -34,7 +34,7 @@ _SPELLINGS = (("casual_forcing", "causal_forcing"), ("multireward", "multi_rewar
 @dataclass
 class PublishedRun:
     """A published run: its settings as released, what we would change of them, and how many processes they are for. Or
-    one of ours, of which nothing was published and nothing is to be changed."""
+    one of ours, which was not published and of which nothing is to be changed."""
 
     name: str
     settings: dict[str, Any]
@@ -78,7 +78,7 @@ class PublishedRun:
         Fields that are `given` by the user go before either."""
         changed = {k: v for k, v in self.recommended.items() if v != self.settings.get(k, v) and k not in given}
         if self.kind == "recommended":
-            line = "as we recommend; of this model no run was published"
+            line = "as we recommend; no such run was published"
         elif recommended:
             line = f"with what we recommend: {', '.join(f'{name}={value}' for name, value in changed.items())}"
         else:
@@ -115,12 +115,13 @@ def recommended_names() -> dict[str, tuple[str, str, int]]:
     """Of every name of ours the published model, variant and number of processes."""
     data = _read_recommended()
     ran = {_read(base)["settings"]["model"] for base, _, _ in published_names().values()}
+    others = [model for model, recipe in PUBLISHED_MODELS.items() if model not in ran and recipe.size == "1.3B"]
     return {
         _name(model.replace("-", "_"), variant, number): (model, variant, number)
-        for model, recipe in PUBLISHED_MODELS.items()
-        if model not in ran and recipe.size == "1.3B"
-        for variant in data["variants"]
-        for number in data["processes"]
+        for model in PUBLISHED_MODELS
+        for variant, settings in data["variants"].items()
+        if model in settings.get("models", others)
+        for number in settings.get("processes", data["processes"])
     }
 
 
@@ -153,6 +154,8 @@ def find_published_run(name: str) -> PublishedRun | None:
 
 def _recommended_run(name: str) -> PublishedRun:
     (model, variant, processes), data = recommended_names()[name], _read_recommended()
+    own = data["variants"][variant]
     settings = _read("common") | _read("recommended") | {"model": model} | data["settings"]
-    settings |= data["processes"][processes] | data["variants"][variant]
-    return PublishedRun(name, settings, {}, processes, data["processes"], kind="recommended")
+    sizes = own.get("processes", data["processes"])
+    settings |= sizes[processes] | {field: own[field] for field in own if field not in ("models", "processes")}
+    return PublishedRun(name, settings, {}, processes, sizes, kind="recommended")

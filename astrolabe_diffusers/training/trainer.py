@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from ..distributed.agreement import Interruption, Resources, raise_together
 from ..distributed.sharding import is_sharded, shard
 from ..errors import Interrupted, UserError, as_user_error
-from ..evaluation.held_out import HeldOut, gather_videos
+from ..evaluation.held_out import HeldOut, gather_videos, make_samples
 from ..pipelines.loading import QUANTIZED, frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..reporting.hub import create_hub_repo
@@ -22,7 +22,7 @@ from ..reporting.report import RunReport
 from ..reporting.trackers import closing_trackers
 from ..rollout.past import Past, make_windows
 from ..rollout.prompt_embeds import COMPONENTS
-from ..rollout.samples import Sample, VideoBatch, epoch_prompts, epoch_samples, eval_samples, process_batches
+from ..rollout.samples import Sample, VideoBatch, check_switch_prompts, epoch_samples, process_batches
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread, gather_scores
 from ..rollout.seeds import stable_seed
@@ -106,7 +106,8 @@ class OnlineTrainer:
                 self.load(model, train_prompts, eval_prompts)
             with raise_together():
                 if self.rollouts.prompt_embeds:
-                    self.rollouts.prompt_embeds.check(prompt.text for prompt in self.eval_prompts)
+                    texts = (text for sample in self.held_out.samples for text in sample.texts)
+                    self.rollouts.prompt_embeds.check(texts)
             self.prepare()
             self.resources = self.resources.pop_all()
 
@@ -165,6 +166,8 @@ class OnlineTrainer:
         set_seed(config.seed)
 
         self.prompts, self.eval_prompts = load_prompts(config, train_prompts, eval_prompts)
+        if config.transitions:
+            check_switch_prompts(self.prompts, config.switch_prompts, "training")
         # Before the large model is loaded: a wrong name is found at once.
         fps = pipeline.config.frame_rate if pipeline else frame_rate(config.model, config.revision)
         rewards, watched = make_rewards(config, fps, self.accelerator.process_index, self.named_rewards)
@@ -176,8 +179,7 @@ class OnlineTrainer:
             without = dict.fromkeys(COMPONENTS) if config.prompt_embeds_dir else {}
             self.pipeline = load_frozen_pipeline(*source, config.vae_dtype, to_shard=is_sharded(), **without)
             if config.prompt_embeds_dir:
-                used = epoch_prompts(self.prompts, self.num_groups, config.num_train_epochs, config.seed)
-                prompt_embeds = store_prompt_embeds(config, self.accelerator, [*self.eval_prompts, *used])
+                prompt_embeds = store_prompt_embeds(config, self.accelerator, self.prompts, self.eval_prompts)
         elif config.prompt_embeds_dir:
             raise UserError(
                 "prompt_embeds_dir knows a text encoder by its files: give the model as a folder or Hub id, and no "
@@ -196,13 +198,10 @@ class OnlineTrainer:
         self.rewards = self.resources.enter_context(scoring)
         self.rollouts = Rollout(self.pipeline, self.rewards, prompt_embeds)
         self.size = video_size(self.pipeline, config.height, config.width, config.num_frames)
-        self.held_out = HeldOut(
-            self.rollouts,
-            eval_samples(self.eval_prompts, config.eval_seeds),
-            video_size(self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames),
-            config.train_batch_size,
-            config.num_eval_videos,
-        )
+        size = video_size(self.pipeline, config.height, config.width, config.eval_num_frames or config.num_frames)
+        samples = make_samples(self.eval_prompts, config.eval_seeds, config, self.pipeline, size)
+        batches = config.train_batch_size, config.num_eval_videos
+        self.held_out = HeldOut(self.rollouts, samples, size, *batches)
         self.transformer = self.pipeline.denoiser
         model, scale = self.transformer.config, self.pipeline.vae.config.scale_factor_temporal
         num_frames = (self.size["num_frames"] - 1) // scale + 1
@@ -274,7 +273,8 @@ class OnlineTrainer:
             # An epoch that is done anew, after an interruption or a kill, has the same random numbers.
             set_seed(stable_seed("epoch", self.config.seed, self.epoch) % 2**31, device_specific=True)
             groups = self.num_groups, self.config.samples_per_prompt
-            samples = epoch_samples(self.prompts, *groups, self.epoch, self.config.seed)
+            switch = self.windows.past(self.epoch).switch, self.config.switch_prompts
+            samples = epoch_samples(self.prompts, *groups, self.epoch, self.config.seed, *switch)
             batches = self.rollout(samples)
             sampled = time.perf_counter()
             scores, scoring_seconds = gather_scores(batches, samples)

@@ -245,8 +245,11 @@ class Reader:
             (self.folder / argv[0]).mkdir()
             with VideoWriter(self.folder / argv[0] / "a.mp4", 32, 48, 16) as writer:
                 writer.write(np.full((5, 32, 48, 3), 51, np.uint8))
-        with short_runs():
-            assert astrolabe([name, *cut(argv, CUT[name])]) == 0
+        # From one prompt to another.
+        switches = "--transitions" in argv
+        values = CUT[name] | ({"num_prompts": 2, "num_frames": 21} if switches and name == "evaluate" else {})
+        with short_runs(**({"num_eval_prompts": 2, "eval_num_frames": 21} if switches else {})):
+            assert astrolabe([name, *cut(argv, values)]) == 0
         if name == "convert" and "--recipe" in argv:  # a model of this size makes a video of its own in no time
             path = Path(value_of(argv, "--output_dir"), "model_index.json")
             sizes = {"height": 32, "width": 32, "num_frames": 9}

@@ -46,7 +46,7 @@ def shared_past_videos(pipe, num_blocks):
         for block in noise[:2]:
             past.finish(past.denoise(block[:1], None, generator))
         past.remember()
-        videos, blocks = past.share_past(2, past.prompt_embeds.expand(2, -1, -1)), []
+        videos, blocks = past.share_past(2), []
         for block in noise[2:]:
             blocks.append(videos.denoise(block, None, generator))
             videos.finish(blocks[-1])
@@ -147,7 +147,7 @@ def test_videos_that_part(recipe):
     n = pipe.transformer.config.num_frames_per_block
 
     def parting(cut_at):
-        first, rest = (blocks * pipe._seconds_per_block for blocks in (cut_at, 9 - cut_at))
+        first, rest = (blocks * pipe.seconds_per_block for blocks in (cut_at, 9 - cut_at))
         prompts = ["a red circle", f"a red circle[{first}s#] | a blue square[{rest}s]"]
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         return pipe(prompts, num_frames=1 + 4 * (9 * n - 1), generator=generators, output_type="latent")[0]

@@ -197,7 +197,7 @@ def test_a_cache_that_several_share():
         for block in noise[:2]:
             past.finish(past.denoise(block[:1], None, seeded()))
         past.remember()
-        videos = past.share_past(2, past.prompt_embeds.expand(2, -1, -1))
+        videos = past.share_past(2)
         for block in noise[2:]:
             videos.finish(videos.denoise(block, None, seeded()))
     assert modes == ["read", "read", "store+read", "read", "store"] + ["read", "read", "store"] * 2 + ["read", "read"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from astrolabe_diffusers.reporting.charts import draw_curves, draw_means
+from astrolabe_diffusers.reporting.charts import draw_curves, draw_intervals, draw_means
 
 
 BLUE, RED = (31, 119, 180), (214, 39, 40)  # of the first and the second
@@ -54,6 +54,22 @@ def test_means_go_where_the_numbers_are(tmp_path):
         assert (marks.mean() < line) == rises and abs(marks.mean() - line) > 60
         whiskers.append(np.ptp(marks))
     assert whiskers[0] > 45 and whiskers[1] < 15
+
+
+def test_intervals_go_where_the_numbers_are(tmp_path):
+    """A curve keeps its colour in a chart that lacks another, and NaN has no mark."""
+    path = tmp_path / "intervals.png"
+    charts = {
+        "left": {"new": [(1, 0.9, 0.05), (2, 0.8, 0.05)], "old": [(1, 0.1, 0.05), (2, 0.2, 0.05)]},
+        "right": {"old": [(1, 0.5, 0.3), (2, NAN, NAN)]},
+    }
+    draw_intervals(charts, path, "title", "block")
+    pixels = pixels_of(path)[:-45]  # the legend is below
+    left, right = pixels[:, : pixels.shape[1] // 2], pixels[:, pixels.shape[1] // 2 :]
+    assert drawn(left, BLUE)[0].max() < drawn(left, RED)[0].min()
+    rows, columns = drawn(right, RED)
+    assert len(rows) and not len(drawn(right, BLUE)[0])
+    assert np.ptp(rows) > 150 and np.ptp(columns) < 20  # one long whisker
 
 
 @pytest.mark.parametrize("number", [1, 5, 9])

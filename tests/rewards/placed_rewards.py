@@ -31,6 +31,17 @@ def first_pixel(videos, prompts, metadata, scale: float = 1.0):
     }
 
 
+class Before(Reward):
+    """The mean level of each frame before the video, so many of them, and how many there were."""
+
+    num_context_frames = 3
+
+    def score(self, videos, prompts, metadata=None, *, context):
+        assert context.dtype == torch.uint8 and context.shape[2:] == videos.shape[2:]
+        levels = context.float().mean((2, 3, 4)) @ 1000.0 ** torch.arange(context.shape[1]).float()
+        return RewardOutput(levels, {"frames": torch.full((len(videos),), float(context.shape[1]))})
+
+
 class EndFrames(Reward):
     """First and last frame, at half size; says what it was given."""
 

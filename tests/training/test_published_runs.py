@@ -174,9 +174,32 @@ OURS = [name for name, (_, _, processes) in recommended_names().items() if proce
 def test_runs_of_ours_are_none_of_the_published():
     assert not recommended_names().keys() & published_names().keys()
     published = {find_published_run(name).settings["model"] for name in published_names()}
-    ours = {model for model, _, _ in recommended_names().values()}
+    ours = {model for model, variant, _ in recommended_names().values() if variant != "switch"}
     assert published | ours == PUBLISHED_MODELS.keys() and not published & ours
     assert {"raven_video_hpsv3", "infinity_rope_video_multi_reward_48gpu"} <= recommended_names().keys()
+    switches = [name for name, (_, variant, _) in recommended_names().items() if variant == "switch"]
+    assert switches == ["longlive_video_switch_1gpu", "longlive_video_switch", "longlive_video_switch_48gpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "samples"),
+    [
+        ("longlive_video_switch_1gpu", 1, 48),
+        ("longlive_video_switch", 8, 384),
+        ("longlive_video_switch_48gpu", 48, 1152),
+    ],
+)
+def test_longlive_is_trained_for_the_switch(name, processes, samples, monkeypatch, capsys):
+    """Of whole groups that share a past; every window is after a switch, and every kind of it is drawn."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = parse_args(["--config", name])
+    assert f"{samples} samples an epoch, as recommended" in capsys.readouterr().out
+    assert config.groups_per_epoch(processes) * config.samples_per_prompt == samples
+    pasts = [make_windows(config, 60, 3, 3).past(epoch) for epoch in range(300)]
+    assert {past.num_frames for past in pasts} == set(range(3, 51, 3))
+    kinds = {(past.switch.transition, past.num_frames - past.switch.frame) for past in pasts}
+    assert kinds == {(transition, distance) for transition in ("recache", "roll") for distance in (0, 12)}
+    assert all(past.shared and past.switch.frame >= 3 for past in pasts)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -186,7 +209,7 @@ def test_a_run_of_ours(name, monkeypatch, capsys):
     config = parse_args(["--config", name])
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("384 samples an epoch, as recommended")
-    assert second == "as we recommend; of this model no run was published"
+    assert second == "as we recommend; no such run was published"
     assert parse_args(["--config", name, "--recommended"]) == config
     recommended = yaml.safe_load((PUBLISHED / "recommended.yaml").read_text())
     assert {field: getattr(config, field) for field in recommended} == recommended

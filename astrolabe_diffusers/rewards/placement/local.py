@@ -10,7 +10,7 @@ import torch
 from ..frames import FrameRequest, prepare_frames
 from ..registry import make_reward
 from ..reward import Reward, RewardOutput, check_device
-from .wire import ScoringJob
+from .wire import ScoringJob, context_frames
 
 
 class LocalRewards:
@@ -51,19 +51,29 @@ class LocalRewards:
         """The names of those rewards that look at the prompt."""
         return [name for name, reward in self.rewards.items() if reward.uses_prompt]
 
+    @property
+    def num_context_frames(self) -> int:
+        """The most that one of them looks at."""
+        return max(reward.num_context_frames for reward in self.rewards.values())
+
     def requests(self, num_frames: int, height: int, width: int) -> dict[str, FrameRequest | None]:
         """What each reward needs of videos of this shape, see `Reward.request`."""
         return {name: reward.request(num_frames, height, width) for name, reward in self.rewards.items()}
 
     def score(
-        self, videos: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+        self,
+        videos: torch.Tensor,
+        prompts: list[str],
+        metadata: list[dict[str, Any]] | None,
+        context: torch.Tensor | None = None,
     ) -> dict[str, RewardOutput]:
-        """The output of each reward for videos [B, F, 3, H, W], float in [0, 1]."""
+        """The output of each reward for videos [B, F, 3, H, W], float in [0, 1], and the frames before them."""
         requests = self.requests(videos.shape[1], *videos.shape[-2:])
         kinds = set(requests.values())
         prepared = {kind: videos if kind is None else prepare_frames(videos, kind) for kind in kinds}
         frames = {name: prepared[kind] for name, kind in requests.items()}
-        return self.score_job(ScoringJob(frames, frozenset(), prompts, metadata))  # whole videos are floats here
+        context = context_frames(videos, context, self.num_context_frames)
+        return self.score_job(ScoringJob(frames, frozenset(), prompts, metadata, context))  # whole videos are floats
 
     def score_job(self, job: ScoringJob) -> dict[str, RewardOutput]:
         """The output of those rewards that a job asks."""
@@ -74,10 +84,18 @@ class LocalRewards:
             tensor = job.frames[name].to(self.device or job.frames[name].device, copy=True)
             return tensor.float().div_(255) if name in job.whole else tensor
 
+        def own_context(reward: Reward) -> dict[str, torch.Tensor]:
+            if not reward.num_context_frames:
+                return {}
+            context = job.context[:, max(job.context.shape[1] - reward.num_context_frames, 0) :]
+            return {"context": context.to(self.device or context.device, copy=True)}
+
         # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
         with self._offload, torch.inference_mode():
             outputs = {
-                name: self.rewards[name].score(own(name), list(job.prompts), copy.deepcopy(job.metadata))
+                name: self.rewards[name].score(
+                    own(name), list(job.prompts), copy.deepcopy(job.metadata), **own_context(self.rewards[name])
+                )
                 for name in job.frames
             }
         return {name: output.checked(name, len(job.prompts)) for name, output in outputs.items()}

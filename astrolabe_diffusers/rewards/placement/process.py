@@ -59,9 +59,10 @@ class ProcessRewards(Closing):
     def __str__(self):
         return f"the process of the rewards {', '.join(self.names)}"
 
-    def score(self, videos, prompts, metadata) -> dict[str, RewardOutput]:
+    def score(self, videos, prompts, metadata, context=None) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
-        job = ScoringJob.make(videos, self._requests(videos.shape[1], *videos.shape[-2:]), prompts, metadata)
+        requests = self._requests(videos.shape[1], *videos.shape[-2:])
+        job = ScoringJob.make(videos, requests, prompts, metadata, context, self.num_context_frames)
         return outputs_from_json(self._ask(_score, pack_job(job)), self.names, len(prompts))
 
     def _start(self):
@@ -73,7 +74,9 @@ class ProcessRewards(Closing):
             context.set_forkserver_preload([__name__, built_in.__name__])
         self._executor = ProcessPoolExecutor(1, context, _begin, (dict(os.environ),))
         try:
-            self.using_prompts: list[str] = self._call(START_SECONDS, _load, *self._loading)
+            loaded = self._call(START_SECONDS, _load, *self._loading)
+            self.using_prompts: list[str] = loaded[0]
+            self.num_context_frames: int = loaded[1]
         except BrokenProcessPool:
             raise RewardPlacementError(f"{self} ended while it was loading{self._exit_code()}.") from None
         except Exception:
@@ -158,12 +161,12 @@ def _begin(environment: dict[str, str]):
 
 # The user's mistakes, which the trainer tells in one line.
 @_told(ValueError, ImportError, OSError, SafetensorError)
-def _load(gpu: int | None, arguments: dict[str, Any]) -> list[str]:
+def _load(gpu: int | None, arguments: dict[str, Any]) -> tuple[list[str], int]:
     global _rewards
     if gpu is not None:
         torch.cuda.set_device(gpu)
     _rewards = LocalRewards(**arguments)
-    return _rewards.using_prompts
+    return _rewards.using_prompts, _rewards.num_context_frames
 
 
 @_told()

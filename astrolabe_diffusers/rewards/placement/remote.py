@@ -46,6 +46,8 @@ class RemoteRewards(Closing):
         try:
             there, using_prompts = ([str(name) for name in known[key]] for key in ("rewards", "using_prompts"))
             self.max_request_bytes, version = int(known["max_request_bytes"]), int(known.get("version", 1))
+            # Of all rewards that it has: a frame or two more than is looked at may travel.
+            self.num_context_frames = int(known.get("num_context_frames", 0))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise RewardPlacementError(f"{self} is no server of rewards.") from None
         if version != VERSION:
@@ -61,10 +63,10 @@ class RemoteRewards(Closing):
     def __str__(self):
         return self._client.name
 
-    def score(self, videos, prompts, metadata) -> dict[str, RewardOutput]:
+    def score(self, videos, prompts, metadata, context=None) -> dict[str, RewardOutput]:
         """As `LocalRewards.score`."""
         requests = self._requests(videos.shape[1], *videos.shape[-2:])
-        data = pack_job(ScoringJob.make(videos, requests, prompts, metadata))
+        data = pack_job(ScoringJob.make(videos, requests, prompts, metadata, context, self.num_context_frames))
         if len(data) > self.max_request_bytes:
             raise RewardPlacementError(
                 f"{len(prompts)} videos are {len(data) / 2**20:.3g} MB, and {self} takes "

@@ -56,6 +56,7 @@ async def names(request: Request):
     return {
         "rewards": list(rewards.rewards),
         "using_prompts": rewards.using_prompts,
+        "num_context_frames": rewards.num_context_frames,
         "max_request_bytes": request.app.state.held.each,
         "version": VERSION,
     }

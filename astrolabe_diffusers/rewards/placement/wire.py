@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ...files.text import parse_json
-from ..frames import FrameRequest, prepare_frames
+from ..frames import FrameRequest, prepare_frames, to_uint8
 from ..reward import RewardOutput
 
 
-# Of what client and server send each other. 2: frames may be gray.
-VERSION = 2
+# Of what client and server send each other. 2: frames may be gray. 3: there may be those before the videos.
+VERSION = 3
 
 
 @dataclass
@@ -29,24 +29,38 @@ class ScoringJob:
             Rewards with the same request have the same tensor, which travels once.
         whole: the rewards that made no request, and want the videos as floats.
         prompts, metadata: as in `Reward.score`.
+        context: uint8 [B, K, 3, H, W], the frames before the videos, if a reward looks at them.
     """
 
     frames: dict[str, torch.Tensor]
     whole: frozenset[str]
     prompts: list[str]
     metadata: list[dict[str, Any]] | None
+    context: torch.Tensor | None = None
 
     @classmethod
-    def make(cls, videos: torch.Tensor, requests: dict, prompts: list[str], metadata: list[dict] | None) -> Self:
-        """The job for videos [B, F, 3, H, W] in [0, 1]; `requests` as `LocalRewards.requests` gives them."""
+    def make(
+        cls,
+        videos: torch.Tensor,
+        requests: dict,
+        prompts: list[str],
+        metadata: list[dict] | None,
+        context: torch.Tensor | None = None,
+        num_context_frames: int = 0,
+    ) -> Self:
+        """The job for videos [B, F, 3, H, W] in [0, 1] after those of `context`; `requests` and `num_context_frames`
+        as `LocalRewards` has them."""
         every = FrameRequest(tuple(range(videos.shape[1])))
         prepared = {request: prepare_frames(videos, request or every).cpu() for request in set(requests.values())}
         whole = frozenset(name for name, request in requests.items() if request is None)
-        return cls({name: prepared[request] for name, request in requests.items()}, whole, list(prompts), metadata)
+        frames = {name: prepared[request] for name, request in requests.items()}
+        context = context_frames(videos, context, num_context_frames)
+        return cls(frames, whole, list(prompts), metadata, None if context is None else context.cpu())
 
     def kind(self) -> tuple:
         """Jobs of one kind ask the same rewards about videos of one shape."""
-        return self.whole, {name: tensor.shape[1:] for name, tensor in self.frames.items()}
+        context = None if self.context is None else self.context.shape[1:]
+        return self.whole, {name: tensor.shape[1:] for name, tensor in self.frames.items()}, context
 
     @classmethod
     def join(cls, jobs: Sequence[Self]) -> Self:
@@ -62,7 +76,16 @@ class ScoringJob:
             frames[name] = joined[tensors]
         prompts = [prompt for job in jobs for prompt in job.prompts]
         metadata = [entry for job in jobs for entry in (job.metadata or [{}] * len(job.prompts))]
-        return cls(frames, jobs[0].whole, prompts, metadata)
+        context = None if jobs[0].context is None else torch.cat([job.context for job in jobs])
+        return cls(frames, jobs[0].whole, prompts, metadata, context)
+
+
+def context_frames(videos: torch.Tensor, context: torch.Tensor | None, number: int) -> torch.Tensor | None:
+    """uint8 [B, K, 3, H, W], the last `number` frames of those before videos, or fewer; `None` if `number` is 0."""
+    if number == 0:
+        return None
+    context = videos[:, :0] if context is None else context
+    return to_uint8(context[:, max(context.shape[1] - number, 0) :])
 
 
 def pack_job(job: ScoringJob) -> bytes:
@@ -76,13 +99,16 @@ def pack_job(job: ScoringJob) -> bytes:
         "metadata": job.metadata,
     }
     header = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
-    return save({"header": header, **{keys[number]: tensor.contiguous() for number, tensor in tensors.items()}})
+    context = {} if job.context is None else {"context": job.context.contiguous()}
+    frames = {keys[number]: tensor.contiguous() for number, tensor in tensors.items()}
+    return save({"header": header, **context, **frames})
 
 
 def unpack_job(data: bytes) -> ScoringJob:
     """Raises `ValueError` unless `data` is a job of which everything fits together."""
     try:
         tensors = load(data)
+        context = tensors.pop("context", None)
         text = parse_json(tensors.pop("header").numpy().tobytes(), "the header")
         version = text.get("version", 1)
         frames = {name: tensors[key] for name, key in text["rewards"].items()}
@@ -103,7 +129,11 @@ def unpack_job(data: bytes) -> ScoringJob:
                 f"the frames for {name!r} must be uint8 [{len(prompts)}, F, 3, H, W], one video a prompt and none of "
                 f"them empty, not {tensor.dtype} {list(tensor.shape)}."
             )
-    return ScoringJob(frames, whole, prompts, metadata)
+    if context is not None and not (
+        context.dtype == torch.uint8 and context.ndim == 5 and len(context) == len(prompts) and context.shape[2] == 3
+    ):
+        raise ValueError(f"the context must be uint8 [{len(prompts)}, K, 3, H, W], not {list(context.shape)}.")
+    return ScoringJob(frames, whole, prompts, metadata, context)
 
 
 def requests_to_json(requests: dict[str, FrameRequest | None]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from ...rollout.samples import VideoBatch
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import PREDICTORS, check_compiled_passes, check_context
+from ..forward_process.predictors import check_compiled_passes, check_context, predictor_class
 from ..trainer import OnlineTrainer
 from .config import AWMConfig
 
@@ -62,7 +62,7 @@ def accumulate_gradients(
     """Add a batch's part of the gradient of the mean loss to the current policy's parameters; arguments and result as
     in [`backward_by_block`]."""
     transformer = accelerator.unwrap_model(model)
-    predictor = PREDICTORS[config.context](transformer, batch, "current", config.blocks_per_pass)
+    predictor = predictor_class(config.context, batch)(transformer, batch, "current", config.blocks_per_pass)
     # The paper's distances are of flows; a flow's error is that of the clean latents over the noise level.
     scale = 1 / batch.sigma.square()
 

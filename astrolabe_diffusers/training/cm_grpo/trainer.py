@@ -10,7 +10,7 @@ from ...rollout.samples import VideoBatch
 from ...rollout.seeds import seeded_generator
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, per_sample, squared_distance
-from ..forward_process.predictors import PREDICTORS, check_compiled_passes, check_context
+from ..forward_process.predictors import check_compiled_passes, check_context, predictor_class
 from ..trainer import OnlineTrainer
 from .config import CMGRPOConfig
 
@@ -60,6 +60,8 @@ def drawn_step(batch: VideoBatch, steps: Sequence[int], block_frames: int, advan
         timestep,
         batch.prompt_embeds,
         batch.past,
+        batch.old_prompt_embeds,
+        batch.pipeline,
         following=latents(1),
         following_sigma=timesteps[index + 1] / 1000,
         advantages=advantages,
@@ -130,7 +132,7 @@ def accumulate_gradients(
     which this is the mean over elements.
     """
     transformer = accelerator.unwrap_model(model)
-    predictor = PREDICTORS[config.context](transformer, batch, "current", config.blocks_per_pass)
+    predictor = predictor_class(config.context, batch)(transformer, batch, "current", config.blocks_per_pass)
     first, weights = batch.past.num_frames, block_weights(len(predictor.blocks), config.block_weighting)
 
     def targets(frames: slice) -> torch.Tensor | None:

@@ -32,6 +32,8 @@ class BlockwiseConfig(OnlineConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.transitions and self.context != "clean":
+            raise UserError(f"transitions need context=clean, in which blocks see what they did, not {self.context}.")
         if MEMORY_TRANSFORMER in self.lora_components and self.context != "clean_grad":
             raise UserError(
                 f"lora_expert={self.lora_expert}: the memory transformer learns nothing with context={self.context}, "

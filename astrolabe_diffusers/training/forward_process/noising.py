@@ -21,6 +21,9 @@ class NoisedBatch:
     timestep: torch.Tensor  # `(B,)`, 1000 times that
     prompt_embeds: torch.Tensor  # `(B, L, D)`
     past: Past = Past()  # what is before the window
+    # With a switch of the prompt in it: those before that, `(B, L, D)`, and the pipeline that made the videos.
+    old_prompt_embeds: torch.Tensor | None = None
+    pipeline: object | None = None
 
 
 def training_sigmas(pipeline, train_timesteps: str, train_steps: Sequence[int] = ()) -> torch.Tensor:
@@ -49,7 +52,8 @@ def noise_batch(batch: VideoBatch, sigmas: torch.Tensor) -> NoisedBatch:
         draws.append((sigma, torch.randn(window.shape[1:], generator=generator)))
     sigma, noise = (torch.stack(drawn).to(window.device) for drawn in zip(*draws))
     noisy = add_noise(window, noise, sigma)
-    return NoisedBatch(batch.latents, noisy, sigma, 1000 * sigma, batch.prompt_embeds, batch.past)
+    made = batch.old_prompt_embeds, batch.pipeline
+    return NoisedBatch(batch.latents, noisy, sigma, 1000 * sigma, batch.prompt_embeds, batch.past, *made)
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

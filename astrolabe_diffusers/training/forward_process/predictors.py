@@ -8,8 +8,12 @@ import torch
 from ...errors import UserError
 from ...models.contract import packs_clips, store_mode
 from ...models.expert_pair import experts_of
+from ...models.kv_cache import CausalWanKVCache
 from ...models.kv_cache_clip import ClipKVCache
 from ...models.kv_cache_shared_past import share_past
+from ...pipelines.block_generation import Sampling, begin_scenes
+from ...rollout.past import Switch
+from ...rollout.sampling import encode_scenes
 from ..policies import use_policy
 from .config import BlockwiseConfig
 from .noising import NoisedBatch, predicted_clean
@@ -63,13 +67,17 @@ class BlockwisePredictor:
         batch, past = self.batch, self.batch.past.num_frames
         noisy = batch.noisy[:, :, frames.start - past : frames.stop - past]
         velocity = (forward or self.transformer)(
-            noisy.to(self.dtype), batch.timestep, batch.prompt_embeds, **self._context(frames), return_dict=False
+            noisy.to(self.dtype), batch.timestep, self._text(), **self._context(frames), return_dict=False
         )[0]
         return predicted_clean(noisy, velocity.to(noisy.dtype), batch.sigma)
 
     def _context(self, frames: slice) -> dict[str, Any]:
         """The arguments of a pass that say what its blocks see before them."""
         return {"kv_cache": self.cache, "kv_cache_mode": "read", "frame_offset": frames.start}
+
+    def _text(self) -> torch.Tensor:
+        """Of the next pass, `(B, L, D)`."""
+        return self.batch.prompt_embeds
 
     def predict_as(self, policy: str, frames: slice) -> torch.Tensor:
         """As [`~BlockwisePredictor.predict`], by another policy and without gradients."""
@@ -106,6 +114,49 @@ class BlockwisePredictor:
             predictions[frames.start] = self.predict_as(self.past_policy, frames)
             self.advance(frames)
         return predictions
+
+
+class SwitchPredictor(BlockwisePredictor):
+    """After a switch of the prompt: the clean blocks are taken up by the [`BlockGenerator`] that makes the videos, so
+    that its cache is that of the rollout, whatever the transition. A pass has one block."""
+
+    def _begin(self, num_frames: int, blocks_per_pass: int):
+        batch, past, size = self.batch, self.batch.past, self.transformer.config.num_frames_per_block
+        self.blocks = self.passes = _parts(past.num_frames, num_frames, size)
+        texts = torch.stack([past.rows(batch.old_prompt_embeds), past.rows(batch.prompt_embeds)], dim=1)
+        switches = [Switch(), past.switch]
+        self.schedule = [encode_scenes(prompt_embeds, switches, size) for prompt_embeds in texts]
+        sampling = Sampling([], [], max_frames=num_frames, decode=False)
+        videos = list(range(len(texts)))
+        self.generator = batch.pipeline.block_generator_class(batch.pipeline, sampling, videos)
+        self.generator.prompt_embeds = texts[:, 0]
+        for frames in _parts(0, past.num_frames, size):
+            self._take_up(past.rows(batch.clean[:, :, frames]), frames.stop)
+        if past.shared:
+            self.generator = self.generator.share_past(len(batch.clean))
+            self.schedule = [list(self.schedule[0]) for _ in batch.clean]
+
+    @property
+    def cache(self) -> CausalWanKVCache:
+        return self.generator.kv_cache
+
+    def _take_up(self, clean: torch.Tensor, stop: int):
+        with use_policy(self.transformer, self.past_policy):
+            self.generator.finish(clean)
+            # The videos of a batch have the same switch, so none parts from the others.
+            begin_scenes([self.generator], self.schedule, stop // self.transformer.config.num_frames_per_block)
+            self.generator.remember()
+
+    def _text(self) -> torch.Tensor:
+        return self.generator.prompt_embeds
+
+    def _context(self, frames: slice) -> dict[str, Any]:
+        # After a cut the video begins anew.
+        return super()._context(frames) | {"frame_offset": self.cache.num_frames}
+
+    def advance(self, frames: slice):
+        if frames != self.passes[-1]:
+            self._take_up(self.batch.clean[:, :, frames], frames.stop)
 
 
 class TeacherForcingPredictor(BlockwisePredictor):
@@ -189,3 +240,8 @@ def _parts(start: int, stop: int, size: int) -> list[slice]:
 
 # By the setting `context`.
 PREDICTORS = {"clean": BlockwisePredictor, "clean_grad": TeacherForcingPredictor, "noisy": WholeClipPredictor}
+
+
+def predictor_class(context: str, batch: NoisedBatch) -> type[BlockwisePredictor]:
+    """Of `PREDICTORS`, or that of a batch whose past has a switch of the prompt, which needs a clean context."""
+    return PREDICTORS[context] if batch.past.switch is None else SwitchPredictor

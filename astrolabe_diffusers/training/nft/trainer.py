@@ -9,7 +9,7 @@ from ...rollout.samples import VideoBatch
 from ..advantages import Advantages
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import PREDICTORS, check_compiled_passes, check_context
+from ..forward_process.predictors import check_compiled_passes, check_context, predictor_class
 from ..policies import OLD, REFERENCE, follow_current
 from ..trainer import OnlineTrainer
 from .config import NFTConfig
@@ -111,7 +111,8 @@ def accumulate_gradients(
     """[`backward_by_block`] with the loss, its two parts, and the squares of `deviation`, the distance of the
     predictions of current and old policy, and of `x0_norm`, the current one's predictions."""
     transformer = accelerator.unwrap_model(model)
-    make_predictor = partial(PREDICTORS[config.context], transformer, batch, blocks_per_pass=config.blocks_per_pass)
+    predictor = predictor_class(config.context, batch)
+    make_predictor = partial(predictor, transformer, batch, blocks_per_pass=config.blocks_per_pass)
     frozen = ["old"] * (not batch.old_is_current) + ["reference"] * bool(batch.use_reference and config.kl_weight)
     # One past for all policies, and one cache; or each its own, one after the other, and one cache at a time.
     shared = config.context_policy == "old"

@@ -129,7 +129,7 @@ def test_a_job_of_another_release_is_refused(url, monkeypatch):
     data = pack_job(make_job([1]))
     monkeypatch.undo()
     answer = requests.post(f"{url}/score", data=data)
-    assert answer.status_code == 400 and "of version 1, not 2: both ends need the same release" in answer.text
+    assert answer.status_code == 400 and "of version 1, not 3: both ends need the same release" in answer.text
 
 
 def test_gray_and_colour_travel_as_they_are_asked():

@@ -78,7 +78,7 @@ VIDEO = torch.zeros(1, 2, 3, 4, 4, dtype=torch.uint8)
         (save({"0": VIDEO[:, :0], "header": header()}), "none of them empty"),
         (save({"0": VIDEO[:, :, :2].contiguous(), "header": header()}), "uint8"),
         (save({"0": VIDEO[:, :, :1].contiguous(), "header": header(whole=["r"])}), "uint8"),
-        (save({"0": VIDEO, "header": header(version=1)}), "of version 1, not 2"),
+        (save({"0": VIDEO, "header": header(version=1)}), "of version 1, not 3"),
         (save({"header": torch.tensor([91] * 100_000, dtype=torch.uint8)}), "no job for rewards: .*nested too deeply"),
     ],
 )
