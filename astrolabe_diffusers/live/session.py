@@ -82,6 +82,7 @@ class Pending:
     event: dict[str, Any]
     after_block: int
     arrived: float
+    size: int = 0  # of the event, as JSON
 
 
 class LiveModel:
@@ -332,19 +333,20 @@ class LiveSession:
             ValueError: it is neither, or the session could not be saved and replayed with one more.
         """
         checked = self.model.check_event(event)
-        size = len(json.dumps(checked))
         with self._lock:
-            if self._num_events >= MAX_EVENTS or self._event_bytes + size > MAX_EVENT_BYTES:
-                raise ValueError("this video has had as many changes as can be saved: restart it.")
-            self._num_events += 1
-            self._event_bytes += size
             now = time.monotonic()
             same = [p for p in self._pending if p.event["type"] == checked["type"]]
             if same and checked["type"] == "lora":
                 checked["weights"] = same[0].event["weights"] | checked["weights"]
+            size = len(json.dumps(checked))
+            number = self._num_events + 1 - len(same)
+            total = self._event_bytes + size - sum(p.size for p in same)
+            if number > MAX_EVENTS or total > MAX_EVENT_BYTES:
+                raise ValueError("this video has had as many changes as can be saved: restart it.")
+            self._num_events, self._event_bytes = number, total
             # Nobody can fill the memory with what no block has taken up yet.
             self._pending = [p for p in self._pending if p not in same]
-            self._pending.append(Pending(checked, self.num_blocks - 1, now))
+            self._pending.append(Pending(checked, self.num_blocks - 1, now, size))
             self.active_at = now
 
     def pause(self, paused: bool = True):

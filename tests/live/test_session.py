@@ -532,6 +532,19 @@ def test_a_session_has_no_more_changes_than_can_be_replayed(model, monkeypatch, 
     with pytest.raises(ValueError, match="as many changes"):
         for _ in range(sent + 1):
             again.send(lora(first=0.5))
+            again.make_block()
+    again.close()
+
+
+def test_of_changes_before_one_block_only_the_last_counts_as_one(model, monkeypatch):
+    monkeypatch.setattr(session_module, "MAX_EVENTS", 5)
+    session = LiveSession(model, A, 0)
+    for _ in range(20):
+        session.send(lora(first=0.5))
+        session.send(prompt(B))
+    session.make_block()
+    session.close()
+    assert [event["type"] for event in session.record()["events"]] == ["lora", "prompt"]
 
 
 def test_a_side_that_no_codec_has():
