@@ -93,8 +93,10 @@ class ScoringThread(Closing):
         return Scores(values, kept, time.perf_counter() - start)
 
     def score(self, videos: torch.Tensor, samples: Sequence[Sample], watched: bool = False) -> dict[str, torch.Tensor]:
-        """Waits for values as in [`Scores`] of `videos` `(B, F, 3, H, W)` in [0, 1]."""
-        return self._thread.submit(self._score, videos, samples, watched).result()
+        """Waits for values as in [`Scores`] of `videos` `(B, F, 3, H, W)` in [0, 1], each with its prompt as it is;
+        `samples` are whatever has a `prompt`."""
+        plain = [Sample(sample.prompt, 0, (row,)) for row, sample in enumerate(samples)]
+        return self._thread.submit(self._score, videos, plain, watched).result()
 
     @torch.no_grad()
     def _score(
