@@ -20,7 +20,7 @@ from tests.models.test_transformer_causal_wan import (
     write,
 )
 from tests.models.test_transformer_causal_wan import build as build_static
-from tests.models.test_two_blocks import go_on, longer, num_pairs, pair
+from tests.models.test_two_blocks import check_pairs, go_on, pair
 
 
 # Frames in a block, window, sink: as released; nothing beside the sink; sinks of one frame, of part of a block and of
@@ -91,19 +91,7 @@ def test_streams_equal_the_reference(n, window, sink, rope_mode):
 @torch.no_grad()
 @pytest.mark.parametrize("n, window, sink, rope_mode", ALL)
 def test_pairs_equal_the_reference(n, window, sink, rope_mode):
-    model, reference, noisy, clean, text = build(n, window, sink, rope_mode)
-    noisy, clean = longer(noisy), longer(clean)
-    cache, context = model.new_kv_cache(), reference.context_of(clean[:, :, :0], text)
-    outputs, pairs = go_on(model, noisy, clean, text, cache, n)
-    assert pairs == num_pairs(reference, n, clean.shape[2] // n)
-    expected = []
-    for i, (clean_block, noisy_block) in enumerate(zip(blocks_of(clean, n), blocks_of(noisy, n))):
-        for timestep in (937.5, 500.0) if i else (1000.0,):
-            times = torch.full((len(text),), timestep)
-            expected.append(reference.block(noisy_block, times, text, context, store=False))
-        reference.block(clean_block, torch.zeros(len(text)), text, context, store=True)
-    for output, wanted in zip(outputs, expected, strict=True):
-        assert max_error(output, wanted) <= TOLERANCE
+    check_pairs(*build(n, window, sink, rope_mode), n)
 
 
 @torch.no_grad()

@@ -65,9 +65,13 @@ def num_pairs(reference, n, num_blocks):
 @pytest.mark.parametrize("rope_mode", ["absolute", "relative"])
 @pytest.mark.parametrize("n, window, sink", [*WINDOWS, (3, 12, 3), (2, 8, 2), (1, 6, 3), (3, 10, 1)])
 def test_pairs_equal_the_reference(n, window, sink, rope_mode):
-    model, reference, noisy, clean, text = build(n, window, sink, rope_mode)
+    check_pairs(*build(n, window, sink, rope_mode), n)
+
+
+def check_pairs(model, reference, noisy, clean, text, n):
+    """A video by pairs of blocks is the reference's, which makes them one by one."""
     noisy, clean = longer(noisy), longer(clean)
-    cache, context = new_cache(model, clean.shape[2]), reference.context_of(clean[:, :, :0], text)
+    cache, context = model.new_kv_cache(clean.shape[2]), reference.context_of(clean[:, :, :0], text)
     outputs, pairs = go_on(model, noisy, clean, text, cache, n)
     assert pairs == num_pairs(reference, n, clean.shape[2] // n)
     expected = []

@@ -17,7 +17,7 @@ def test_without_pyiqa_one_line_says_what_to_install(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pyiqa():
-    return pytest.importorskip("pyiqa", exc_type=(ImportError, RuntimeError))
+    return pytest.importorskip("pyiqa", reason="needs pyiqa: pip install pyiqa", exc_type=(ImportError, RuntimeError))
 
 
 @pytest.fixture(scope="module")
