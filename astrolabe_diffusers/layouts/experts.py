@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 # The pipeline's components.
-TRANSFORMER, MEMORY_TRANSFORMER = "transformer", "memory_transformer"
+EXPERTS = TRANSFORMER, MEMORY_TRANSFORMER = "transformer", "memory_transformer"
 # In the name of a tensor in the original layout, anywhere: `blocks.0.self_attn.q.memory_weight`.
 _MARK = "memory_"
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..distributed.sharding import left_in_file
 from ..errors import CHECKED, UserError, as_user_error, close_matches
 from ..files.output_folder import list_checkpoints
+from ..layouts.experts import EXPERTS
 from ..layouts.published_models import PUBLISHED_MODELS
 from ..layouts.tensor_files import find_model, load_tensors, misfits
 from ..models.attention_causal_wan import attend
@@ -198,7 +199,7 @@ def load_text_encoder(
     model: str, accelerator: Accelerator, revision: str | None = None, variant: str | None = None
 ) -> CausalWanPipeline:
     """The pipeline of [`load_frozen_pipeline`] with what `encode_prompt` needs alone."""
-    without = dict.fromkeys(("vae", "transformer", "memory_transformer"))
+    without = dict.fromkeys(("vae", *EXPERTS))
     with no_loading_bars(), as_user_error(cannot_load(model), LOADING), no_missing_tensors():
         # DiffusionPipeline itself does not ask a class for its optional components, and would load one of these.
         pipeline_class = getattr(diffusers, DiffusionPipeline.load_config(model, revision=revision)["_class_name"])

@@ -18,6 +18,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ..layouts.experts import EXPERTS
 from ..models.contract import CausalTransformer
 from ..models.expert_pair import ExpertPair, differences
 from ..models.lora_layers import check_no_loose_lora
@@ -182,7 +183,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """As the parent's, which leaves out a transformer of another class and then asks for it by a `TypeError`."""
-        names = ("transformer", "memory_transformer", "scheduler")
+        names = (*EXPERTS, "scheduler")
         components = {name: getattr(pipeline, name, None) for name in names}
         return super().from_pipe(pipeline, **(components | kwargs))
 
@@ -223,7 +224,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     @property
     def experts(self) -> dict[str, CausalTransformer]:
         """Transformer and memory transformer, by name, those that there are."""
-        models = {name: getattr(self, name) for name in ("transformer", "memory_transformer")}
+        models = {name: getattr(self, name) for name in EXPERTS}
         return {name: model for name, model in models.items() if model is not None}
 
     @property

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..layouts.experts import EXPERTS
 
 
 # Settings name the kinds, and `--help` is to load none of these.
@@ -51,7 +52,7 @@ def quantization_config(quantization: str, device: "torch.device") -> "PipelineQ
     # One for each: what loads a model adds to its lists.
     configs = {
         name: TorchAoConfig(quant_type(quantization), modules_to_not_convert=[*NOT_QUANTIZED])
-        for name in ("transformer", "memory_transformer")
+        for name in EXPERTS
     }
     return PipelineQuantizationConfig(quant_mapping=configs)
 
