@@ -170,7 +170,9 @@ def serving(args: argparse.Namespace):
         pipe.set_progress_bar_config(disable=True)
         if args.compile:
             print(f"compiled in {pipe.compile():.0f} s")
-        model = LiveModel(pipe, args.recipe)
+        # A model whose videos have an end makes longer ones than by default, until all viewers have seen enough.
+        seconds = None if pipe.is_endless else args.seconds + 60
+        model = LiveModel(pipe, args.recipe, num_frames=seconds and round(seconds * pipe.config.frame_rate))
         model.warm_up()
         app = LiveApp(model, LiveEngine(args.viewers))
     else:

@@ -66,11 +66,11 @@ class ProcessRewards(Closing):
         return outputs_from_json(self._ask(_score, pack_job(job)), self.names, len(prompts))
 
     def _start(self):
-        context = multiprocessing.get_context(START_METHOD)
-        if START_METHOD == "forkserver":
-            # CUDA does not survive a fork. Nothing in it initialises CUDA, but libraries ask whether it is there when
-            # they are imported, which counts as that unless torch asks NVML.
-            os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        # CUDA does not survive a fork, and in a server that somebody else has started it may be initialised: libraries
+        # ask for it when they are imported.
+        gpu, _ = self._loading
+        context = multiprocessing.get_context(START_METHOD if gpu is None else "spawn")
+        if context.get_start_method() == "forkserver":
             context.set_forkserver_preload([__name__, built_in.__name__])
         self._executor = ProcessPoolExecutor(1, context, _begin, (dict(os.environ),))
         try:

@@ -170,9 +170,7 @@ def test_a_trainer_that_is_killed_leaves_no_process(method):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_a_process_has_a_gpu_of_its_own_context(monkeypatch, method):
-    monkeypatch.setattr(process_module, "START_METHOD", method)
+def test_a_process_has_a_gpu_of_its_own_context():
     torch.zeros(1, device="cuda")
     name = f"{PATH}:Learned"
     with ProcessRewards({name: name, FIRST: FIRST}, device="cuda:0") as rewards:
