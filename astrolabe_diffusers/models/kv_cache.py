@@ -232,15 +232,17 @@ class CausalWanKVLayerCache:
         """Keep a block's (clean) keys and values; [`commit`] brings them into the slots."""
         self._stored = (key, value) if self.keeps_graph else (key.detach(), value.detach())
 
+    def make_room(self, key: torch.Tensor, value: torch.Tensor):
+        """Buffers for keys and values like these, of a block."""
+        num_tokens = self.state.end + self.state.block_frames * self.state.frame_tokens
+        self.key, self.value = (new_buffer(x, len(x), num_tokens) for x in (key, value))
+
     def commit(self):
         """Bring what [`store`] was given into the slots; the frames that leave the window are overwritten."""
         if self._stored is None:
             return
         state, (key, value) = self.state, self._stored
         size = state.frame_tokens
-        if self.key is None:
-            num_tokens = state.end + state.block_frames * size
-            self.key, self.value = (new_buffer(x, len(x), num_tokens) for x in (key, value))
         if state.cut:
             # It was for this block. Before the slots are written: it may take some of theirs.
             in_place, self.flushed.in_place = self.flushed.in_place, None
@@ -419,10 +421,20 @@ class CausalWanKVCache:
         for layer_cache in self.layer_caches:
             layer_cache.flush(slots, rotary, away)
 
+    def commit(self, layer_idx: int):
+        """Bring what a layer has stored into its slots: at once, so that no more than one layer's keys are twice in
+        memory. The first one makes room for all of them. What is made between passes of blocks lies where one of
+        these had its own, and the next has to find another place: of 80 GB a third was such holes."""
+        layer_cache = self.layer_caches[layer_idx]
+        if layer_cache.key is None and layer_cache._stored is not None:
+            for other in self.layer_caches:
+                other.make_room(*layer_cache._stored)
+        layer_cache.commit()
+
     def advance(self, num_frames: int):
         """Count frames that every layer has stored."""
-        for layer_cache in self.layer_caches:
-            layer_cache.commit()
+        for layer_idx in range(len(self.layer_caches)):
+            self.commit(layer_idx)
         state = self.state
         state.num_frames += num_frames
         state.num_cached = min(state.num_cached + num_frames, state.slots.capacity)

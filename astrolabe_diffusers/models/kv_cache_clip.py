@@ -73,6 +73,9 @@ class ClipKVCache(CausalWanKVCache):
         super().clear()
         self.num_taken = 0
 
+    def commit(self, layer_idx: int):
+        self.layer_caches[layer_idx].commit()
+
     def begin_clip(
         self, layout: BlockLayout, shape: tuple[int, int, int], stores: bool, brings_clean: bool = False
     ):

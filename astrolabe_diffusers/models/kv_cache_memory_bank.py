@@ -141,13 +141,15 @@ class MemoryBankKVLayerCache(CausalWanKVLayerCache):
             bank = (x[:, : size * self.state.frame_tokens].unflatten(1, (size, -1)) for x in self._seen)
             self._choose(tuple(bank))
 
+    def make_room(self, key: torch.Tensor, value: torch.Tensor):
+        self.state.margin_frames = self.state.bank.size
+        super().make_room(key, value)
+
     def commit(self):
         if self._stored is None:
             return
         state, (key, value) = self.state, self._stored
         size = state.frame_tokens
-        if self.key is None:
-            state.margin_frames = state.bank.size
         # The block may take the slots that the bank lies in.
         frames = [x.clone() for x in self._bank()] if self._num_kept else ()
         super().commit()

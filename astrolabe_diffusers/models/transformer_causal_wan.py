@@ -562,7 +562,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             else:
                 hidden_states = block(hidden_states, *args)
             if writes:
-                layer_cache.commit()  # not only when all have stored: one layer's keys at a time are twice in memory
+                kv_cache.commit(i)
         return hidden_states
 
     def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.test_transformer_causal_wan import (
     TOLERANCE,
@@ -68,6 +69,25 @@ def test_storage_is_allocated_once(n, window, sink):
                 # This block's frames, and as many of scratch space.
                 assert changed <= 2 * n * frame_tokens
         snapshot = [tensor.clone() for tensor in buffers(cache)]
+
+
+def test_layers_get_their_storage_together():
+    """Nothing is computed between two of them, so that none lies in a hole between what a pass of blocks needs."""
+    model, _, _, clean, text = build(1, 4, 2)
+    cache, operators = new_cache(model), []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            operators.append(result)  # kept: memory that is freed would be given out again
+            return result
+
+    with Recorder():
+        write(model, blocks_of(clean, 1)[0], text, cache)
+    storages = [x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None for x in operators]
+    first_seen = [storages.index(buffer.untyped_storage().data_ptr()) for buffer in buffers(cache)]
+    views = 2  # of each, its own slice included
+    assert len(first_seen) > 2 and first_seen[-1] - first_seen[0] <= views * (len(first_seen) - 1)
 
 
 def test_clear_starts_a_new_video():
