@@ -173,7 +173,12 @@ class OnlineConfig(VideoConfig, SwitchConfig):
         choices=("none", "selective", "full"),
         alone="full",
     )
-    compile: bool = option(False, "compile the transformer's blocks, in the first epoch; on GPUs, for long runs")
+    compile: bool | None = option(
+        None,
+        "compile the transformer's blocks, which takes about a minute of the first epoch on a GPU; if not given, on "
+        "CUDA where one pass trains the whole video, unless the model is in shards",
+        alone="true",
+    )
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")
 
     # Evaluation on held-out prompts

@@ -144,6 +144,11 @@ class OnlineTrainer:
         """
         raise NotImplementedError
 
+    def compiles(self) -> bool:
+        """Whether blocks are compiled, asked once everything is loaded: as `config.compile` says, and not if it says
+        nothing. Nobody else knows whether the passes of an algorithm have equal shapes."""
+        return bool(self.config.compile)
+
     def after_epoch(self, statistics: list[dict[str, float]]):
         """Once an epoch's steps are done, with what was logged of each."""
 
@@ -213,10 +218,11 @@ class OnlineTrainer:
                 size = config.rank, config.lora_alpha, config.lora_dropout
                 which = config.lora_target_modules, config.other_adapters, config.lora_components
                 add_policies(self.transformer, *size, *which)
+        self.compiled = self.compiles()
         for expert in self.pipeline.experts.values():
             if config.gradient_checkpointing != "none":
                 expert.enable_gradient_checkpointing(CHECKPOINTING[config.gradient_checkpointing])
-            if config.compile:
+            if self.compiled:
                 # Every policy has graphs of its own, in each kind of pass; after the first epoch all are there.
                 expert.compile_repeated_blocks(fullgraph=True)
         self.identity = policy_identity(self.transformer)
@@ -430,9 +436,10 @@ class OnlineTrainer:
             )
         trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
         processes, size = self.accelerator.num_processes, self.size
+        compiled = "compiled, which takes about a minute in the first epoch" if self.compiled else "not compiled"
         self.report.print(
             f"{config.model}: {size['num_frames']} frames of {size['height']}x{size['width']}; LoRA of rank "
-            f"{self.identity['rank']}, {trainable:,} parameters\n"
+            f"{self.identity['rank']}, {trainable:,} parameters; blocks are {compiled}\n"
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}, mixed precision "
             f"{self.accelerator.mixed_precision}; {len(self.prompts)} prompts, {self.num_groups} x "
             f"{config.samples_per_prompt} samples an epoch, {config.max_train_steps} steps; "

@@ -60,7 +60,7 @@ def check(algorithm: str, config: NFTConfig, num_processes: int):
         raise UserError(f"--baseline runs in one process, not {num_processes}.")
     if config.window_size is not None or config.loss_weighting != "none":
         raise UserError("--baseline trains whole clips, with --loss_weighting none: no --window_size.")
-    if config.compile:
+    if config.compile is not False:
         raise UserError("--baseline has a column that is compiled, and takes no --compile.")
     if config.context != "clean":
         raise UserError("--baseline has a column with the noisy context, and one with the clean one: no --context.")

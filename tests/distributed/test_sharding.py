@@ -40,13 +40,13 @@ VALUES = {
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def run(model, folder, machines=1, **values):
+def run(model, folder, machines=1, worker="sharded_worker", **values):
     """Two processes a machine with the weights in shards; returns what each says of them."""
     arguments = tiny_arguments(model, folder, **VALUES | values)
     options = FSDP
     if machines > 1:
         options = FSDP | {"rendezvous": folder.with_name(f"{folder.name}-{uuid4()}"), "machines": machines}
-    launchers = [Torchrun("tests/training/sharded_worker.py", *arguments, **options) for _ in range(machines)]
+    launchers = [Torchrun(f"tests/training/{worker}.py", *arguments, **options) for _ in range(machines)]
     for launcher in launchers:
         code, output = launcher.finish(timeout=300)
         assert code == 0, output
@@ -95,6 +95,15 @@ def assert_same_adapter(sharded, whole):
         difference = (sharded[name] - weight).abs()
         assert difference.max() < 5e-5 and difference.mean() < 2e-6, name
     assert max(weight.abs().max() for name, weight in whole.items() if "lora_B" in name) > 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(runs, model_folder, tmp_path):
+    """Where it is asked for: whether it gains on GPUs is not known, so that it is off by default."""
+    reports = run(model_folder, tmp_path, worker="traced_worker", compile=True)
+    assert [report["sharded"] for report in reports] == [1, 1]
+    file = "pytorch_lora_weights.safetensors"
+    assert_same_adapter(load_file(tmp_path / file), load_file(runs[0][False] / file))
 
 
 def test_it_says_the_same(runs):

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from ...rollout.samples import VideoBatch
+from ..forward_process.compilation import compiles_blocks
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import check_compiled_passes, check_context, predictor_class
+from ..forward_process.predictors import check_context, predictor_class
 from ..trainer import OnlineTrainer
 from .config import AWMConfig
 
@@ -41,10 +42,12 @@ class AWMTrainer(OnlineTrainer):
     config_class = AWMConfig
     config: AWMConfig
 
+    def compiles(self) -> bool:
+        return compiles_blocks(self.config, self.transformer, self.windows.size, self.accelerator.device)
+
     def prepare(self):
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
         check_context(self.config, self.transformer, self.windows.have_past)
-        check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 
     def accumulate_gradients(

@@ -8,9 +8,10 @@ import torch
 from ...errors import UserError
 from ...rollout.samples import VideoBatch
 from ...rollout.seeds import seeded_generator
+from ..forward_process.compilation import compiles_blocks
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, per_sample, squared_distance
-from ..forward_process.predictors import check_compiled_passes, check_context, predictor_class
+from ..forward_process.predictors import check_context, predictor_class
 from ..trainer import OnlineTrainer
 from .config import CMGRPOConfig
 
@@ -101,11 +102,13 @@ class CMGRPOTrainer(OnlineTrainer):
     keep_trajectory = True
     config: CMGRPOConfig
 
+    def compiles(self) -> bool:
+        return compiles_blocks(self.config, self.transformer, self.windows.size, self.accelerator.device)
+
     def prepare(self):
         config = self.config
         self.steps = noisy_steps(self.pipeline, config.train_steps)
         check_context(config, self.transformer, self.windows.have_past)
-        check_compiled_passes(config, self.transformer, self.windows.size)
         super().prepare()
 
     def accumulate_gradients(

@@ -221,19 +221,6 @@ def check_context(config: BlockwiseConfig, transformer, has_past: bool = False):
         raise UserError("context=clean_grad trains whole videos of two experts: no window_size or sample_frames.")
 
 
-def check_compiled_passes(config: BlockwiseConfig, transformer, num_frames: int):
-    """With a window of latent frames: a [`UserError`] where torch.compile would have to compile every pass for itself,
-    as each begins with another frame."""
-    blocks = num_frames // transformer.config.num_frames_per_block
-    one_pass = config.window_size is None and blocks <= config.blocks_per_pass
-    if not config.compile:
-        return
-    if config.context == "clean" and config.blocks_per_pass > 1 and not one_pass:
-        raise UserError("compile needs blocks_per_pass=1 where a video is trained in a window or in several passes.")
-    if config.context == "clean_grad" and config.window_size is not None:
-        raise UserError("compile needs context=clean and blocks_per_pass=1 where a window is trained.")
-
-
 def _parts(start: int, stop: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 

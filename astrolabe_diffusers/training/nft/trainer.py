@@ -7,9 +7,10 @@ import torch
 
 from ...rollout.samples import VideoBatch
 from ..advantages import Advantages
+from ..forward_process.compilation import compiles_blocks
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import check_compiled_passes, check_context, predictor_class
+from ..forward_process.predictors import check_context, predictor_class
 from ..policies import OLD, REFERENCE, follow_current
 from ..trainer import OnlineTrainer
 from .config import NFTConfig
@@ -37,11 +38,13 @@ class NFTTrainer(OnlineTrainer):
     sampling_policy = "old"
     config: NFTConfig
 
+    def compiles(self) -> bool:
+        return compiles_blocks(self.config, self.transformer, self.windows.size, self.accelerator.device)
+
     def prepare(self):
         self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
         check_context(self.config, self.transformer, self.windows.have_past)
-        check_compiled_passes(self.config, self.transformer, self.windows.size)
         super().prepare()
 
     def make_state(self):
