@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 def compiles_blocks(config: BlockwiseConfig, transformer, num_frames: int, device: torch.device) -> bool:
     """Whether blocks are compiled in training on this device, with a window of `num_frames` latent frames.
 
-    As `config.compile` says. If it says nothing, on CUDA where that is known to gain: one pass trains a whole video,
-    all that runs in it is ours and none of it in shards, and torch.compile works. It hangs on nothing but settings,
-    model and machine, so that a run that is resumed decides the same.
+    As `config.compile` says. If it says nothing, on CUDA where one pass trains a whole video, all that runs in it is
+    ours and none of it in shards, and torch.compile works. It hangs on nothing but settings, model and machine, so
+    that a run that is resumed decides the same.
 
     Raises:
         UserError: `config.compile` is true, and torch.compile would have to compile every pass for itself, as each
@@ -28,8 +28,9 @@ def compiles_blocks(config: BlockwiseConfig, transformer, num_frames: int, devic
     blocks = num_frames // transformer.config.num_frames_per_block
     one_pass = not is_window and (config.context != "clean" or blocks <= config.blocks_per_pass)
     if config.compile is None:
-        known = one_pass and packs_clips(transformer) and not is_sharded()
-        return device.type == "cuda" and known and compiler_works(device)
+        # What a user puts in the place of ours may be nothing that can be traced; in shards nobody has measured it.
+        suits = one_pass and packs_clips(transformer) and not is_sharded()
+        return device.type == "cuda" and suits and compiler_works(device)
     if config.compile and config.context == "clean" and config.blocks_per_pass > 1 and not one_pass:
         raise UserError("compile needs blocks_per_pass=1 where a video is trained in a window or in several passes.")
     if config.compile and config.context == "clean_grad" and is_window:

@@ -101,7 +101,6 @@ def test_several_passes_and_windows(settings, compiler):
     ],
 )
 def test_transformers(make, expected):
-    """What a user puts in the place of ours may be nothing that can be traced."""
     assert decide(transformer=make()) == expected
     assert decide(transformer=make(), compile=True) and not decide(transformer=make(), compile=False)
 
