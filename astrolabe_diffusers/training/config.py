@@ -176,7 +176,7 @@ class OnlineConfig(VideoConfig, SwitchConfig):
     compile: bool | None = option(
         None,
         "compile the transformer's blocks, which takes about a minute of the first epoch on a GPU; if not given, on "
-        "CUDA where one pass trains the whole video, unless the model is in shards",
+        "CUDA where whole videos are trained, in one pass or a block at a time, unless the model is in shards",
         alone="true",
     )
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere GPUs and later")

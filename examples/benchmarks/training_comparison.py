@@ -179,7 +179,7 @@ def columns(trainer: NFTTrainer, batch: NFTBatch):
     transformer.compile_repeated_blocks(fullgraph=True)
     num_blocks = batch.clean.shape[2] // transformer.config.num_frames_per_block
     # A clip of several passes would have each of them compiled.
-    passes = config.blocks_per_pass if num_blocks <= config.blocks_per_pass else 1
+    passes = config.num_pass_blocks if num_blocks <= config.num_pass_blocks else 1
     yield Column(COMPILED, ours(replace(config, blocks_per_pass=passes)), generation, policy)
 
 
@@ -244,7 +244,7 @@ def compare(
         f"{device_name(device)}, torch {torch.__version__}, {dtype}, mixed precision "
         f"{trainer.accelerator.mixed_precision}, {config.train_batch_size} x {size['num_frames']} frames of "
         f"{size['height']}x{size['width']}, LoRA of rank {rank}, gradient checkpointing "
-        f"{config.gradient_checkpointing}, {config.blocks_per_pass} blocks a pass",
+        f"{config.gradient_checkpointing}, {config.num_pass_blocks} blocks a pass",
         flush=True,
     )
     results = {}

@@ -86,7 +86,9 @@ def rows(batch: NFTBatch, part: slice) -> NFTBatch:
 
 
 def config(**values) -> NFTConfig:
-    return NFTConfig(**{"rewards": {BRIGHTNESS: 1.0}, "beta": 0.7, "kl_weight": 0.3, **values})
+    """With all blocks in a pass, as for batches of one video."""
+    defaults = {"rewards": {BRIGHTNESS: 1.0}, "beta": 0.7, "kl_weight": 0.3, "blocks_per_pass": 7}
+    return NFTConfig(**defaults | values)
 
 
 def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> ScoringThread:

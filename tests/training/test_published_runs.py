@@ -228,10 +228,11 @@ def test_a_run_of_ours(name, monkeypatch, capsys):
     blocks = pipe.transformer.config.num_frames_per_block
     windows = make_windows(config, 21, blocks, pipe.transformer.config.sink_size)
     check_context(config, pipe.denoiser, windows.have_past)
-    # Nor is a clip of 21 blocks one pass, one with a memory bank, or a window.
+    # Not with a memory bank or a window, nor where 21 blocks are several passes of several blocks.
     monkeypatch.setattr(compilation, "compiler_works", lambda device: True)
     compiled = compilation.compiles_blocks(config, pipe.denoiser, windows.size, torch.device("cuda"))
-    assert compiled == (blocks == 3 and "memflow" not in name and "switch" not in name)
+    alike = blocks == 3 or config.train_batch_size > 1
+    assert compiled == (alike and "memflow" not in name and "switch" not in name)
     assert len(training_sigmas(pipe, config.train_timesteps, config.train_steps))
 
 

@@ -65,7 +65,7 @@ def accumulate_gradients(
     """Add a batch's part of the gradient of the mean loss to the current policy's parameters; arguments and result as
     in [`backward_by_block`]."""
     transformer = accelerator.unwrap_model(model)
-    predictor = predictor_class(config.context, batch)(transformer, batch, "current", config.blocks_per_pass)
+    predictor = predictor_class(config.context, batch)(transformer, batch, "current", config.num_pass_blocks)
     # The paper's distances are of flows; a flow's error is that of the clean latents over the noise level.
     scale = 1 / batch.sigma.square()
 

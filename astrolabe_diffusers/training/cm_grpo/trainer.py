@@ -135,7 +135,7 @@ def accumulate_gradients(
     which this is the mean over elements.
     """
     transformer = accelerator.unwrap_model(model)
-    predictor = predictor_class(config.context, batch)(transformer, batch, "current", config.blocks_per_pass)
+    predictor = predictor_class(config.context, batch)(transformer, batch, "current", config.num_pass_blocks)
     first, weights = batch.past.num_frames, block_weights(len(predictor.blocks), config.block_weighting)
 
     def targets(frames: slice) -> torch.Tensor | None:

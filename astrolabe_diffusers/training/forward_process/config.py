@@ -19,10 +19,11 @@ class BlockwiseConfig(OnlineConfig):
         "with gradients through what it sees of that",
         choices=("clean", "clean_grad"),
     )
-    blocks_per_pass: int = option(
-        7,
+    blocks_per_pass: int | None = option(
+        None,
         "context=clean: blocks of the window that go through the transformer together, and have one backward pass; "
-        "fewer take less memory, and on a GPU that one does not fill more time",
+        "fewer take less memory, and on a GPU that one does not fill more time; if not given 7 of a batch of one, "
+        "and 1 of larger ones, which fill it",
         minimum=1,
     )
     train_steps: list[int] = option(
@@ -39,6 +40,14 @@ class BlockwiseConfig(OnlineConfig):
                 f"lora_expert={self.lora_expert}: the memory transformer learns nothing with context={self.context}, "
                 "which has no gradients through what it writes; set context=clean_grad."
             )
+
+    @property
+    def num_pass_blocks(self) -> int:
+        """`blocks_per_pass`, or what it is if not given: all blocks of a clip of 81 frames, or one. Either is compiled
+        once."""
+        if self.blocks_per_pass is None:
+            return 7 if self._batch_size == 1 else 1
+        return self.blocks_per_pass
 
 
 @dataclass

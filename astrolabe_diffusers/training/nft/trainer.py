@@ -115,7 +115,7 @@ def accumulate_gradients(
     predictions of current and old policy, and of `x0_norm`, the current one's predictions."""
     transformer = accelerator.unwrap_model(model)
     predictor = predictor_class(config.context, batch)
-    make_predictor = partial(predictor, transformer, batch, blocks_per_pass=config.blocks_per_pass)
+    make_predictor = partial(predictor, transformer, batch, blocks_per_pass=config.num_pass_blocks)
     frozen = ["old"] * (not batch.old_is_current) + ["reference"] * bool(batch.use_reference and config.kl_weight)
     # One past for all policies, and one cache; or each its own, one after the other, and one cache at a time.
     shared = config.context_policy == "old"

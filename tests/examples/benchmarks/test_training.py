@@ -67,7 +67,7 @@ def passes(monkeypatch):
     compiled, seen, accumulate = [], [], training_comparison.accumulate_gradients
 
     def accumulate_gradients(accelerator, model, batch, config, *args):
-        seen.append((len(compiled), config.context, config.blocks_per_pass))
+        seen.append((len(compiled), config.context, config.num_pass_blocks))
         return accumulate(accelerator, model, batch, config, *args)
 
     monkeypatch.setattr(training_comparison, "accumulate_gradients", accumulate_gradients)

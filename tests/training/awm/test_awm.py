@@ -19,7 +19,7 @@ ADVANTAGES = torch.tensor([1.5, -0.7])
 
 
 def config(**values):
-    return AWMConfig(**{"rewards": {BRIGHTNESS: 1.0}, "kl_weight": 0.3, **values})
+    return AWMConfig(**{"rewards": {BRIGHTNESS: 1.0}, "kl_weight": 0.3, "blocks_per_pass": 7, **values})
 
 
 def awm_batch(pipe, frames=6):

@@ -55,7 +55,7 @@ pipeline = functools.cache(policy_pipeline)  # nothing here changes its weights
 
 
 def config(**values):
-    return CMGRPOConfig(**{"rewards": {BRIGHTNESS: 1.0}, **values})
+    return CMGRPOConfig(**{"rewards": {BRIGHTNESS: 1.0}, "blocks_per_pass": 7, **values})
 
 
 def random_batch(past=Past(), frames=9, dtype=torch.float32):

@@ -63,7 +63,9 @@ def test_a_clip_of_one_pass(config, context):
         {"train_batch_size": "auto"},
         {"ema_decay": 0.9, "reference_reset_kl": 0.15},
         {"blocks_per_pass": 8},
-        {"blocks_per_pass": 1, "num_frames": 3},
+        {"blocks_per_pass": 1},
+        {"blocks_per_pass": 1, "num_frames": 24},
+        {"train_batch_size": 1},
     ],
 )
 def test_what_changes_nothing(settings, compiler):
@@ -75,9 +77,8 @@ def test_what_changes_nothing(settings, compiler):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_frames": 24},
+        {"train_batch_size": 1, "num_frames": 24},
         {"blocks_per_pass": 6},
-        {"blocks_per_pass": 1},
         WINDOW,
         {**WINDOW, "blocks_per_pass": 1},
         {**WINDOW, "context": "clean_grad"},
@@ -122,7 +123,7 @@ def test_the_quick_start_would_wait_for_it(algorithm):
 def test_what_is_said_goes_before(device, compiler):
     assert decide(compile=True, device=device) and not decide(compile=False, device=device)
     assert decide(compile=True, device=device, blocks_per_pass=1, **WINDOW)
-    for settings in ({"blocks_per_pass": 6}, WINDOW):
+    for settings in ({"blocks_per_pass": 6}, {"train_batch_size": 1, **WINDOW}):
         with pytest.raises(
             UserError, match="^compile needs blocks_per_pass=1 where a video is trained in a window or"
         ):
