@@ -38,7 +38,7 @@ def test_what_each_is():
 def test_where_each_is():
     found = rows("## Where they are, and their licences")
     assert found.keys() == PUBLISHED_MODELS.keys()
-    for name, (source, entries, licence, _) in found.items():
+    for name, (source, entries, licence, *_) in found.items():
         model = PUBLISHED_MODELS[name]
         repo = re.match(r"\[(\S+)\]\(https://huggingface.co/(\S+)\): ", source)
         assert repo[1] == repo[2] == model.source.split(", ")[0]
