@@ -548,6 +548,7 @@ class Viewer:
             self.live.engine.remove(session)
             self._take(session, Ended(f"its frames cannot be sent as {codec}: {tell(error)}"))
             return
+        await asyncio.sleep(max(block.send_at - time.monotonic(), 0))
         if session is not self.session:
             return
         about = {"type": "block", "block": block.number, "first_frame": block.first_frame}

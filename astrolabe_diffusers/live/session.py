@@ -63,6 +63,7 @@ class Block:
     # From one block of the session to its next, all lanes, if nobody pauses: with those of others in between. The
     # engine knows.
     turn_seconds: float = 0.0
+    send_at: float = 0.0  # by `time.monotonic`, not sooner
 
 
 @dataclass
@@ -123,6 +124,7 @@ class LiveModel:
         self.stream_settings = {"max_sequence_length": length}
         self.settings = FRAME_SETTINGS | settings | self.stream_settings
         self.digest = base_digest(pipe)
+        self.block_seconds = 0.0  # of one in the model's own size, if it is warm
         self.lora_digests = {lora: lora_digest(pipe.denoiser, name) for lora, name in self.adapters.items()}
 
     @property
@@ -182,6 +184,7 @@ class LiveModel:
         session = LiveSession(self, "", 0)
         session.make_block(), session.make_block()
         session.close()
+        self.block_seconds = session.block_seconds
 
     def check_event(self, event: Any) -> dict[str, Any]:
         """A prompt or a change of LoRAs with all that it may say; a `ValueError` if it is none."""
@@ -292,7 +295,7 @@ class LiveSession:
         self._last_frames: deque[int] = deque(maxlen=4)
         self._shown, self._shown_at = -1, None
         self.ready_at = self.active_at = time.monotonic()
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._recent = deque([(1 + self.compare) * self.model.block_seconds], maxlen=_RECENT)
         self._slack = _SLACK
         self._start = self._decode_start(number)
 
@@ -395,6 +398,14 @@ class LiveSession:
                 return self.ready_at
             lead = 1.5 * turn_seconds + self._slack
             return self._shown_at + ahead / rate - lead
+
+    def hold_seconds(self, num_frames: int, turn_seconds: float) -> float:
+        """So long the first block, of `num_frames`, is held back for the second one to be there in time: it has fewer
+        frames than that takes. Not where no block could be in time."""
+        rate = self.model.frame_rate
+        if turn_seconds > self.model.frames_per_block / rate:
+            return 0.0
+        return max(1.5 * turn_seconds + self._slack - num_frames / rate, 0.0)
 
     @property
     def block_seconds(self) -> float:

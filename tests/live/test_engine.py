@@ -55,6 +55,22 @@ def engine_of(**settings):
     assert threads_left(before) <= {"tqdm_monitor"}
 
 
+def test_first_blocks_are_sent_when_the_next_ones_can_be_in_time():
+    """As those of others, who take turns, let them."""
+    model, asked = make_model(), []
+    with engine_of(sessions=2) as engine:
+        watched = [Watched(model, engine), Watched(model, engine)]
+        for one in watched:
+            one.session.hold_seconds = lambda *about: asked.append(about) or 1000.0
+            one.session._recent.append(0.25)
+            one.add()
+        wait_for(lambda: all(len(one.of(Block)) > 2 for one in watched), 60)
+    assert asked[1][0] == 9 and asked[1][1] >= 0.5
+    for one in watched:
+        first, *others = one.of(Block)
+        assert first.send_at > time.monotonic() + 900 and not any(block.send_at for block in others)
+
+
 def test_blocks_of_sessions_in_turns_are_those_of_each_alone(tmp_path):
     loras = save_loras(tmp_path / "loras")
     model = make_model(dict(zip(loras, (1.0, 0.0))))

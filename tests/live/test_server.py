@@ -255,6 +255,16 @@ def test_pages_of_others_are_refused(live, origin):
         Client(live, additional_headers={"Origin": origin})
 
 
+def test_a_first_block_that_is_held_back_arrives_when_it_is_due(live, monkeypatch):
+    monkeypatch.setattr(LiveSession, "hold_seconds", lambda session, *about: 1.0)
+    with Client(live) as client:
+        began = time.monotonic()
+        client.start().until("block", block=0)
+        held = time.monotonic() - began
+        client.until("block", block=1)
+        assert held > 1.0 and time.monotonic() - began - held < 0.9  # which was made meanwhile
+
+
 def test_its_own_page_is_served(live):
     with Client(live, additional_headers={"Origin": f"http://{live.host}"}) as client:
         assert client.receive()["type"] == "hello"

@@ -411,6 +411,24 @@ def test_a_block_is_made_as_late_as_is_in_time(model, clock):
     assert session.due_at(0.1) == pytest.approx(clock.now + 6 / rate - early[1])
 
 
+def test_the_first_block_waits_for_the_second_one(model):
+    """It has 9 frames, and is shown in 9 / 16 s; the others have 12."""
+    session = LiveSession(model, A, 0)
+    assert session.hold_seconds(9, 0.1) == session.hold_seconds(9, 0.8) == 0  # fast enough; never fast enough
+    held = session.hold_seconds(9, 0.5)
+    assert 0 < held < 0.5 < held + 9 / model.frame_rate
+    assert session.hold_seconds(12, 0.5) == pytest.approx(held - 3 / model.frame_rate)
+
+
+def test_a_warm_model_knows_how_long_a_block_takes(tmp_path):
+    model = make_model(dict.fromkeys(save_loras(tmp_path / "loras"), 1.0))
+    assert LiveSession(model, A, 0).block_seconds == 0
+    model.warm_up()
+    assert model.block_seconds > 0
+    assert LiveSession(model, A, 0).block_seconds == model.block_seconds
+    assert LiveSession(model, A, 0, compare=True).block_seconds == 2 * model.block_seconds
+
+
 def test_a_picture_that_stood_still_makes_blocks_come_earlier(model, clock):
     session = LiveSession(model, A, 0)
     session.make_block(), session.make_block()
