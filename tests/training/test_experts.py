@@ -40,7 +40,7 @@ RUNS = {
 def test_a_run(lora_expert, model_folder, tmp_path):
     """From the start, from its checkpoint and from its LoRA, whose file names the experts."""
     components = BOTH if lora_expert == "both" else (lora_expert,)
-    settings = {"lora_expert": lora_expert, "num_frames": 33, **RUNS[lora_expert]}
+    settings = {"lora_expert": lora_expert, "num_frames": 33, "eval_num_frames": 9, **RUNS[lora_expert]}
     assert main(tiny_arguments(model_folder, tmp_path / "run", **settings)) == 0
     lora = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert {key.split(".")[0] for key in lora} == set(components)
