@@ -101,7 +101,7 @@ def test_inductor(recipe):
 def test_one_call_has_it_all_compiled(recipe):
     """Longer videos, changes of the prompt, cuts: nothing is compiled any more."""
     # A second layer has graphs of its own: `test_recipes` has two.
-    pipe = tiny_pipeline(**RECIPES[recipe], **SMALL, num_layers=1)
+    pipe = tiny_pipeline(**RECIPES[recipe], num_layers=1)
     expected = video(pipe, 12)
     assert pipe.compile(backend="eager") > 0
     assert pipe.transformer.packs_blocks

@@ -18,6 +18,8 @@ from tests.training.helpers import BRIGHTNESS, config, tiny_arguments, tiny_sett
 from tests.two_experts import WINDOWS, two_expert_pipeline
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 BOTH = ("transformer", "memory_transformer")
 
 
@@ -40,7 +42,7 @@ RUNS = {
 def test_a_run(lora_expert, model_folder, tmp_path):
     """From the start, from its checkpoint and from its LoRA, whose file names the experts."""
     components = BOTH if lora_expert == "both" else (lora_expert,)
-    settings = {"lora_expert": lora_expert, "num_frames": 33, "eval_num_frames": 9, **RUNS[lora_expert]}
+    settings = {"lora_expert": lora_expert, "num_frames": 33, **RUNS[lora_expert]}
     assert main(tiny_arguments(model_folder, tmp_path / "run", **settings)) == 0
     lora = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert {key.split(".")[0] for key in lora} == set(components)
