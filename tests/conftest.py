@@ -1,4 +1,6 @@
+import functools
 import gc
+import importlib.metadata
 import os
 import sys
 from multiprocessing import forkserver
@@ -18,6 +20,9 @@ from tests import fast_norm
 from tests.compiled import CountingBackend, compiled_blocks
 from tests.tiny_pipeline import SMALL, save_tiny_pipeline
 
+
+# diffusers looks peft's version up whenever it sets an adapter, in a file that is parsed each time.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 # The tensors are tiny: a second thread only waits, and with other work on the machine it waits for long.
 torch.set_num_threads(1)

@@ -145,6 +145,8 @@ def _child(function: Callable, arguments: list[str], environment: dict[str, str]
     os.environ.clear()
     os.environ.update(environment)
     sys.path += environment["PYTHONPATH"].split(os.pathsep)
+    # The server has looked for it in its own environment.
+    tempfile.tempdir = None
     # A shell that runs the tests in the background has Ctrl-C ignored, and every process inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = os.open(output, os.O_WRONLY | os.O_APPEND)

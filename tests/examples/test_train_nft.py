@@ -32,7 +32,7 @@ from train_nft import main  # noqa: E402
 pytestmark = pytest.mark.usefixtures("no_charts")  # but for the run of `finished`
 
 BRIGHTNESS = "tests.training.rewards:brightness"
-FOUR_STEPS = dict(max_train_steps=4, checkpointing_steps=2, eval_steps=2, eval_seeds=2, seed=3)
+FOUR_STEPS = dict(max_train_steps=4, checkpointing_steps=2, eval_steps=2, eval_seeds=2, eval_num_frames=21, seed=3)
 # A step is the sum over two batches.
 FOUR_STEPS |= dict(batches_per_epoch=2, lr_scheduler="cosine", lr_warmup_steps=1, learning_rate=3e-2)
 WHOLE = ALL_REPORTS | FOUR_STEPS

@@ -1,10 +1,7 @@
 """From settings to a server, and from a saved session to its video."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import imageio.v3
@@ -27,6 +24,7 @@ from astrolabe_diffusers.serving.binding import bind
 from tests.live.files import video_file
 from tests.live.helpers import ENDLESS, save_loras
 from tests.pipelines.test_scenes import A, B
+from tests.processes import Script
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.waiting import wait_for
 
@@ -178,16 +176,10 @@ def test_the_command(folder, tmp_path, number):
     """It says where it is, serves, needs its token, ends at a signal, and leaves nothing."""
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    words = ["live", "--model", str(folder / "model"), "--port", str(port)]
-    environment = os.environ | {"ASTROLABE_LIVE_TOKEN": "secret", "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "astrolabe_diffusers.cli.main", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        # A shell has its background jobs ignore SIGINT, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    words = ["--model", folder / "model", "--port", port]
+    process = Script("examples/live.py", *words, ASTROLABE_LIVE_TOKEN="secret", TMPDIR=str(tmp_path))
     try:
-        assert process.stdout.readline() == f"model at http://127.0.0.1:{port}/?token=secret\n"
+        process.wait_for("\n")
         wait_for(lambda: requests.get(f"http://127.0.0.1:{port}/health").status_code == 200)
         with connect(f"ws://127.0.0.1:{port}/ws?token=secret", max_size=None, proxy=None) as client:
             assert json.loads(client.recv())["type"] == "hello"
@@ -196,9 +188,9 @@ def test_the_command(folder, tmp_path, number):
                 pass
             assert list(tmp_path.glob("astrolabe-live-*"))
             process.send_signal(number)
-            assert process.wait(20) == 128 + number
-        assert process.stderr.read() == ""
+            code, output = process.finish(20)
+        assert code == 128 + number
+        assert output == f"model at http://127.0.0.1:{port}/?token=secret\n"
         assert not list(tmp_path.glob("astrolabe-live-*"))
     finally:
-        process.kill()
-        process.wait()
+        process.kill_all()

@@ -17,7 +17,7 @@ from tests.tiny_pipeline import random_vae
 
 CONFIGS = {
     "wan2.1": dict(),
-    "LightVAE's widths": dict(base_dim=24, dim_mult=[1, 1, 2, 2]),
+    "LightVAE's widths": dict(base_dim=6, dim_mult=[1, 1, 2, 2]),
     "a wider decoder": dict(decoder_base_dim=6, dim_mult=[1, 2, 2, 2]),
     "no more blocks": dict(num_res_blocks=0),
     "many blocks": dict(num_res_blocks=2, attn_scales=[0.25, 1.0]),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("diffusers_norm", "no_grad")
 CONFIGS = {
     "wan2.1": dict(),
     "its multiples": dict(dim_mult=[1, 2, 4, 4], num_res_blocks=2),
-    "LightVAE's widths": dict(base_dim=24, dim_mult=[1, 1, 2, 2]),
+    "LightVAE's widths": dict(base_dim=6, dim_mult=[1, 1, 2, 2]),
     "no blocks": dict(num_res_blocks=0),
     "other frames": dict(temperal_downsample=[True, False, True]),
     "no frames": dict(temperal_downsample=[False, False, False]),

@@ -1,5 +1,6 @@
 """Videos that change their prompt: as the pipeline's stream makes them, and whose groups share the past."""
 
+import functools
 from itertools import count
 
 import pytest
@@ -35,6 +36,12 @@ SWITCHES = {
 }
 
 
+@functools.cache
+def pipeline(model, **settings):
+    """Nothing here changes it."""
+    return tiny_pipeline(**{**MODELS[model], **settings}, vae_num_res_blocks=0)
+
+
 def samples(switch, number=2, group=0):
     scenes = SampleScene(OLD), SampleScene(NEW, switch)
     return [Sample(Prompt(NEW), group, (7, 0, group, k), scenes) for k in range(number)]
@@ -50,6 +57,13 @@ class Silent:
 def rollout(pipe, batch, past):
     (made,) = Rollout(pipe, Silent()).generate([batch], SIZE, past)
     return made
+
+
+@functools.cache
+def plain_latents(model):
+    """Of the same noise, with the old prompt to the end."""
+    batch = [Sample(Prompt(OLD), 0, sample.key) for sample in samples(Switch())]
+    return rollout(pipeline(model), batch, Past(15)).latents
 
 
 def stream(pipe, switch, generators, **kwargs):
@@ -69,7 +83,7 @@ def stream(pipe, switch, generators, **kwargs):
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_rollout_is_the_stream_with_set_prompt(model, switch):
-    pipe, switch = tiny_pipeline(**MODELS[model], vae_num_res_blocks=0), SWITCHES[switch]
+    pipe, switch = pipeline(model), SWITCHES[switch]
     batch = samples(switch)
     made = rollout(pipe, batch, Past(15, switch=switch))
     generators = [seeded_generator("sample", *sample.key) for sample in batch]
@@ -80,9 +94,9 @@ def test_a_rollout_is_the_stream_with_set_prompt(model, switch):
     window = decode_videos(pipe.vae, made.latents, Past(15), batch[0].cuts)
     assert window.shape[1] == 12 and (window - frames[:, -12:]).abs().max() < 1e-5
     # And it matters.
-    plain = rollout(pipe, [Sample(Prompt(OLD), 0, sample.key) for sample in batch], Past(15))
-    assert torch.equal(made.latents[:, :, :12], plain.latents[:, :, :12])
-    assert (made.latents - plain.latents)[:, :, 12:].abs().max() > 1e-2
+    plain = plain_latents(model)
+    assert torch.equal(made.latents[:, :, :12], plain[:, :, :12])
+    assert (made.latents - plain)[:, :, 12:].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("switch", [name for name in SWITCHES if name != "cut"])
@@ -90,9 +104,9 @@ def test_a_rollout_is_the_stream_with_set_prompt(model, switch):
 @pytest.mark.parametrize("window", [12, 15])
 def test_a_group_parts_after_the_switch(model, switch, window):
     """From one past, which has had the transition: as the stream goes on from given latents with a sample's noise."""
-    pipe, switch = tiny_pipeline(**MODELS[model], vae_num_res_blocks=0), SWITCHES[switch]
+    pipe, switch = pipeline(model), SWITCHES[switch]
     # What follows the past is no beginning.
-    alone = tiny_pipeline(**{**MODELS[model], "first_block_sigmas": None}, vae_num_res_blocks=0)
+    alone = pipeline(model, first_block_sigmas=None)
     batch, recached = samples(switch, 3), []
 
     def note(module, args, kwargs):

@@ -97,7 +97,8 @@ def reward_worker(pipe, rewards=BRIGHTNESS, watched=None, **options) -> ScoringT
 
 
 def tiny_settings(model_folder, output_dir, **values) -> dict:
-    """Settings of a run of two steps that takes seconds: evaluated and saved at its end, without videos."""
+    """Settings of a run of two steps that takes seconds: evaluated, on one block, and saved at its end, without
+    videos."""
     defaults = {
         "model": model_folder,
         "output_dir": output_dir,
@@ -106,6 +107,7 @@ def tiny_settings(model_folder, output_dir, **values) -> dict:
         "height": 16,
         "width": 32,
         "num_frames": 21,
+        "eval_num_frames": 9,
         "train_batch_size": 4,
         "batches_per_epoch": 1,
         "samples_per_prompt": 4,

@@ -19,8 +19,9 @@ from tests.training.memory import limit_batches
 
 pytestmark = pytest.mark.usefixtures("no_charts")
 
-# Videos an epoch and a step, and settings that draw random numbers and have a state.
-AUTO = dict(train_batch_size="auto", batches_per_epoch=8, gradient_accumulation_steps=8, lora_dropout=0.1)
+# Short videos, so many an epoch and a step, and settings that draw random numbers and have a state.
+AUTO = dict(train_batch_size="auto", batches_per_epoch=8, gradient_accumulation_steps=8)
+AUTO |= dict(num_frames=9, lora_dropout=0.1)
 FOUR = AUTO | dict(train_batch_size=4, batches_per_epoch=2, gradient_accumulation_steps=2)
 SELECTIVE = dict(selective_kl="true", rewards=f"{BRIGHTNESS}=1,tests.training.rewards:contrast=0", eval_rewards="")
 

@@ -18,6 +18,8 @@ from tests.training.helpers import BRIGHTNESS, config, tiny_arguments, tiny_sett
 from tests.two_experts import WINDOWS, two_expert_pipeline
 
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 BOTH = ("transformer", "memory_transformer")
 
 

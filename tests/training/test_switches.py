@@ -24,6 +24,7 @@ SWITCHES = {
     "sample_frames": 12,
     "eval_num_frames": 33,
     "max_train_steps": 3,
+    "eval_steps": 3,
     "lora_dropout": 0.1,
 }
 SHARED = {**SWITCHES, "transitions": "roll,recache,rope_cut", "shared_past": "true"}

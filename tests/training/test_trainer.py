@@ -23,9 +23,8 @@ pytestmark = pytest.mark.usefixtures("no_charts")
 @pytest.fixture(scope="module")
 def trainer(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer")
-    arguments = tiny_arguments(
-        model_folder, folder, batches_per_epoch=4, gradient_accumulation_steps=2, max_train_steps=20, eval_seeds=2
-    )
+    sizes = dict(batches_per_epoch=4, gradient_accumulation_steps=2, max_train_steps=20)
+    arguments = tiny_arguments(model_folder, folder, **sizes, eval_seeds=2, eval_num_frames=21)
     trainer = NFTTrainer(config=parse_args(arguments))
     randomize_adapters(trainer.transformer)
     trainer.start()
@@ -184,7 +183,8 @@ def test_a_run_that_starts_from_a_lora(model_folder, trainer, tmp_path, tmp_path
     """It begins where the LoRA was, and writes one with the same rank and alpha."""
     first = tmp_path_factory.mktemp("first")
     save_adapter(trainer.transformer, first, "default")
-    arguments = tiny_arguments(model_folder, tmp_path, max_train_steps=1, eval_seeds=2, rank=2, init_lora=first)
+    sizes = dict(max_train_steps=1, eval_seeds=2, eval_num_frames=21, rank=2)
+    arguments = tiny_arguments(model_folder, tmp_path, **sizes, init_lora=first)
     again = NFTTrainer(config=parse_args(arguments))
     again.train()
     again.rewards.close()

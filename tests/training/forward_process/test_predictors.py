@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ MODELS = {
     "no whole blocks": {"local_attn_size": 8, "sink_size": 1, "rope_mode": "relative"},
 }
 NOISY = {"context": "noisy"}
+PASTS = [Past(), Past(9), Past(9, shared=True)]
 OWN, ADAPTIVE = {"context_policy": "own"}, {"loss_weighting": "adaptive"}
 
 
@@ -106,11 +108,14 @@ def test_a_past_kept_once_changes_nothing(accelerator, model, context_policy):
     torch.testing.assert_close(shared_statistics, statistics, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("past", [Past(), Past(9), Past(9, shared=True)])
 @pytest.mark.parametrize(
-    "model, values", [*((name, {}) for name in MODELS), ("sink", OWN), ("relative", OWN), ("relative", ADAPTIVE)]
+    "model, values, past",
+    [
+        *((*case, past) for case in [*product(MODELS, [{}]), ("sink", OWN), ("relative", OWN)] for past in PASTS),
+        ("relative", ADAPTIVE, Past()),
+    ],
 )
-def test_gradients_of_several_blocks_a_pass(accelerator, model, past, values):
+def test_gradients_of_several_blocks_a_pass(accelerator, model, values, past):
     """Five blocks, each by itself, two a pass, and all in one; values, too, are means over blocks."""
     pipe = pipeline(**MODELS[model])
     batch = same_past(noised_batch(pipe, frames=past.num_frames + 15), past.num_frames)

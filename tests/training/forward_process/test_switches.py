@@ -1,5 +1,7 @@
 """The replay of videos that changed their prompt: the rollout's cache, and gradients against a slow reference."""
 
+import functools
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -40,6 +42,10 @@ BANK = {"local_attn_size": 6, "sink_size": 3, "memory_bank_size": 2, "memory_ban
 OTHERS = {"EMA sink": {**RELATIVE, "sink_ema": 0.7}, "memory bank": BANK, "past weight": {"past_weight": 0.5}}
 
 
+# Nothing here changes its weights.
+pipeline = functools.cache(policy_pipeline)
+
+
 class Remembering(BlockGenerator):
     """Keeps what every layer had for each block, keys and values, its videos being those of the `seen` list."""
 
@@ -52,12 +58,16 @@ class Remembering(BlockGenerator):
         return latents
 
 
-def make_pipeline(model):
+@functools.cache
+def remembering_pipeline(model):
+    sizes = {"vae_num_res_blocks": 0, "sigmas": [1.0, 0.5]}
     if model == "own transformer":
-        return policy_pipeline(transformer=OwnTransformer(), vae_num_res_blocks=0)
-    pipe = policy_pipeline(**(MODELS | OTHERS).get(model, RELATIVE), vae_num_res_blocks=0)
+        pipe = policy_pipeline(transformer=OwnTransformer(), **sizes)
+    else:
+        pipe = policy_pipeline(**(MODELS | OTHERS).get(model, RELATIVE), **sizes)
     if model == "two experts":
         pipe.register_modules(memory_transformer=tiny_transformer(seed=1, **sizes_of(pipe.transformer)))
+    pipe.block_generator_class = Remembering
     return pipe
 
 
@@ -74,17 +84,22 @@ def in_use(cache):
     return parts
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(
+    "switch, shared",
+    [
+        *((name, False) for name in SWITCHES),
+        # After a cut there is nothing to share; a roll over blocks and a RoPE cut are a roll and a flush, and more.
+        *((name, True) for name in SWITCHES if name not in ("cut", "roll", "flush")),
+    ],
+)
 @pytest.mark.parametrize("model", [*MODELS, *OTHERS, "own transformer", "two experts"])
 def test_the_replay_has_the_rollout_s_cache(model, switch, shared):
     """Also, the prediction from the noisy latents of a block's last step is the block that came of it."""
-    pipe, switch = make_pipeline(model), SWITCHES[switch]
+    pipe, switch = remembering_pipeline(model), SWITCHES[switch]
     lacks = switch.transition not in pipe.transitions
-    if lacks or (shared and (switch.transition == "cut" or pipe.config.past_weight != 1)):
+    if lacks or (shared and pipe.config.past_weight != 1):
         pytest.skip("this model has no such transition, or no past that can be shared after it")
     Remembering.seen = seen = []
-    pipe.block_generator_class = Remembering
     scenes = SampleScene(OLD), SampleScene(NEW, switch)
     samples = [Sample(Prompt(NEW), 0, (7, 0, 0, k), scenes) for k in range(2)]
     past = Past(12, shared, switch)
@@ -190,7 +205,8 @@ def rows(seen, i):
 )
 @pytest.mark.parametrize("model", ["unlimited", "relative"])
 def test_gradients_are_plain_autograd_s(model, switch, shared):
-    pipe, switch = policy_pipeline(**MODELS[model]), SWITCHES[switch]
+    pipe, switch = pipeline(**MODELS[model]), SWITCHES[switch]
+    pipe.transformer.zero_grad()
     batch = noised_batch(pipe, frames=18)
     batch.old_prompt_embeds, batch.pipeline = torch.flip(batch.prompt_embeds, [1]), pipe
     batch.noisy, batch.past = batch.noisy[:, :, 12:], Past(12, shared, switch)
@@ -216,7 +232,7 @@ def test_gradients_are_plain_autograd_s(model, switch, shared):
 @pytest.mark.parametrize("switch", ["roll over 3", "recache", "rope_cut"])
 def test_a_shared_past_changes_nothing_in_a_step(switch, policy):
     """A step of NFT, whose policies see a past each, or that of the old one."""
-    pipe, accelerator = policy_pipeline(**RELATIVE), Accelerator(mixed_precision="no")
+    pipe, accelerator = pipeline(**RELATIVE), Accelerator(mixed_precision="no")
     batch, results = noised_batch(pipe, batch_size=3, frames=18), []
     batch.old_prompt_embeds, batch.pipeline = torch.flip(batch.prompt_embeds, [1]), pipe
     batch.noisy = batch.noisy[:, :, 15:]
