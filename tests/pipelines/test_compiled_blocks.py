@@ -97,11 +97,13 @@ def test_inductor(recipe):
     check(tiny_pipeline(**RECIPES[recipe]), video, "inductor", 1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["ring", pytest.param("longlive", marks=pytest.mark.slow)])
-def test_one_call_has_it_all_compiled(recipe):
+# A second layer has graphs of its own.
+@pytest.mark.parametrize(
+    "recipe,num_layers", [("ring", 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("ring", "relative"))]
+)
+def test_one_call_has_it_all_compiled(recipe, num_layers):
     """Longer videos, changes of the prompt, cuts: nothing is compiled any more."""
-    # A second layer has graphs of its own: `test_recipes` has two.
-    pipe = tiny_pipeline(**RECIPES[recipe], num_layers=1)
+    pipe = tiny_pipeline(**RECIPES[recipe], num_layers=num_layers)
     expected = video(pipe, 12)
     assert pipe.compile(backend="eager") > 0
     assert pipe.transformer.packs_blocks
