@@ -100,7 +100,7 @@ def test_inductor(recipe):
 # A second layer has graphs of its own.
 @pytest.mark.parametrize(
     "recipe,num_layers",
-    [("ring", 1), pytest.param("ring", 2, marks=pytest.mark.slow), pytest.param("relative", 2, marks=pytest.mark.slow)],
+    [("ring", 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("ring", "relative"))],
 )
 def test_one_call_has_it_all_compiled(recipe, num_layers):
     """Longer videos, changes of the prompt, cuts: nothing is compiled any more."""
