@@ -32,7 +32,8 @@ PRELOADED = (
     "tests.fast_norm",
 )
 
-# A process has one server, which the processes of rewards are forked from too: see `ProcessRewards`.
+# A process has one server, which the processes of rewards are forked from too. What asks for CUDA when it is imported
+# has not used it, and may be forked, where torch asks NVML.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(list(PRELOADED))

@@ -74,15 +74,14 @@ def _written(checkpoint: Path) -> int | None:
 @contextmanager
 def _as_it_was(trainer: "OnlineTrainer") -> Iterator[None]:
     """Inside, the trainer is used as in training; afterwards random numbers, gradients and what checkpoints hold are
-    as before. The transformer is not DDP's, whose passes wait for other processes, and not compiled, which would be
-    done anew for every size."""
+    as before. The transformer is not DDP's, whose passes wait for other processes, and not compiled yet."""
     device, model, training = trainer.accelerator.device, trainer.model, trainer.transformer.training
     state = copy.deepcopy({name: item.state_dict() for name, item in trainer.stateful.items()})
     # What AdamW takes with its first step.
     reserved = [torch.empty_like(p) for p in policy_parameters(trainer.transformer) for _ in range(2)]
     trainer.model = trainer.transformer
     devices = [] if device.type == "cpu" else [device]  # a CPU's random numbers are kept anyway
-    with torch.random.fork_rng(devices, device_type=device.type), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(devices, device_type=device.type):
         yield
     del reserved
     trainer.model = model

@@ -218,14 +218,19 @@ class OnlineTrainer:
                 size = config.rank, config.lora_alpha, config.lora_dropout
                 which = config.lora_target_modules, config.other_adapters, config.lora_components
                 add_policies(self.transformer, *size, *which)
-        self.compiled = self.compiles()
-        for expert in self.pipeline.experts.values():
-            if config.gradient_checkpointing != "none":
+        if config.gradient_checkpointing != "none":
+            for expert in self.pipeline.experts.values():
                 expert.enable_gradient_checkpointing(CHECKPOINTING[config.gradient_checkpointing])
-            if self.compiled:
+        if config.train_batch_size != AUTO:  # or passes are not known yet
+            self.compile_blocks()
+        self.identity = policy_identity(self.transformer)
+
+    def compile_blocks(self):
+        self.compiled = self.compiles()
+        if self.compiled:
+            for expert in self.pipeline.experts.values():
                 # Every policy has graphs of its own, in each kind of pass; after the first epoch all are there.
                 expert.compile_repeated_blocks(fullgraph=True)
-        self.identity = policy_identity(self.transformer)
 
     def prepare(self):
         """What the processes share, and the state of the run."""
@@ -412,6 +417,7 @@ class OnlineTrainer:
             self.load_state(self.checkpoints.load(path, like=self.state()))
         if config.train_batch_size == AUTO:
             lines.append(set_batch_size(self, path))
+            self.compile_blocks()
         self.completed = self.state()
         self.saved = path and path.resolve()
         self.best.resume(self.step)

@@ -34,6 +34,7 @@ VALUES = {
     # A step of 1e-3 for a gradient of nothing but rounding would differ by chance.
     "adam_epsilon": 1e-6,
     "gradient_checkpointing": True,
+    "blocks_per_pass": 7,
 }
 
 

@@ -44,7 +44,7 @@ class CountingCasts(TorchDispatchMode):
 
 def bf16_pipeline():
     """As `policy_pipeline`, the base in bfloat16 and the adapters, which differ, in float32."""
-    pipe = policy_pipeline(target_modules=["all-linear"], vae_num_res_blocks=0, num_layers=1)
+    pipe = policy_pipeline(target_modules=["all-linear"], vae_num_res_blocks=0, num_layers=2)
     for name, parameter in pipe.transformer.named_parameters():
         if ".lora_" not in name and parameter.ndim > 1:
             parameter.data = parameter.data.bfloat16()

@@ -85,7 +85,7 @@ def traced(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "make_pipeline"),
     [
-        ({}, tiny_pipeline),
+        ({"train_batch_size": 1, "batches_per_epoch": 4, "gradient_accumulation_steps": 2}, tiny_pipeline),
         ({"compile": True, "gradient_checkpointing": "selective", "blocks_per_pass": 1}, tiny_pipeline),
         ({"gradient_checkpointing": "selective", "kl_weight": 0, "context_policy": "own"}, tiny_pipeline),
         ({"context": "noisy", "gradient_checkpointing": "full", "ema_decay": 0.5}, tiny_pipeline),

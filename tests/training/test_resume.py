@@ -112,6 +112,7 @@ def test_signal_between_the_batches_of_a_step(model_folder, tmp_path, trouble):
     """The gradients so far are given up, and the random numbers of their dropout come again."""
     trouble.setenv("TROUBLE_CALL", "0")
     values = dict(gradient_accumulation_steps=2, max_train_steps=2, checkpointing_steps=2, num_frames=21)
+    values["blocks_per_pass"] = 2
     assert run(model_folder, tmp_path / "whole", **values)[0] == 0
     arguments = tiny_arguments(model_folder, tmp_path / "out", **SETTINGS | values)
     trainer = NFTTrainer(config=parse_args(arguments))

@@ -120,6 +120,7 @@ def test_old_policy_that_follows_at_once_needs_no_pass_in_the_first_step(model_f
             return predict_as(predictor, policy, frames)
 
         steps = {"batches_per_epoch": 2, "gradient_accumulation_steps": 1, "max_train_steps": 4}
+        steps["blocks_per_pass"] = 2
         config = parse_args(tiny_arguments(model_folder, tmp_path / name, **steps, **values))
         with monkeypatch.context() as patch:
             patch.setattr(BlockwisePredictor, "predict_as", counted)
@@ -161,7 +162,7 @@ BOTH = f"{BRIGHTNESS}=1,tests.training.rewards:contrast=0"
 def test_the_reference_has_no_pass_without_samples_that_are_held_to_it(
     trainer_class, values, others, passes, model_folder, tmp_path
 ):
-    settings = tiny_settings(model_folder, tmp_path, batches_per_epoch=2, **values)
+    settings = tiny_settings(model_folder, tmp_path, batches_per_epoch=2, blocks_per_pass=2, **values)
     trainer = trainer_class(config=trainer_class.config_class(**settings))
     trainer.start()
     samples = epoch_samples(trainer.prompts, num_groups=2, group_size=4, epoch=0, seed=0)

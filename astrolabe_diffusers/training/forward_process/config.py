@@ -22,8 +22,8 @@ class BlockwiseConfig(OnlineConfig):
     blocks_per_pass: int | None = option(
         None,
         "context=clean: blocks of the window that go through the transformer together, and have one backward pass; "
-        "fewer take less memory, and on a GPU that one does not fill more time; if not given 7 of a batch of one, "
-        "and 1 of larger ones, which fill it",
+        "fewer take less memory, and on a GPU that one does not fill more time; if not given as many as make "
+        "about 7 with those of the batch's other videos",
         minimum=1,
     )
     train_steps: list[int] = option(
@@ -43,11 +43,8 @@ class BlockwiseConfig(OnlineConfig):
 
     @property
     def num_pass_blocks(self) -> int:
-        """`blocks_per_pass`, or what it is if not given: all blocks of a clip of 81 frames, or one. Either is compiled
-        once."""
-        if self.blocks_per_pass is None:
-            return 7 if self._batch_size == 1 else 1
-        return self.blocks_per_pass
+        """`blocks_per_pass`, or what it is if not given: of one video a clip of 81 frames, of more the same memory."""
+        return max(7 // self._batch_size, 1) if self.blocks_per_pass is None else self.blocks_per_pass
 
 
 @dataclass

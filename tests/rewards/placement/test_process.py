@@ -169,6 +169,24 @@ def test_a_trainer_that_is_killed_leaves_no_process(method):
     wait_for(is_gone, 60)
 
 
+class Asked(Exception):
+    """For a process."""
+
+
+@pytest.mark.parametrize("has_gpu,method", [(False, process_module.START_METHOD), (True, "spawn")])
+def test_what_has_a_gpu_is_never_forked(monkeypatch, has_gpu, method):
+    """CUDA does not survive it, and whoever started the server that forks may have asked for it."""
+
+    def executor(number, context, *arguments):
+        raise Asked(context.get_start_method())
+
+    monkeypatch.setattr(process_module, "ProcessPoolExecutor", executor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(Asked, match=f"^{method}$"):
+        ProcessRewards({FIRST: FIRST})
+
+
 @pytest.mark.gpu
 def test_a_process_has_a_gpu_of_its_own_context():
     torch.zeros(1, device="cuda")

@@ -191,7 +191,7 @@ def test_passes_over_81_frames(accelerator):
     packed, frames = count_linears(accelerator, transformer, batch, config())
     assert frames == [18, 21, 21, 21]
     assert each > 2 * some and each > 6 * packed
-    for size, number in ((1, packed), (2, each)):
+    for size, number in ((1, packed), (2, some), (4, each), (8, each)):
         cfg = config(blocks_per_pass=None, train_batch_size=size)
         assert count_linears(accelerator, transformer, batch, cfg)[0] == number
 
