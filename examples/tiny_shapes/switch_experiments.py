@@ -11,7 +11,7 @@ is not repeated.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -21,8 +21,10 @@ import torch
 from data import Draws, captions, draw_scenes, held_out
 from experiments import MATCH, SHARED_PAST, STUDENT, start
 
+from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.rewards.metrics.tiny_shapes_world import SHAPES
+from astrolabe_diffusers.rollout.prompts import spread
 from astrolabe_diffusers.training import exit_code
 
 
@@ -51,11 +53,20 @@ KINDS: dict[str, Callable[[torch.Tensor, Draws], torch.Tensor]] = {
     "colours in turn": _other(0, lambda colors, draws: colors.roll(1, dims=1)),
 }
 SPLITS = ("train", "validation", "test")
+SINGLE = (".", "two_objects", "one_object")
 # With a pair of scenes the prompt changes after three blocks: the window has no room for more than is in it then.
 PAIR = "{} [2.25s] | {}"
-# Three blocks before the switch and three after it.
-JUDGED = {"num_frames": 69, "switch_prompts": "scenes", "batch_size": 40, "num_prompts": 100_000, "num_videos": 0}
 TRANSITIONS = ("roll", "recache")
+ALL = {"num_prompts": 100_000, "seeds": 1, "num_videos": 0, "rewards": MATCH}
+# Three blocks before the switch and three after it.
+AFTER = {**ALL, "switch_prompts": "scenes", "num_frames": 69, "batch_size": 40}
+# By the folder of their prompts, what is evaluated of each run; a minute is 80 blocks.
+EVALUATIONS: dict[str, dict] = {
+    "scenes": {**AFTER, "transitions": ",".join(TRANSITIONS), "rewards": f"{MATCH},hard_cut"},
+    "unchanged": {**AFTER, "transitions": "roll"},
+    "single": {**ALL, "num_frames": 21, "seeds": 2, "batch_size": 40},
+    "minute": {**AFTER, "transitions": "roll", "num_frames": 957, "batch_size": 8},
+}
 WINDOW = {"window_size": 3, "sample_frames": 12, **SHARED_PAST}
 SCENES = {**WINDOW, "prompts": "scenes", "switch_prompts": "scenes"}
 EITHER = {**SCENES, "transitions": "roll,recache"}
@@ -71,9 +82,13 @@ SETTINGS: dict[str, dict] = {
 
 
 def write_prompts(folder: Path, num_train: int = 64, num_held_out: int = 40) -> None:
-    """Writes `scenes`, pairs of captions of all kinds, as many of each, kind after kind; `captions`, the new ones
-    alone; and `unchanged`, in which these go on as they are. The scenes of `train` are training's; of the others those
-    after the switch are held out."""
+    """Writes prompts of all kinds, as many of each, kind after kind. The scenes of `train` are training's; of the
+    others those after the switch are held out.
+
+    `scenes` are pairs, `captions` the new scenes alone, `unchanged` these as they go on in a new video. For a minute
+    there are 16 of the pairs, that change in its middle, and what a new video does. `single` are the captions beside
+    the model, of three objects, two and one.
+    """
     draws = Draws(torch.Generator().manual_seed(0), "cpu")
     pairs: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for before in KINDS.values():
@@ -85,43 +100,55 @@ def write_prompts(folder: Path, num_train: int = 64, num_held_out: int = 40) -> 
         pairs["validation"] += judged[:num_held_out]
         pairs["test"] += judged[num_held_out : 2 * num_held_out]
     for split, of_split in pairs.items():
+        few = spread(of_split, 16)
         texts = {
             "scenes": [PAIR.format(old, new) for old, new in of_split],
             "captions": [new for _, new in of_split],
             "unchanged": [PAIR.format(new, new) for _, new in of_split],
+            "minute": [f"{old} [30s] | {new}" for old, new in few] + [f"{new} [0.75s] | {new}" for _, new in few],
+            "single": [
+                text
+                for name in SINGLE
+                for text in (Path(TINY_SHAPES) / "prompts" / name / f"{split}.txt").read_text().splitlines()
+            ],
         }
         for name, lines in texts.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             (folder / name / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
 
-def blocks_after(results: dict, transition: str, column: str) -> torch.Tensor:
-    """Match with the new prompt [kinds, pairs, blocks] in the blocks after the switch."""
-    entries = results["columns"][column]["after_switch"][transition][MATCH]["new"]
-    return torch.tensor([entry["scores"] for entry in entries]).T.unflatten(0, (len(KINDS), -1))
-
-
 @dataclass
 class Judged:
-    """Of one run, by transition, match [kinds, pairs, blocks] after the switch, of base and LoRA; and `new`, of new
-    videos in the same blocks."""
+    """What was measured of a run's LoRA, or of the base, by [`EVALUATIONS`]."""
 
-    base: dict[str, torch.Tensor]
-    lora: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]  # by transition, match [kinds, pairs, 3] in the blocks after the switch
+    new: torch.Tensor  # the same of new videos in the same blocks
+    cut: dict[str, torch.Tensor]  # by transition, `hard_cut` [kinds, pairs] of the first block after it
+    single: torch.Tensor  # match [prompts], mean of their videos
+    minute: torch.Tensor  # match [2, prompts, 79] after block 40, or after the first one of what does not change
 
     @classmethod
-    def read(cls, folder: Path) -> "Judged":
-        switched, unchanged = (
-            json.loads((folder / name / "results.json").read_text()) for name in ("scenes", "unchanged")
+    def read(cls, folder: Path, column: str) -> "Judged":
+        results = {kind: json.loads((folder / kind / "results.json").read_text()) for kind in EVALUATIONS}
+        columns = {kind: values["columns"][column] for kind, values in results.items()}
+
+        def blocks(kind: str, transition: str = "roll", reward: str = MATCH) -> torch.Tensor:
+            entries = columns[kind]["after_switch"][transition][reward]["new"]
+            return torch.tensor([entry["scores"] for entry in entries]).T
+
+        def of_kinds(values: torch.Tensor) -> torch.Tensor:
+            return values.unflatten(0, (len(KINDS), -1))
+
+        return cls(
+            after={transition: of_kinds(blocks("scenes", transition)) for transition in TRANSITIONS},
+            new=of_kinds(blocks("unchanged")),
+            cut={name: of_kinds(blocks("scenes", name, "hard_cut"))[..., 0] for name in TRANSITIONS},
+            single=torch.tensor(columns["single"]["scores"][MATCH]).unflatten(0, (2, -1)).mean(0),
+            minute=blocks("minute").unflatten(0, (2, -1)),
         )
-        sides = []
-        for column in ("base", "lora"):
-            values = {transition: blocks_after(switched, transition, column) for transition in TRANSITIONS}
-            sides.append(values | {"new": blocks_after(unchanged, "roll", column)})
-        return cls(*sides)
 
 
-def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> Judged | None:
+def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict[str, Judged] | None:
     """Trains and judges; `None` if one of both failed."""
     folder = (output_dir / f"{list(SETTINGS).index(name):02d}-{seed}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +160,13 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> Judg
         settings |= {"eval_rewards": "flicker", "eval_steps": 10_000, "checkpointing_steps": 10_000}
         settings |= SETTINGS[name]
         start("train_nft.py", settings | {"prompts": prompts / settings["prompts"]}, folder / "log.txt", number)
-    for kind, transitions in (("scenes", TRANSITIONS), ("unchanged", ("roll",))):
+    for kind in EVALUATIONS:
         if (folder / "results.json").is_file() and not (folder / kind / "results.json").is_file():
-            settings = {"column": f"lora={folder}", "prompts": prompts / kind, "eval_split": split, **JUDGED}
-            settings |= {"transitions": ",".join(transitions), "rewards": f"{MATCH},hard_cut", "seeds": 1}
-            start("evaluate.py", settings | {"output_dir": folder / kind}, folder / "log.txt", number)
-    if all((folder / kind / "results.json").is_file() for kind in ("scenes", "unchanged")):
-        return Judged.read(folder)
+            settings = {"column": f"lora={folder}", "prompts": prompts / kind, "eval_split": split}
+            settings |= {**EVALUATIONS[kind], "output_dir": folder / kind}
+            start("evaluate.py", settings, folder / "log.txt", number)
+    if all((folder / kind / "results.json").is_file() for kind in EVALUATIONS):
+        return {column: Judged.read(folder, column) for column in ("base", "lora")}
     return None
 
 
@@ -147,12 +174,12 @@ def main(argv: list[str] | None = None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("switches"))
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(101, 102, 103), help="two to five")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(101, 102, 103), help="two to six")
     parser.add_argument("--eval_split", choices=SPLITS[1:], default="test")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args(argv)
     if len(args.seeds) not in STUDENT:
-        parser.error("--seeds: two to five, for an interval over seeds.")
+        parser.error("--seeds: two to six, for an interval over seeds.")
     write_prompts(args.output_dir / "prompts")
     numbers = count()
     with ThreadPoolExecutor(args.jobs) as executor:
@@ -169,38 +196,70 @@ def main(argv: list[str] | None = None):
         print(f"{name}: {sum(run is not None for run in judged[name])} of {len(args.seeds)} runs")
 
 
-def print_tables(judged: dict[str, list[Judged]]):
-    """How much of the base's gap is closed in the first block after a switch, with its interval over seeds, Student's
-    t, and over pairs, of the mean over the seeds; below, match block by block."""
-    print(f"| gap closed, block 1 | | {' | '.join(['all', *KINDS])} |")
-    print("|---" * (3 + len(KINDS)) + "|")
-    for name, runs in judged.items():
+def print_tables(judged: dict[str, list[dict[str, Judged]]]):
+    """How much of the base's gap is closed in the first block after a switch; means of match and `hard_cut` after it,
+    of single prompts, and over a minute."""
+    base = next(iter(judged.values()))[0]["base"]
+    loras = {name: [run["lora"] for run in runs] for name, runs in judged.items()}
+    everything = {"base": [base], **loras}
+    rows = []
+    for name, runs in loras.items():
         for transition in TRANSITIONS:
-            base, new = (torch.stack([run.base[key] for run in runs])[..., 0] for key in (transition, "new"))
-            lora = torch.stack([run.lora[transition] for run in runs])[..., 0]
-            cells = [closed(*(values.flatten(1) for values in (base, new, lora)))]
-            cells += [closed(*of_kind) for of_kind in zip(base.unbind(1), new.unbind(1), lora.unbind(1))]
-            print(f"| {name} | {transition} | {' | '.join(cells)} |")
-    for key in (*TRANSITIONS, "new"):
-        print(f"\n| {key}, block 1 2 3 | {' | '.join(KINDS)} |")
-        print("|---" * (1 + len(KINDS)) + "|")
-        rows = {"base": next(iter(judged.values()))[0].base[key]}
-        rows |= {name: torch.stack([run.lora[key] for run in runs]).mean(0) for name, runs in judged.items()}
-        for name, values in rows.items():
-            blocks = values.mean(1).tolist()
-            print(f"| {name} | {' | '.join(' '.join(f'{value:.3f}' for value in row) for row in blocks)} |")
+            gap = (base.new - base.after[transition])[..., 0]
+            won = torch.stack([(run.after[transition] - base.after[transition])[..., 0] for run in runs])
+            cells = [share(won.flatten(1), gap.flatten()), *map(share, won.unbind(1), gap)]
+            rows.append([name, transition, *cells])
+    table(["gap closed in the first block", "", "all", *KINDS], rows)
+
+    for title, values in {
+        **{f"{name}, blocks 1 2 3": lambda run, name=name: run.after[name].mean(1) for name in TRANSITIONS},
+        "new video, the same blocks": lambda run: run.new.mean(1),
+        **{f"hard_cut, {name}": lambda run, name=name: run.cut[name].mean(1, keepdim=True) for name in TRANSITIONS},
+    }.items():
+        means = {name: torch.stack([values(run) for run in runs]).mean(0) for name, runs in everything.items()}
+        table([title, *KINDS], [[name, *map(numbers_text, mean)] for name, mean in means.items()])
+
+    sizes = [len(captions) for captions in of_single(base)]
+    rows = [["base", *(f"{part.mean():.3f}" for part in of_single(base))]]
+    for name, runs in loras.items():
+        changes = torch.stack([run.single - base.single for run in runs]).split(sizes, dim=1)
+        rows.append([name, *map(share, changes, map(torch.ones, sizes))])
+    table(["single prompts", "three objects", "two objects", "one object"], rows)
+    for row, title in enumerate(("after a roll at 30 s", "one prompt")):
+        cells = {name: torch.stack([run.minute[row].nanmean(0) for run in runs]) for name, runs in everything.items()}
+        ten = {name: [part.nanmean(1) for part in cell.split(13, dim=1)] for name, cell in cells.items()}
+        table(
+            [f"{title}, every ten seconds", ""],
+            [
+                [name, numbers_text(part.mean() for part in parts if not part.isnan().any())]
+                for name, parts in ten.items()
+            ],
+        )
 
 
-def closed(base: torch.Tensor, new: torch.Tensor, lora: torch.Tensor) -> str:
-    """The share of the gap that is closed, of matches [seeds, pairs] of base, new video and LoRA, with half its 95 %
-    intervals."""
-    won, gap = lora - base, (new - base)[0]
+def table(heading: list[str], rows: list[list[str]]):
+    print("\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows]) + "\n", flush=True)
+
+
+def numbers_text(values: Iterable[torch.Tensor]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def of_single(judged: Judged) -> list[torch.Tensor]:
+    """Of three objects, two and one."""
+    sizes = [len((Path(TINY_SHAPES) / "prompts" / name / "test.txt").read_text().splitlines()) for name in SINGLE]
+    return list(judged.single.split(sizes))
+
+
+def share(won: torch.Tensor, gap: torch.Tensor) -> str:
+    """What was won, of [seeds, pairs], as a share of the gap [pairs], with half its 95 % intervals: over seeds,
+    Student's t, and over pairs, of the mean over the seeds."""
     by_seed = won.mean(1) / gap.mean()
-    share, (seeds, pairs) = by_seed.mean(), won.shape
+    mean, (seeds, pairs) = by_seed.mean(), won.shape
     over_seeds = STUDENT[seeds] * by_seed.std() / seeds**0.5
-    # Of a ratio of means: as of the mean of what is left of the numerator.
-    over_pairs = 1.96 * (won.mean(0) - share * gap).std() / pairs**0.5 / gap.mean().abs()
-    return f"{share:.2f} ±{over_seeds:.2f} seeds ±{over_pairs:.2f} pairs ({' '.join(f'{s:.2f}' for s in by_seed)})"
+    # A ratio of means varies as the mean of what is left of its numerator.
+    over_pairs = 1.96 * (won.mean(0) - mean * gap).std() / pairs**0.5 / gap.mean().abs()
+    return f"{mean:+.3f} ±{over_seeds:.3f} ±{over_pairs:.3f} ({' '.join(f'{value:+.3f}' for value in by_seed)})"
 
 
 if __name__ == "__main__":
