@@ -29,28 +29,43 @@ from astrolabe_diffusers.training import exit_code
 
 
 def _any(count: int) -> Callable[[torch.Tensor, Draws], torch.Tensor]:
+    """Any scenes of `count` objects."""
     return lambda after, draws: draw_scenes(len(after), draws, torch.full((len(after),), count))
 
 
-def _other(column: int, change: Callable[[torch.Tensor, Draws], torch.Tensor]):
-    """The scenes whose colours (0), shapes (1) or directions (2) are what `change` makes of them."""
-
-    def before(after, draws):
-        scenes = after.clone()
-        scenes[:, column:-1:3] = change(after[:, column:-1:3], draws)
-        return scenes
-
-    return before
+def _reversed(after: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """All objects moved the other way."""
+    return _with_objects(after, 2, lambda directions: directions ^ 1)
 
 
-# Of scenes of three objects [N, 10], those before a switch to them.
-KINDS: dict[str, Callable[[torch.Tensor, Draws], torch.Tensor]] = {
-    "one to three": _any(1),
-    "two to three": _any(2),
-    "three to three": _any(3),
-    "reversed": _other(2, lambda directions, draws: directions ^ 1),
-    "other shapes": _other(1, lambda shapes, draws: (shapes + 1 + draws.below(3, *shapes.shape)) % len(SHAPES)),
-    "colours in turn": _other(0, lambda colors, draws: colors.roll(1, dims=1)),
+def _other_shapes(after: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """All objects had other shapes."""
+    return _with_objects(after, 1, lambda shapes: (shapes + 1 + draws.below(3, *shapes.shape)) % len(SHAPES))
+
+
+def _colours_in_turn(after: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Each object had the colour of the one before it."""
+    return _with_objects(after, 0, lambda colors: colors.roll(1, dims=1))
+
+
+def _with_objects(after: torch.Tensor, column: int, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The scenes with other colours (0), shapes (1) or directions (2) of their objects."""
+    columns = torch.arange(column, 3 * int((after[0, :-1:3] >= 0).sum()), 3)
+    return after.index_copy(1, columns, change(after[:, columns]))
+
+
+# Switches by the number of objects after them, and what makes the scenes [N, 10] before them of those after them. With
+# the base each lacks .10 of a new video's match or more in the first block, whether by roll or by recache.
+KINDS: dict[str, tuple[int, Callable[[torch.Tensor, Draws], torch.Tensor]]] = {
+    "one to three": (3, _any(1)),
+    "two to three": (3, _any(2)),
+    "three to three": (3, _any(3)),
+    "three reversed": (3, _reversed),
+    "three, other shapes": (3, _other_shapes),
+    "three, colours in turn": (3, _colours_in_turn),
+    "two reversed": (2, _reversed),
+    "two, other shapes": (2, _other_shapes),
+    "two, colours in turn": (2, _colours_in_turn),
 }
 SPLITS = ("train", "validation", "test")
 SINGLE = (".", "two_objects", "one_object")
@@ -81,7 +96,7 @@ SETTINGS: dict[str, dict] = {
 }
 
 
-def write_prompts(folder: Path, num_train: int = 64, num_held_out: int = 40) -> None:
+def write_prompts(folder: Path, num_train: int = 64, num_held_out: int = 24) -> None:
     """Writes prompts of all kinds, as many of each, kind after kind. The scenes of `train` are training's; of the
     others those after the switch are held out.
 
@@ -91,8 +106,8 @@ def write_prompts(folder: Path, num_train: int = 64, num_held_out: int = 40) -> 
     """
     draws = Draws(torch.Generator().manual_seed(0), "cpu")
     pairs: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
-    for before in KINDS.values():
-        after = _any(3)(torch.empty(12 * (num_train + 2 * num_held_out)), draws)
+    for num_objects, before in KINDS.values():
+        after = draw_scenes(1200, draws, torch.full((1200,), num_objects))
         scenes = before(after, draws)
         train, unseen = ~held_out(after) & ~held_out(scenes), held_out(after)
         trained, judged = (list(zip(captions(scenes[rows]), captions(after[rows]))) for rows in (train, unseen))
