@@ -11,7 +11,7 @@ is not repeated.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[int, Callable[[torch.Tensor, Draws], torch.Tensor]]] = {
     "two, colours in turn": (2, _colours_in_turn),
 }
 SPLITS = ("train", "validation", "test")
-SINGLE = (".", "two_objects", "one_object")
+SINGLE = {"three objects": ".", "two objects": "two_objects", "one object": "one_object"}
 # With a pair of scenes the prompt changes after three blocks: the window has no room for more than is in it then.
 PAIR = "{} [2.25s] | {}"
 TRANSITIONS = ("roll", "recache")
@@ -93,6 +93,10 @@ SETTINGS: dict[str, dict] = {
     "roll": {**SCENES, "transitions": "roll"},
     "recache": {**SCENES, "transitions": "recache"},
 }
+
+
+def single_prompts(name: str, split: str) -> list[str]:
+    return (Path(TINY_SHAPES) / "prompts" / SINGLE[name] / f"{split}.txt").read_text().splitlines()
 
 
 def write_prompts(folder: Path, num_train: int = 64, num_held_out: int = 24) -> None:
@@ -120,11 +124,7 @@ def write_prompts(folder: Path, num_train: int = 64, num_held_out: int = 24) -> 
             "captions": [new for _, new in of_split],
             "unchanged": [PAIR.format(new, new) for _, new in of_split],
             "minute": [f"{old} [30s] | {new}" for old, new in few] + [f"{new} [0.75s] | {new}" for _, new in few],
-            "single": [
-                text
-                for name in SINGLE
-                for text in (Path(TINY_SHAPES) / "prompts" / name / f"{split}.txt").read_text().splitlines()
-            ],
+            "single": [text for name in SINGLE for text in single_prompts(name, split)],
         }
         for name, lines in texts.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,8 @@ class Judged:
     new: torch.Tensor  # the same of new videos in the same blocks
     cut: dict[str, torch.Tensor]  # by transition, `hard_cut` [kinds, pairs] of the first block after it
     single: torch.Tensor  # match [prompts], mean of their videos
-    minute: torch.Tensor  # match [2, prompts, 79] after block 40, or after the first one of what does not change
+    minute: torch.Tensor  # match [prompts, 79] of one prompt, without the first block
+    late: torch.Tensor  # match [prompts, 40] after a roll in the middle of a minute
 
     @classmethod
     def read(cls, folder: Path, column: str) -> "Judged":
@@ -158,7 +159,8 @@ class Judged:
             new=of_kinds(blocks("unchanged")),
             cut={name: of_kinds(blocks("scenes", name, "hard_cut"))[..., 0] for name in TRANSITIONS},
             single=torch.tensor(columns["single"]["scores"][MATCH]).unflatten(0, (2, -1)).mean(0),
-            minute=blocks("minute").unflatten(0, (2, -1)),
+            minute=blocks("minute")[16:],
+            late=blocks("minute")[:16, :40],
         )
 
 
@@ -205,17 +207,17 @@ def main(argv: list[str] | None = None):
             for name in args.only
         }
         judged = {name: [future.result() for future in of_name] for name, of_name in futures.items()}
-    print_tables({name: runs for name, runs in judged.items() if None not in runs})
-    for name in (name for name, runs in judged.items() if None in runs):
+    if whole := {name: runs for name, runs in judged.items() if None not in runs}:
+        print_tables(whole, args.eval_split)
+    for name in judged.keys() - whole.keys():
         print(f"{name}: {sum(run is not None for run in judged[name])} of {len(args.seeds)} runs")
 
 
-def print_tables(judged: dict[str, list[dict[str, Judged]]]):
+def print_tables(judged: dict[str, list[dict[str, Judged]]], split: str):
     """How much of the base's gap is closed in the first block after a switch; means of match and `hard_cut` after it,
-    of single prompts, and over a minute."""
+    and over a minute; and changes with single prompts."""
     base = next(iter(judged.values()))[0]["base"]
     loras = {name: [run["lora"] for run in runs] for name, runs in judged.items()}
-    everything = {"base": [base], **loras}
     rows = []
     for name, runs in loras.items():
         for transition in TRANSITIONS:
@@ -225,44 +227,35 @@ def print_tables(judged: dict[str, list[dict[str, Judged]]]):
             rows.append([name, transition, *cells])
     table(["gap closed in the first block", "", "all", *KINDS], rows)
 
-    for title, values in {
-        **{f"{name}, blocks 1 2 3": lambda run, name=name: run.after[name].mean(1) for name in TRANSITIONS},
-        "new video, the same blocks": lambda run: run.new.mean(1),
-        **{f"hard_cut, {name}": lambda run, name=name: run.cut[name].mean(1, keepdim=True) for name in TRANSITIONS},
-    }.items():
-        means = {name: torch.stack([values(run) for run in runs]).mean(0) for name, runs in everything.items()}
-        table([title, *KINDS], [[name, *map(numbers_text, mean)] for name, mean in means.items()])
+    def means(heading: list[str], of: Callable[[Judged], torch.Tensor]):
+        """A row for the base and each name: the means over runs of what is [cells, numbers]."""
+        everything = {"base": [base], **loras}
+        values = {name: torch.stack([of(run) for run in runs]).mean(0).tolist() for name, runs in everything.items()}
+        texts = {name: [" ".join(f"{x:.3f}" for x in cell) for cell in cells] for name, cells in values.items()}
+        table(heading, [[name, *cells] for name, cells in texts.items()])
 
-    sizes = [len(captions) for captions in of_single(base)]
-    rows = [["base", *(f"{part.mean():.3f}" for part in of_single(base))]]
+    for name in TRANSITIONS:
+        means([f"{name}, blocks 1 2 3", *KINDS], lambda run, name=name: run.after[name].mean(1))
+        means([f"hard_cut, {name}", *KINDS], lambda run, name=name: run.cut[name].mean(1, keepdim=True))
+    means(["new video, the same blocks", *KINDS], lambda run: run.new.mean(1))
+    means(["one prompt, by ten seconds", ""], lambda run: in_ten_seconds(run.minute))
+    means(["after a roll at 30 s", ""], lambda run: in_ten_seconds(run.late))
+
+    sizes = [len(single_prompts(name, split)) for name in SINGLE]
+    rows = [["base", *(f"{part.mean():.3f}" for part in base.single.split(sizes))]]
     for name, runs in loras.items():
         changes = torch.stack([run.single - base.single for run in runs]).split(sizes, dim=1)
         rows.append([name, *map(share, changes, map(torch.ones, sizes))])
-    table(["single prompts", "three objects", "two objects", "one object"], rows)
-    for row, title in enumerate(("after a roll at 30 s", "one prompt")):
-        cells = {name: torch.stack([run.minute[row].nanmean(0) for run in runs]) for name, runs in everything.items()}
-        ten = {name: [part.nanmean(1) for part in cell.split(13, dim=1)] for name, cell in cells.items()}
-        table(
-            [f"{title}, every ten seconds", ""],
-            [
-                [name, numbers_text(part.mean() for part in parts if not part.isnan().any())]
-                for name, parts in ten.items()
-            ],
-        )
+    table(["single prompts", *SINGLE], rows)
+
+
+def in_ten_seconds(match: torch.Tensor) -> torch.Tensor:
+    """Means [1, N] of match [prompts, blocks] in each ten seconds, 13 blocks."""
+    return match.mean(0)[: match.shape[1] // 13 * 13].unflatten(0, (-1, 13)).mean(1)[None]
 
 
 def table(heading: list[str], rows: list[list[str]]):
     print("\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows]) + "\n", flush=True)
-
-
-def numbers_text(values: Iterable[torch.Tensor]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
-
-
-def of_single(judged: Judged) -> list[torch.Tensor]:
-    """Of three objects, two and one."""
-    sizes = [len((Path(TINY_SHAPES) / "prompts" / name / "test.txt").read_text().splitlines()) for name in SINGLE]
-    return list(judged.single.split(sizes))
 
 
 def share(won: torch.Tensor, gap: torch.Tensor) -> str:
