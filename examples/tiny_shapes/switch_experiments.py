@@ -92,6 +92,8 @@ SETTINGS: dict[str, dict] = {
     "roll or recache, pasts not shared": {**EITHER, "shared_past": False},
     "roll": {**SCENES, "transitions": "roll"},
     "recache": {**SCENES, "transitions": "recache"},
+    # Gradients are half as long there as those of first blocks, for which the recipe's rate is.
+    "roll or recache, twice the rate": {**EITHER, "learning_rate": 5e-2, "kl_weight": 0.005},
 }
 
 
