@@ -1,15 +1,23 @@
 """The prompts and the arithmetic of the experiments with switches."""
 
+import json
 import sys
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.evaluation.switches import after_switch
 from astrolabe_diffusers.pipelines.scene_prompt import parse_scenes
+from astrolabe_diffusers.reporting.comparison import Evaluation
 from astrolabe_diffusers.rewards.metrics.tiny_shapes_world import COLORS, DIRECTIONS, SHAPES, parse_caption
+from astrolabe_diffusers.rollout.config import SwitchConfig
+from astrolabe_diffusers.rollout.prompts import Prompt
+from astrolabe_diffusers.rollout.samples import eval_samples, eval_switches
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny_shapes"
@@ -121,3 +129,72 @@ def test_a_share_and_its_intervals(switches):
     rows = np.random.default_rng(0).integers(240, size=(4000, 240))
     drawn = won.mean(0).numpy()[rows].mean(1) / gap.numpy()[rows].mean(1)
     assert over_pairs == pytest.approx(1.96 * drawn.std(), rel=0.1)
+
+
+def test_what_an_evaluation_writes_is_read_by_kind_pair_and_block(switches, prompts, tmp_path):
+    """The samples are the package's own; a score says whose it is, by transition, row in the file and block."""
+    pipe = SimpleNamespace(
+        transformer=SimpleNamespace(config=SimpleNamespace(num_frames_per_block=3)),
+        seconds_per_block=0.75,
+        num_blocks=lambda num_frames: (num_frames + 3) // 12,
+    )
+    for kind, settings in switches.EVALUATIONS.items():
+        texts = [Prompt(line) for line in lines(prompts, kind, "test")]
+        samples = eval_samples(texts, settings["seeds"])
+        rewards, scores = settings["rewards"].split(","), {}
+        if "transitions" in settings:
+            config = SwitchConfig(transitions=settings["transitions"].split(","), switch_prompts="scenes")
+            samples = eval_switches(samples, config, pipe, settings["num_frames"])
+        for position, name in enumerate(rewards):
+            scores[name] = [sample.group + 1000.0 * sample.key[-1] for sample in samples]
+            if "transitions" in settings:
+                blocks = settings["num_frames"] // 12 + 1
+                for block in range(1, blocks):
+                    scores[f"after_switch/new/{block}/{name}"] = [
+                        value(position, sample, block) if sample.scenes[1].switch.frame // 3 + block <= blocks else nan
+                        for sample in samples
+                    ]
+        evaluation = Evaluation(None, {name: values for name, values in scores.items() if not np.isnan(values).all()})
+        column = {"scores": scores}
+        if "transitions" in settings:
+            column["after_switch"] = after_switch(samples, evaluation, evaluation)
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "results.json").write_text(json.dumps({"columns": {"lora": column}}))
+    judged = switches.Judged.read(tmp_path, "lora")
+    rows = torch.arange(216.0).view(9, 24)
+    for number, transition in enumerate(("roll", "recache")):
+        expected = 1e4 * number + 10 * rows[..., None] + torch.arange(1.0, 4)
+        torch.testing.assert_close(judged.after[transition], expected)
+        torch.testing.assert_close(judged.cut[transition], expected[..., 0] + 1e5)
+    torch.testing.assert_close(judged.new, 10 * rows[..., None] + torch.arange(1.0, 4))
+    torch.testing.assert_close(judged.single, torch.arange(159.0) + 500)
+    torch.testing.assert_close(judged.late, 10 * torch.arange(16.0)[:, None] + torch.arange(1.0, 41))
+    torch.testing.assert_close(judged.minute, 10 * torch.arange(16.0, 32)[:, None] + torch.arange(1.0, 80))
+
+
+def value(reward, sample, block):
+    transition = ("roll", "recache").index(sample.scenes[1].switch.transition)
+    return 1e5 * reward + 1e4 * transition + 10.0 * sample.group + block
+
+
+def test_tables_have_a_row_for_each_setting(switches, capsys):
+    generator = torch.Generator().manual_seed(0)
+
+    def judged():
+        def drawn(*shape):
+            return torch.rand(shape, generator=generator)
+
+        after, cut = ({name: drawn(9, 24, *rest) for name in ("roll", "recache")} for rest in ((3,), ()))
+        return switches.Judged(after, drawn(9, 24, 3), cut, drawn(159), drawn(16, 79), drawn(16, 40))
+
+    base, runs = judged(), [judged() for _ in range(3)]
+    switches.print_tables({"mine": [{"base": base, "lora": run} for run in runs]}, "test")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    won = torch.stack([(run.after["roll"] - base.after["roll"])[2, :, 0].mean() for run in runs])
+    gap = (base.new - base.after["roll"])[2, :, 0].mean()
+    (closed,) = (row[5] for row in rows if row[:2] == ["mine", "roll"])
+    assert closed.startswith(f"{(won / gap).mean():+.3f} ")
+    tens = [f"{run:.3f}" for run in torch.stack([run.late.mean(0)[:39].view(3, 13).mean(1) for run in runs]).mean(0)]
+    assert ["mine", " ".join(tens)] in rows
+    change = torch.stack([(run.single - base.single)[64:128].mean() for run in runs]).mean()
+    assert any(row[0] == "mine" and len(row) == 4 and row[2].startswith(f"{change:+.3f} ") for row in rows)
