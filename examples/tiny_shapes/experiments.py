@@ -3,9 +3,9 @@
     python examples/tiny_shapes/experiments.py --output_dir experiments [--only NAME ...] [--seeds 1 2 3] [--jobs 4]
 
 Every run is one of examples/train_nft.py with `--config tiny_shapes`, on captions of three objects, and an evaluation
-of its adapter on those of two and one, or after switches of the prompt; what is complete is not repeated. With several
-GPUs the runs are dealt out over them. `--eval_split validation` is for choosing settings, the default, `test`, for
-reporting what they do.
+of its adapter on those of two and one; what is complete is not repeated. With several GPUs the runs are dealt out over
+them. `--eval_split validation` is for choosing settings, the default, `test`, for reporting what they do. Training for
+switches of the prompt is in `switch_experiments.py`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MATCH = "tiny_shapes_prompt_match"
 DETAIL = "experiments:plain_detail"
 EASIER = ("two_objects", "one_object")
 # 97.5 % quantiles of Student's t, by the number of seeds.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 # At the recipe's rate the videos collapse before the run ends.
 HACKED = {"rewards": f"{DETAIL}=1,{MATCH}=0", "eval_rewards": "flicker", "learning_rate": 8e-3}
 # The same beside the one that is meant.
@@ -45,9 +45,6 @@ LAGGING = {"old_policy_decay_rate": 0.05, "old_policy_decay_max": 0.5}
 UNIFORM = {"kl_weight": 0.03}
 SELECTIVE = {**UNIFORM, "selective_kl": True}
 MOVING = {**SELECTIVE, "reference_reset_kl": 0.15, "reference_reset_epochs": 15}
-# The block after the middle of a video of four.
-LATER = {"window_size": 3, "sample_frames": 12, **SHARED_PAST}
-JUDGED = ("roll", "recache", "flush", "cut")
 EXPERIMENTS: dict[str, dict] = {
     "NFT": {},
     # With the recipe's epsilon AdamW steps in proportion to the gradient. That of these losses is larger, by
@@ -74,19 +71,6 @@ EXPERIMENTS: dict[str, dict] = {
     "both, uniform KL": {**TEMPTED, **UNIFORM},
     "both, selective KL": {**TEMPTED, **SELECTIVE},
     "both, selective KL, moving reference": {**TEMPTED, **MOVING},
-}
-# Judged by how the first block after a switch of the prompt fits the new one.
-SWITCHES: dict[str, dict] = {
-    "switch: first block trained": {},
-    "switch: windows without one": LATER,
-    "switch: roll": {**LATER, "transitions": "roll"},
-    "switch: roll, pasts not shared": {**LATER, "transitions": "roll", "shared_past": False},
-    "switch: roll over two blocks": {**LATER, "transitions": "roll", "transition_blocks": 2},
-    "switch: recache": {**LATER, "transitions": "recache"},
-    "switch: flush": {**LATER, "transitions": "flush"},
-    "switch: cut": {**LATER, "transitions": "cut", "shared_past": False},
-    "switch: roll, recache or flush": {**LATER, "transitions": "roll,recache,flush"},
-    "switch: ..., a block later too": {**LATER, "transitions": "roll,recache,flush", "switch_distances": "0,1"},
 }
 
 
@@ -135,33 +119,6 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict
     return changes
 
 
-def run_switch(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict[str, float]:
-    """Changes of a run after switches, by `"transition: prompt, block"`; those of a failed one are missing."""
-    folder = output_dir / f"switch-{list(SWITCHES).index(name):02d}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "results.json").is_file():
-        settings = {"config": "tiny_shapes", "seed": seed, "output_dir": folder, "report_to": "none"}
-        # It is judged below.
-        settings |= {"num_eval_videos": 0, "eval_num_frames": 21, "eval_rewards": "flicker"}
-        settings |= {"eval_steps": 10_000, "checkpointing_steps": 10_000, "num_eval_prompts": 2, "eval_seeds": 1}
-        settings |= SWITCHES[name]
-        start("train_nft.py", settings, folder / "log.txt", number)
-    results = folder / "switches" / "results.json"
-    if (folder / "results.json").is_file() and not results.is_file():
-        settings = {"column": f"lora={folder}", "rewards": MATCH, "output_dir": results.parent, "eval_split": split}
-        settings |= {"num_frames": 45, "num_prompts": 64, "seeds": 2, "num_videos": 0, "transitions": ",".join(JUDGED)}
-        start("evaluate.py", settings, folder / "log.txt", number)
-    if not results.is_file():
-        return {}
-    after_switch = json.loads(results.read_text())["columns"]["lora"]["after_switch"]
-    return {
-        f"{transition}: {which}, {entry['block']}": entry["change"]["change"]
-        for transition, rewards in after_switch.items()
-        for which, entries in rewards[MATCH].items()
-        for entry in entries
-    }
-
-
 def print_table(futures: dict[str, list], columns: dict[str, str], seeds: list[int]):
     """A row for each name, whose runs of all seeds return changes by the keys of `columns`."""
     print(f"| change, seeds {' '.join(map(str, seeds))} | {' | '.join(columns.values())} |")
@@ -182,30 +139,25 @@ def cell(changes: list[float], number: int) -> str:
 
 def main(argv: list[str] | None = None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*EXPERIMENTS, *SWITCHES]
     parser.add_argument("--output_dir", type=Path, default=Path("experiments"))
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="two to five")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="two to six")
     parser.add_argument("--eval_split", choices=("validation", "test"), default="test")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args(argv)
     if len(args.seeds) not in STUDENT:
-        parser.error("--seeds: two to five, for an interval over seeds.")
+        parser.error("--seeds: two to six, for an interval over seeds.")
     numbers = count()
     with ThreadPoolExecutor(args.jobs) as executor:
-        futures: dict[str, list] = {}
-        for name in args.only:
-            function = run_switch if name in SWITCHES else run
-            futures[name] = [
-                executor.submit(function, name, seed, args.output_dir, args.eval_split, next(numbers))
+        futures = {
+            name: [
+                executor.submit(run, name, seed, args.output_dir, args.eval_split, next(numbers))
                 for seed in args.seeds
             ]
-        if kept := {name: futures[name] for name in futures if name in EXPERIMENTS}:
-            columns = {MATCH: "three objects", **{kind: kind.replace("_", " ") for kind in EASIER}, DETAIL: "detail"}
-            print_table(kept, columns, args.seeds)
-        if switched := {name: futures[name] for name in futures if name in SWITCHES}:
-            columns = [f"{name}: {which}, 1" for name in JUDGED for which in ("new", "old")]
-            print_table(switched, {column: column for column in columns}, args.seeds)
+            for name in args.only
+        }
+        columns = {MATCH: "three objects", **{kind: kind.replace("_", " ") for kind in EASIER}, DETAIL: "detail"}
+        print_table(futures, columns, args.seeds)
 
 
 if __name__ == "__main__":
