@@ -118,6 +118,7 @@ class LiveModel:
         self.doras = {lora for lora, name in self.adapters.items() if name in doras}
         self.num_frames = num_frames or (math.inf if pipe.is_endless else pipe.config.num_frames)
         self.num_frames = pipe.round_num_frames(self.num_frames)
+        pipe.check_inputs("", pipe.config.height, pipe.config.width, self.num_frames)
         self.max_pixels = max_pixels or pipe.config.height * pipe.config.width
         length = max_sequence_length or pipe.config.max_sequence_length
         self.stream_settings = {"max_sequence_length": length}

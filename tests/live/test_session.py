@@ -468,6 +468,13 @@ def test_a_warm_model_counts_the_third_block(monkeypatch, num_frames, seconds):
     assert model.block_seconds == seconds
 
 
+def test_a_model_makes_no_longer_videos_than_it_has_positions():
+    config = {"rope_mode": "absolute", "rope_max_seq_len": 9}
+    assert make_model(config=config, num_frames=33).num_frames == 33
+    with pytest.raises(ValueError, match="`num_frames=45` passes the model's 9 absolute positions: at most 33 frames"):
+        make_model(config=config, num_frames=45)
+
+
 def test_a_picture_that_stood_still_makes_blocks_come_earlier(model, clock):
     session = LiveSession(model, A, 0)
     session.make_block(), session.make_block()
