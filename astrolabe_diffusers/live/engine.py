@@ -191,10 +191,10 @@ class LiveEngine:
                 listener = self._running.get(session)
                 others = [s for s in self._running if s is not session and s.ready_at > before]
                 turn = sum(block.seconds for block in blocks) + sum(s.block_seconds for s in others)
-                following = sum(s.block_seconds for s in self._running)
                 for block in blocks:
                     block.turn_seconds = turn
-                    if block.number == 0:
-                        block.send_at = session.ready_at + session.hold_seconds(len(block.frames), following)
+                if blocks[0].number == 0:
+                    following = sum(s.block_seconds for s in self._running if not s.paused)
+                    session.begins_at = session.ready_at + session.start_delay(following)
                 for item in (*marks, *blocks) if listener else ():
                     listener(item)

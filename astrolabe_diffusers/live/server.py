@@ -2,7 +2,7 @@
 The page and its WebSocket: what a viewer asks for goes to the engine, what the engine makes goes to the viewer.
 
 docs/live.md has the messages. Whatever a viewer sends, the answer is a line, and one that is not read costs no memory:
-of frames the newest block waits, of words a few.
+of frames the first block and the newest wait, of words a few.
 """
 
 import asyncio
@@ -266,9 +266,8 @@ class Viewer:
         self.replay: dict[str, Any] | None = None
         self._upload: Upload | None = None
         self._looking: asyncio.Task | None = None
-        # What is to be sent, in this order: words, or the lane whose newest block it is the turn of.
-        self._outbox: deque[dict[str, Any] | int] = deque()
-        self._blocks: dict[int, Block] = {}
+        # What is to be sent, words and blocks, and when by `time.monotonic`: always the first one that is due.
+        self._outbox: deque[tuple[float, dict[str, Any] | Block]] = deque()
         self._something = asyncio.Event()
         self._unread = self.loop.create_future()
         self._allowance, self._counted_at = float(MESSAGES_PER_SECOND), time.monotonic()
@@ -366,8 +365,7 @@ class Viewer:
         self.session, self.codec, self.encoders = session, codec, encoders
         self.start_number, self.ended = self.num_starts, False
         self._end_recording()
-        self._blocks.clear()
-        self._outbox = deque(item for item in self._outbox if isinstance(item, dict))
+        self._drop_blocks()
 
     def _arguments(self, message: dict[str, Any]) -> dict[str, Any]:
         seed = message.get("seed")
@@ -482,9 +480,9 @@ class Viewer:
         """Whether there is a recording now, and what came of one that has ended."""
         self.say({"type": "recording", "on": self.recording is not None, "url": url, "frames": frames})
 
-    def say(self, message: dict[str, Any]):
+    def say(self, message: dict[str, Any], due: float = 0.0):
         if len(self._outbox) < _MAX_WAITING:
-            self._outbox.append(message)
+            self._outbox.append((due, message))
             self._something.set()
         elif not self._unread.done():
             self._unread.set_result(None)
@@ -502,13 +500,9 @@ class Viewer:
         if isinstance(item, Block):
             if self.recording and item.lane == session.compare:
                 self.recording.add(item)
-            if item.lane not in self._blocks:
-                self._outbox.append(item.lane)
-            # The newest in place of one that was not sent.
-            self._blocks[item.lane] = item
-            self._something.set()
+            self._put_block(item, session.begins_at)
         elif isinstance(item, Mark):
-            self.say({"type": "mark", **vars(item)})
+            self.say({"type": "mark", **vars(item)}, session.begins_at)
         elif isinstance(item, Queued):
             self.say({"type": "queue", **vars(item), "start": self.start_number})
             if item.position == 0:
@@ -516,7 +510,21 @@ class Viewer:
         else:
             self._end_recording()
             self.ended, self._seen_at = True, time.monotonic()
-            self.say({"type": "ended", "reason": item.reason})
+            self.say({"type": "ended", "reason": item.reason}, session.begins_at)
+
+    def _put_block(self, block: Block, due: float):
+        """In place of one that was not sent; not of the first one, which may be held back."""
+        for i, (_, item) in enumerate(self._outbox):
+            if isinstance(item, Block) and item.lane == block.lane and item.number > 0:
+                self._outbox[i] = due, block
+                return
+        self._outbox.append((due, block))
+        self._something.set()
+
+    def _drop_blocks(self):
+        """What was said behind them waits no longer."""
+        self._outbox = deque((0.0, item) for _, item in self._outbox if isinstance(item, dict))
+        self._something.set()
 
     def _started(self, session: LiveSession) -> dict[str, Any]:
         return {
@@ -531,14 +539,21 @@ class Viewer:
 
     async def _write(self):
         while True:
-            await self._something.wait()
             self._something.clear()
-            while self._outbox:
-                item = self._outbox.popleft()
-                if isinstance(item, dict):
-                    await self._send(json.dumps(item))
-                elif (block := self._blocks.pop(item, None)) is not None:
-                    await self._send_block(block)
+            now = time.monotonic()
+            times = [due for due, _ in self._outbox]
+            i = next((i for i, due in enumerate(times) if due <= now), None)
+            if i is None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(times) - now if times else None):
+                        await self._something.wait()
+                continue
+            _, item = self._outbox[i]
+            del self._outbox[i]
+            if isinstance(item, dict):
+                await self._send(json.dumps(item))
+            else:
+                await self._send_block(item)
 
     async def _send_block(self, block: Block):
         session, codec, encoder = self.session, self.codec, self.encoders[block.lane]
@@ -546,9 +561,10 @@ class Viewer:
             frames = await self.loop.run_in_executor(self.live.encoders, encoder.encode, block.frames)
         except Exception as error:
             self.live.engine.remove(session)
+            if session is self.session:
+                self._drop_blocks()
             self._take(session, Ended(f"its frames cannot be sent as {codec}: {tell(error)}"))
             return
-        await asyncio.sleep(max(block.send_at - time.monotonic(), 0))
         if session is not self.session:
             return
         about = {"type": "block", "block": block.number, "first_frame": block.first_frame}

@@ -63,7 +63,6 @@ class Block:
     # From one block of the session to its next, all lanes, if nobody pauses: with those of others in between. The
     # engine knows.
     turn_seconds: float = 0.0
-    send_at: float = 0.0  # by `time.monotonic`, not sooner
 
 
 @dataclass
@@ -119,6 +118,7 @@ class LiveModel:
         self.doras = {lora for lora, name in self.adapters.items() if name in doras}
         self.num_frames = num_frames or (math.inf if pipe.is_endless else pipe.config.num_frames)
         self.num_frames = pipe.round_num_frames(self.num_frames)
+        pipe.check_inputs("", pipe.config.height, pipe.config.width, self.num_frames)
         self.max_pixels = max_pixels or pipe.config.height * pipe.config.width
         length = max_sequence_length or pipe.config.max_sequence_length
         self.stream_settings = {"max_sequence_length": length}
@@ -180,11 +180,13 @@ class LiveModel:
         return psutil.Process().memory_info().rss / 1e9
 
     def warm_up(self):
-        """Two blocks of nobody's: the first ones in a process take longer."""
+        """Three blocks of nobody's: the first two in a process take longer."""
         session = LiveSession(self, "", 0)
-        session.make_block(), session.make_block()
+        with suppress(StopIteration):  # a video may be shorter
+            for _ in range(3):
+                (block,), _ = session.make_block()
+                self.block_seconds = block.seconds
         session.close()
-        self.block_seconds = session.block_seconds
 
     def check_event(self, event: Any) -> dict[str, Any]:
         """A prompt or a change of LoRAs with all that it may say; a `ValueError` if it is none."""
@@ -263,6 +265,7 @@ class LiveSession:
     num_frames: int = field(default=0, init=False)  # made
     paused: bool = field(default=False, init=False)
     holders: set[Any] = field(default_factory=set, init=False)  # what takes every frame, recordings, and is behind
+    begins_at: float = field(default=0.0, init=False)  # by `time.monotonic`: nothing is shown sooner; the engine knows
 
     def __post_init__(self):
         pipe = self.model.pipe
@@ -295,7 +298,7 @@ class LiveSession:
         self._last_frames: deque[int] = deque(maxlen=4)
         self._shown, self._shown_at = -1, None
         self.ready_at = self.active_at = time.monotonic()
-        self._recent = deque([(1 + self.compare) * self.model.block_seconds], maxlen=_RECENT)
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self._slack = _SLACK
         self._start = self._decode_start(number)
 
@@ -399,18 +402,18 @@ class LiveSession:
             lead = 1.5 * turn_seconds + self._slack
             return self._shown_at + ahead / rate - lead
 
-    def hold_seconds(self, num_frames: int, turn_seconds: float) -> float:
-        """So long the first block, of `num_frames`, is held back for the second one to be there in time: it has fewer
-        frames than that takes. Not where no block could be in time."""
+    def start_delay(self, turn_seconds: float) -> float:
+        """For how long the first block, once it is made, is held back for the second one to be in time: to show it may
+        take less than to make the other. Not where there is no other, or none could be in time."""
         rate = self.model.frame_rate
-        if turn_seconds > self.model.frames_per_block / rate:
+        if self.num_frames >= self._length or turn_seconds > self.model.frames_per_block / rate:
             return 0.0
-        return max(1.5 * turn_seconds + self._slack - num_frames / rate, 0.0)
+        return max(1.5 * turn_seconds + self._slack - self.num_frames / rate, 0.0)
 
     @property
     def block_seconds(self) -> float:
-        """Of the slowest of the last blocks."""
-        return max(self._recent, default=0.0)
+        """Of the slowest of the last blocks; before there are any, as a warm model knows it."""
+        return max(self._recent, default=(1 + self.compare) * self.model.block_seconds)
 
     # Making
 

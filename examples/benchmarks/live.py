@@ -27,7 +27,7 @@ from pathlib import Path
 from websockets.asyncio.client import connect
 
 from astrolabe_diffusers.cli.arguments import ArgumentParser
-from astrolabe_diffusers.errors import UserError, exit_code
+from astrolabe_diffusers.errors import UserError, as_user_error, exit_code
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 
 
@@ -168,11 +168,12 @@ def serving(args: argparse.Namespace):
     if args.recipe:
         pipe = random_pipeline(args.recipe, device)
         pipe.set_progress_bar_config(disable=True)
-        if args.compile:
-            print(f"compiled in {pipe.compile():.0f} s")
         # A model whose videos have an end makes longer ones than by default, until all viewers have seen enough.
         seconds = None if pipe.is_endless else args.seconds + 60
-        model = LiveModel(pipe, args.recipe, num_frames=seconds and round(seconds * pipe.config.frame_rate))
+        with as_user_error(f"--seconds {args.seconds:g}, and 60 more"):
+            model = LiveModel(pipe, args.recipe, num_frames=seconds and round(seconds * pipe.config.frame_rate))
+        if args.compile:
+            print(f"compiled in {pipe.compile():.0f} s")
         model.warm_up()
         app = LiveApp(model, LiveEngine(args.viewers))
     else:

@@ -56,19 +56,22 @@ def engine_of(**settings):
 
 
 def test_first_blocks_are_sent_when_the_next_ones_can_be_in_time():
-    """As those of others, who take turns, let them."""
+    """As those of others, who take turns, let them; not of those who pause."""
     model, asked = make_model(), []
-    with engine_of(sessions=2) as engine:
-        watched = [Watched(model, engine), Watched(model, engine)]
+    model.block_seconds = 100.0
+    with engine_of(sessions=3) as engine:
+        paused, *watched = [Watched(model, engine) for _ in range(3)]
+        paused.session.pause()
+        paused.add()
         for one in watched:
-            one.session.hold_seconds = lambda *about: asked.append(about) or 1000.0
-            one.session._recent.append(0.25)
+            one.session.start_delay = lambda turn_seconds: asked.append(turn_seconds) or 1000.0
+            one.session._recent.append(100.0)
             one.add()
         wait_for(lambda: all(len(one.of(Block)) > 2 for one in watched), 60)
-    assert asked[1][0] == 9 and asked[1][1] >= 0.5
+    assert len(asked) == 2 and asked[1] == 200
     for one in watched:
-        first, *others = one.of(Block)
-        assert first.send_at > time.monotonic() + 900 and not any(block.send_at for block in others)
+        assert one.session.begins_at > time.monotonic() + 900
+    assert paused.session.begins_at == 0
 
 
 def test_blocks_of_sessions_in_turns_are_those_of_each_alone(tmp_path):

@@ -130,12 +130,15 @@ def test_settings_that_cannot_be(settings, message):
         LiveConfig(**settings)
 
 
-def test_what_only_the_model_knows_is_told_in_a_line(folder):
+def test_what_only_the_model_knows_is_told_in_a_line(folder, tmp_path):
     config = {"model": str(folder / "model")}
     with pytest.raises(UserError, match="video size: `height` must be a multiple of 16"):
         load_live_app(LiveConfig(**config, height=17))
     with pytest.raises(UserError, match="num_frames: .* at least 9"):
         load_live_app(LiveConfig(**config, num_frames=2))
+    save_tiny_pipeline(tmp_path, **ENDLESS | {"rope_mode": "absolute"})
+    with pytest.raises(UserError, match="num_frames: `num_frames=261` passes the model's 64 absolute positions"):
+        load_live_app(LiveConfig(model=str(tmp_path), num_frames=261))
 
 
 def test_h264_that_is_not_there_is_said(folder, monkeypatch):

@@ -21,7 +21,7 @@ from astrolabe_diffusers.live import server as server_module
 from astrolabe_diffusers.live.encoding import ImageEncoder, Recorder
 from astrolabe_diffusers.live.engine import LiveEngine
 from astrolabe_diffusers.live.server import LiveApp, make_live_server
-from astrolabe_diffusers.live.session import LiveSession, replay
+from astrolabe_diffusers.live.session import Block, LiveSession, replay
 from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.serving.binding import bind
 from astrolabe_diffusers.serving.running import in_thread
@@ -217,6 +217,89 @@ def test_restart_begins_anew(live):
         assert [block["block"] for block in client.blocks[count:]] == [0, 1]
 
 
+# The first block, which may be held back
+
+
+@pytest.fixture
+def delays(monkeypatch):
+    """Of first blocks, by the seed of their session."""
+    delays = {}
+    monkeypatch.setattr(LiveSession, "start_delay", lambda session, _: delays.get(session.seed, 0.0))
+    return delays
+
+
+def start_held(client, live, **values):
+    """With `seed` 1, until two blocks are made."""
+    client.start(seed=1, **values).until("started")
+    (viewer,) = live.viewers
+    wait_for(lambda: viewer.session.num_blocks == 2, 2)
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_a_first_block_that_is_held_back_arrives_when_it_is_due(live, delays, compare):
+    """In every lane, and the second one, which was made meanwhile, right behind it."""
+    delays[1] = 1.0
+    lanes = range(1 + compare)
+    with Client(live) as client:
+        began = time.monotonic()
+        start_held(client, live, compare=compare)
+        client.until("block", block=0)
+        held = time.monotonic() - began
+        client.until("pictures", block=1, lane=lanes[-1])
+        assert held > 1.0 and time.monotonic() - began - held < 0.9
+    received = [(block["lane"], block["block"]) for block in client.blocks]
+    assert received == [(lane, number) for number in (0, 1) for lane in lanes]
+
+
+def test_what_is_no_part_of_the_video_does_not_wait_for_it(live, delays):
+    delays[1] = 3.0
+    with Client(live) as client:
+        start_held(client, live, events=[{"block": 1, "type": "prompt", "prompt": B}])
+        began = time.monotonic()
+        client.start(height=7).until("error")
+        client.send("save")
+        client.until("session")
+        client.send("upload", bytes=5)
+        client.until("received")
+        count = len(client.messages)
+        client.start(seed=2).until("started", seed=2)
+        assert time.monotonic() - began < 1.5 and not client.blocks
+        # What was left to say of the video before comes before the new one, and nothing of it later.
+        assert [message["type"] for message in client.messages[count:]] == ["mark", "queue", "started"]
+        client.until("pictures", block=2)
+        assert [block["block"] for block in client.blocks] == [0, 1, 2]
+        assert "mark" not in [message["type"] for message in client.messages[count + 3 :]]
+
+
+def test_marks_and_the_end_do_not_overtake_their_blocks(delays):
+    delays[1] = 2.0
+    with serving(make_model(num_frames=21)) as live, Client(live, watches=False) as client:
+        start_held(client, live, events=[{"block": i, "type": "prompt", "prompt": B} for i in (0, 1)])
+        client.send("shown", frame=20)
+        wait_for(lambda: live.engine.running == 0, 1)
+        said = []
+        while said[-1:] != ["ended"]:
+            said.append(client.receive()["type"])
+    assert said == [*["mark", "block", "pictures"] * 2, "ended"]
+
+
+def test_a_video_that_cannot_be_sent_ends_once(live, delays, monkeypatch):
+    """Though several of its blocks wait."""
+
+    def fail(self, frames):
+        raise RuntimeError("no")
+
+    delays[1] = 1.0
+    with Client(live) as client:
+        start_held(client, live, compare=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageEncoder, "encode", fail)
+            client.until("ended")
+            with pytest.raises(TimeoutError):
+                client.receive(0.5)
+        client.start(seed=2).until("pictures", block=2)
+
+
 def test_the_queue_says_which_start_it_is_of(model):
     with serving(model, engine={"sessions": 1}) as live, ExitStack() as stack:
         first, second = (stack.enter_context(Client(live)) for _ in range(2))
@@ -253,16 +336,6 @@ def test_a_token_is_asked_for(model):
 def test_pages_of_others_are_refused(live, origin):
     with pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
         Client(live, additional_headers={"Origin": origin})
-
-
-def test_a_first_block_that_is_held_back_arrives_when_it_is_due(live, monkeypatch):
-    monkeypatch.setattr(LiveSession, "hold_seconds", lambda session, *about: 1.0)
-    with Client(live) as client:
-        began = time.monotonic()
-        client.start().until("block", block=0)
-        held = time.monotonic() - began
-        client.until("block", block=1)
-        assert held > 1.0 and time.monotonic() - began - held < 0.9  # which was made meanwhile
 
 
 def test_its_own_page_is_served(live):
@@ -885,7 +958,7 @@ def test_who_does_not_read_loses_frames_and_costs_no_memory(model, monkeypatch):
                     raw.sendall(masked(json.dumps({"type": "shown", "frame": with_frames - 1})))
                 except OSError:
                     break
-            held.append(sum(block.frames.nbytes for block in slow._blocks.values()) + len(slow._outbox))
+            held.append(sum(item.frames.nbytes if isinstance(item, Block) else 1 for _, item in slow._outbox))
             made = max(made, session.num_blocks)
             good.receive(5)
             time.sleep(0.02)

@@ -414,10 +414,23 @@ def test_a_block_is_made_as_late_as_is_in_time(model, clock):
 def test_the_first_block_waits_for_the_second_one(model):
     """It has 9 frames, and is shown in 9 / 16 s; the others have 12."""
     session = LiveSession(model, A, 0)
-    assert session.hold_seconds(9, 0.1) == session.hold_seconds(9, 0.8) == 0  # fast enough; never fast enough
-    held = session.hold_seconds(9, 0.5)
-    assert 0 < held < 0.5 < held + 9 / model.frame_rate
-    assert session.hold_seconds(12, 0.5) == pytest.approx(held - 3 / model.frame_rate)
+    session.make_block()
+    assert session.start_delay(0.1) == session.start_delay(0.8) == 0  # fast enough; never fast enough
+    delay = session.start_delay(0.5)
+    assert 0 < delay < 0.5 < delay + 9 / model.frame_rate
+
+
+def test_the_only_block_waits_for_none():
+    session = LiveSession(make_model(num_frames=9), A, 0)
+    session.make_block()
+    assert session.start_delay(0.5) == 0
+
+
+def test_a_first_block_of_one_frame_waits_for_any_second_one():
+    """It is shown in 1 / 16 s."""
+    session = LiveSession(make_model(config={"num_frames_per_block": 1}), A, 0)
+    session.make_block()
+    assert session.start_delay(0.0) == pytest.approx(0.0875)
 
 
 def test_a_warm_model_knows_how_long_a_block_takes(tmp_path):
@@ -427,6 +440,39 @@ def test_a_warm_model_knows_how_long_a_block_takes(tmp_path):
     assert model.block_seconds > 0
     assert LiveSession(model, A, 0).block_seconds == model.block_seconds
     assert LiveSession(model, A, 0, compare=True).block_seconds == 2 * model.block_seconds
+
+
+def test_what_a_session_has_measured_counts_alone():
+    model = make_model()
+    model.block_seconds = 100.0
+    session = LiveSession(model, A, 0)
+    session.make_block()  # the first one is not measured
+    assert session.block_seconds == 100
+    session.make_block()
+    assert 0 < session.block_seconds < 50
+
+
+@pytest.mark.parametrize("num_frames,seconds", [(9, 30.0), (21, 20.0), (33, 10.0), (None, 10.0)])
+def test_a_warm_model_counts_the_third_block(monkeypatch, num_frames, seconds):
+    """The last one where a video has fewer."""
+    make = LiveSession.make_block
+
+    def make_slowly(session):
+        blocks, marks = make(session)
+        blocks[0].seconds = (30.0, 20.0, 10.0)[blocks[0].number]
+        return blocks, marks
+
+    monkeypatch.setattr(LiveSession, "make_block", make_slowly)
+    model = make_model(num_frames=num_frames)
+    model.warm_up()
+    assert model.block_seconds == seconds
+
+
+def test_a_model_makes_no_longer_videos_than_it_has_positions():
+    config = {"rope_mode": "absolute", "rope_max_seq_len": 9}
+    assert make_model(config=config, num_frames=33).num_frames == 33
+    with pytest.raises(ValueError, match="`num_frames=45` passes the model's 9 absolute positions: at most 33 frames"):
+        make_model(config=config, num_frames=45)
 
 
 def test_a_picture_that_stood_still_makes_blocks_come_earlier(model, clock):

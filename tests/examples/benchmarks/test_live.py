@@ -10,6 +10,7 @@ from astrolabe_diffusers.live.server import LiveApp, make_live_server
 from astrolabe_diffusers.serving.binding import bind
 from astrolabe_diffusers.serving.running import in_thread
 from tests.live.helpers import make_model
+from tests.tiny_pipeline import tiny_pipeline
 
 
 def test_what_a_viewer_sees(capsys):
@@ -20,6 +21,15 @@ def test_what_a_viewer_sees(capsys):
     assert seen.delays and 0 < seen.delay_median <= seen.delay_p95 < 10
     assert 0.1 < seen.memory_first <= seen.memory_last * 1.2 and seen.megabits_per_second > 0.01
     assert "underruns" in capsys.readouterr().out
+
+
+def test_longer_than_the_model_has_positions_is_told_in_a_line(monkeypatch):
+    from live import main
+
+    pipe = tiny_pipeline(rope_mode="absolute", frame_rate=16)
+    monkeypatch.setattr("random_models.random_pipeline", lambda *_: pipe)
+    with pytest.raises(UserError, match="--seconds 200, and 60 more: `num_frames=41.* 64 absolute positions"):
+        main(["--recipe", "longlive", "--seconds", "200"])
 
 
 def test_what_encoding_costs():
