@@ -451,6 +451,8 @@ def test_a_file_to_start_from(server, open_tab, tmp_path, blue_video):
     path.write_bytes(blue_video.read_bytes())
     wanted = iio.imread(path, plugin="FFMPEG")[:21].astype(int)
     tab = open_tab(server.url, viewport={"width": 360, "height": 740})
+    # From now on: Chromium can open a dialog of its own before it has heard that somebody waits for it.
+    tab.page.on("filechooser", lambda chooser: None)
     tab.start(RED, seed=5)
     tab.wait_for_frames(FIRST)
     tab.page.focus("#start-choose")
