@@ -13,7 +13,8 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from statistics import mean, stdev
@@ -137,25 +138,33 @@ def cell(changes: list[float], number: int) -> str:
     return f"{mean(changes):+.3f} ±{half:.3f} ({' '.join(format(change, '+.3f') for change in changes)})"
 
 
-def main(argv: list[str] | None = None):
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments"))
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="two to six")
+def parse(
+    argv: list[str] | None, description: str, output_dir: str, names: list[str], seeds: tuple[int, ...]
+) -> argparse.Namespace:
+    parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="two to six")
     parser.add_argument("--eval_split", choices=("validation", "test"), default="test")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args(argv)
     if len(args.seeds) not in STUDENT:
         parser.error("--seeds: two to six, for an interval over seeds.")
-    numbers = count()
+    return args
+
+
+def submit(executor: Executor, run: Callable, args: argparse.Namespace) -> dict[str, list[Future]]:
+    """A run of each name with each seed."""
+    numbers, about = count(), (args.output_dir, args.eval_split)
+    return {
+        name: [executor.submit(run, name, seed, *about, next(numbers)) for seed in args.seeds] for name in args.only
+    }
+
+
+def main(argv: list[str] | None = None):
+    args = parse(argv, __doc__, "experiments", list(EXPERIMENTS), SEEDS)
     with ThreadPoolExecutor(args.jobs) as executor:
-        futures = {
-            name: [
-                executor.submit(run, name, seed, args.output_dir, args.eval_split, next(numbers))
-                for seed in args.seeds
-            ]
-            for name in args.only
-        }
+        futures = submit(executor, run, args)
         columns = {MATCH: "three objects", **{kind: kind.replace("_", " ") for kind in EASIER}, DETAIL: "detail"}
         print_table(futures, columns, args.seeds)
 

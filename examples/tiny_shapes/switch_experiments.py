@@ -8,21 +8,18 @@ held-out ones, of the split `validation` for choosing settings, of `test` for re
 is not repeated.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
 from data import Draws, captions, draw_scenes, held_out
-from experiments import MATCH, SHARED_PAST, STUDENT, start
+from experiments import MATCH, SHARED_PAST, STUDENT, parse, start, submit
 
 from astrolabe_diffusers import TINY_SHAPES
-from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.rewards.metrics.tiny_shapes_world import SHAPES
 from astrolabe_diffusers.rollout.prompts import spread
 from astrolabe_diffusers.training import exit_code
@@ -189,25 +186,10 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict
 
 
 def main(argv: list[str] | None = None):
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("switches"))
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(101, 102, 103), help="two to six")
-    parser.add_argument("--eval_split", choices=SPLITS[1:], default="test")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    args = parser.parse_args(argv)
-    if len(args.seeds) not in STUDENT:
-        parser.error("--seeds: two to six, for an interval over seeds.")
+    args = parse(argv, __doc__, "switches", list(SETTINGS), (101, 102, 103))
     write_prompts(args.output_dir / "prompts")
-    numbers = count()
     with ThreadPoolExecutor(args.jobs) as executor:
-        futures = {
-            name: [
-                executor.submit(run, name, seed, args.output_dir, args.eval_split, next(numbers))
-                for seed in args.seeds
-            ]
-            for name in args.only
-        }
+        futures = submit(executor, run, args)
         judged = {name: [future.result() for future in of_name] for name, of_name in futures.items()}
     if whole := {name: runs for name, runs in judged.items() if None not in runs}:
         print_tables(whole, args.eval_split)

@@ -32,11 +32,13 @@ def compiles_blocks(config: BlockwiseConfig, transformer, num_frames: int, devic
         one_kind = one_pass or (config.num_pass_blocks == 1 and not is_window)
         suits = one_kind and packs_clips(transformer) and not is_sharded()
         return device.type == "cuda" and suits and compiler_works(device)
-    if config.compile and config.context == "clean" and config.num_pass_blocks > 1 and not one_pass:
+    if not config.compile:
+        return False
+    if config.context == "clean" and config.num_pass_blocks > 1 and not one_pass:
         raise UserError("compile needs blocks_per_pass=1 where a video is trained in a window or in several passes.")
-    if config.compile and config.context == "clean_grad" and is_window:
+    if config.context == "clean_grad" and is_window:
         raise UserError("compile needs context=clean and blocks_per_pass=1 where a window is trained.")
-    return config.compile
+    return True
 
 
 def compiler_works(device: torch.device) -> bool:
