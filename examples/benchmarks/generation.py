@@ -13,14 +13,13 @@ from dataclasses import asdict, replace
 import torch
 from comparison import Clip, compare
 from measuring import Measurement, StreamMeasurement, limited_memory, measure, measure_streams
-from random_models import random_pipeline, recipe_of
+from random_models import add_tiny_decoder, random_pipeline, recipe_of
 
-from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.cli.arguments import ArgumentParser
 from astrolabe_diffusers.errors import CHECKED, UserError, as_user_error, exit_code
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
 from astrolabe_diffusers.pipelines.config import OFFLOADS
-from astrolabe_diffusers.pipelines.loading import load_from, load_tiny_decoder, prepare_pipeline, video_size
+from astrolabe_diffusers.pipelines.loading import load_from, prepare_pipeline, video_size
 from astrolabe_diffusers.pipelines.quantization import QUANTIZATIONS, quantization_config
 
 
@@ -82,10 +81,8 @@ def run(args: argparse.Namespace) -> Measurement | StreamMeasurement | dict[str,
     home = args.device if args.offload == "none" else "cpu"
     pipe = random_pipeline(recipe, args.device, dtype, home) if recipe else load_from(args.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    if args.tiny_decoder == "random":
-        pipe.register_modules(tiny_decoder=TinyWanDecoder(pipe.vae.config.z_dim).to(dtype).eval())
-    elif args.tiny_decoder:
-        load_tiny_decoder(pipe, args.tiny_decoder, dtype)
+    if args.tiny_decoder:
+        add_tiny_decoder(pipe, args.tiny_decoder, dtype)
     if args.quantization:
         from quantization_error import quantize_blocks
 

@@ -154,7 +154,7 @@ async def visit(url: str, seed: int, seconds: float, codec: str) -> Visit:
 def serving(args: argparse.Namespace):
     """A server of the model in this process; yields its address."""
     import torch
-    from random_models import random_pipeline
+    from random_models import add_tiny_decoder, random_pipeline
 
     from astrolabe_diffusers.live.config import LiveConfig
     from astrolabe_diffusers.live.engine import LiveEngine
@@ -168,6 +168,8 @@ def serving(args: argparse.Namespace):
     if args.recipe:
         pipe = random_pipeline(args.recipe, device)
         pipe.set_progress_bar_config(disable=True)
+        if args.tiny_decoder:
+            add_tiny_decoder(pipe, args.tiny_decoder, pipe.vae.dtype)
         # A model whose videos have an end makes longer ones than by default, until all viewers have seen enough.
         seconds = None if pipe.is_endless else args.seconds + 60
         with as_user_error(f"--seconds {args.seconds:g}, and 60 more"):
@@ -177,7 +179,8 @@ def serving(args: argparse.Namespace):
         model.warm_up()
         app = LiveApp(model, LiveEngine(args.viewers))
     else:
-        app = load_live_app(LiveConfig(model=args.model, sessions=args.viewers, compile=args.compile))
+        settings = {"compile": args.compile, "tiny_decoder": args.tiny_decoder}
+        app = load_live_app(LiveConfig(model=args.model, sessions=args.viewers, **settings))
     with app as live, bind("127.0.0.1", 0) as listener:
         with in_thread(make_live_server(live), listener) as address:
             yield f"ws://{address}/ws"
@@ -236,6 +239,7 @@ def main(argv: list[str] | None = None) -> list[Visit] | dict[str, tuple[float, 
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--codec", choices=("h264", "jpeg", "webp"), default="h264")
     parser.add_argument("--compile", action="store_true", help="the transformer's blocks, before they are timed")
+    parser.add_argument("--tiny_decoder", help="decode with it: its file or folder; of --recipe, `random` weights too")
     parser.add_argument("--height", type=int, default=480, help="of the frames of --encoding")
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--seed", type=int, default=0)

@@ -8,9 +8,10 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, ModelMixin
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline, CausalWanTransformer3DModel
+from astrolabe_diffusers import TINY_SHAPES, CausalWanPipeline, CausalWanTransformer3DModel, TinyWanDecoder
 from astrolabe_diffusers.layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
 from astrolabe_diffusers.layouts.published_models import PUBLISHED_MODELS
+from astrolabe_diffusers.pipelines.loading import load_tiny_decoder
 
 
 # Wan2.1's two sizes, and google/umt5-xxl.
@@ -69,3 +70,12 @@ def random_weights(
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.to(home).eval()
+
+
+def add_tiny_decoder(pipe: CausalWanPipeline, name: str, dtype: torch.dtype):
+    """The one in the file or folder `name`, or of `random` weights, where the pipeline's own decoder is."""
+    if name == "random":
+        tiny_decoder = TinyWanDecoder(pipe.vae.config.z_dim).to(pipe.vae.device, dtype).eval()
+        pipe.register_modules(tiny_decoder=tiny_decoder)
+    else:
+        load_tiny_decoder(pipe, name, dtype)

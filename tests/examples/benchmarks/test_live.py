@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.live.engine import LiveEngine
 from astrolabe_diffusers.live.server import LiveApp, make_live_server
@@ -30,6 +31,15 @@ def test_longer_than_the_model_has_positions_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr("random_models.random_pipeline", lambda *_: pipe)
     with pytest.raises(UserError, match="--seconds 200, and 60 more: `num_frames=41.* 64 absolute positions"):
         main(["--recipe", "longlive", "--seconds", "200"])
+
+
+def test_a_published_model_with_a_tiny_decoder(monkeypatch, capsys):
+    from live import main
+
+    pipe = tiny_pipeline(rope_mode="relative", local_attn_size=6, frame_rate=16)
+    monkeypatch.setattr("random_models.random_pipeline", lambda *_: pipe)
+    (seen,) = main(["--recipe", "longlive", "--tiny_decoder", "random", "--seconds", "1", "--codec", "jpeg"])
+    assert seen.frames and isinstance(pipe.tiny_decoder, TinyWanDecoder)
 
 
 def test_what_encoding_costs():
