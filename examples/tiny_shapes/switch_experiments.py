@@ -79,18 +79,25 @@ EVALUATIONS: dict[str, dict] = {
     "single": {**ALL, "num_frames": 21, "seeds": 2, "batch_size": 53},
     "minute": {**AFTER, "transitions": "roll", "num_frames": 957, "batch_size": 8},
 }
-WINDOW = {"window_size": 3, "sample_frames": 12, **SHARED_PAST}
+# As the recipe `tiny_shapes_switch` has it, of which "roll or recache" is the whole.
+LONGER = {"learning_rate": 1e-3, "adam_epsilon": 1e-8, "max_train_steps": 120}
+WINDOW = {**LONGER, "window_size": 3, "sample_frames": 12, **SHARED_PAST}
 SCENES = {**WINDOW, "prompts": "scenes", "switch_prompts": "scenes"}
 EITHER = {**SCENES, "transitions": "roll,recache"}
+PLAIN_DESCENT = {"adam_epsilon": 1e-3}
 SETTINGS: dict[str, dict] = {
-    "first block": {"prompts": "captions"},
+    "first block": {**LONGER, "prompts": "captions"},
     "windows without a switch": {**WINDOW, "prompts": "captions"},
     "roll or recache": EITHER,
     "roll or recache, pasts not shared": {**EITHER, "shared_past": False},
     "roll": {**SCENES, "transitions": "roll"},
     "recache": {**SCENES, "transitions": "recache"},
-    # Gradients are half as long there as those of first blocks, for which the recipe's rate is.
-    "roll or recache, twice the rate": {**EITHER, "learning_rate": 5e-2, "kl_weight": 0.005},
+    # The quick start's own steps, whose length is that of the gradients; then ones twice as long; then more of them.
+    "plain descent": {**EITHER, **PLAIN_DESCENT, "learning_rate": 2.5e-2, "max_train_steps": 40},
+    "plain descent, twice the rate": {
+        **EITHER, **PLAIN_DESCENT, "learning_rate": 5e-2, "kl_weight": 0.005, "max_train_steps": 40
+    },
+    "plain descent, twice the rate, longer": {**EITHER, **PLAIN_DESCENT, "learning_rate": 5e-2, "kl_weight": 0.005},
 }
 
 
@@ -186,7 +193,7 @@ def run(name: str, seed: int, output_dir: Path, split: str, number: int) -> dict
 
 
 def main(argv: list[str] | None = None):
-    args = parse(argv, __doc__, "switches", list(SETTINGS), (101, 102, 103))
+    args = parse(argv, __doc__, "switches", list(SETTINGS), (111, 112, 113))
     write_prompts(args.output_dir / "prompts")
     with ThreadPoolExecutor(args.jobs) as executor:
         futures = submit(executor, run, args)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers import TINY_SHAPES
+from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.evaluation.switches import after_switch
 from astrolabe_diffusers.pipelines.scene_prompt import parse_scenes
 from astrolabe_diffusers.reporting.comparison import Evaluation
@@ -175,6 +177,17 @@ def test_what_an_evaluation_writes_is_read_by_kind_pair_and_block(switches, prom
 def value(reward, sample, block):
     transition = ("roll", "recache").index(sample.scenes[1].switch.transition)
     return 1e5 * reward + 1e4 * transition + 10.0 * sample.group + block
+
+
+def test_the_recipe_is_what_was_measured(switches, capsys):
+    """Up to the prompts, and what is only looked at; 12 latent frames are 45."""
+    settings = {"config": "tiny_shapes", **switches.SETTINGS["roll or recache"]}
+    measured = asdict(parse_args([word for name, value in settings.items() for word in (f"--{name}", str(value))]))
+    recipe = asdict(parse_args(["--config", "tiny_shapes_switch"]))
+    differ = {name for name in recipe if recipe[name] != measured[name]}
+    assert (recipe["num_frames"], measured["sample_frames"]) == (45, 12)
+    differ -= {"num_frames", "sample_frames"}
+    assert {name for name in differ if "eval" not in name} == {"prompts", "switch_prompts", "output_dir"}
 
 
 def test_tables_have_a_row_for_each_setting(switches, capsys):
