@@ -175,7 +175,7 @@ class OnlineConfig(VideoConfig, SwitchConfig):
     )
     compile: bool | None = option(
         None,
-        "compile the transformer's blocks, which takes about a minute of the first epoch on a GPU; if not given, on "
+        "compile the transformer's blocks, which takes minutes of the first epoch on a GPU; if not given, on "
         "CUDA where whole videos are trained, in one pass or a block at a time, unless the model is in shards",
         alone="true",
     )

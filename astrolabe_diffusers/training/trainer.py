@@ -442,7 +442,7 @@ class OnlineTrainer:
             )
         trainable = sum(parameter.numel() for parameter in policy_parameters(self.transformer))
         processes, size = self.accelerator.num_processes, self.size
-        compiled = "compiled, which takes about a minute in the first epoch" if self.compiled else "not compiled"
+        compiled = "compiled, which takes minutes of the first epoch" if self.compiled else "not compiled"
         self.report.print(
             f"{config.model}: {size['num_frames']} frames of {size['height']}x{size['width']}; LoRA of rank "
             f"{self.identity['rank']}, {trainable:,} parameters; blocks are {compiled}\n"
