@@ -75,7 +75,7 @@ def random_weights(
 def add_tiny_decoder(pipe: CausalWanPipeline, name: str, dtype: torch.dtype):
     """The one in the file or folder `name`, or of `random` weights, where the pipeline's own decoder is."""
     if name == "random":
-        tiny_decoder = TinyWanDecoder(pipe.vae.config.z_dim).to(pipe.vae.device, dtype).eval()
-        pipe.register_modules(tiny_decoder=tiny_decoder)
+        pipe.register_modules(tiny_decoder=TinyWanDecoder(pipe.vae.config.z_dim).to(dtype).eval())
     else:
         load_tiny_decoder(pipe, name, dtype)
+    pipe.tiny_decoder.to(pipe.vae.device)

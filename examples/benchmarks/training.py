@@ -46,7 +46,7 @@ SHORT = {
     "prompts_data_dir": None,
     "num_train_epochs": 2,
     "max_train_steps": None,
-    "num_eval_prompts": 2,  # with transitions, one after the other
+    "num_eval_prompts": 1,
     "eval_seeds": 1,
     "num_eval_videos": 0,
     "report_to": "none",
@@ -92,7 +92,10 @@ def benchmark(argv: list[str] | None):
     limit = limited_memory(torch.device(device), arguments.pop("memory_gb"), argv)
     with limit, tempfile.TemporaryDirectory() as folder:
         defaults = DEFAULTS | BASELINE if baseline else DEFAULTS
-        config = get_config_class(algorithm)(**{**defaults, **settings, **SHORT, "output_dir": folder, **arguments})
+        given = settings | arguments
+        pairs = given.get("transitions") and given.get("switch_prompts", "pairs") == "pairs"
+        short = SHORT | {"num_eval_prompts": 2 if pairs else 1, "output_dir": folder}
+        config = get_config_class(algorithm)(**{**defaults, **settings, **short, **arguments})
         if baseline:
             check(algorithm, config, int(os.environ.get("WORLD_SIZE", 1)))
         pipeline = random_pipeline(recipe, device) if recipe else None
@@ -110,7 +113,8 @@ def benchmark(argv: list[str] | None):
 
 def measure_epochs(trainer: OnlineTrainer):
     # The held-out video only warms up: a block of it is enough, and no switch.
-    trainer.held_out.samples = [replace(trainer.held_out.samples[0], scenes=())]
+    sample = trainer.held_out.samples[0]
+    trainer.held_out.samples = [replace(sample, prompt=replace(sample.prompt, text=sample.texts[-1]), scenes=())]
     block = trainer.transformer.config.num_frames_per_block
     trainer.held_out.size["num_frames"] = 1 + trainer.pipeline.vae.config.scale_factor_temporal * (block - 1)
     trainer.start()

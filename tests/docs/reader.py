@@ -246,7 +246,7 @@ class Reader:
             with VideoWriter(self.folder / argv[0] / "a.mp4", 32, 48, 16) as writer:
                 writer.write(np.full((5, 32, 48, 3), 51, np.uint8))
         # From one prompt to another.
-        switches = "--transitions" in argv or "tiny_shapes_switch" in argv
+        switches = "--transitions" in argv or "switch" in (value_of(argv, "--config") or "")
         values = CUT[name] | ({"num_prompts": 2, "num_frames": 21} if switches and name == "evaluate" else {})
         with short_runs(**({"num_eval_prompts": 2, "eval_num_frames": 21} if switches else {})):
             assert astrolabe([name, *cut(argv, values)]) == 0

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from astrolabe_diffusers import CausalWanTransformer3DModel
+from astrolabe_diffusers import TINY_SHAPES, CausalWanTransformer3DModel
 from tests.examples.benchmarks.test_generation import cells
 from tests.tiny_pipeline import SMALL as TINY
 from tests.tiny_pipeline import save_tiny_pipeline
@@ -36,17 +36,30 @@ def test_another_algorithm(model_folder, capsys):
     assert re.search(r"(?m)^seconds_sampling .*\nprocess 0: peak memory \S+ GB, LoRA", capsys.readouterr().out)
 
 
-def test_videos_that_change_their_prompt(model_folder, capsys):
-    """Epochs switch, the video that warms up does not."""
-    from training import main
+@pytest.mark.parametrize("switch_prompts", ["pairs", "scenes"])
+def test_videos_that_change_their_prompt(switch_prompts, tmp_path, monkeypatch, capsys):
+    """Epochs switch; the video that warms up is a block of the last scene, whose text is stored as it is."""
+    import training
 
-    config = ["--config", "longlive_video_switch_1gpu", "--init_lora", "none", "--model", str(model_folder)]
+    (tmp_path / "prompts").mkdir()
+    caption = "a {} circle moves left on a black background".format
+    for split, colors in {"train": ("red", "green"), "test": ("blue", "yellow")}.items():
+        lines = [*map(caption, colors)] if switch_prompts == "pairs" else [" [1.5s] | ".join(map(caption, colors))]
+        (tmp_path / "prompts" / f"{split}.txt").write_text("\n".join(lines))
+    ended, write_results = [], training.write_results
+    monkeypatch.setattr(training, "write_results", lambda trainer: (ended.append(trainer), write_results(trainer)))
+    # A reward that reads the captions.
+    settings = ["--config", "tiny_shapes_switch", "--model", TINY_SHAPES, "--eval_rewards", "flicker"]
+    settings += ["--prompts", str(tmp_path / "prompts"), "--switch_prompts", switch_prompts]
+    settings += ["--prompt_embeds_dir", str(tmp_path / "embeds"), "--num_train_epochs", "1"]
     sizes = ["--samples_per_prompt", "2", "--batches_per_epoch", "1", "--train_batch_size", "2"]
-    rewards = ["--rewards", "tests.training.rewards:brightness", "--eval_rewards", "flicker"]
-    code = main([*config, *SMALL, *sizes, *rewards, "--sample_frames", "24", "--window_size", "6"])
-    output = capsys.readouterr().out
-    assert code == 0, output
-    assert "1 held-out videos of" in output and "step 2/2" in output
+    code = training.main([*settings, *sizes])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    (trainer,) = ended
+    (sample,) = trainer.held_out.samples
+    assert sample.texts in ([caption("blue")], [caption("yellow")]) and trainer.held_out.size["num_frames"] == 9
+    assert trainer.windows.past(0).switch.transition in ("roll", "recache")
 
 
 def test_rewards_of_published_runs_exist():
