@@ -129,6 +129,7 @@ OTHERS = {
     "--parts",
     "--pipeline",
     "--jobs",
+    "--only",
     "--profile",
     "--repetitions",
     "--risk_ratio",
