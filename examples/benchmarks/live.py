@@ -103,7 +103,7 @@ class Viewer:
                 _, _, number, block, first, _ = struct.unpack("<BBHIII", data[:16])
                 self.received += len(data)
                 self.buffer.extend(range(first, first + number))
-                self.first_frames[block] = first
+                self.first_frames.setdefault(block, first)
                 self.arrived.set()
                 continue
             message = json.loads(data)
