@@ -573,6 +573,8 @@ class Viewer:
             if frame == block.first_frame:
                 await self._send(json.dumps(self._about(block)))
             await self._send(pack_pictures(block, codec, frame, [picture]))
+            if frame == block.first_frame and block.lane == session.compare:
+                session.sent(frame)
 
     def _about(self, block: Block) -> dict[str, Any]:
         about = {"type": "block", "block": block.number, "first_frame": block.first_frame}

@@ -258,7 +258,7 @@ def test_restart_begins_anew(live):
 def delays(monkeypatch):
     """Of first blocks, by the seed of their session."""
     delays = {}
-    monkeypatch.setattr(LiveSession, "start_delay", lambda session, _: delays.get(session.seed, 0.0))
+    monkeypatch.setattr(LiveSession, "start_delay", lambda session, *_: delays.get(session.seed, 0.0))
     return delays
 
 
