@@ -556,7 +556,7 @@ class Viewer:
                 await self._send_block(item)
 
     async def _send_block(self, block: Block):
-        """Each picture as soon as it is encoded: to encode a block may take a good part of the time that it is shown."""
+        """Each picture as soon as it is encoded: a block may take a good part of the time for which it is shown."""
         session, codec, end = self.session, self.codec, block.first_frame + len(block.frames)
         pictures = self.encoders[block.lane].encode(block.frames)
         for frame in range(block.first_frame, end):

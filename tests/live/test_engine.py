@@ -87,15 +87,12 @@ def test_first_blocks_of_others_come_before_the_second_one(monkeypatch):
     monkeypatch.setattr(LiveSession, "make_block", slow)
     model, asked = make_model(), []
     model.block_seconds = 2.0
-    with engine_of(sessions=3) as engine:
-        paused, *watched = [Watched(model, engine) for _ in range(3)]
-        paused.session.pause()
-        for one in watched:
-            one.session.start_delay = lambda turn_seconds, first_seconds: asked.append(first_seconds) or 0.0
-        with engine._changed:  # no block is made before all are there
-            for one in (paused, *watched):
-                engine._running[one.session] = one
-        engine.wake()
+    engine = LiveEngine(sessions=3)
+    paused, *watched = [Watched(model, engine).add() for _ in range(3)]
+    paused.session.pause()
+    for one in watched:
+        one.session.start_delay = lambda turn_seconds, first_seconds: asked.append(first_seconds) or 0.0
+    with engine:  # no block is made before all are there
         wait_for(lambda: all(one.of(Block) for one in watched), 60)
     assert 5 <= asked[0] < 6 and asked[1] == 0
 
