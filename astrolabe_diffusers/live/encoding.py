@@ -4,7 +4,7 @@ import importlib.util
 import io
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -32,14 +32,12 @@ class ImageEncoder:
     def __init__(self, **options):
         self.options = options
 
-    def encode(self, frames: np.ndarray) -> list[bytes]:
-        """Of frames `(F, H, W, 3)`, uint8."""
-        return [self._encode(frame) for frame in frames]
-
-    def _encode(self, frame: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, **self.options)
-        return buffer.getvalue()
+    def encode(self, frames: np.ndarray) -> Iterator[bytes]:
+        """Of frames `(F, H, W, 3)`, uint8, each when it is asked for."""
+        for frame in frames:
+            buffer = io.BytesIO()
+            Image.fromarray(frame).save(buffer, **self.options)
+            yield buffer.getvalue()
 
 
 class H264Encoder:
@@ -75,9 +73,8 @@ class H264Encoder:
         self._num_frames = 0
         self.codec_string: str | None = None
 
-    def encode(self, frames: np.ndarray) -> list[bytes]:
-        """Of frames `(F, H, W, 3)`, uint8."""
-        packets = []
+    def encode(self, frames: np.ndarray) -> Iterator[bytes]:
+        """Of frames `(F, H, W, 3)`, uint8, each when it is asked for."""
         for i, frame in enumerate(frames):
             picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(
@@ -90,9 +87,9 @@ class H264Encoder:
             picture.pict_type = self._av.video.frame.PictureType.I if i == 0 else self._av.video.frame.PictureType.NONE
             self._num_frames += 1
             (packet,) = self._context.encode(picture)
-            packets.append(bytes(packet))
-        self.codec_string = self.codec_string or avc_string(packets[0])
-        return packets
+            data = bytes(packet)
+            self.codec_string = self.codec_string or avc_string(data)
+            yield data
 
 
 def avc_string(access_unit: bytes) -> str:
@@ -119,16 +116,14 @@ def available_codecs(codecs: Sequence[str] = CODECS) -> list[str]:
 def make_encoder(codec: str, height: int, width: int, frame_rate: float) -> Encoder:
     encoder = _ENCODERS[codec](height, width, frame_rate)
     # So that its name is known before the first block, and the first call of a library is over.
-    encoder.encode(np.zeros((1, height, width, 3), np.uint8))
+    next(encoder.encode(np.zeros((1, height, width, 3), np.uint8)))
     return encoder
 
 
-def pack_block(block: Block, codec: str, frames: Sequence[bytes]) -> bytes:
-    """A message with the frames of a block."""
-    header = struct.pack(
-        HEADER, PROTOCOL_VERSION, block.lane, len(frames), block.number, block.first_frame, KINDS[codec]
-    )
-    return b"".join([header, struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames])
+def pack_pictures(block: Block, codec: str, first_frame: int, pictures: Sequence[bytes]) -> bytes:
+    """A message with pictures of a block, those of its frames from `first_frame` on."""
+    header = struct.pack(HEADER, PROTOCOL_VERSION, block.lane, len(pictures), block.number, first_frame, KINDS[codec])
+    return b"".join([header, struct.pack(f"<{len(pictures)}I", *map(len, pictures)), *pictures])
 
 
 class Recorder:

@@ -194,7 +194,13 @@ class LiveEngine:
                 for block in blocks:
                     block.turn_seconds = turn
                 if blocks[0].number == 0:
-                    following = sum(s.block_seconds for s in self._running if not s.paused)
-                    session.begins_at = session.ready_at + session.start_delay(following)
+                    session.begins_at = session.ready_at + self._start_delay(session, blocks)
                 for item in (*marks, *blocks) if listener else ():
                     listener(item)
+
+    def _start_delay(self, session: LiveSession, blocks: list[Block]) -> float:
+        following = [s for s in self._running if not s.paused]
+        # First blocks have texts to encode and memory to take: those of others take as long as this one did.
+        seconds = sum(block.seconds for block in blocks)
+        more = sum(max(seconds - s.block_seconds, 0.0) for s in following if s.num_blocks == 0)
+        return session.start_delay(sum(s.block_seconds for s in following), more)

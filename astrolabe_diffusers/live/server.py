@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from ..errors import CHECKED, one_line, summarize_exception
 from ..files.text import parse_json
 from ..serving.binding import is_loopback
-from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_block
+from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_pictures
 from .engine import Ended, FullError, LiveEngine, Queued
 from .session import (
     MAX_SEED,
@@ -556,22 +556,30 @@ class Viewer:
                 await self._send_block(item)
 
     async def _send_block(self, block: Block):
-        session, codec, encoder = self.session, self.codec, self.encoders[block.lane]
-        try:
-            frames = await self.loop.run_in_executor(self.live.encoders, encoder.encode, block.frames)
-        except Exception as error:
-            self.live.engine.remove(session)
-            if session is self.session:
-                self._drop_blocks()
-            self._take(session, Ended(f"its frames cannot be sent as {codec}: {tell(error)}"))
-            return
-        if session is not self.session:
-            return
+        """Each picture as soon as it is encoded: a block may take a good part of the time for which it is shown."""
+        session, codec, end = self.session, self.codec, block.first_frame + len(block.frames)
+        pictures = self.encoders[block.lane].encode(block.frames)
+        for frame in range(block.first_frame, end):
+            try:
+                picture = await self.loop.run_in_executor(self.live.encoders, next, pictures)
+            except Exception as error:
+                self.live.engine.remove(session)
+                if session is self.session:
+                    self._drop_blocks()
+                self._take(session, Ended(f"its frames cannot be sent as {codec}: {tell(error)}"))
+                return
+            if session is not self.session:
+                return
+            if frame == block.first_frame:
+                await self._send(json.dumps(self._about(block)))
+            await self._send(pack_pictures(block, codec, frame, [picture]))
+            if frame == block.first_frame and block.lane == session.compare:
+                session.sent(frame)
+
+    def _about(self, block: Block) -> dict[str, Any]:
         about = {"type": "block", "block": block.number, "first_frame": block.first_frame}
-        about |= {"frames": len(frames), "seconds": block.seconds, "turn_seconds": block.turn_seconds}
-        about |= {"memory_gb": block.memory_gb, "lane": block.lane}
-        await self._send(json.dumps(about))
-        await self._send(pack_block(block, codec, frames))
+        about |= {"frames": len(block.frames), "seconds": block.seconds, "turn_seconds": block.turn_seconds}
+        return about | {"memory_gb": block.memory_gb, "lane": block.lane}
 
     async def _send(self, data: str | bytes):
         try:

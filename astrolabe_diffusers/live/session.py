@@ -45,6 +45,8 @@ MAX_SESSION_BYTES = 2**24
 FRAME_SETTINGS = {"max_sequence_length": None, "vae_tiling": False, "attention_backend": None, "compile": False}
 # What a block may take longer than the slowest of the last ones, on its way too.
 _SLACK = 0.15
+# So long before it is due the first picture of a block is to be on its way at the latest.
+_SPARE = 0.05
 # What remains of more than that after a block that was in time.
 _CALM = 0.97
 _RECENT = 8
@@ -297,6 +299,7 @@ class LiveSession:
         # Of the flow: ends of blocks, what was shown of them and when, and how long blocks took.
         self._last_frames: deque[int] = deque(maxlen=4)
         self._shown, self._shown_at = -1, None
+        self._sent_at = -math.inf  # the newest block
         self.ready_at = self.active_at = time.monotonic()
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._slack = _SLACK
@@ -366,6 +369,19 @@ class LiveSession:
         with self._lock:
             (self.holders.add if held else self.holders.discard)(holder)
 
+    def sent(self, frame: int):
+        """The first picture of a block, of this frame, is on its way; in the last lane, if there are two."""
+        with self._lock:
+            now = self._sent_at = time.monotonic()
+            if self._shown_at is not None:
+                spare = self._shown_at + (frame - self._shown) / self.model.frame_rate - now
+                self._make_earlier(_SPARE - spare)
+
+    def _make_earlier(self, seconds: float):
+        """Blocks from now on, if it is more than nothing."""
+        most = self.model.frames_per_block / self.model.frame_rate
+        self._slack = min(self._slack + max(seconds, 0.0), most)
+
     def show(self, frame: int):
         """The viewer has seen the video up to this frame. One that was not made is of a video before this one.
 
@@ -378,10 +394,10 @@ class LiveSession:
             if not before < frame < self.num_frames:
                 return
             if self._shown_at is not None and before in self._last_frames:
-                late = now - self._shown_at - (frame - before) / rate
-                # The picture stood still between two blocks: from now on they are made earlier.
-                grown = self._slack + late if late > 1.5 / rate else _CALM * self._slack
-                self._slack = min(max(grown, _SLACK), self.model.frames_per_block / rate)
+                self._slack = max(_CALM * self._slack, _SLACK)
+                # The picture stood still between two blocks, and not because the second one was sent late.
+                late = now - max(self._shown_at + (frame - before) / rate, self._sent_at)
+                self._make_earlier(late if late > 1.5 / rate else 0.0)
             self._shown, self._shown_at, self.active_at = frame, now, now
 
     def due_at(self, turn_seconds: float) -> float:
@@ -402,13 +418,14 @@ class LiveSession:
             lead = 1.5 * turn_seconds + self._slack
             return self._shown_at + ahead / rate - lead
 
-    def start_delay(self, turn_seconds: float) -> float:
+    def start_delay(self, turn_seconds: float, first_seconds: float = 0.0) -> float:
         """For how long the first block, once it is made, is held back for the second one to be in time: to show it may
-        take less than to make the other. Not where there is no other, or none could be in time."""
+        take less than to make the other, before which come first ones of other sessions, which take so much longer
+        than a turn. Not where there is no other, or none could be in time."""
         rate = self.model.frame_rate
         if self.num_frames >= self._length or turn_seconds > self.model.frames_per_block / rate:
             return 0.0
-        return max(1.5 * turn_seconds + self._slack - self.num_frames / rate, 0.0)
+        return max(first_seconds + 1.5 * turn_seconds + self._slack - self.num_frames / rate, 0.0)
 
     @property
     def block_seconds(self) -> float:

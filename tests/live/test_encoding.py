@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from astrolabe_diffusers.live.encoding import Recorder, available_codecs, avc_string, make_encoder, pack_block
+from astrolabe_diffusers.live.encoding import Recorder, available_codecs, avc_string, make_encoder, pack_pictures
 from astrolabe_diffusers.live.session import MAX_SIDE, Block
 from tests.training.helpers import full_disk
 
@@ -39,7 +39,7 @@ def decode(codec, packets):
 def test_every_frame_comes_back_in_order(codec):
     frames = moving_square(24)
     encoder = make_encoder(codec, 48, 64, 16)
-    packets = [encoder.encode(frames[:12]), encoder.encode(frames[12:])]
+    packets = [list(encoder.encode(frames[:12])), list(encoder.encode(frames[12:]))]
     assert [len(part) for part in packets] == [12, 12]
     decoded = decode(codec, packets[0] + packets[1])
     assert decoded.shape == frames.shape
@@ -50,9 +50,9 @@ def test_every_frame_comes_back_in_order(codec):
 
 def test_a_call_of_h264_needs_none_before_it():
     encoder = make_encoder("h264", 48, 64, 16)
-    encoder.encode(moving_square(12))
+    list(encoder.encode(moving_square(12)))
     later = moving_square(9, start=20)
-    packets = encoder.encode(later)
+    packets = list(encoder.encode(later))
     assert abs(decode("h264", packets).astype(int) - later).mean() < 6
     assert encoder.codec_string.startswith("avc1.42") and len(encoder.codec_string) == 11
 
@@ -62,10 +62,10 @@ def test_the_name_of_a_profile():
     assert avc_string(bytes.fromhex("0000000109f000000001" + "6742e01eda" + "000001" + "68ce")) == "avc1.42e01e"
 
 
-def test_a_message_has_every_frame():
+def test_a_message_has_its_pictures():
     frames = [b"a" * 5, b"", b"ccc"]
-    message = pack_block(Block(1, 300, 3597, np.zeros((3, 2, 2, 3), np.uint8), 0.1, 0.5), "webp", frames)
-    assert struct.unpack("<BBHIII", message[:16]) == (1, 1, 3, 300, 3597, 1)
+    message = pack_pictures(Block(1, 300, 3597, np.zeros((12, 2, 2, 3), np.uint8), 0.1, 0.5), "webp", 3600, frames)
+    assert struct.unpack("<BBHIII", message[:16]) == (1, 1, 3, 300, 3600, 1)
     lengths = struct.unpack("<3I", message[16:28])
     assert lengths == (5, 0, 3) and message[28:] == b"aaaaaccc"
 

@@ -64,7 +64,7 @@ def test_first_blocks_are_sent_when_the_next_ones_can_be_in_time():
         paused.session.pause()
         paused.add()
         for one in watched:
-            one.session.start_delay = lambda turn_seconds: asked.append(turn_seconds) or 1000.0
+            one.session.start_delay = lambda turn_seconds, _: asked.append(turn_seconds) or 1000.0
             one.session._recent.append(100.0)
             one.add()
         wait_for(lambda: all(len(one.of(Block)) > 2 for one in watched), 60)
@@ -72,6 +72,29 @@ def test_first_blocks_are_sent_when_the_next_ones_can_be_in_time():
     for one in watched:
         assert one.session.begins_at > time.monotonic() + 900
     assert paused.session.begins_at == 0
+
+
+def test_first_blocks_of_others_come_before_the_second_one(monkeypatch):
+    """They take as long as this one's did; those of who have one already, or pause, do not."""
+    make = LiveSession.make_block
+
+    def slow(self):
+        blocks, marks = make(self)
+        for block in blocks:
+            block.seconds += 7.0
+        return blocks, marks
+
+    monkeypatch.setattr(LiveSession, "make_block", slow)
+    model, asked = make_model(), []
+    model.block_seconds = 2.0
+    engine = LiveEngine(sessions=3)
+    paused, *watched = [Watched(model, engine).add() for _ in range(3)]
+    paused.session.pause()
+    for one in watched:
+        one.session.start_delay = lambda turn_seconds, first_seconds: asked.append(first_seconds) or 0.0
+    with engine:  # no block is made before all are there
+        wait_for(lambda: all(one.of(Block) for one in watched), 60)
+    assert 5 <= asked[0] < 6 and asked[1] == 0
 
 
 def test_blocks_of_sessions_in_turns_are_those_of_each_alone(tmp_path):

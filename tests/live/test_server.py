@@ -1,6 +1,7 @@
 """The server of the page, over real connections."""
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import requests
 import websockets.exceptions
+from PIL import Image
 from websockets.sync.client import connect
 
 from astrolabe_diffusers.live import server as server_module
@@ -86,10 +88,25 @@ class Client:
         return self.until("start_frames")
 
     def receive(self, timeout=20.0):
+        """A message; of the pictures of a block, which come in several, all in one."""
+        packets = []
+        while True:
+            message = self.receive_part(timeout)
+            if message["type"] != "pictures":
+                return message
+            packets += message["packets"]
+            if len(packets) == self.num_frames:
+                message |= {"first": message["first"] + len(message["packets"]) - len(packets), "packets": packets}
+                self.blocks.append(message)
+                return message
+
+    def receive_part(self, timeout=20.0):
         data = self.socket.recv(timeout)
         if isinstance(data, str):
             message = json.loads(data)
             self.messages.append(message)
+            if message["type"] == "block":
+                self.num_frames = message["frames"]
             return message
         _, lane, number, block, first, kind = struct.unpack("<BBHIII", data[:16])
         packets, at = [], 16 + 4 * number
@@ -97,11 +114,9 @@ class Client:
             packets.append(data[at : at + length])
             at += length
         assert at == len(data)
-        message = {"type": "pictures", "lane": lane, "block": block, "first": first, "kind": kind, "packets": packets}
-        self.blocks.append(message)
         if self.watches:
             self.send("shown", frame=first + number - 1)
-        return message
+        return {"type": "pictures", "lane": lane, "block": block, "first": first, "kind": kind, "packets": packets}
 
     def until(self, kind, timeout=20.0, **values):
         """The first message of this type, with these values."""
@@ -157,6 +172,25 @@ def test_frames_are_the_sessions(live, model, codec, kind):
     for block, sent in zip(wanted, client.blocks[:3], strict=True):
         assert (sent["block"], sent["first"], sent["kind"]) == (block.number, block.first_frame, kind)
         assert abs(decode(codec, sent["packets"]).astype(int) - block.frames).mean() < 25
+
+
+def test_a_picture_is_sent_when_it_is_encoded(live, monkeypatch):
+    """Not when all of its block are."""
+    come, encode, numbers = threading.Event(), Image.fromarray, itertools.count()
+
+    def wait(frame, *arguments):
+        if next(numbers) == 3:  # after the one that every encoder begins with
+            come.wait(20)
+        return encode(frame, *arguments)
+
+    monkeypatch.setattr(Image, "fromarray", wait)
+    with Client(live) as client:
+        client.start().until("block", block=0)
+        parts = [client.receive_part(5) for _ in range(2)]
+        come.set()
+        rest = [client.receive_part() for _ in range(7)]
+    assert [part["first"] for part in (*parts, *rest)] == list(range(9))
+    assert all(len(part["packets"]) == 1 for part in (*parts, *rest))
 
 
 def test_of_codecs_the_servers_best_is_taken(live):
@@ -224,7 +258,7 @@ def test_restart_begins_anew(live):
 def delays(monkeypatch):
     """Of first blocks, by the seed of their session."""
     delays = {}
-    monkeypatch.setattr(LiveSession, "start_delay", lambda session, _: delays.get(session.seed, 0.0))
+    monkeypatch.setattr(LiveSession, "start_delay", lambda session, *_: delays.get(session.seed, 0.0))
     return delays
 
 
@@ -287,6 +321,7 @@ def test_a_video_that_cannot_be_sent_ends_once(live, delays, monkeypatch):
     """Though several of its blocks wait."""
 
     def fail(self, frames):
+        yield b"no picture"
         raise RuntimeError("no")
 
     delays[1] = 1.0
@@ -457,7 +492,7 @@ def test_an_error_of_the_servers_own_is_a_line_too(live, monkeypatch, caplog):
         client.until("pictures", block=client.blocks[-1]["block"] + 2)
         # While frames are encoded: that video ends, and another one can be started.
         with monkeypatch.context() as patch:
-            patch.setattr(ImageEncoder, "encode", lambda self, frames: fail() if len(frames) > 1 else [b""])
+            patch.setattr(ImageEncoder, "encode", lambda self, frames: (fail() if i else b"" for i in range(2)))
             assert client.until("ended")["reason"] == "its frames cannot be sent as webp: the encoder cannot"
             wait_for(lambda: live.engine.running == 0)
         client.start().until("pictures", block=2)

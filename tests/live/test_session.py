@@ -418,6 +418,7 @@ def test_the_first_block_waits_for_the_second_one(model):
     assert session.start_delay(0.1) == session.start_delay(0.8) == 0  # fast enough; never fast enough
     delay = session.start_delay(0.5)
     assert 0 < delay < 0.5 < delay + 9 / model.frame_rate
+    assert session.start_delay(0.5, 1.0) == pytest.approx(delay + 1.0)  # after first blocks of others
 
 
 def test_the_only_block_waits_for_none():
@@ -503,6 +504,33 @@ def test_a_picture_that_stood_still_makes_blocks_come_earlier(model, clock):
         show_up_to(session.num_frames - 1, 0.0)
         session.make_block()
     assert clock.now + 12 / rate - session.due_at(0.1) == pytest.approx(before)
+
+
+def test_a_picture_that_was_sent_late_makes_blocks_come_earlier(model, clock):
+    """Before the picture stands still, and as much earlier as it was late, though it was shown late as well."""
+    session = LiveSession(model, A, 0)
+    session.make_block(), session.make_block()
+    rate = model.frame_rate
+
+    def lead():
+        return session._shown_at + (session.num_frames - 1 - session._shown) / rate - session.due_at(0.1)
+
+    for shown in range(9):
+        session.show(shown)
+        clock.now += 1 / rate
+    before = lead()
+    clock.now -= 0.06  # 60 ms before frame 9 is due, which is in time
+    session.sent(9)
+    assert lead() == pytest.approx(before)
+    clock.now += 0.04
+    session.sent(9)
+    assert lead() == pytest.approx(before + 0.03)
+    clock.now += 0.22
+    session.sent(9)
+    assert lead() == pytest.approx(before + 0.28)
+    clock.now += 0.01
+    session.show(9)
+    assert before < lead() <= before + 0.28
 
 
 def test_frames_of_a_video_before_are_not_this_ones(model):

@@ -12,7 +12,8 @@ export async function decodableCodecs() {
 
 /**
  * Decodes the pictures of one lane. `receiver` has `picture(frame, bitmap)`, in any order within a block, and
- * `lost(frame, error)`: each frame comes to one of the two.
+ * `lost(frame, error)`: each frame comes to one of the two. Its `decode` takes the pictures of a message, and whether
+ * they are the last of their block.
  */
 export function newDecoder({ codec, codec_string: codecString }, receiver) {
   return codec === "h264" ? new VideoPictures(codecString ?? H264, receiver) : new ImagePictures(codec, receiver);
@@ -27,7 +28,7 @@ class ImagePictures {
     this.#receiver = receiver;
   }
 
-  decode(firstFrame, pictures) {
+  decode({ firstFrame, pictures }) {
     pictures.forEach((bytes, i) => {
       const image = new Blob([bytes], { type: `image/${this.#codec}` });
       createImageBitmap(image).then(
@@ -44,6 +45,7 @@ class VideoPictures {
   #codec;
   #receiver;
   #decoder = null;
+  #block = -1; // of the last pictures
   #awaited = new Set(); // frames that the decoder has and has not given back
 
   constructor(codec, receiver) {
@@ -51,13 +53,20 @@ class VideoPictures {
     this.#receiver = receiver;
   }
 
-  decode(firstFrame, pictures) {
+  decode({ block, firstFrame, pictures }, isLast) {
+    const begins = block !== this.#block;
+    this.#block = block;
     // Browsers close the decoder of a tab that is hidden for long. A new one can begin with any block.
-    if (this.#decoder === null || this.#decoder.state === "closed") this.#open();
+    const closed = this.#decoder === null || this.#decoder.state === "closed";
+    if (closed && begins) this.#open();
     pictures.forEach((_, i) => this.#awaited.add(firstFrame + i));
+    if (closed && !begins) {
+      this.#lose(new Error("the decoder was closed"));
+      return;
+    }
     try {
       pictures.forEach((data, i) => {
-        const type = i === 0 ? "key" : "delta";
+        const type = begins && i === 0 ? "key" : "delta";
         this.#decoder.decode(new EncodedVideoChunk({ type, data, timestamp: firstFrame + i }));
       });
     } catch (error) {
@@ -67,7 +76,7 @@ class VideoPictures {
       return;
     }
     // The last pictures of a block are not kept back for the next, which begins with a key frame.
-    this.#decoder.flush().catch(() => {});
+    if (isLast) this.#decoder.flush().catch(() => {});
   }
 
   #open() {

@@ -14,7 +14,7 @@ export class Player {
   #decoders;
   #shown; // the page's, called with every frame
   #screen = -1; // the frame that is on the screen
-  #blocks = new Map(); // block -> its first frame
+  #blocks = new Map(); // block -> its frames, {first, end}
   #seen = new Map(); // first frame of a block -> when it was shown
   #sent = []; // events that have not taken hold
   #held = []; // [sent, mark], whose first frame is not shown yet
@@ -60,14 +60,16 @@ export class Player {
   block(message) {
     this.figures.block(message);
     if (message.lane > 0) return;
-    this.#blocks.set(message.block, message.first_frame);
+    const { block, first_frame: first, frames } = message;
+    this.#blocks.set(block, { first, end: first + frames });
     this.#timeline.block(message);
     this.#write();
   }
 
-  pictures({ lane, firstFrame, pictures }) {
+  pictures(message) {
+    const { lane, block, firstFrame, pictures } = message;
     this.#playout.expect(lane, firstFrame, pictures.length);
-    this.#decoders[lane].decode(firstFrame, pictures);
+    this.#decoders[lane].decode(message, firstFrame + pictures.length === this.#blocks.get(block).end);
   }
 
   /** An event is being sent. */
@@ -108,7 +110,7 @@ export class Player {
   /** Marks whose first frame has been shown. */
   #write() {
     this.#held = this.#held.filter(({ sent, mark }) => {
-      const frame = this.#blocks.get(mark.block);
+      const frame = this.#blocks.get(mark.block)?.first;
       const seen = this.#seen.get(frame);
       if (seen === undefined) return true;
       const words = `Block ${mark.block}: ${describe(mark.event)}`;

@@ -4,7 +4,10 @@ const VERSION = 1;
 const HEADER_BYTES = 16;
 export const KINDS = ["jpeg", "webp", "h264"];
 
-/** Pictures of a block: `{lane, block, firstFrame, codec, pictures}`, `pictures` an array of `Uint8Array`. */
+/**
+ * Pictures of a block, one or more of them from `firstFrame` on: `{lane, block, firstFrame, codec, pictures}`, `pictures`
+ * an array of `Uint8Array`.
+ */
 export function unpackPictures(buffer) {
   const view = new DataView(buffer);
   const version = view.getUint8(0);

@@ -1,6 +1,7 @@
 """examples/benchmarks/live.py: viewers of a server, and the encoders."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -49,6 +50,30 @@ def test_what_encoding_costs():
     assert list(figures) == ["h264", "jpeg", "webp"]
     assert all(milliseconds > 0 and 0.1 < kilobytes < 46 and decibels > 25 for milliseconds, kilobytes, decibels in
                figures.values())  # fmt: skip
+
+
+def test_a_viewer_that_was_late_itself_hurries_through_nothing():
+    """Or its buffer would run dry, which no page's would."""
+    from live import Viewer
+
+    class Socket:
+        shown = []
+
+        async def send(self, text):
+            self.shown.append(time.perf_counter())
+            if len(self.shown) == 3:
+                time.sleep(0.6)  # the process is
+
+    async def play():
+        viewer = Viewer(Socket(), 0, "jpeg")
+        viewer.rate = 16
+        viewer.buffer.extend(range(100))
+        viewer.arrived.set()
+        await viewer.play(1.3)
+
+    asyncio.run(play())
+    _, *late = Socket.shown[2:11]
+    assert late[-1] - late[0] >= 6 / 16
 
 
 def test_a_viewer_that_is_refused_says_why():
