@@ -59,9 +59,10 @@ export class Player {
 
   block(message) {
     this.figures.block(message);
-    if (message.lane > 0) return;
+    // Of both lanes, for a block of one may come without the other's.
     const { block, first_frame: first, frames } = message;
     this.#blocks.set(block, { first, end: first + frames });
+    if (message.lane > 0) return;
     this.#timeline.block(message);
     this.#write();
   }
