@@ -98,6 +98,8 @@ class Client:
             if len(packets) == self.num_frames:
                 message |= {"first": message["first"] + len(message["packets"]) - len(packets), "packets": packets}
                 self.blocks.append(message)
+                if self.watches:
+                    self.send("shown", frame=message["first"] + len(packets) - 1)
                 return message
 
     def receive_part(self, timeout=20.0):
@@ -114,8 +116,6 @@ class Client:
             packets.append(data[at : at + length])
             at += length
         assert at == len(data)
-        if self.watches:
-            self.send("shown", frame=first + number - 1)
         return {"type": "pictures", "lane": lane, "block": block, "first": first, "kind": kind, "packets": packets}
 
     def until(self, kind, timeout=20.0, **values):
@@ -1112,6 +1112,7 @@ def test_that_it_records_is_always_said(live):
         assert states == [False, True, True, False, False]
         # A restart ends one that has no frame yet, and a new one is not the old one.
         client.send("pause")
+        time.sleep(0.5)  # the block that is being made still comes
         client.send("record", on=True)
         assert client.until("recording")["on"]
         client.start(seed=1)
