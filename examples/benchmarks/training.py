@@ -92,10 +92,9 @@ def benchmark(argv: list[str] | None):
     limit = limited_memory(torch.device(device), arguments.pop("memory_gb"), argv)
     with limit, tempfile.TemporaryDirectory() as folder:
         defaults = DEFAULTS | BASELINE if baseline else DEFAULTS
-        given = settings | arguments
-        pairs = given.get("transitions") and given.get("switch_prompts", "pairs") == "pairs"
-        short = SHORT | {"num_eval_prompts": 2 if pairs else 1, "output_dir": folder}
-        config = get_config_class(algorithm)(**{**defaults, **settings, **short, **arguments})
+        config = get_config_class(algorithm)(**{**defaults, **settings, **SHORT, "output_dir": folder, **arguments})
+        if config.transitions and config.switch_prompts == "pairs":
+            config.num_eval_prompts = max(config.num_eval_prompts, 2)  # one goes on from the other
         if baseline:
             check(algorithm, config, int(os.environ.get("WORLD_SIZE", 1)))
         pipeline = random_pipeline(recipe, device) if recipe else None
