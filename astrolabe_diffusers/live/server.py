@@ -268,6 +268,7 @@ class Viewer:
         self._looking: asyncio.Task | None = None
         # What is to be sent, words and blocks, and when by `time.monotonic`: always the first one that is due.
         self._outbox: deque[tuple[float, dict[str, Any] | Block]] = deque()
+        self._sent = 0  # the last block of which a lane was sent
         self._something = asyncio.Event()
         self._unread = self.loop.create_future()
         self._allowance, self._counted_at = float(MESSAGES_PER_SECOND), time.monotonic()
@@ -513,9 +514,10 @@ class Viewer:
             self.say({"type": "ended", "reason": item.reason}, session.begins_at)
 
     def _put_block(self, block: Block, due: float):
-        """In place of one that was not sent; not of the first one, which may be held back."""
+        """In place of one that was not sent; not of the first one, which may be held back, nor of half a block, whose
+        other lane is sent already."""
         for i, (_, item) in enumerate(self._outbox):
-            if isinstance(item, Block) and item.lane == block.lane and item.number > 0:
+            if isinstance(item, Block) and item.lane == block.lane and item.number not in (0, self._sent):
                 self._outbox[i] = due, block
                 return
         self._outbox.append((due, block))
@@ -558,6 +560,7 @@ class Viewer:
     async def _send_block(self, block: Block):
         """Each picture as soon as it is encoded: a block may take a good part of the time for which it is shown."""
         session, codec, end = self.session, self.codec, block.first_frame + len(block.frames)
+        self._sent = block.number
         pictures = self.encoders[block.lane].encode(block.frames)
         for frame in range(block.first_frame, end):
             try:

@@ -56,14 +56,14 @@ def live(model):
 
 
 class Client:
-    """A viewer who shows each frame as soon as it has come."""
+    """A viewer who shows each block as soon as it has come, of both lanes if there are two."""
 
     def __init__(self, live, query="", watches=True, **settings):
         # What a test does not read would let its own end wait.
         settings |= {"max_size": None, "proxy": None, "close_timeout": 0.3}
         self._connection = connect(f"ws://{live.host}/ws{query}", **settings)
         self.socket = self._connection.__enter__()
-        self.watches, self.messages, self.blocks = watches, [], []
+        self.watches, self.messages, self.blocks, self.last_lane = watches, [], [], 0
         self.told = {}
 
     def __enter__(self):
@@ -98,7 +98,7 @@ class Client:
             if len(packets) == self.num_frames:
                 message |= {"first": message["first"] + len(message["packets"]) - len(packets), "packets": packets}
                 self.blocks.append(message)
-                if self.watches:
+                if self.watches and message["lane"] == self.last_lane:
                     self.send("shown", frame=message["first"] + len(packets) - 1)
                 return message
 
@@ -107,7 +107,9 @@ class Client:
         if isinstance(data, str):
             message = json.loads(data)
             self.messages.append(message)
-            if message["type"] == "block":
+            if message["type"] == "started":
+                self.last_lane = int(message["compare"])
+            elif message["type"] == "block":
                 self.num_frames = message["frames"]
             return message
         _, lane, number, block, first, kind = struct.unpack("<BBHIII", data[:16])
@@ -191,6 +193,27 @@ def test_a_picture_is_sent_when_it_is_encoded(live, monkeypatch):
         rest = [client.receive_part() for _ in range(7)]
     assert [part["first"] for part in (*parts, *rest)] == list(range(9))
     assert all(len(part["packets"]) == 1 for part in (*parts, *rest))
+
+
+def test_both_lanes_of_a_block_are_sent_or_none(live, monkeypatch):
+    """Though the encoding is behind: the next block, made before the second lane's turn, comes after it."""
+    goes_on, encode, numbers = threading.Event(), Image.fromarray, itertools.count()
+
+    def wait(frame, *arguments):
+        if next(numbers) == 2 + 2 * 9:  # both encoders have begun, and both lanes of the first block are through
+            goes_on.wait(20)
+        return encode(frame, *arguments)
+
+    monkeypatch.setattr(Image, "fromarray", wait)
+    with Client(live) as client:
+        client.start(compare=True).until("pictures", block=0, lane=1)
+        (viewer,) = live.viewers
+        wait_for(lambda: viewer.session.num_blocks >= 3)
+        goes_on.set()
+        client.until("pictures", block=2, lane=1)
+    assert [(block["block"], block["lane"]) for block in client.blocks] == [
+        (i, lane) for i in range(3) for lane in (0, 1)
+    ]
 
 
 def test_of_codecs_the_servers_best_is_taken(live):
