@@ -17,10 +17,8 @@ from .config import CODECS
 from .session import Block
 
 
-# The kind in the header of a message.
-KINDS = {"jpeg": 0, "webp": 1, "h264": 2}
-# Version, lane, frames, block, first frame, kind; then the length of each frame.
-HEADER = "<BBHIII"
+# Version, lane, block, frame; then the picture.
+HEADER = struct.Struct("<BBxxII")
 PROTOCOL_VERSION = 1
 
 
@@ -120,10 +118,9 @@ def make_encoder(codec: str, height: int, width: int, frame_rate: float) -> Enco
     return encoder
 
 
-def pack_pictures(block: Block, codec: str, first_frame: int, pictures: Sequence[bytes]) -> bytes:
-    """A message with pictures of a block, those of its frames from `first_frame` on."""
-    header = struct.pack(HEADER, PROTOCOL_VERSION, block.lane, len(pictures), block.number, first_frame, KINDS[codec])
-    return b"".join([header, struct.pack(f"<{len(pictures)}I", *map(len, pictures)), *pictures])
+def pack_picture(block: Block, frame: int, picture: bytes) -> bytes:
+    """A message with the picture of a frame of a block."""
+    return HEADER.pack(PROTOCOL_VERSION, block.lane, block.number, frame) + picture
 
 
 class Recorder:

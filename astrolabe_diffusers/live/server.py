@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from ..errors import CHECKED, one_line, summarize_exception
 from ..files.text import parse_json
 from ..serving.binding import is_loopback
-from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_pictures
+from .encoding import PROTOCOL_VERSION, Recorder, available_codecs, make_encoder, pack_picture
 from .engine import Ended, FullError, LiveEngine, Queued
 from .session import (
     MAX_SEED,
@@ -575,7 +575,7 @@ class Viewer:
                 return
             if frame == block.first_frame:
                 await self._send(json.dumps(self._about(block)))
-            await self._send(pack_pictures(block, codec, frame, [picture]))
+            await self._send(pack_picture(block, frame, picture))
             if frame == block.first_frame and block.lane == session.compare:
                 session.sent(frame)
 

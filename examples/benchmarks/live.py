@@ -100,10 +100,10 @@ class Viewer:
     async def receive(self):
         async for data in self.socket:
             if isinstance(data, bytes):
-                _, _, number, block, first, _ = struct.unpack("<BBHIII", data[:16])
+                _, _, block, frame = struct.unpack_from("<BBxxII", data)
                 self.received += len(data)
-                self.buffer.extend(range(first, first + number))
-                self.first_frames.setdefault(block, first)
+                self.buffer.append(frame)
+                self.first_frames.setdefault(block, frame)
                 self.arrived.set()
                 continue
             message = json.loads(data)

@@ -695,16 +695,13 @@ HELLO = {
 }
 
 
-def pictures(block: int, first_frame: int, colors: list[tuple[int, int, int] | None]) -> bytes:
+def send_pictures(end, block: int, first_frame: int, colors: list[tuple[int, int, int] | None]):
     """A block's JPEG pictures of 32x16 pixels, each of one colour, as the server sends them; one of None is none."""
-    files = []
-    for color in colors:
+    for frame, color in enumerate(colors, first_frame):
         file = io.BytesIO(b"no picture")
         if color:
             Image.new("RGB", (32, 16), color).save(file, "JPEG", quality=95)
-        files.append(file.getvalue())
-    header = struct.pack("<BBHIII", 1, 0, len(files), block, first_frame, 0)
-    return header + struct.pack(f"<{len(files)}I", *map(len, files)) + b"".join(files)
+        end.send(struct.pack("<BBxxII", 1, 0, block, frame) + file.getvalue())
 
 
 @pytest.fixture
@@ -738,7 +735,7 @@ def test_an_empty_buffer_holds_the_picture_and_is_counted(server_of_messages):
     tab, (end,), sent = server_of_messages
     for number, first in ((0, 0), (2, 8)):  # block 1 is never sent
         end.send(json.dumps(block(number, first)))
-        end.send(pictures(number, first, GREYS[first : first + 4]))
+        send_pictures(end, number, first, GREYS[first : first + 4])
         tab.page.wait_for_timeout(1000)
     shades = tab.frames(0, 8).mean((1, 2, 3))
     assert np.allclose(shades, [grey[0] for grey in GREYS[:4] + GREYS[8:]], atol=2)
@@ -754,7 +751,7 @@ def test_a_server_with_other_viewers_may_be_slow(server_of_messages):
     """Though the model alone is not."""
     tab, (end,), _ = server_of_messages
     end.send(json.dumps(block(0, 0, seconds=0.1, turn_seconds=0.1)))
-    end.send(pictures(0, 0, GREYS[:4]))
+    send_pictures(end, 0, 0, GREYS[:4])
     tab.wait_for_frames(4)
     tab.wait_for_text("#made", "40.0 frames/s")
     assert tab.page.text_content("#state") == "Playing"
@@ -767,15 +764,15 @@ def test_pictures_that_cannot_be_decoded_are_lost_alone(server_of_messages):
     """And the server is told when there are no others, or it would wait for ever."""
     tab, (end,), sent = server_of_messages
     end.send(json.dumps(block(0, 0)))
-    end.send(pictures(0, 0, [GREYS[0], None, *GREYS[2:4]]))
+    send_pictures(end, 0, 0, [GREYS[0], None, *GREYS[2:4]])
     tab.wait_for_frames(3)
     for number in (1, 2):
         end.send(json.dumps(block(number, 4 * number)))
-        end.send(pictures(number, 4 * number, 4 * [None]))
+        send_pictures(end, number, 4 * number, 4 * [None])
     tab.wait_for_text("#lost", "9")
     assert max(message["frame"] for message in sent if message["type"] == "shown") == 11
     end.send(json.dumps(block(3, 12)))
-    end.send(pictures(3, 12, GREYS[8:12]))
+    send_pictures(end, 3, 12, GREYS[8:12])
     shades = tab.frames(0, 7).mean((1, 2, 3))
     assert np.allclose(shades, [GREYS[i][0] for i in (0, 2, 3, 8, 9, 10, 11)], atol=2)
     assert tab.page.text_content("#lost") == "9" and tab.page.locator("#error").is_visible()

@@ -12,8 +12,8 @@ export async function decodableCodecs() {
 
 /**
  * Decodes the pictures of one lane. `receiver` has `picture(frame, bitmap)`, in any order within a block, and
- * `lost(frame, error)`: each frame comes to one of the two. Its `decode` takes the pictures of a message, and whether
- * they are the last of their block.
+ * `lost(frame, error)`: each frame comes to one of the two. Its `decode` takes the picture of a frame, and whether a block
+ * begins or ends with it.
  */
 export function newDecoder({ codec, codec_string: codecString }, receiver) {
   return codec === "h264" ? new VideoPictures(codecString ?? H264, receiver) : new ImagePictures(codec, receiver);
@@ -28,14 +28,12 @@ class ImagePictures {
     this.#receiver = receiver;
   }
 
-  decode({ firstFrame, pictures }) {
-    pictures.forEach((bytes, i) => {
-      const image = new Blob([bytes], { type: `image/${this.#codec}` });
-      createImageBitmap(image).then(
-        (bitmap) => this.#receiver.picture(firstFrame + i, bitmap),
-        (error) => this.#receiver.lost(firstFrame + i, error),
-      );
-    });
+  decode(frame, data) {
+    const image = new Blob([data], { type: `image/${this.#codec}` });
+    createImageBitmap(image).then(
+      (bitmap) => this.#receiver.picture(frame, bitmap),
+      (error) => this.#receiver.lost(frame, error),
+    );
   }
 
   close() {}
@@ -45,7 +43,6 @@ class VideoPictures {
   #codec;
   #receiver;
   #decoder = null;
-  #block = -1; // of the last pictures
   #awaited = new Set(); // frames that the decoder has and has not given back
 
   constructor(codec, receiver) {
@@ -53,22 +50,17 @@ class VideoPictures {
     this.#receiver = receiver;
   }
 
-  decode({ block, firstFrame, pictures }, isLast) {
-    const begins = block !== this.#block;
-    this.#block = block;
+  decode(frame, data, { begins, ends }) {
     // Browsers close the decoder of a tab that is hidden for long. A new one can begin with any block.
     const closed = this.#decoder === null || this.#decoder.state === "closed";
     if (closed && begins) this.#open();
-    pictures.forEach((_, i) => this.#awaited.add(firstFrame + i));
+    this.#awaited.add(frame);
     if (closed && !begins) {
       this.#lose(new Error("the decoder was closed"));
       return;
     }
     try {
-      pictures.forEach((data, i) => {
-        const type = begins && i === 0 ? "key" : "delta";
-        this.#decoder.decode(new EncodedVideoChunk({ type, data, timestamp: firstFrame + i }));
-      });
+      this.#decoder.decode(new EncodedVideoChunk({ type: begins ? "key" : "delta", data, timestamp: frame }));
     } catch (error) {
       // It would wait for a key frame, which the next block begins with.
       this.close();
@@ -76,7 +68,7 @@ class VideoPictures {
       return;
     }
     // The last pictures of a block are not kept back for the next, which begins with a key frame.
-    if (isLast) this.#decoder.flush().catch(() => {});
+    if (ends) this.#decoder.flush().catch(() => {});
   }
 
   #open() {

@@ -3,7 +3,7 @@
 import { decodableCodecs } from "./decoding.js";
 import { Loras } from "./loras.js";
 import { Player } from "./player.js";
-import { Connection, downloadAddress, unpackPictures } from "./protocol.js";
+import { Connection, downloadAddress, unpackPicture } from "./protocol.js";
 import { StartFrames } from "./start_frames.js";
 
 const get = (id) => document.getElementById(id);
@@ -33,8 +33,8 @@ const receiver = {
     receive[message.type](message);
     describe();
   },
-  pictures(buffer) {
-    player.pictures(unpackPictures(buffer));
+  picture(buffer) {
+    player.picture(unpackPicture(buffer));
   },
   lost() {
     disconnected("No connection to the server; trying again.");

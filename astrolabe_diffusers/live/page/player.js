@@ -67,10 +67,10 @@ export class Player {
     this.#write();
   }
 
-  pictures(message) {
-    const { lane, block, firstFrame, pictures } = message;
-    this.#playout.expect(lane, firstFrame, pictures.length);
-    this.#decoders[lane].decode(message, firstFrame + pictures.length === this.#blocks.get(block).end);
+  picture({ lane, block, frame, data }) {
+    const { first, end } = this.#blocks.get(block);
+    this.#playout.expect(lane, frame);
+    this.#decoders[lane].decode(frame, data, { begins: frame === first, ends: frame === end - 1 });
   }
 
   /** An event is being sent. */

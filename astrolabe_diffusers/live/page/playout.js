@@ -38,10 +38,10 @@ export class Playout {
     return Math.max(0, Math.min(...this.#ends) - this.next);
   }
 
-  /** Pictures have arrived and are about to be decoded. */
-  expect(lane, firstFrame, count) {
-    if (firstFrame > this.#ends[lane]) this.#gaps.push([this.#ends[lane], firstFrame]);
-    this.#ends[lane] = firstFrame + count;
+  /** The picture of a frame has arrived and is about to be decoded. */
+  expect(lane, frame) {
+    if (frame > this.#ends[lane]) this.#gaps.push([this.#ends[lane], frame]);
+    this.#ends[lane] = frame + 1;
   }
 
   /** A frame that has arrived cannot be decoded. */

@@ -1,33 +1,20 @@
 // What goes over the WebSocket: JSON both ways, pictures from the server. docs/live.md has the messages.
 
 const VERSION = 1;
-const HEADER_BYTES = 16;
-export const KINDS = ["jpeg", "webp", "h264"];
+const HEADER_BYTES = 12;
 
-/**
- * Pictures of a block, one or more of them from `firstFrame` on: `{lane, block, firstFrame, codec, pictures}`, `pictures`
- * an array of `Uint8Array`.
- */
-export function unpackPictures(buffer) {
+/** The picture of a frame: `{lane, block, frame, data}`, `data` a `Uint8Array`. */
+export function unpackPicture(buffer) {
   const view = new DataView(buffer);
   const version = view.getUint8(0);
   if (version !== VERSION) {
     throw new Error(`the server speaks version ${version}, this page ${VERSION}: reload the page`);
   }
-  const count = view.getUint16(2, true);
-  const pictures = [];
-  let start = HEADER_BYTES + 4 * count;
-  for (let i = 0; i < count; i++) {
-    const length = view.getUint32(HEADER_BYTES + 4 * i, true);
-    pictures.push(new Uint8Array(buffer, start, length));
-    start += length;
-  }
   return {
     lane: view.getUint8(1),
     block: view.getUint32(4, true),
-    firstFrame: view.getUint32(8, true),
-    codec: KINDS[view.getUint32(12, true)],
-    pictures,
+    frame: view.getUint32(8, true),
+    data: new Uint8Array(buffer, HEADER_BYTES),
   };
 }
 
@@ -54,7 +41,7 @@ const FINAL_CODES = [1008, 1009];
 const RETRY_MS = [500, 1000, 2000, 4000];
 
 /**
- * A WebSocket that comes back after its server does. `receiver` has `message(object)`, `pictures(ArrayBuffer)`,
+ * A WebSocket that comes back after its server does. `receiver` has `message(object)`, `picture(ArrayBuffer)`,
  * `lost()` and `refused(reason)`; a connection that the server refuses is not tried again.
  */
 export class Connection {
@@ -73,7 +60,7 @@ export class Connection {
     this.#socket.addEventListener("message", ({ data }) => {
       this.#failures = 0;
       if (typeof data === "string") this.#receiver.message(JSON.parse(data));
-      else this.#receiver.pictures(data);
+      else this.#receiver.picture(data);
     });
     this.#socket.addEventListener("close", ({ code, reason }) => {
       if (FINAL_CODES.includes(code)) {
