@@ -693,6 +693,7 @@ HELLO = {
     "max_session": 0,
     "max_transition_blocks": 32,
 }
+STARTED = {"type": "started", "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
 
 
 def send_pictures(end, block: int, first_frame: int, colors: list[tuple[int, int, int] | None]):
@@ -717,8 +718,7 @@ def server_of_messages(server, open_tab):
     tab = open_tab(server.url, answer=answer)
     tab.start("one")
     ends[0].send(json.dumps({"type": "queue", "position": 0, "sessions": 1, "start": 1}))
-    started = {"type": "started", "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
-    ends[0].send(json.dumps(started))
+    ends[0].send(json.dumps(STARTED))
     yield tab, ends, sent
 
 
@@ -776,6 +776,39 @@ def test_pictures_that_cannot_be_decoded_are_lost_alone(server_of_messages):
     shades = tab.frames(0, 7).mean((1, 2, 3))
     assert np.allclose(shades, [GREYS[i][0] for i in (0, 2, 3, 8, 9, 10, 11)], atol=2)
     assert tab.page.text_content("#lost") == "9" and tab.page.locator("#error").is_visible()
+
+
+def test_weights_that_a_slider_does_not_have(server, open_tab):
+    """Stay what the server loaded, until somebody moves the slider."""
+    ends, sent = [], []
+    loras = {"between": 0.73, "below": -0.5, "above": 7.5, "off": 0.0}
+
+    def answer(end):
+        ends.append(end)
+        end.on_message(lambda text: sent.append(json.loads(text)))
+        end.send(json.dumps({**HELLO, "loras": loras}))
+
+    def started():
+        tab.start("one")
+        tab.page.wait_for_timeout(500)
+        return [message["events"] for message in sent if message["type"] == "start"][-1]
+
+    tab = open_tab(server.url, answer=answer)
+    assert started() == []
+    texts = tab.page.locator("#lora-list output").all_text_contents()
+    assert texts == ["0.73", "-0.50", "7.50", "0.00"]
+    (end,) = ends
+    end.send(json.dumps({"type": "queue", "position": 0, "sessions": 1, "start": 1}))
+    end.send(json.dumps(STARTED))
+    # Another's, in a session that is replayed.
+    event = {"type": "lora", "weights": {"below": -3.21, "off": 2.345}}
+    end.send(json.dumps({"type": "mark", "event": event, "block": 0, "sent_after_block": -1, "seconds": 0.1}))
+    tab.page.wait_for_function("() => document.querySelector('#lora-off').value > 2")
+    tab.page.get_by_label("Strength of between").press("ArrowRight")
+    moved = [message for message in sent if message["type"] == "lora"]
+    now = {"between": 0.8, "below": -3.21, "off": 2.345}
+    assert moved == [{"type": "lora", "weights": loras | now}]
+    assert started() == [{"block": 0, "type": "lora", "weights": now}]
 
 
 def test_a_refused_connection_is_not_tried_again(server_of_messages):

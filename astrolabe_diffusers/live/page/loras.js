@@ -6,7 +6,7 @@ const HIGHEST = 2;
 export class Loras {
   #list;
   #changed;
-  #controls = new Map(); // name -> {on, slider, value}
+  #controls = new Map(); // name -> {on, slider, value, strength}: a slider has but some of all numbers
   #loaded = {};
 
   constructor(list, changed) {
@@ -24,7 +24,7 @@ export class Loras {
   }
 
   get weights() {
-    const entries = [...this.#controls].map(([name, { on, slider }]) => [name, on.checked ? Number(slider.value) : 0]);
+    const entries = [...this.#controls].map(([name, { on, strength }]) => [name, on.checked ? strength : 0]);
     return Object.fromEntries(entries);
   }
 
@@ -38,10 +38,9 @@ export class Loras {
   show(weights = this.#loaded) {
     for (const [name, weight] of Object.entries(weights)) {
       if (!this.#controls.has(name)) continue;
-      const { on, slider, value } = this.#controls.get(name);
-      on.checked = weight !== 0;
-      if (weight !== 0) slider.value = weight;
-      value.textContent = Number(slider.value).toFixed(2);
+      const control = this.#controls.get(name);
+      control.on.checked = weight !== 0;
+      if (weight !== 0) place(control, weight);
     }
   }
 
@@ -51,14 +50,15 @@ export class Loras {
     const on = input("checkbox", `lora-on-${name}`);
     const slider = input("range", `lora-${name}`);
     const value = document.createElement("output");
+    const control = { on, slider, value };
     const label = document.createElement("label");
     label.htmlFor = on.id;
     label.textContent = name;
     slider.setAttribute("aria-label", `Strength of ${name}`);
-    Object.assign(slider, { min: 0, max: Math.max(HIGHEST, 2 * weight), step: 0.05, value: weight });
+    Object.assign(slider, { min: Math.min(0, 2 * weight), max: Math.max(HIGHEST, 2 * weight), step: 0.05 });
     value.htmlFor = slider.id;
     on.checked = weight !== 0;
-    value.textContent = Number(slider.value).toFixed(2);
+    place(control, weight);
     on.addEventListener("change", () => this.#changed(this.weights));
     slider.addEventListener("input", () => {
       value.textContent = Number(slider.value).toFixed(2);
@@ -66,12 +66,23 @@ export class Loras {
     // When the slider is let go or stepped: not for every pixel that it is dragged over.
     slider.addEventListener("change", () => {
       on.checked = true;
+      control.strength = Number(slider.value);
       this.#changed(this.weights);
     });
     row.append(on, label, slider, value);
-    this.#controls.set(name, { on, slider, value });
+    this.#controls.set(name, control);
     return row;
   }
+}
+
+/** Puts a slider to a weight, as near as it has one, and makes it longer where it ends before. */
+function place(control, weight) {
+  const { slider, value } = control;
+  slider.min = Math.min(slider.min, weight);
+  slider.max = Math.max(slider.max, weight);
+  slider.value = weight;
+  control.strength = weight;
+  value.textContent = weight.toFixed(2);
 }
 
 function input(type, id) {
