@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from astrolabe_diffusers.pipelines.prompt_tokens import warn_once
 from tests import fast_norm
 from tests.compiled import CountingBackend, compiled_blocks
 from tests.tiny_pipeline import SMALL, save_tiny_pipeline
@@ -55,9 +56,10 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
-    """Every test starts from the same global random state, whichever tests ran before it."""
+def fixed_state():
+    """Every test starts from the same global state, whichever tests ran before it."""
     torch.manual_seed(0)
+    warn_once.cache_clear()
 
 
 @pytest.fixture

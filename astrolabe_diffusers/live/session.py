@@ -131,11 +131,11 @@ class LiveModel:
 
     @property
     def frames_first_block(self) -> int:
-        return self.pipe._frames_of_blocks(1)
+        return self.pipe.frames_of_blocks(1)
 
     @property
     def frames_per_block(self) -> int:
-        return self.pipe._frames_of_blocks(2) - self.pipe._frames_of_blocks(1)
+        return self.pipe.frames_of_blocks(2) - self.pipe.frames_of_blocks(1)
 
     @property
     def frame_rate(self) -> int:
@@ -507,8 +507,7 @@ class LiveSession:
     def close(self):
         """Ends the video and frees its memory."""
         for stream in self._streams or ():
-            with suppress(GeneratorExit):
-                stream.close()
+            stream.close()
         self._streams = []
         self._start = {}
 

@@ -208,6 +208,8 @@ class BlockGenerator:
 
     def begin_scene(self, transition: str, global_sink: bool):
         """Of `TRANSITIONS`, before the block that begins the scene, whose `prompt_embeds` are set."""
+        # LoRAs may be others since the last block, which may have still to enter the cache.
+        self.kv_cache.set_text(None)
         if transition == "recache":
             self.recache(global_sink)
         elif transition in ("flush", "rope_cut"):
@@ -224,7 +226,7 @@ class BlockGenerator:
         have left the window; otherwise the first frames in the window become the sink. So does the frame that a flush
         has put before others, until the window is full again.
         """
-        if self.history is None or self.context:
+        if self.history is None:
             return
         self.remember()
         config, cache = self.pipe.transformer.config, self.kv_cache
@@ -290,9 +292,11 @@ class BlockGenerator:
         if frames is not None:
             check_finite(frames, "frames")
         self.last = (latents, frames, self.prompt_embeds)
-        window = self.pipe.transformer.config.local_attn_size
-        history = latents if self.history is None else torch.cat([self.history, latents], dim=2)
-        self.history = history if window == -1 else history[:, :, -window:]
+        # A context that is encoded anew has no cache to compute anew.
+        if self.context is None:
+            window = self.pipe.transformer.config.local_attn_size
+            history = latents if self.history is None else torch.cat([self.history, latents], dim=2)
+            self.history = history if window == -1 else history[:, :, -window:]
         return latents if frames is None else frames
 
 

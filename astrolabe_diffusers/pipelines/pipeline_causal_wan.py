@@ -74,7 +74,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             (Krea's server). Positions never pass the block's, so the video may go on for ever. The context
             begins with the video's first latent frame after one block and after one given and one generated; then
             with a decoded frame that is encoded by itself.
-        past_weight (`float`, defaults to 1.0): see [`CausalWanKVCache`].
+        past_weight (`float`, defaults to 1.0): in (0, 1], see [`CausalWanKVCache`].
         max_sequence_length (`int`, defaults to 512):
             Text tokens. The transformer has no text mask and sees the zero padding: keep what it was trained with.
         height, width, num_frames (`int`, defaults to 480, 832, 81): size of a video in pixels and frames.
@@ -151,10 +151,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             _check_count(name, self.config[name])
         if num_context_frames is not None:
             _check_count("num_context_frames", num_context_frames)
-        for name in ("past_weight", "frame_rate"):
-            value = self.config[name]
-            if not isinstance(value, Real) or not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be a number above 0, not {value!r}.")
+        if not isinstance(frame_rate, Real) or not 0 < frame_rate < math.inf:
+            raise ValueError(f"`frame_rate` must be a number above 0, not {frame_rate!r}.")
+        if not isinstance(past_weight, Real) or not 0 < past_weight <= 1:
+            raise ValueError(f"`past_weight` must be a number above 0 and at most 1, not {past_weight!r}.")
         self._calls = Calls()
         self._pair: ExpertPair | None = None
         scale = vae.config.scale_factor_spatial if vae is not None else 8
@@ -293,13 +293,13 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         `math.inf` stays; a `ValueError` if it is no whole number, or less than a block."""
         if num_frames == math.inf:
             return num_frames
-        shortest = self._frames_of_blocks(1)
+        shortest = self.frames_of_blocks(1)
         blocks = self.num_blocks(num_frames) if isinstance(num_frames, Integral) else 0
         if blocks < 1:
             raise ValueError(f"`num_frames` must be a whole number of at least {shortest}, not {num_frames!r}.")
-        rounded = self._frames_of_blocks(blocks)
+        rounded = self.frames_of_blocks(blocks)
         if rounded != num_frames:
-            n, step = self.transformer.config.num_frames_per_block, self._frames_of_blocks(2) - shortest
+            n, step = self.transformer.config.num_frames_per_block, self.frames_of_blocks(2) - shortest
             warn_once(
                 f"`num_frames={num_frames}` is rounded down to {rounded}: a video is whole blocks of {n} latent "
                 f"frames, {shortest} frames for the first and {step} for every other."
@@ -312,7 +312,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         videos = _parse(prompt)
         if not any(len(scenes) > 1 or scenes[0].seconds for scenes in videos):
             return self.config.num_frames
-        return self._frames_of_blocks(max(plan_scenes(scenes, self.seconds_per_block)[1] for scenes in videos))
+        return self.frames_of_blocks(max(plan_scenes(scenes, self.seconds_per_block)[1] for scenes in videos))
 
     @torch.no_grad()
     def encode_prompt(
@@ -562,7 +562,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         num_given = len(clean) if strength is None else 0
         draw = partial(self.prepare_latents, batch_size, height, width, device=device, generator=generator)
         if num_blocks is None:
-            noise = (draw(self._frames_of_blocks(1)) for _ in itertools.count())
+            noise = (draw(self.frames_of_blocks(1)) for _ in itertools.count())
         else:
             generated = draw(num_frames, latents=latents, num_given=num_given * n).split(n, dim=2)
             noise = itertools.chain(itertools.repeat(None, num_given), generated)
@@ -622,9 +622,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     @property
     def seconds_per_block(self) -> float:
         """Of every block but the first."""
-        return (self._frames_of_blocks(2) - self._frames_of_blocks(1)) / self.config.frame_rate
+        return (self.frames_of_blocks(2) - self.frames_of_blocks(1)) / self.config.frame_rate
 
-    def _frames_of_blocks(self, num_blocks: int) -> int:
+    def frames_of_blocks(self, num_blocks: int) -> int:
+        """How many frames a video of so many blocks has."""
         num_latents = num_blocks * self.transformer.config.num_frames_per_block
         return 1 + self.vae.config.scale_factor_temporal * (num_latents - 1)
 
@@ -662,7 +663,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         if kwargs.get("prompt_embeds") is not None:
             prompt, changes = None, {}
         # Random numbers of its own: a seed gives the same video after it.
-        fixed = {"num_frames": self._frames_of_blocks(window + 9), "generator": torch.Generator().manual_seed(0)}
+        fixed = {"num_frames": self.frames_of_blocks(window + 9), "generator": torch.Generator().manual_seed(0)}
         for due in ({}, changes):
             with self.stream(prompt, **{"output_type": "uint8"} | kwargs | fixed) as stream:
                 for block, _ in enumerate(stream):

@@ -416,8 +416,8 @@ def test_video_longer_than_the_positions():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"past_weight": float("nan")}, {"past_weight": 0}, {"frame_rate": "fast"}, {"height": 0}, {"num_frames": -1}]
-    + [{"num_context_frames": 0}],
+    [{"past_weight": float("nan")}, {"past_weight": 0}, {"past_weight": 2}, {"frame_rate": "fast"}]
+    + [{"height": 0}, {"num_frames": -1}, {"num_context_frames": 0}],
 )
 def test_settings_of_the_pipeline(arguments):
     (name,) = arguments

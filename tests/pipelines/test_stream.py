@@ -146,6 +146,22 @@ def test_a_stream_without_an_end(pipe):
         next(stream)
 
 
+@pytest.mark.parametrize("model", [WINDOW, {"num_context_frames": 3}])
+def test_an_endless_stream_keeps_no_more_than_its_window(model):
+    pipe = tiny_pipeline(**TWO_STEPS | model)
+
+    def kept():
+        gc.collect()
+        return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
+
+    with pipe.stream(A, num_frames=math.inf, output_type="latent") as stream:
+        sizes = []
+        for _ in range(12):
+            next(stream)
+            sizes.append(kept())
+    assert len(set(sizes[6:])) == 1, sizes
+
+
 def test_the_noise_of_an_endless_stream_is_its_generator_s(pipe):
     streams = [pipe.stream(A, generator=seeded(), num_frames=math.inf, output_type="latent") for _ in range(2)]
     blocks = [[next(stream) for _ in range(3)] for stream in streams]

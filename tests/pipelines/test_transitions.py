@@ -5,13 +5,17 @@ import functools
 import pytest
 import torch
 
+from astrolabe_diffusers import CausalWanKVCache
 from astrolabe_diffusers.models.rotary import CausalWanRotaryPosEmbed
+from astrolabe_diffusers.pipelines.scene_prompt import TRANSITIONS
+from astrolabe_diffusers.training.policies import use_policy
 from tests.own_transformer import OwnTransformer
 from tests.pipelines.test_packed_passes import passes, plain
 from tests.pipelines.test_scenes import TWO_STEPS, A, B, C, generate, seeded
 from tests.reference_causal_wan import ReferenceCausalWan, published_noise
 from tests.reference_transitions import SlowScenes
 from tests.tiny_pipeline import tiny_pipeline
+from tests.training.helpers import policy_pipeline
 
 
 WINDOWS = {
@@ -99,6 +103,26 @@ def test_equals_the_reference(first, second, window, rope_mode):
     result, _ = check(pipe, changes, 10 * per_block)
     if window != "the block alone":
         assert (result - rolled(pipe, tuple(changes), 10 * per_block)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_a_lora_that_changes_with_the_prompt(transition, monkeypatch):
+    """No pass has keys of a text that other weights made: as if every pass made its own."""
+    pipe = policy_pipeline(**{**TWO_STEPS, **SHORT, **WINDOWS["sink"], "rope_mode": "relative"})
+
+    def video():
+        pieces = []
+        with pipe.stream(A, num_frames=57, generator=seeded(), output_type="latent") as blocks:
+            for policy, prompt in (("base", None), ("base", None), ("current", B), ("base", C), ("current", None)):
+                if prompt:
+                    blocks.set_prompt(prompt, transition=transition)
+                with use_policy(pipe.transformer, policy):
+                    pieces.append(next(blocks))
+        return torch.cat(pieces, dim=2)
+
+    result = video()
+    monkeypatch.setattr(CausalWanKVCache, "set_text", lambda self, text: None)
+    assert (result - video()).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("rope_mode", ["absolute", "relative"])
