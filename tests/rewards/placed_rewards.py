@@ -43,9 +43,11 @@ class Before(Reward):
 
 
 class EndFrames(Reward):
-    """First and last frame, at half size; says what it was given."""
+    """First and last frame of at most 50, at half size; says what it was given."""
 
     def request(self, num_frames, height, width):
+        if num_frames > 50:
+            raise ValueError(f"it takes 50 frames, not {num_frames}.")
         return FrameRequest((0, num_frames - 1), ((height // 2, width // 2),))
 
     def score(self, videos, prompts, metadata=None):
@@ -163,6 +165,8 @@ def obeys(videos, prompts, metadata):
         time.sleep(600)
     if act == "wait":
         time.sleep(float(argument))
+    if act == "refuse":
+        raise ValueError("it takes no such videos.")
     if act == "fail":
         raise ArithmeticError("too dark")
     scores, info = first_pixel(videos, prompts, metadata)

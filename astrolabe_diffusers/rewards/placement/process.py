@@ -169,11 +169,11 @@ def _load(gpu: int | None, arguments: dict[str, Any]) -> tuple[list[str], int]:
     return _rewards.using_prompts, _rewards.num_context_frames
 
 
-@_told()
+@_told(ValueError)
 def _requests(*shape: int) -> dict[str, FrameRequest | None]:
     return _rewards.requests(*shape)
 
 
-@_told(RewardError)
+@_told(RewardError, ValueError)
 def _score(data: bytes) -> dict[str, Any]:
     return outputs_to_json(_rewards.score_job(unpack_job(data)))

@@ -119,8 +119,8 @@ class RemoteRewards(Closing):
         error = answer.get("error") if isinstance(answer, dict) else None
         if status == 401:
             error = f"it wants its token in {TOKEN_VARIABLE}"
-        # The reward's own refusal, which a run may be configured to skip.
-        kind = RewardError if status == 422 else RewardPlacementError
+        # A reward's score that is none, which a run may be configured to skip, and what it says of such videos.
+        kind = {422: RewardError, 400: ValueError}.get(status, RewardPlacementError)
         raise kind(f"{self} refused, with status {status}: {self._client.quote(error or 'it does not say why')}")
 
     def close(self):

@@ -1,7 +1,7 @@
 """Rewards for several clients, over HTTP.
 
-Errors are `{"error": text}`: 400 no job or no such videos, 401 no token, 413 too large, 422 a reward refused, 500 it
-failed (its own words are in the log), 503 busy.
+Errors are `{"error": text}`: 400 no job, or videos that a reward does not take, 401 no token, 413 too large, 422 no
+reward is what one returned, 500 it failed (its own words are in the log), 503 busy.
 """
 
 import asyncio
@@ -64,8 +64,12 @@ async def names(request: Request):
 
 @router.get("/requests")
 async def requests(request: Request, num_frames: _Frames, height: _Side, width: _Side):
-    """What each reward needs of such videos."""
-    return JSONResponse(requests_to_json(request.app.state.batcher.rewards.requests(num_frames, height, width)))
+    """What each reward needs of such videos; 400 if one cannot take them."""
+    try:
+        needed = request.app.state.batcher.rewards.requests(num_frames, height, width)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+    return JSONResponse(requests_to_json(needed))
 
 
 @router.get("/metrics")
@@ -106,6 +110,8 @@ async def score(request: Request):
             outputs = await asyncio.wrap_future(future)
         except RewardError as error:
             raise HTTPException(422, str(error)) from None
+        except ValueError as error:  # what a reward says of videos and prompts that it cannot take
+            raise HTTPException(400, str(error)) from None
         except Exception as error:
             # Its words and its place are for those who run the server.
             logger.error("a reward failed: %s", summarize_exception(error))

@@ -57,6 +57,10 @@ def test_errors_of_a_reward_come_back_and_the_process_goes_on(rewards, worker):
         rewards(*make_batch([3], act="exit"))
     with pytest.raises(RewardError, match=r"\[2\], but has shape \[1\]"):
         rewards(*make_batch([1, 2], act="too_few"))
+    with pytest.raises(ValueError, match="^it takes no such videos.$"):
+        rewards(*make_batch([3], act="refuse"))
+    with pytest.raises(ValueError, match="^it takes 50 frames, not 51.$"):
+        rewards(*make_batch([3], frames=51))
     with pytest.raises(RewardError, match="nan for sample 1, prompt 'video 2'"):
         rewards(*make_batch([1, 2], act="nan"))
     assert_own_scores(rewards(*make_batch([200])), OBEYS, [200])

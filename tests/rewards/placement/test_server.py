@@ -73,6 +73,7 @@ def count(metrics, name):
     [
         ("too_few", RewardError, r"status 422: .*\[2\], but has shape \[1\]"),
         ("nan", RewardError, "nan for sample 1, prompt 'video 2'"),
+        ("refuse", ValueError, "400: it takes no such videos.$"),
         ("fail", RewardPlacementError, "500: a reward failed: ArithmeticError; the log of the server says more$"),
     ],
 )
@@ -80,6 +81,11 @@ def test_faults_of_a_reward_are_one_error(url, act, kind, words, caplog):
     with pytest.raises(kind, match=words):
         remote(url, OBEYS)(*make_batch([1, 2], act=act))
     assert act != "fail" or ("too dark" in caplog.text and "Traceback" not in caplog.text)
+
+
+def test_videos_that_a_reward_does_not_take(url):
+    with pytest.raises(ValueError, match="400: it takes 50 frames, not 51.$"):
+        remote(url, ENDS)(*make_batch([1], frames=51))
 
 
 def test_a_slow_server_is_one_error(url):
