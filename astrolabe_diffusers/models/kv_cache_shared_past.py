@@ -30,6 +30,7 @@ class SharedPastKVCache(CausalWanKVCache):
             )
         super().__init__(0, max_frames)
         self.past = past
+        self._seen = None  # ranges of the past's tokens that the layers have, and where the sink was then
         shape = (num_videos, *state.shape[1:])
         self.state = replace(
             state, num_cached=0, first_frame=state.num_frames, margin_frames=0, shape=shape, rewound=False
@@ -62,6 +63,11 @@ class SharedPastKVCache(CausalWanKVCache):
             if ranges and ranges[-1].stop == tokens.start:
                 tokens = slice(ranges.pop().start, tokens.stop)
             ranges.append(tokens)
+        # The same in all steps of a block.
+        seen = ranges, self.past.layer_caches[0]._sink_shift
+        if seen == self._seen:
+            return
+        self._seen = seen
         for layer_cache, past_layer in zip(self.layer_caches, self.past.layer_caches):
             layer_cache.past = (_joined(past_layer.key, ranges), _joined(past_layer.value, ranges)) if ranges else None
 
@@ -69,10 +75,10 @@ class SharedPastKVCache(CausalWanKVCache):
 def share_past(past: CausalWanKVCache, num_videos: int, max_frames: int | None) -> CausalWanKVCache:
     """The cache of videos that go on from a single one, whose cache is not to be written while this one is used: a
     [`SharedPastKVCache`], or copies of `past` where what a video adds changes what it sees of that: of frames that are
-    seen from afar until then, or a sink that it completes, after a flush."""
+    seen from afar until then, or a sink that it completes, after a flush; and where the past has a weight."""
     state = past.state
     has_sink = state.num_frames - state.first_frame >= state.slots.sink_size
-    if past.shares_past and has_sink and not state.cut:
+    if past.shares_past and has_sink and not state.cut and past.past_weight == 1:
         return SharedPastKVCache(past, num_videos, max_frames)
     return past.select([0] * num_videos)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from astrolabe_diffusers import CausalWanKVCache
+from astrolabe_diffusers.models import kv_cache_shared_past
 from astrolabe_diffusers.models.attention import attend_with_shared_past
 from astrolabe_diffusers.models.kv_cache_shared_past import SharedPastKVCache
 from tests.tiny_pipeline import tiny_transformer
@@ -69,6 +70,21 @@ def test_as_with_a_cache_each(config, num_past):
         assert result.requires_grad == with_grad
         assert (result - expected[:number]).abs().max() < 1e-5
     assert all(layer.key.shape[0] == 1 for layer in shared.layer_caches)
+
+
+def test_the_steps_of_a_block_see_one_copy(monkeypatch):
+    transformer, embeds = tiny_transformer(**CONFIGS["relative"]), torch.randn(1, 16, 32)
+    cache, joined = CausalWanKVCache(transformer.config.num_layers), []
+    join = kv_cache_shared_past._joined
+    monkeypatch.setattr(kv_cache_shared_past, "_joined", lambda *arguments: joined.append(1) or join(*arguments))
+    with torch.no_grad():
+        for block in blocks(6, 1, 0):
+            run(transformer, cache, block, embeds, "write")
+        videos, block = SharedPastKVCache(cache, 3, 24), blocks(1, 3, 1)[0]
+        first = run(transformer, videos, block, embeds.expand(3, -1, -1), "read")
+        number = len(joined)
+        again = [run(transformer, videos, block, embeds.expand(3, -1, -1), "read") for _ in range(3)]
+    assert 0 < number == len(joined) and all(torch.equal(first, other) for other in again)
 
 
 def test_no_copy_of_an_unlimited_past():
