@@ -31,6 +31,7 @@ from ..pipelines.loading import (
 )
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import escape_scenes
+from ..rewards.frames import to_uint8
 from ..rollout.prompts import Prompt, PromptSource
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable_value
@@ -239,7 +240,7 @@ def stream_to_files(
             # Not before there are frames: an encoder that gets none complains.
             writers = writers or [stack.enter_context(VideoWriter(folder / job.file, *form)) for job in batch]
             frames = frames.float()
-            pixels = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
+            pixels = to_uint8(frames).permute(0, 1, 3, 4, 2).cpu().numpy()
             for writer, video in zip(writers, pixels):
                 writer.write(video)
             on_block(frames)

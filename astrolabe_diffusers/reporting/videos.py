@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..files.video import VideoWriter
 from ..files.writing import replacing, writing
+from ..rewards.frames import to_uint8
 
 
 WHITE, BLACK = (255, 255, 255), (30, 30, 30)
@@ -20,7 +21,7 @@ WHITE, BLACK = (255, 255, 255), (30, 30, 30)
 
 def video_images(video: torch.Tensor, size: tuple[int, int] | None = None) -> list[Image.Image]:
     """The frames of a video `(F, 3, H, W)` in [0, 1], resized to `size` (width, height) if given."""
-    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    frames = to_uint8(video).permute(0, 2, 3, 1).cpu().numpy()
     images = [Image.fromarray(frame) for frame in frames]
     if size is None or images[0].size == size:
         return images

@@ -101,7 +101,7 @@ def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
     with as_user_error("this model's window or sink cannot be that"):
         check_window(pipeline.transformer.config)
     if config.sigmas:
-        pipeline.register_to_config(sigmas=config.sigmas)
+        pipeline.register_to_config(sigmas=config.sigmas, first_block_sigmas=None)
     if config.num_context_frames is not None:
         pipeline.register_to_config(num_context_frames=config.num_context_frames or None)
     if pipeline.config.num_context_frames:

@@ -1,6 +1,7 @@
 """What a run leaves: the best adapter so far, and at its end the last one with the comparison of before and after."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,9 @@ class BestAdapter:
     def offer(self, evaluation: Evaluation):
         """Keeps the adapter that was evaluated if it is the best one; every process calls it."""
         reward = evaluation.mean()
-        # Not `<=`: without a finite reward there is no best one.
-        if not (self.record is None or reward > self.record["reward"]):
+        best = -math.inf if self.record is None else self.record["reward"]
+        # Not `<=`: one without a finite reward is none.
+        if not reward > best:
             return
         self.record = {"step": evaluation.step, "reward": reward}
         with together():

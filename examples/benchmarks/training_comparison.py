@@ -82,6 +82,7 @@ def random_batch(trainer: NFTTrainer, latent_size: tuple[int, int, int]) -> NFTB
         optimality=torch.rand(size, device=device),
         weight=ones,
         kl_weight=ones,
+        pipeline=pipe,
     )
 
 

@@ -76,6 +76,7 @@ def noised_batch(pipe, batch_size: int = 2, frames: int = 6, seed: int = 0) -> N
         optimality=torch.rand(batch_size, generator=generator),
         weight=torch.ones(batch_size),
         kl_weight=torch.ones(batch_size),
+        pipeline=pipe,
     )
 
 

@@ -68,7 +68,7 @@ def steps(algorithm, checkpointing="none", today=True, **values):
     generator, samples = torch.Generator().manual_seed(5), make_samples(4)
     latents = torch.randn(4, 4, 9, 4, 4, generator=generator)
     embeds = torch.randn(4, 16, 32, generator=generator).bfloat16()
-    batches = [VideoBatch(samples[s], embeds[s], latents[s], None) for s in (slice(2), slice(2, 4))]
+    batches = [VideoBatch(samples[s], embeds[s], latents[s], None, pipeline=pipe) for s in (slice(2), slice(2, 4))]
     ones = torch.ones(2)
     of_nft = {"optimality": 0.7 * ones, "weight": ones, "kl_weight": ones, "use_reference": ones > 0}
     step_parts = [(batch, of_nft if algorithm is NFTTrainer else {"advantages": ones}) for batch in batches]

@@ -45,6 +45,13 @@ def test_the_model_keeps_its_recipe_unless_told_otherwise():
     assert recipe(pipe) == (6, 0, [1.0, 0.5], None)
 
 
+def test_sigmas_are_those_of_every_block():
+    """As of the pipeline's call: the first block has no others."""
+    pipe = tiny_pipeline(sigmas=[1.0], first_block_sigmas=[1.0, 0.75, 0.5, 0.25])
+    set_recipe(pipe, config(sigmas=[1.0, 0.5]))
+    assert torch.equal(video(pipe), video(tiny_pipeline(sigmas=[1.0, 0.5])))
+
+
 def test_a_server_s_recipe_is_trained_in_the_plain_loop():
     """And then generates what the plain pipeline does."""
     pipe = tiny_pipeline(num_context_frames=3, sigmas=[1.0, 0.5, 0.0])

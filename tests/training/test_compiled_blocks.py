@@ -9,7 +9,7 @@ from astrolabe_diffusers import CausalWanTransformer3DModel
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer, batch_size
 from astrolabe_diffusers.training.forward_process import compilation
-from astrolabe_diffusers.training.nft import trainer as nft
+from astrolabe_diffusers.training.forward_process import trainer as blockwise
 from tests.tiny_pipeline import SMALL, tiny_pipeline
 from tests.training.helpers import numbers_of_run
 from tests.training.memory import limit_batches
@@ -49,7 +49,7 @@ def run(folder, *args, **settings):
 def on_cuda(monkeypatch):
     """Runs decide as on a GPU with a compiler whether blocks are compiled."""
     decide = compilation.compiles_blocks
-    monkeypatch.setattr(nft, "compiles_blocks", lambda *args: decide(*args[:-1], torch.device("cuda")))
+    monkeypatch.setattr(blockwise, "compiles_blocks", lambda *args: decide(*args[:-1], torch.device("cuda")))
     monkeypatch.setattr(compilation, "compiler_works", lambda device: True)
 
 

@@ -1,6 +1,7 @@
 """A run from Python: functions, objects and names as rewards, prompts from lists, callbacks."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -123,9 +124,10 @@ def test_mistakes_are_one_line(model_folder, tmp_path, arguments, words):
     assert "\n" not in str(error.value)
 
 
-def test_the_best_adapter_is_kept(model_folder, tmp_path):
-    """Of evaluations whose results are set."""
-    scores = iter([0.1, 0.5, 0.3, 0.4])
+@pytest.mark.parametrize("first", [0.1, math.nan])
+def test_the_best_adapter_is_kept(model_folder, tmp_path, first):
+    """Of evaluations whose results are set; one without a finite reward is none."""
+    scores = iter([first, 0.5, 0.3, 0.4])
 
     config = NFTConfig(**settings(model_folder, tmp_path, max_train_steps=3, eval_steps=1))
     trainer = NFTTrainer(config=config, reward_funcs=[red])

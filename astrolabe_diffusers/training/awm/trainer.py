@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from ...rollout.samples import VideoBatch
-from ..forward_process.compilation import compiles_blocks
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import check_context, predictor_class
-from ..trainer import OnlineTrainer
+from ..forward_process.predictors import predictor_class
+from ..forward_process.trainer import BlockwiseTrainer
 from .config import AWMConfig
 
 
@@ -32,7 +31,7 @@ def awm_loss(prediction: torch.Tensor, clean: torch.Tensor, advantages: torch.Te
     return advantages * squared_distance(prediction, clean)
 
 
-class AWMTrainer(OnlineTrainer):
+class AWMTrainer(BlockwiseTrainer):
     """Trains with AWM (arXiv 2509.25050): see [`OnlineTrainer`] for the arguments.
 
     There is no old policy. Samples whose advantage is negative have no lower bound to their loss: `kl_weight` and
@@ -42,12 +41,8 @@ class AWMTrainer(OnlineTrainer):
     config_class = AWMConfig
     config: AWMConfig
 
-    def compiles(self) -> bool:
-        return compiles_blocks(self.config, self.transformer, self.windows.size, self.accelerator.device)
-
     def prepare(self):
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
-        check_context(self.config, self.transformer, self.windows.have_past)
         super().prepare()
 
     def accumulate_gradients(

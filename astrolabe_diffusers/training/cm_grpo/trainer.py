@@ -8,11 +8,10 @@ import torch
 from ...errors import UserError
 from ...rollout.samples import VideoBatch
 from ...rollout.seeds import seeded_generator
-from ..forward_process.compilation import compiles_blocks
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, per_sample, squared_distance
-from ..forward_process.predictors import check_context, predictor_class
-from ..trainer import OnlineTrainer
+from ..forward_process.predictors import predictor_class
+from ..forward_process.trainer import BlockwiseTrainer
 from .config import CMGRPOConfig
 
 
@@ -32,7 +31,9 @@ def noisy_steps(pipeline, train_steps: Sequence[int]) -> list[int]:
     if count < 1:
         raise UserError("cm_grpo trains the sampler's steps that draw noise: one of a single step has none.")
     if list(pipeline.config.first_block_sigmas or pipeline.config.sigmas) != list(pipeline.config.sigmas):
-        raise UserError("cm_grpo trains the same step of all blocks: this model's first_block_sigmas are others.")
+        raise UserError(
+            "cm_grpo trains the same step of all blocks: this model's first_block_sigmas are others: set sigmas."
+        )
     if unknown := set(train_steps) - set(range(count)):
         raise UserError(f"train_steps={min(unknown)}: the sampler's steps that draw noise are 0 to {count - 1}.")
     return list(train_steps) or list(range(count))
@@ -91,7 +92,7 @@ def block_weights(num_blocks: int, weighting: str) -> list[float]:
     return [share * num_blocks / sum(shares) for share in shares]
 
 
-class CMGRPOTrainer(OnlineTrainer):
+class CMGRPOTrainer(BlockwiseTrainer):
     """Trains with CM-GRPO (RAVEN, arXiv 2605.15190): see [`OnlineTrainer`] for the arguments.
 
     A few-step sampler draws noise of its own between its steps, which makes each a Gaussian policy: its likelihood
@@ -102,13 +103,8 @@ class CMGRPOTrainer(OnlineTrainer):
     keep_trajectory = True
     config: CMGRPOConfig
 
-    def compiles(self) -> bool:
-        return compiles_blocks(self.config, self.transformer, self.windows.size, self.accelerator.device)
-
     def prepare(self):
-        config = self.config
-        self.steps = noisy_steps(self.pipeline, config.train_steps)
-        check_context(config, self.transformer, self.windows.have_past)
+        self.steps = noisy_steps(self.pipeline, self.config.train_steps)
         super().prepare()
 
     def accumulate_gradients(

@@ -21,9 +21,8 @@ class NoisedBatch:
     timestep: torch.Tensor  # `(B,)`, 1000 times that
     prompt_embeds: torch.Tensor  # `(B, L, D)`
     past: Past = Past()  # what is before the window
-    # With a switch of the prompt in it: those before that, `(B, L, D)`, and the pipeline that made the videos.
-    old_prompt_embeds: torch.Tensor | None = None
-    pipeline: object | None = None
+    old_prompt_embeds: torch.Tensor | None = None  # with a switch of the prompt in it, those before that
+    pipeline: object | None = None  # that made the videos
 
 
 def training_sigmas(pipeline, train_timesteps: str, train_steps: Sequence[int] = ()) -> torch.Tensor:

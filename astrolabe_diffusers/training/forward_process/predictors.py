@@ -30,7 +30,7 @@ class BlockwisePredictor:
         transformer: the [`CausalTransformer`] itself.
         past_policy: whose K/V the clean blocks have, one of `POLICIES`.
         blocks_per_pass: how many blocks go through the transformer together, clean ones or noisy ones; one of a
-            transformer that does not have `packs_clips`.
+            transformer that does not have `packs_clips`, and of a pipeline with a `past_weight` of its own.
 
     Attributes:
         blocks: the frames of each block of the window.
@@ -46,15 +46,17 @@ class BlockwisePredictor:
     def _begin(self, num_frames: int, blocks_per_pass: int):
         transformer, batch, past = self.transformer, self.batch, self.batch.past
         size = transformer.config.num_frames_per_block
-        packs = blocks_per_pass > 1 and packs_clips(transformer)
+        past_weight = batch.pipeline.config.past_weight
+        packs = blocks_per_pass > 1 and packs_clips(transformer) and past_weight == 1
         pass_size = size * blocks_per_pass if packs else size
         self.blocks = _parts(past.num_frames, num_frames, size)
         self.passes = _parts(past.num_frames, num_frames, pass_size)
         if packs:
             self.cache = ClipKVCache(transformer.config.num_layers)
         else:
-            # Nothing follows a cache's last block, but the window follows a shared past.
-            self.cache = transformer.new_kv_cache(past.num_frames + size if past.shared else num_frames)
+            # Nothing follows a cache's last block, but what goes on from a shared past in a cache of its own.
+            goes_on = past.shared and past_weight == 1
+            self.cache = transformer.new_kv_cache(past.num_frames + size if goes_on else num_frames, past_weight)
         for frames in _parts(0, past.num_frames, pass_size):
             self._store(past.rows(batch.clean[:, :, frames]), past.rows(batch.prompt_embeds))
         if past.shared and not packs:
@@ -198,9 +200,9 @@ class WholeClipPredictor(BlockwisePredictor):
         return predicted_clean(batch.noisy, velocity.float(), batch.sigma)
 
 
-def check_context(config: BlockwiseConfig, transformer, has_past: bool = False):
+def check_context(config: BlockwiseConfig, transformer, has_past: bool = False, past_weight: float = 1.0):
     """A [`UserError`] where a transformer cannot be given the context of the settings; `has_past` if something may lie
-    before what is trained."""
+    before what is trained, `past_weight` as of the pipeline."""
     experts = experts_of(transformer).values()
     if config.context == "noisy" and len(experts) > 1:
         raise UserError(
@@ -209,6 +211,8 @@ def check_context(config: BlockwiseConfig, transformer, has_past: bool = False):
         )
     if config.context == "noisy" and has_past:
         raise UserError("context=noisy trains a whole video in one pass: no sample_frames before it.")
+    if config.context != "clean" and past_weight != 1:
+        raise UserError(f"past_weight={past_weight:g} weighs clean frames in a cache: train with context=clean.")
     if config.context != "clean" and getattr(transformer.config, "memory_bank_size", 0):
         raise UserError("the model's memory bank is made block by block, of clean frames: train with context=clean.")
     if config.context != "clean_grad":

@@ -7,12 +7,11 @@ import torch
 
 from ...rollout.samples import VideoBatch
 from ..advantages import Advantages
-from ..forward_process.compilation import compiles_blocks
 from ..forward_process.gradient import backward_by_block
 from ..forward_process.noising import NoisedBatch, noise_batch, squared_distance, training_sigmas
-from ..forward_process.predictors import check_context, predictor_class
+from ..forward_process.predictors import predictor_class
+from ..forward_process.trainer import BlockwiseTrainer
 from ..policies import OLD, REFERENCE, follow_current
-from ..trainer import OnlineTrainer
 from .config import NFTConfig
 from .loss import nft_loss, optimality
 from .reference import ReferenceSchedule, RiskController, kl_weights, rank_disagreement
@@ -27,7 +26,7 @@ class NFTBatch(NoisedBatch):
     old_is_current: bool = False  # whether the old policy's weights are the current one's
 
 
-class NFTTrainer(OnlineTrainer):
+class NFTTrainer(BlockwiseTrainer):
     """Trains with NFT (Astrolabe, arXiv 2603.17051): see [`OnlineTrainer`] for the arguments.
 
     After an epoch the old policy, which samples, follows the current one; the reference, to which samples are held by
@@ -38,13 +37,9 @@ class NFTTrainer(OnlineTrainer):
     sampling_policy = "old"
     config: NFTConfig
 
-    def compiles(self) -> bool:
-        return compiles_blocks(self.config, self.transformer, self.windows.size, self.accelerator.device)
-
     def prepare(self):
         self.risk, self.reference = RiskController(self.config), ReferenceSchedule(self.config)
         self.sigmas = training_sigmas(self.pipeline, self.config.train_timesteps, self.config.train_steps)
-        check_context(self.config, self.transformer, self.windows.have_past)
         super().prepare()
 
     def make_state(self):

@@ -24,7 +24,7 @@ def config(**values):
 
 def awm_batch(pipe, frames=6):
     values = vars(noised_batch(pipe, frames=frames))
-    shared = {name: values[name] for name in ("clean", "noisy", "sigma", "timestep", "prompt_embeds")}
+    shared = {name: values[name] for name in ("clean", "noisy", "sigma", "timestep", "prompt_embeds", "pipeline")}
     return AWMBatch(**shared, advantages=ADVANTAGES)
 
 

@@ -46,6 +46,7 @@ MODELS = {
     "relative": {**WINDOW, "rope_mode": "relative"},
     "no whole blocks": {"local_attn_size": 8, "sink_size": 1, "rope_mode": "relative"},
 }
+PAST_WEIGHT = {"past_weight": 0.5}
 PASTS = {"whole": Past(), "window": Past(6), "shared": Past(6, shared=True)}
 ADVANTAGES = torch.tensor([1.5, -0.7])
 # Of the sampler's levels 1, 0.9375, 0.8333 and 0.625.
@@ -74,6 +75,7 @@ def random_batch(past=Past(), frames=9, dtype=torch.float32):
         1000 * sigma,
         embeds,
         past,
+        pipeline=pipeline(),
         following=following[:, :, window],
         following_sigma=following_sigma,
         advantages=ADVANTAGES.to(dtype),
@@ -104,11 +106,12 @@ def drawn_noise(sample, frames, past, step):
 
 
 @pytest.mark.parametrize("past", PASTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "past weight", "past weight, sink"])
 def test_the_noise_of_a_step_is_what_the_sampler_drew(model, past):
-    """Both predictors find again what the sampler predicted: as its policy, the noise between that and its next state
-    is what its generators draw."""
-    pipe, past = pipeline(**MODELS[model]), PASTS[past]
+    """The predictors find again what the sampler predicted: as its policy, the noise between that and its next state
+    is what its generators draw. Not with gradients through a context that has a weight."""
+    settings = {**MODELS, "past weight": PAST_WEIGHT, "past weight, sink": {**WINDOW, **PAST_WEIGHT}}
+    pipe, past = pipeline(**settings[model]), PASTS[past]
     size = {"height": 32, "width": 32, "num_frames": 57}  # 15 latent frames
     sampler, samples = Sampler(pipe, size, keep_trajectory=True), make_samples(2)
     if past.shared:
@@ -116,8 +119,9 @@ def test_the_noise_of_a_step_is_what_the_sampler_drew(model, past):
     embeds = torch.randn(1, 16, 32).expand(2, -1, -1).contiguous()
     with use_policy(pipe.transformer, "current"):
         latents, trajectory = sampler(embeds, samples)
-    videos = VideoBatch(samples, embeds, latents, None, past, trajectory)
-    for step, predictor_class in product((0, 1, 2), (TeacherForcingPredictor, BlockwisePredictor)):
+    videos = VideoBatch(samples, embeds, latents, None, past, trajectory, pipeline=pipe)
+    predictors = [BlockwisePredictor, TeacherForcingPredictor][: 2 - (pipe.config.past_weight != 1)]
+    for step, predictor_class in product((0, 1, 2), predictors):
         batch = drawn_step(videos, [step], 3, ADVANTAGES)
         predictor = predictor_class(pipe.transformer, batch, "current", 2)
         clean = torch.cat(list(predictor.predict_window().values()), dim=2)
@@ -362,7 +366,7 @@ def test_mistakes_in_settings(values, words):
         ({"sigmas": [1.0]}, [], "of a single step has none"),
         # From the third step to the fourth, at 0, there is no noise.
         ({"sigmas": [1.0, 0.5, 0.25, 0.0]}, [2], "train_steps=2: the sampler's steps that draw noise are 0 to 1"),
-        ({"sigmas": [1.0, 0.5], "first_block_sigmas": [1.0, 0.75, 0.5]}, [], "first_block_sigmas are others"),
+        ({"sigmas": [1.0, 0.5], "first_block_sigmas": [1.0, 0.75, 0.5]}, [], "are others: set sigmas"),
     ],
 )
 def test_samplers_that_cannot_be_trained(model, train_steps, words):

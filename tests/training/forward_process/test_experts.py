@@ -30,7 +30,8 @@ def policy_pair(components, copy=False, window="chunkwise"):
 
 def awm_batch(pipe, blocks=6):
     batch = noised_batch(pipe, frames=blocks * pipe.transformer.config.num_frames_per_block)
-    shared = {name: getattr(batch, name) for name in ("clean", "noisy", "sigma", "timestep", "prompt_embeds")}
+    names = ("clean", "noisy", "sigma", "timestep", "prompt_embeds", "pipeline")
+    shared = {name: getattr(batch, name) for name in names}
     return AWMBatch(**shared, advantages=ADVANTAGES)
 
 
