@@ -58,7 +58,8 @@ class Config:
     aliases: ClassVar[dict[str, str]] = {}
 
     import_modules: list[str] = option(
-        [], "modules with classes of your own that the model's folder names; their folder has to be on PYTHONPATH"
+        [], "modules to import first, with classes that the model's folder names, or that register rewards; their "
+        "folder has to be on PYTHONPATH"
     )
 
     def __post_init__(self):

@@ -131,7 +131,12 @@ def _read_recipe(config: str | None) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{config}.yaml"
     if not path.is_file():
-        raise UserError(f"--config {config}: no such file and no such name; the names are: {_recipe_names()}.")
+        names = [file.stem for file in RECIPES.glob("*.yaml")]
+        raise UserError(
+            f"--config {config}: no such file and no such name"
+            f"{close_matches(config, [*names, *published_names(), *recommended_names()])}; the names are "
+            f"{_recipe_names()}, and those of published runs, which --config list prints."
+        )
     with as_user_error("--config"):
         text = read_text(path)
     values = read_yaml(f"{path} is no valid YAML", text) or {}

@@ -8,6 +8,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.hub_utils import _get_model_file
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..errors import close_matches
@@ -28,7 +30,7 @@ def find_lora_file(name: str | Path, weight_name: str | None = None, subfolder: 
     there are several; downloaded if it is on the Hub, with peft's config beside it. `hub` are any of `HUB`.
 
     Raises:
-        OSError: the Hub does not give it.
+        OSError: the Hub does not give it, or the name can only be a path's, and nothing is there.
         ValueError: there are several, or none.
     """
     if unknown := [argument for argument in hub if argument not in HUB]:
@@ -40,6 +42,10 @@ def find_lora_file(name: str | Path, weight_name: str | None = None, subfolder: 
         return path / (weight_name or _choose(names, path))
     if path.is_file() or isinstance(name, Path) or Path(name).suffix in _SUFFIXES:
         return path
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise FileNotFoundError(f"there is no file or folder {name}.") from None
 
     def download(file: str) -> Path:
         return Path(_get_model_file(name, weights_name=file, subfolder=subfolder, **hub))

@@ -383,6 +383,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             )
         super().fuse_lora(*args, **kwargs)
 
+    def enable_cache(self, config):
+        """Raises a `ValueError`: what Diffusers' caches skip are passes of a model without a KV cache."""
+        raise ValueError(
+            f"{type(config).__name__} skips attention or blocks in some steps, and this model's blocks see what every "
+            "pass has stored: it has no such cache."
+        )
+
     def fuse_qkv_projections(self):
         if any(tuner_layers(block) for block in self.blocks):
             raise ValueError("a LoRA needs Q, K and V apart: call unload_lora_weights() before they are fused.")

@@ -56,6 +56,12 @@ def load_from(
                 f"{model} is a {name}, not a CausalWanPipeline: `astrolabe convert` makes one of the "
                 "weights of a published model."
             )
+        for component in index.values():
+            if isinstance(component, list) and component[0] == "diffusers" and not hasattr(diffusers, component[1]):
+                raise UserError(
+                    f"{model} has a {component[1]}, which nothing has registered with diffusers: name the module of "
+                    "that class with --import_modules, or import it first."
+                )
         if map_for:
             if not Path(model).is_dir():
                 model = DiffusionPipeline.download(model, revision=revision, variant=variant)

@@ -40,6 +40,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) 
             if len(ids) > length:
                 kept = length - tokenizer.num_special_tokens_to_add()
                 removed = tokenizer.decode(ids[kept:], skip_special_tokens=True)
+                if not removed.strip():  # spaces, or the tokens that end a text
+                    continue
                 end = " ..." if len(removed) > 500 else ""
                 warn_once(
                     f"The following part of a prompt was cut off, because the model takes {length} tokens "

@@ -124,6 +124,8 @@ def _find(name: str) -> type[Reward] | partial | Callable:
         return known[name]
     names = ", ".join(sorted(known))
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
+    if "=" in name:
+        raise ValueError(f"{name!r} has a weight, where rewards are only named: {name.partition('=')[0]}.")
     if not module_name or not attribute:
         near = close_matches(name, known)
         raise ValueError(f"unknown reward {name!r}{near}; known: {names}, or a dotted path 'package.module:Name'.")

@@ -17,6 +17,8 @@ from ..rollout.config import SwitchConfig, VideoConfig
 from .algorithms import algorithm_name
 
 
+# Of diffusers.optimization.get_scheduler, those that need nothing else.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 # The published runs have 1152 at most. What is far beyond is a slip, and would fill the memory with their list.
 MAX_EPOCH_SAMPLES = 1_000_000
 # Of `train_batch_size`, until the run has found a number.
@@ -144,7 +146,9 @@ class OnlineConfig(VideoConfig, SwitchConfig):
     max_train_steps: int | None = option(None, "length in optimizer steps; goes before num_train_epochs", minimum=1)
     gradient_accumulation_steps: int | None = option(None, "batches a step; batches_per_epoch if not given", minimum=1)
     learning_rate: float = option(1e-5, "peak learning rate", above=0)
-    lr_scheduler: str = option("constant", "schedule of diffusers.optimization.get_scheduler")
+    lr_scheduler: str = option(
+        "constant", "how the learning rate goes on from its peak", choices=LR_SCHEDULERS
+    )
     lr_warmup_steps: int = option(0, "optimizer steps of warm-up, for `constant` too", minimum=0)
     adam_beta1: float = option(0.9, "beta1 of AdamW", minimum=0, below=1)
     adam_beta2: float = option(0.999, "beta2 of AdamW", minimum=0, below=1)

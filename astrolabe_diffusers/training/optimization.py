@@ -11,7 +11,7 @@ from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 
 from ..distributed.sharding import full_tensor
-from ..errors import UserError, as_user_error
+from ..errors import UserError
 from ..rollout.samples import VideoBatch
 from .config import OnlineConfig
 from .policies import cast_once, policy_parameters
@@ -36,10 +36,9 @@ def make_optimizer(config: OnlineConfig, parameters: list[torch.nn.Parameter]):
     name = config.lr_scheduler
     if name == "constant" and config.lr_warmup_steps:
         name = "constant_with_warmup"
-    with as_user_error("lr_scheduler"):
-        schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
-        )
+    schedule = get_scheduler(
+        name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+    )
     return optimizer, schedule
 
 

@@ -5,7 +5,7 @@ from inspect import signature
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import PyramidAttentionBroadcastConfig, WanTransformer3DModel
 from peft import LoraConfig
 
 from astrolabe_diffusers import CausalWanKVCache, CausalWanTransformer3DModel
@@ -383,6 +383,12 @@ def test_configuration_errors():
     with pytest.raises(ValueError) as error:
         tiny_transformer(num_frames_per_block=3, sink_size=3, local_attn_size=5)
     assert_one_line(error, "local_attn_size", 5, 6)
+
+
+def test_caches_that_skip_passes_are_refused():
+    config = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2)
+    with pytest.raises(ValueError, match="PyramidAttentionBroadcastConfig skips.*it has no such cache"):
+        tiny_transformer().enable_cache(config)
 
 
 # Gradients

@@ -364,6 +364,20 @@ def test_another_pipeline_is_refused(tmp_path):
         load_from(str(tmp_path), dtype=torch.float32)
 
 
+def test_a_class_that_nothing_has_registered(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "own")
+    index = tmp_path / "own" / "model_index.json"
+    index.write_text(index.read_text().replace("CausalWanTransformer3DModel", "NobodysTransformer"))
+    with pytest.raises(UserError, match="has a NobodysTransformer, which nothing has registered.*--import_modules"):
+        load_from(str(tmp_path / "own"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_lora_whose_name_can_only_be_a_path(pipe, name):
+    with pytest.raises(FileNotFoundError, match=f"there is no file or folder {name}."):
+        pipe.load_lora_weights(name)
+
+
 CODE = "import os\n\nos.mknod({mark!r})\nfrom diffusers import DiffusionPipeline as Own, ModelMixin as OwnModel\n"
 
 

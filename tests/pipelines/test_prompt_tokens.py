@@ -37,6 +37,13 @@ def test_what_is_cut_is_said_once(pipe, caplog):
     assert torch.equal(embeds, expected)
 
 
+def test_what_is_cut_and_says_nothing_is_not_said(pipe, caplog):
+    """Here the end of the text alone."""
+    with caplog.at_level(logging.WARNING):
+        pipe.encode_prompt([f"{words(15)} </s></s></s>"])
+    assert not caplog.records
+
+
 def test_scenes_and_new_prompts_too(pipe, caplog):
     with caplog.at_level(logging.WARNING):
         stream = pipe.stream(f"{A} [.75s] | {words(15)} cross [.75s]", output_type="latent")

@@ -116,6 +116,7 @@ def test_function_may_return_lists_and_no_info(user_module):
         ("users.my_rewards:CONSTANT", "holds a int there"),
         ("users.my_rewards:NotAReward", "neither a Reward subclass nor a function"),
         ("users.my_rewards:", "unknown reward"),
+        ("sharpness=0.5", "'sharpness=0.5' has a weight, where rewards are only named: sharpness.$"),
     ],
 )
 def test_unknown_rewards_are_one_clear_line(user_module, name, message):

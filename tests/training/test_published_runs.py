@@ -315,6 +315,7 @@ def test_list(capsys):
         ("longlive_video_long_48gpu", "longlive_video_long"),
         ("selfforcing_video_hpsv3", "self_forcing_video_hpsv3"),
         ("tiny", "no such file and no such name"),
+        ("longlive_hpsv3", "did you mean longlive_video_hpsv3.*those of published runs, which --config list prints"),
     ],
 )
 def test_unknown_names(name, words):
