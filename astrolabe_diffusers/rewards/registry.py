@@ -118,6 +118,16 @@ def _is_function(source: Any) -> bool:
     return callable(source) and not isinstance(source, type)
 
 
+def assumed_fps(source: str | Reward | Callable, options: dict[str, Any]) -> float | None:
+    """The frames a second that what [`make_reward`] makes takes its videos to have, if that matters to it and these
+    options do not tell."""
+    source = _find(source) if isinstance(source, str) else source
+    if isinstance(source, Reward) or "fps" in options:
+        return None
+    parameter = _signature(source).parameters.get("fps")
+    return parameter and parameter.default
+
+
 def _find(name: str) -> type[Reward] | partial | Callable:
     known = _registered()
     if name in known:

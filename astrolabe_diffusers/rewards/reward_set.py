@@ -199,7 +199,7 @@ def _make_group(placement: str, sources, options, timeout, defaults) -> LocalRew
         if options:
             shown, _ = split_url(placement)
             raise ValueError(f"the options of {next(iter(options))!r} are set where it is served, at {shown}.")
-        return RemoteRewards(placement, sources, timeout)
+        return RemoteRewards(placement, sources, timeout, **defaults)
     if kind == "process":
         return ProcessRewards(sources, timeout, options=options, device=device or None, defaults=defaults)
     device = None if kind in ("trainer", "offload") else placement

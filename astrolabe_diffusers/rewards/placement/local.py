@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..frames import FrameRequest, prepare_frames
-from ..registry import make_reward
+from ..registry import assumed_fps, make_reward
 from ..reward import Reward, RewardOutput, check_device
 from .wire import ScoringJob, context_frames
 
@@ -23,6 +23,9 @@ class LocalRewards:
         device: where the weights are; where each reward puts them itself if not given.
         offload: keep the weights in the CPU's memory and copy them to the GPU only while videos are scored.
         defaults: as in `get_reward`.
+
+    Attributes:
+        assumed_fps: by name the frames a second that nobody has told a reward of, and that matter to it.
     """
 
     def __init__(
@@ -35,13 +38,17 @@ class LocalRewards:
     ):
         self.device = device
         self.rewards: dict[str, Reward] = {}
+        self.assumed_fps: dict[str, float] = {}
         if device:
             check_device(device)
         # A reward that takes the GPU by default takes this one, not the trainer's.
         with torch.cuda.device(device) if str(device).startswith("cuda") else nullcontext():
             for name in rewards:
                 source = rewards[name] if isinstance(rewards, Mapping) else name
-                reward = self.rewards[name] = make_reward(name, source, (options or {}).get(name, {}), defaults)
+                own = (options or {}).get(name, {})
+                reward = self.rewards[name] = make_reward(name, source, own, defaults)
+                if (fps := assumed_fps(source, {**(defaults or {}), **own})) is not None:
+                    self.assumed_fps[name] = fps
                 if device:
                     reward.to(device)
         self._offload = OffloadedWeights(self.rewards.values()) if offload else nullcontext()

@@ -31,13 +31,14 @@ class RemoteRewards(Closing):
         url: `http://host:port`. ASTROLABE_REWARD_TOKEN in the environment is its token, if it has one.
         names: the rewards, by the names that they have there.
         timeout: seconds that scoring a batch may take.
+        fps: frames a second of the videos, if they are known.
 
     Raises:
         RewardPlacementError: there is no such server, or it is of another release.
-        ValueError: it does not have all of these rewards.
+        ValueError: it does not have all of these rewards, or has one for videos of other frames a second.
     """
 
-    def __init__(self, url: str, names: Iterable[str], timeout: float = 300.0):
+    def __init__(self, url: str, names: Iterable[str], timeout: float = 300.0, fps: float | None = None):
         self.names, self.timeout = list(names), timeout
         self._client = HttpClient(url, os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE)
         self._requests = functools.cache(self._ask_requests)
@@ -48,6 +49,7 @@ class RemoteRewards(Closing):
             self.max_request_bytes, version = int(known["max_request_bytes"]), int(known.get("version", 1))
             # Of all rewards that it has: a frame or two more than is looked at may travel.
             self.num_context_frames = int(known.get("num_context_frames", 0))
+            assumed = {str(name): float(rate) for name, rate in known.get("fps", {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError):
             raise RewardPlacementError(f"{self} is no server of rewards.") from None
         if version != VERSION:
@@ -58,6 +60,11 @@ class RemoteRewards(Closing):
         for name in self.names:
             if name not in there:
                 raise ValueError(f"{self} has no reward {name!r}; it has {self._client.quote(', '.join(there))}.")
+            if fps and assumed.get(name, fps) != fps:
+                raise ValueError(
+                    f"{self} scores {name} as of {assumed[name]:g} frames a second, and these videos have {fps:g}: "
+                    f"serve it with --reward_options {name}.fps={fps:g}."
+                )
         self.using_prompts = [name for name in self.names if name in using_prompts]
 
     def __str__(self):

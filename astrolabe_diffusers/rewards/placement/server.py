@@ -57,6 +57,7 @@ async def names(request: Request):
         "rewards": list(rewards.rewards),
         "using_prompts": rewards.using_prompts,
         "num_context_frames": rewards.num_context_frames,
+        "fps": rewards.assumed_fps,
         "max_request_bytes": request.app.state.held.each,
         "version": VERSION,
     }

@@ -58,9 +58,10 @@ class ScoringJob:
         return cls(frames, whole, list(prompts), metadata, None if context is None else context.cpu())
 
     def kind(self) -> tuple:
-        """Jobs of one kind ask the same rewards about videos of one shape."""
+        """Jobs of one kind ask the same rewards about videos of one shape, all with metadata or all without."""
         context = None if self.context is None else self.context.shape[1:]
-        return self.whole, {name: tensor.shape[1:] for name, tensor in self.frames.items()}, context
+        shapes = {name: tensor.shape[1:] for name, tensor in self.frames.items()}
+        return self.whole, shapes, self.metadata is None, context
 
     @classmethod
     def join(cls, jobs: Sequence[Self]) -> Self:
@@ -75,7 +76,7 @@ class ScoringJob:
                 joined[tensors] = torch.cat([job.frames[name] for job in jobs])
             frames[name] = joined[tensors]
         prompts = [prompt for job in jobs for prompt in job.prompts]
-        metadata = [entry for job in jobs for entry in (job.metadata or [{}] * len(job.prompts))]
+        metadata = None if jobs[0].metadata is None else [entry for job in jobs for entry in job.metadata]
         context = None if jobs[0].context is None else torch.cat([job.context for job in jobs])
         return cls(frames, jobs[0].whole, prompts, metadata, context)
 

@@ -88,6 +88,24 @@ def test_videos_that_a_reward_does_not_take(url):
         remote(url, ENDS)(*make_batch([1], frames=51))
 
 
+def test_a_reward_is_served_for_one_frame_rate(url):
+    """Where that matters to it and nobody has said another, it is that of its default."""
+    name, batch = "dynamic_degree", make_batch([1, 2], frames=9, size=64)
+    told = LocalRewards([name], {name: {"fps": 24.0}})
+    with serving(create_app(LocalRewards([name, "sharpness"]))) as assuming, serving(create_app(told)) as knowing:
+
+        def scores(url, fps, names=(name,)):
+            return RewardSet(dict.fromkeys(names, 1.0), placement=dict.fromkeys(names, url), fps=fps)(*batch).scores
+
+        here = {fps: RewardSet({name: 1.0}, fps=fps)(*batch).scores[name] for fps in (16.0, 24.0)}
+        torch.testing.assert_close(scores(assuming, 16.0)[name], here[16.0])
+        torch.testing.assert_close(scores(knowing, 24.0)[name], here[24.0])
+        scores(assuming, 24.0, ["sharpness"])
+        with pytest.raises(ValueError, match="dynamic_degree as of 16 frames a second, and these videos have 24"):
+            scores(assuming, 24.0)
+    assert not torch.allclose(here[16.0], here[24.0])
+
+
 def test_a_slow_server_is_one_error(url):
     with pytest.raises(RewardPlacementError, match="did not answer within 0.3 s"):
         remote(url, OBEYS, timeout=0.3)(*make_batch([1], act="wait 0.6"))

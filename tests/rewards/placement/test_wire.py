@@ -43,13 +43,16 @@ def test_shared_frames_travel_once_and_stay_shared():
 
 
 def test_joined_jobs_keep_what_belongs_together():
-    one, other = (
+    one, other, bare, barer = (
         ScoringJob.make(torch.rand(1, 5, 3, 4, 6), {"whole": None}, [prompt], metadata)
-        for prompt, metadata in (("one", [{"a": 1}]), ("other", None))
+        for prompt, metadata in (("one", [{"a": 1}]), ("other", [{}]), ("bare", None), ("barer", None))
     )
     joined = ScoringJob.join([one, other])
     assert joined.prompts == ["one", "other"] and joined.metadata == [{"a": 1}, {}] and joined.whole == {"whole"}
     assert torch.equal(joined.frames["whole"], torch.cat([one.frames["whole"], other.frames["whole"]]))
+    # A reward may make something else of none than of an empty one.
+    assert one.kind() == other.kind() != bare.kind() == barer.kind()
+    assert ScoringJob.join([bare, barer]).metadata is None
 
 
 def header(**values):
