@@ -19,7 +19,7 @@ from ..errors import close_matches
 from ..files.text import parse_json
 from ..models.lora_layers import adapter_weights, dora_adapters
 from ..pipelines.block_generation import NOISE_LAYOUT
-from ..pipelines.loading import base_digest, lora_digest
+from ..pipelines.loading import base_digest, frame_configs, lora_digest
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..pipelines.scene_prompt import parse_scenes
 from ..pipelines.stream import PromptSwitch
@@ -126,6 +126,7 @@ class LiveModel:
         self.stream_settings = {"max_sequence_length": length}
         self.settings = FRAME_SETTINGS | settings | self.stream_settings
         self.digest = base_digest(pipe)
+        self.configs = frame_configs(pipe)
         self.block_seconds = 0.0  # of one in the model's own size, if it is warm
         self.lora_digests = {lora: lora_digest(pipe.denoiser, name) for lora, name in self.adapters.items()}
 
@@ -521,6 +522,7 @@ class LiveSession:
                 "loras": self.model.lora_digests,
                 "dtype": str(self.model.pipe.transformer.dtype).removeprefix("torch."),
                 **self.model.settings,
+                "configs": self.model.configs,
                 "noise_layout": NOISE_LAYOUT,
                 "seed": self.seed,
                 "height": self.height,
@@ -599,6 +601,16 @@ def check_record(model: LiveModel, record: Any):
     for name, value in model.settings.items():
         if record.get(name, value) != value:
             raise ValueError(f"it was made with {name} {record[name]}, not {value}: give that one.")
+    configs = record.get("configs", model.configs)
+    for component, values in model.configs.items():
+        own = configs.get(component) if isinstance(configs, dict) else None
+        for name, value in values.items():
+            found = own.get(name) if isinstance(own, dict) else None
+            if found != value:
+                raise ValueError(
+                    f"it was made with another model: {name} of its {component} is {found!r:.40}, "
+                    f"and here {value!r:.40}."
+                )
     frames = record.get("num_frames") or math.inf
     if frames != model.num_frames:
         raise ValueError(f"its video ends after {frames} frames, this one's after {model.num_frames}.")

@@ -4,11 +4,13 @@ import hashlib
 import importlib
 import inspect
 import itertools
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -36,6 +38,8 @@ from .quantization import quantization_config
 
 SAMPLED_VALUES = 64
 QUANTIZED = "the transformer is quantised: train with its own weights, and quantise for generation."
+# Settings of a pipeline that make other frames.
+_FRAME_CONFIG = ("sigmas", "first_block_sigmas", "num_context_frames", "past_weight")
 # A value in a config of the user's that no code expects fails wherever it is used first.
 LOADING = (*CHECKED, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
@@ -308,6 +312,18 @@ def base_digest(pipe: CausalWanPipeline) -> str:
     parameters = pipe.denoiser.named_parameters()
     base = ((name.replace(".base_layer.", "."), value) for name, value in parameters if ".lora_" not in name)
     return _digest(base, *sampled_components(pipe))
+
+
+def frame_configs(pipe: CausalWanPipeline) -> dict[str, dict[str, Any]]:
+    """What the configs say of how frames are made, by component, as JSON values: models of the same weights may differ
+    in it. Not sizes, which every call may have its own of."""
+    configs = {name: component.config for name, component in (*pipe.experts.items(), ("scheduler", pipe.scheduler))}
+    configs["pipeline"] = {name: pipe.config[name] for name in _FRAME_CONFIG}
+    found = {
+        component: {name: value for name, value in config.items() if not name.startswith("_")}
+        for component, config in configs.items()
+    }
+    return json.loads(json.dumps(found, default=str))
 
 
 def lora_digest(transformer: torch.nn.Module, adapter: str) -> str:

@@ -672,6 +672,21 @@ def test_sessions_of_others_are_told_apart(model, lora_paths):
     refuse("with attention_backend flash, not None", attention_backend="flash")
     refuse("with compile True, not False", compile=True)
     refuse("loras must be an object", loras=["first"])
+    refuse("another model: patch_size of its transformer is None, and here", configs=[])
+    # Of the same weights.
+    for component, values in (
+        ("transformer", {"sink_size": 0}),
+        ("transformer", {"local_attn_size": 6}),
+        ("scheduler", {"shift": 3.0}),
+        ("pipeline", {"sigmas": [1.0, 0.75]}),
+    ):
+        other = make_model(dict(zip(lora_paths, (1.0, 0.0))))
+        owner = other.pipe if component == "pipeline" else getattr(other.pipe, component)
+        owner.register_to_config(**values)
+        other = LiveModel(other.pipe, "tiny", {str(path): 1.0 for path in lora_paths})
+        (name,) = values
+        assert other.digest == model.digest
+        refuse(f"another model: {name} of its {component} is .*, and here", model=other)
     refuse("ends after 33 frames", num_frames=33)
     refuse("num_blocks must be a whole number", num_blocks=-1)
     with pytest.raises(ValueError, match="it is no session, which has events"):
