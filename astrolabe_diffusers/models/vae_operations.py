@@ -32,6 +32,12 @@ def lay_out(module: nn.Module):
 
     Weights that come later, or on another device, are read all the same, by way of a copy in every call.
     """
+    # Weights that are laid out in inference mode could never be trained again.
+    with torch.inference_mode(False):
+        _lay_out(module)
+
+
+def _lay_out(module: nn.Module):
     for conv in module.modules():
         if isinstance(conv, nn.Conv3d):
             order = (0, 3, 4, 2, 1) if is_stacked(conv) else (0, 2, 3, 4, 1)

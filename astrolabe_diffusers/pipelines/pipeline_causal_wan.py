@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from operator import attrgetter
@@ -48,6 +49,12 @@ def _parse(prompt: str | list[str] | None) -> list[list[Scene]]:
     if not texts:
         raise ValueError("`prompt` is an empty list.")
     return [parse_scenes(text) for text in texts]
+
+
+def _longest_take(cuts: list[list[int]], num_blocks: int) -> int:
+    """The most blocks of a video without a cut between them."""
+    takes = (itertools.pairwise([0, *blocks, num_blocks]) for blocks in cuts)
+    return max(end - start for ends in takes for start, end in ends)
 
 
 def _check_count(name: str, value: int):
@@ -182,10 +189,15 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """As the parent's, which leaves out a transformer of another class and then asks for it by a `TypeError`."""
-        names = (*EXPERTS, "scheduler")
-        components = {name: getattr(pipeline, name, None) for name in names}
-        return super().from_pipe(pipeline, **(components | kwargs))
+        """A pipeline of the components and settings of another one, but for those given. Components keep their dtypes,
+        where the parent's makes them float32, in the other pipeline too; with `dtype` they all get that one."""
+        dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+        components, settings = cls._get_signature_keys(cls)
+        values = {name: getattr(pipeline, name, None) for name in components}
+        values |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
+        made = cls(**(values | kwargs))
+        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return made.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else made
 
     # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
     # or else to the one that made the latest block.
@@ -360,10 +372,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     ):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Provide either `prompt` or `prompt_embeds`, and not both.")
-        videos = _parse(prompt)
+        videos, cuts = _parse(prompt), None
         for scene in sum(videos, []):
             check_transition(scene.transition, self.transitions)
         if isinstance(prompt_embeds, list):
+            cuts = [[scene.start for scene in scenes if scene.transition == "cut"] for scenes in prompt_embeds]
             for scene in sum(prompt_embeds, []):
                 check_transition(scene.transition, self.transitions)
             prompt_embeds = torch.stack([scene.prompt_embeds for scene in sum(prompt_embeds, [])])
@@ -384,7 +397,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 "rope_mode='relative', or num_context_frames."
             )
         scale, n, table = self.vae.config.scale_factor_temporal, config.num_frames_per_block, config.rope_max_seq_len
-        if bounded and self._longest_take(videos, self.num_blocks(num_frames)) * n > table:
+        if bounded and _longest_take(cuts or self._cuts(videos, num_frames), self.num_blocks(num_frames)) * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
                 f"{1 + scale * (table // n * n - 1)} frames without a cut, or a model with rope_mode='relative'."
@@ -552,7 +565,13 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         if prompt is not None:
             schedule = encode_scenes(_parse(prompt), num_blocks, num_videos_per_prompt)
         elif isinstance(prompt_embeds, list):
-            schedule = [list(scenes) for scenes in prompt_embeds for _ in range(num_videos_per_prompt)]
+
+            def encoded(scene: EncodedScene) -> EncodedScene:
+                embeds = self.encode_prompt(prompt_embeds=scene.prompt_embeds[None], device=device)
+                return replace(scene, prompt_embeds=embeds[0])
+
+            given = [list(map(encoded, scenes)) for scenes in prompt_embeds]
+            schedule = [list(scenes) for scenes in given for _ in range(num_videos_per_prompt)]
         else:
             prompt_embeds = self.encode_prompt(None, num_videos_per_prompt, prompt_embeds, device=device)
             schedule = [[EncodedScene(embeds, 0)] for embeds in prompt_embeds]
@@ -582,7 +601,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
             sampling, schedule, inbox, encode_scenes, inputs, num_given, generator, output_type
         )
         running = partial(self._calls.run, call)
-        return CausalWanStream(blocks, inbox, batch_size, running, self.transitions)
+        transitions = self.transitions if self.text_encoder is not None else None
+        return CausalWanStream(blocks, inbox, batch_size, running, transitions)
 
     def _video_length(self, prompt: str | list[str] | None, num_frames: float | None, start: StartFrames | None):
         """Frames of the video, whole blocks."""
@@ -610,14 +630,10 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         steps = self.scheduler.config.num_train_timesteps
         return [[int(round(steps * strength * sigma, 6)) / steps for sigma in sigmas] for sigmas in both]
 
-    def _longest_take(self, videos: list[list[Scene]], num_blocks: int) -> int:
-        """The most blocks of a video without a cut between them."""
-        longest = 0
-        for scenes in videos:
-            plan, _ = plan_scenes(scenes, self.seconds_per_block, num_blocks)
-            cuts = [0, *(block for block, scene in plan.items() if scene.transition == "cut"), num_blocks]
-            longest = max(longest, *(end - start for start, end in itertools.pairwise(cuts)))
-        return longest
+    def _cuts(self, videos: list[list[Scene]], num_frames: int) -> list[list[int]]:
+        """The blocks of each video that begin with a cut."""
+        plans = (plan_scenes(scenes, self.seconds_per_block, self.num_blocks(num_frames))[0] for scenes in videos)
+        return [[block for block, scene in plan.items() if scene.transition == "cut"] for plan in plans]
 
     @property
     def seconds_per_block(self) -> float:
@@ -741,7 +757,8 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 frames = pieces[0] if len(groups) == 1 else torch.cat(pieces)[torch.tensor(order).argsort()]
                 if sampling.decode:
                     frames = self._postprocess(frames, output_type)
-                yield frames
+                # Latents are the model's memory: who changes what is yielded must not change that.
+                yield frames if sampling.decode else frames.clone()
                 if sampling.call.interrupt:
                     return
 

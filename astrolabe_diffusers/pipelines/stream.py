@@ -134,14 +134,14 @@ class CausalWanStream(Iterator, AbstractContextManager):
         inbox: deque[PromptSwitch],
         batch_size: int,
         running: Callable[[], AbstractContextManager],
-        transitions: Sequence[str],
+        transitions: Sequence[str] | None,
     ):
         # What runs does not know the stream: a cycle would keep the cache until the garbage collector comes by.
         self._blocks = blocks
         self._inbox = inbox  # has room for the newest change of the prompt, for the thread that generates
         self._batch_size = batch_size
         self._running = running  # the context in which a block is made
-        self._transitions = transitions  # of the pipeline
+        self._transitions = transitions  # of the pipeline, if that has a text encoder
         self._lock = threading.RLock()
 
     def __next__(self) -> torch.Tensor | np.ndarray | list:
@@ -177,8 +177,10 @@ class CausalWanStream(Iterator, AbstractContextManager):
 
         Raises:
             ValueError: an argument that is none of these, or that this transition does not use; a transition that the
-                pipeline does not have ([`CausalWanPipeline.transitions`]).
+                pipeline does not have ([`CausalWanPipeline.transitions`]), or no text encoder.
         """
+        if self._transitions is None:
+            raise ValueError("this pipeline has no text encoder: give scenes as `prompt_embeds` from the start.")
         switch = PromptSwitch.parse(
             prompt, transition, num_blocks, global_sink, self._batch_size, self._transitions
         )

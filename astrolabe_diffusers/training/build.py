@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 
@@ -33,6 +33,8 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=tracker_names(config.report_to) or None,
+            # Losses are divided by the number of samples: not by what the environment may say as well.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(logging_dir)),
             # The schedule counts optimizer steps, whatever the number of processes.
             step_scheduler_with_optimizer=False,

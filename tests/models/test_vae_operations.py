@@ -122,6 +122,16 @@ def test_channels_come_by_the_eight(monkeypatch):
     assert channels == [16] and (y + bias - expected).abs().max() < 1e-12
 
 
+def test_weights_that_are_laid_out_in_inference_mode_can_be_trained():
+    conv = torch.nn.Conv3d(96, 96, 3)
+    with torch.inference_mode():
+        lay_out(conv)
+    assert not conv.weight.is_inference() and not conv.weight.is_contiguous()
+    with torch.enable_grad():
+        conv(torch.rand(1, 96, 3, 4, 4)).sum().backward()
+    assert conv.weight.grad.isfinite().all()
+
+
 def test_multiply():
     x, memory = randn(2, 3, 5, 6, 4), randn(2, 2, 5, 6, 4)
     for conv in WanCausalConv3d(4, 6, 1), torch.nn.Conv2d(4, 6, 1):

@@ -364,6 +364,18 @@ def test_another_pipeline_is_refused(tmp_path):
         load_from(str(tmp_path), dtype=torch.float32)
 
 
+def test_from_pipe_keeps_what_the_pipeline_has(folder):
+    pipe = CausalWanPipeline.from_pretrained(folder, dtype=torch.bfloat16, sigmas=[1.0, 0.5])
+    before = {name: p.dtype for name, p in pipe.transformer.named_parameters()}
+    other = CausalWanPipeline.from_pipe(pipe, first_block_sigmas=[1.0, 0.9, 0.5])
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16, torch.float32}
+    assert {name: p.dtype for name, p in other.transformer.named_parameters()} == before
+    assert other.transformer is pipe.transformer and other.config.sigmas == [1.0, 0.5]
+    assert other.config.first_block_sigmas == [1.0, 0.9, 0.5] and pipe.config.first_block_sigmas is None
+    cast = CausalWanPipeline.from_pipe(pipe, dtype=torch.float32)
+    assert {p.dtype for p in cast.vae.parameters()} == {torch.float32}
+
+
 def test_a_class_that_nothing_has_registered(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "own")
     index = tmp_path / "own" / "model_index.json"

@@ -5,10 +5,13 @@ import math
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
+from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers.pipelines.block_generation import EncodedScene
 from tests.pipelines.test_block_generation import server_context
 from tests.pipelines.test_scenes import TWO_STEPS, A, B, C, N, generate, reference, seeded
 from tests.tiny_pipeline import tiny_pipeline
@@ -160,6 +163,45 @@ def test_an_endless_stream_keeps_no_more_than_its_window(model):
             next(stream)
             sizes.append(kept())
     assert len(set(sizes[6:])) == 1, sizes
+
+
+def test_what_is_yielded_may_be_changed(pipe):
+    """Latents are not the model's memory, nor those that were given."""
+    given = pipe(A, num_frames=9, generator=seeded(), output_type="latent").frames
+    before = given.clone()
+
+    def latents(change):
+        pieces = []
+        with pipe.stream(A, num_frames=45, video=given, generator=seeded(), output_type="latent") as stream:
+            for piece in stream:
+                pieces.append(piece.clone())
+                change(piece)
+        return torch.cat(pieces, dim=2)
+
+    assert torch.equal(latents(lambda piece: piece.mul_(2).add_(1)), latents(lambda piece: None))
+    assert torch.equal(given, before)
+
+
+def test_scenes_may_be_given_as_embeddings():
+    """As `encode_prompt` of another pipeline makes them, in its dtype. A video that cuts may pass the positions that
+    the model has."""
+    pipe = tiny_pipeline(**TWO_STEPS, rope_max_seq_len=9).to(torch.bfloat16)
+    embeds = pipe.encode_prompt([A, B]).float()
+    scenes = [EncodedScene(embeds[0], 0), EncodedScene(embeds[1], 2, "cut")]
+    size = {"num_frames": 45, "output_type": "latent"}
+    given = pipe(prompt_embeds=[scenes], generator=seeded(), **size).frames
+    assert torch.equal(given, pipe(f"{A} [1.5s#] | {B} [1.5s]", generator=seeded(), **size).frames)
+    with pytest.raises(ValueError, match="passes the model's 9 absolute positions"):
+        pipe(prompt_embeds=[[replace(scene, transition="roll") for scene in scenes]], **size)
+
+
+def test_a_prompt_needs_a_text_encoder(pipe):
+    other = CausalWanPipeline.from_pipe(pipe, text_encoder=None, tokenizer=None)
+    with other.stream(prompt_embeds=pipe.encode_prompt(A), num_frames=33, output_type="latent") as stream:
+        next(stream)
+        with pytest.raises(ValueError, match="no text encoder"):
+            stream.set_prompt(B)
+        assert len(list(stream)) == 2
 
 
 def test_the_noise_of_an_endless_stream_is_its_generator_s(pipe):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from astrolabe_diffusers.distributed.accelerator import accelerate_settings, check_precision
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import load_from, load_frozen_pipeline, video_size
-from astrolabe_diffusers.training.build import set_recipe
+from astrolabe_diffusers.training.build import make_accelerator, set_recipe
 from tests.models.test_transformer_causal_wan import MODEL_ONLY
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import config
@@ -61,6 +61,12 @@ def test_a_server_s_recipe_is_trained_in_the_plain_loop():
     set_recipe(pipe, config(num_context_frames=0, sigmas=[1.0, 0.75, 0.5, 0.25]))
     assert recipe(pipe) == recipe(tiny_pipeline())
     assert torch.equal(video(pipe), video(tiny_pipeline())) and not torch.equal(video(pipe), before)
+
+
+def test_gradients_are_divided_by_the_samples_alone(tmp_path, monkeypatch):
+    """Not by what the environment says of accumulation as well."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert make_accelerator(config(output_dir=str(tmp_path))).gradient_accumulation_steps == 1
 
 
 def test_a_window_needs_room():

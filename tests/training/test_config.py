@@ -196,6 +196,17 @@ def test_saved_config_repeats_the_run(tmp_path):
     assert parse_args(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_numbers_of_a_saved_config_follow_what_is_changed(tmp_path):
+    path = tmp_path / "config.yaml"
+    NFTConfig(batches_per_epoch=2, num_train_epochs=8).save(path)
+    longer, larger = (
+        parse_args(["--config", str(path), *change])
+        for change in (["--num_train_epochs", "50"], ["--batches_per_epoch", "8"])
+    )
+    assert (longer.num_train_epochs, longer.max_train_steps, longer.gradient_accumulation_steps) == (50, 50, 2)
+    assert (larger.num_train_epochs, larger.max_train_steps, larger.gradient_accumulation_steps) == (8, 8, 8)
+
+
 def test_a_token_is_no_setting(configs):
     """Of the command line or of a file of 0.1.0."""
     (configs / "old.yaml").write_text("hub_token: hf_planted\n")

@@ -26,7 +26,8 @@ class NoisedBatch:
 
 
 def training_sigmas(pipeline, train_timesteps: str, train_steps: Sequence[int] = ()) -> torch.Tensor:
-    """Noise levels `(steps,)` in (0, 1] that are trained, of the sampler's steps `train_steps` or of all.
+    """Noise levels `(steps,)` in (0, 1] that are trained, of the sampler's steps `train_steps` or of all. One that
+    begins without noise has nothing to predict and is none of them.
 
     `"warped"`: those of the sampler. `"raw"`: those before its shift, as the code released with Astrolabe has it.
     """
@@ -35,8 +36,9 @@ def training_sigmas(pipeline, train_timesteps: str, train_steps: Sequence[int] =
         scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
         scheduler.set_timesteps(sigmas=sigmas.tolist())
         sigmas = scheduler.sigmas[:-1].float()
+    sigmas = sigmas[sigmas > 0]
     if unknown := set(train_steps) - set(range(len(sigmas))):
-        raise UserError(f"train_steps={min(unknown)}: the sampler has the steps 0 to {len(sigmas) - 1}.")
+        raise UserError(f"train_steps={min(unknown)}: the sampler's steps with noise are 0 to {len(sigmas) - 1}.")
     return sigmas[list(train_steps)] if train_steps else sigmas
 
 

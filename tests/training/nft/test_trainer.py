@@ -12,6 +12,7 @@ from astrolabe_diffusers.training.nft.loss import nft_loss
 from astrolabe_diffusers.training.nft.trainer import accumulate_gradients
 from astrolabe_diffusers.training.optimization import CollapseGuard, Optimization, make_optimizer
 from astrolabe_diffusers.training.policies import OLD, follow_current, policy_parameters, use_policy
+from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import config, make_samples, noised_batch, policy_pipeline, rows
 
 
@@ -288,8 +289,16 @@ def test_training_sigmas_are_the_samplers(pipe):
     assert training_sigmas(pipe, "raw").tolist() == [1.0, 0.75, 0.5, 0.25]
     assert training_sigmas(pipe, "warped", [3, 1]).tolist() == pytest.approx([0.625, 0.9375])
     for step in (-1, 4):
-        with pytest.raises(UserError, match=f"train_steps={step}: the sampler has the steps 0 to 3"):
+        with pytest.raises(UserError, match=f"train_steps={step}: the sampler's steps with noise are 0 to 3"):
             training_sigmas(pipe, "warped", [2, step])
+
+
+def test_a_step_without_noise_is_not_trained():
+    """Krea's server ends with one, of which the sampler makes the smallest level that there is."""
+    pipe = tiny_pipeline(sigmas=[1.0, 0.5, 0.0])
+    assert (training_sigmas(pipe, "warped") > 0.5).all() and training_sigmas(pipe, "raw").tolist() == [1.0, 0.5]
+    with pytest.raises(UserError, match="train_steps=2: the sampler's steps with noise are 0 to 1"):
+        training_sigmas(pipe, "raw", [2])
 
 
 def test_noise_belongs_to_the_sample():
