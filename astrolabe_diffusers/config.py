@@ -150,6 +150,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             return _finite(value)
         kind = get_args(hint)[-1]
         if get_origin(hint) is list:
+            if isinstance(value, dict):  # whose values would be lost
+                raise ValueError
             value = [v for v in value.strip("[] ").split(",") if v.strip()] if isinstance(value, str) else value
             items = [str(v).strip().strip("'\"") for v in value]
             return [_finite(item) if kind is float else kind(item) for item in items]

@@ -21,7 +21,7 @@ from ..reporting.machine import versions
 from ..reporting.markdown import markdown_table
 from ..reporting.videos import write_columns
 from ..rollout.prompts import PromptSource, spread
-from ..rollout.samples import Sample
+from ..rollout.samples import Sample, warn_of_scenes
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread
 from ..shareable import shareable, shareable_value
@@ -111,6 +111,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
 def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resources: Resources) -> HeldOut:
     """The held-out videos of an evaluation, whose LoRAs all fit; `resources` lets go of what they need."""
     prompts = spread(PromptSource.of(config).read(config.eval_split), config.num_prompts)
+    warn_of_scenes(prompts, config)
     weights = dict.fromkeys(config.rewards, 1.0)
     rewards = resources.enter_context(
         config.make_rewards(weights, frame_rate(config.model, config.revision), accelerator.process_index)

@@ -73,6 +73,8 @@ def load_from(
             kwargs["transformer"] = map_transformer(folder, index["transformer"], variant, map_for)
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, variant=variant, **kwargs)
         pipeline.check_components()
+        if "text_encoder" not in kwargs:
+            pipeline.check_text_encoder()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -216,6 +218,7 @@ def load_text_encoder(
         pipeline = pipeline_class.from_pretrained(
             model, revision=revision, variant=variant, dtype=frozen_dtype(accelerator), **without
         )
+        pipeline.check_text_encoder()
     return freeze_pipeline(pipeline, accelerator)
 
 

@@ -273,16 +273,19 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         """Of one video, or of several that go on together, from their beginning."""
         return StreamingVAEDecoder(self.vae) if self.tiny_decoder is None else StreamingTinyDecoder(self.tiny_decoder)
 
-    def _require(self, *names: str):
+    def _require(self, *names: str, instead: str = ""):
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
-            instead = ", or give `prompt_embeds`" if "text_encoder" in missing else ""
             raise ValueError(f"this pipeline was loaded without {' and '.join(missing)}: load it with them{instead}.")
 
     def check_components(self):
         """Raises a `ValueError` if the pipeline cannot generate: it lacks a component, or has one of another kind."""
         self._require("vae", "scheduler", "transformer")
         self._check_kinds()
+
+    def check_text_encoder(self):
+        """Raises a `ValueError` if the pipeline cannot encode prompts."""
+        self._require("tokenizer", "text_encoder")
 
     @property
     def is_endless(self) -> bool:
@@ -340,7 +343,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         Needs tokenizer and text encoder alone. A `ValueError` if a prompt is no text or the length not in 1 to 512."""
         device = device or self._execution_device
         if prompt_embeds is None:
-            self._require("tokenizer", "text_encoder")
+            self._require("tokenizer", "text_encoder", instead=", or give `prompt_embeds`")
             if prompt is None:
                 raise ValueError("Provide either `prompt` or `prompt_embeds`.")
             prompt = [prompt] if isinstance(prompt, str) else prompt

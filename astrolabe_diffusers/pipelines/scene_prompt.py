@@ -98,6 +98,16 @@ def parse_scenes(prompt: str) -> list[Scene]:
         transition = next_transition
 
 
+def has_scene_marks(prompt: str) -> bool:
+    """Whether [`parse_scenes`] makes anything but one scene of the same text of it."""
+    if not any(mark in prompt for mark in "|[\\"):  # as in nearly all of a set of a million
+        return False
+    try:
+        return [scene.text for scene in parse_scenes(prompt)] != [prompt.strip()]
+    except ValueError:
+        return False
+
+
 def escape_scenes(text: str) -> str:
     """A prompt that is `text` and nothing else."""
     return re.sub(r"([\\|\[\]])", r"\\\1", text)

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Union, get_args, get_origin
 
@@ -82,15 +82,20 @@ def make_reward(
     return FunctionReward(source, **options)
 
 
-def named_reward_funcs(reward_funcs: Iterable[str | Reward | Callable]) -> dict[str, str | Reward | Callable]:
-    """Rewards by names of their own, for `RewardSet`: a text is its own, a function has its `__name__`, and a `Reward`
-    or its class the registered name or else that of the class in snake case. A `ValueError` if something is no reward,
-    or two have one name."""
+def named_reward_funcs(
+    reward_funcs: str | Reward | Callable | Iterable[str | Reward | Callable],
+) -> dict[str, str | Reward | Callable]:
+    """Rewards, or a single one, by names of their own, for `RewardSet`: a text is its own, a function has its
+    `__name__`, and a `Reward` or its class the registered name or else that of the class in snake case. A `ValueError`
+    if something is no reward, or two have one name."""
+    # A mapping, whose weights would be lost, is no reward.
+    if isinstance(reward_funcs, str | Mapping) or not isinstance(reward_funcs, Iterable):
+        reward_funcs = [reward_funcs]
     named = {}
     for source in reward_funcs:
         name = source if isinstance(source, str) else _name_of(source)
         if name in named:
-            raise ValueError(f"reward_funcs: two rewards are called {name!r}; give one of them another __name__.")
+            raise ValueError(f"two rewards are called {name!r}; give one of them another __name__.")
         named[name] = source
     return named
 
@@ -102,7 +107,7 @@ def _name_of(source: Reward | Callable) -> str:
         registered = [name for name, known in _registered().items() if _class_of(known) is cls]
         return registered[0] if len(registered) == 1 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
     if not _is_function(source):
-        raise ValueError(f"reward_funcs: {source!r} is neither a name, nor a function, nor a Reward.")
+        raise ValueError(f"{source!r} is neither a name, nor a function, nor a Reward.")
     while isinstance(source, partial):
         source = source.func
     return getattr(source, "__name__", type(source).__name__).strip("<>")

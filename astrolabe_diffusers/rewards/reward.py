@@ -13,7 +13,7 @@ from .frames import FrameRequest, prepare_frames
 
 
 class RewardError(RuntimeError):
-    """A reward returned something that is no reward: a wrong shape, a NaN or an infinity."""
+    """A reward returned something that is no reward: a wrong shape, `None`, a NaN or an infinity."""
 
 
 class RewardPlacementError(ConnectionError):
@@ -37,11 +37,12 @@ class RewardOutput:
         return RewardOutput(_vector(self.scores, f"reward {name!r}", batch_size), info)
 
 
-def _vector(values: torch.Tensor, what: str, batch_size: int) -> torch.Tensor:
+def _vector(values: Any, what: str, batch_size: int) -> torch.Tensor:
+    values = _float_tensor(values, what)
     if tuple(values.shape) != (batch_size,):
         raise RewardError(f"{what} must hold one number a video, [{batch_size}], but has shape {list(values.shape)}.")
     # An inference tensor may not enter a loss; its clone made outside inference mode may.
-    return values.to("cpu", torch.float32).clone()
+    return values.clone()
 
 
 class Reward(ABC):
@@ -101,11 +102,17 @@ class FunctionReward(Reward):
         result = self.function(videos, prompts, metadata, **self.options)
         pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict | None)
         scores, info = result if pair else (result, None)
-        return RewardOutput(_float_tensor(scores), {name: _float_tensor(part) for name, part in (info or {}).items()})
+        parts = {name: _float_tensor(part, f"info {name!r}") for name, part in (info or {}).items()}
+        return RewardOutput(_float_tensor(scores, "what the function returns"), parts)
 
 
-def _float_tensor(values) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.float32, device="cpu")
+def _float_tensor(values: Any, what: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError):
+        lacks = isinstance(values, (list, tuple)) and any(value is None for value in values)
+        found = "there is None among them" if lacks else f"it is {values!r:.80}"
+        raise RewardError(f"{what} must hold numbers, one a video, and {found}.") from None
 
 
 def check_device(name: str | torch.device) -> torch.device:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,8 +70,10 @@ class RewardSet(Closing):
     ):
         if not weights:
             raise ValueError("no reward is named; give at least one, such as {'motion_smoothness': 1.0}.")
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"weights must be by name, such as {{'motion_smoothness': 1.0}}, not {weights!r:.80}.")
         for name, weight in weights.items():
-            if not math.isfinite(weight):
+            if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"the weight of {name!r} must be a finite number, not {weight}.")
         options, placement, rewards = options or {}, placement or {}, rewards or {}
         for name in (*options, *placement, *rewards):
@@ -128,6 +131,8 @@ class RewardSet(Closing):
             RewardPlacementError: a process died twice, or a server does not answer, or not in time, or nonsense.
             ValueError: the batch is not what a reward can take.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list with one a video, not the text {prompts!r:.80}.")
         if videos.ndim != 5 or not videos.is_floating_point() or len(prompts) != len(videos):
             raise ValueError(
                 f"videos must be floats [B, F, C, H, W] with one prompt each; got {videos.dtype} "

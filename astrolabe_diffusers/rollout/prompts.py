@@ -1,7 +1,7 @@
 """Prompt files, and which prompts, samples and batches make up an epoch."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,10 @@ class PromptSource:
         name = str(path) if config.prompts is None else config.prompts
         return cls(name, config.prompts_data_dir, config.prompt_column)
 
+    @property
+    def has_splits(self) -> bool:
+        return not Path(self.name).is_file()
+
     def read(self, split: str) -> list[Prompt]:
         """The prompts of a split; those of a file, which is all of them. A [`UserError`] if there are
         none."""
@@ -85,7 +89,7 @@ class PromptSource:
             prompts = read_prompts(file)
         else:
             raise UserError(f"the prompt file {file} must be a .txt or a .jsonl file.")
-        return _checked(prompts, f" of {self.name}")
+        return _checked(prompts, self.name)
 
     def _read_dataset(self, split: str) -> list[Prompt]:
         # Imported here: it costs a second, and most runs have a file.
@@ -93,45 +97,94 @@ class PromptSource:
 
         with as_user_error(f"{self.name} is no prompt file, has no {split}.txt, and cannot be loaded as a dataset"):
             dataset = load_dataset(self.name, data_dir=self.data_dir, split=split)
-        columns = (self.column,) if self.column else COLUMNS
-        column = next((column for column in columns if column in dataset.column_names), None)
-        if column is None:
-            names = " or ".join(map(repr, columns))
-            raise UserError(f"{self.name} has no column {names}; its columns: {', '.join(dataset.column_names)}.")
-        return [Prompt(row.pop(column), row) for row in dataset if str(row[column]).strip()]
+        return _dataset_prompts(dataset, self.name, self.column)
 
 
-def _checked(prompts: list[Prompt], of: str = "") -> list[Prompt]:
+@dataclass(frozen=True)
+class GivenPrompts:
+    """Prompts that are objects in Python, read as those of a [`PromptSource`].
+
+    Attributes:
+        prompts: texts, dicts with a `prompt`, or a `datasets.Dataset`; or a `datasets.DatasetDict`, or another
+            mapping of such by split.
+        name: what errors call them.
+        column: as of a [`PromptSource`], of dicts too.
+    """
+
+    prompts: Iterable[str | dict[str, Any] | Prompt] | Mapping[str, Iterable]
+    name: str
+    column: str | None = None
+
+    @property
+    def has_splits(self) -> bool:
+        return isinstance(self.prompts, Mapping)
+
+    def read(self, split: str) -> list[Prompt]:
+        """The prompts of a split; all of them where there are none. A [`UserError`] if there are no prompts, or
+        something else is among them."""
+        items = self.prompts
+        if self.has_splits:
+            if split not in items:
+                known = ", ".join(map(str, items))
+                raise UserError(
+                    f"{self.name} has no split {split!r}; its splits: {known} (train_split and eval_split say which "
+                    "to take)."
+                )
+            items = items[split]
+        # Passed through, these give characters and names of columns.
+        if isinstance(items, str) or hasattr(items, "columns"):
+            raise UserError(
+                f"{self.name} must be a list of prompts or a datasets.Dataset, not a {type(items).__name__}."
+            )
+        if getattr(items, "column_names", None):
+            prompts = _dataset_prompts(items, self.name, self.column)
+        else:
+            with as_user_error(self.name, (TypeError,)):
+                items = iter(items)
+            prompts = [self._prompt(index, item) for index, item in enumerate(items)]
+        return _checked(prompts, self.name)
+
+    def _prompt(self, index: int, item: str | dict[str, Any] | Prompt) -> Prompt:
+        if isinstance(item, dict):
+            rest = dict(item)
+            column = _find_column(rest, f"prompt {index} of {self.name}", self.column)
+            return Prompt(rest.pop(column), rest)
+        if not isinstance(item, str | Prompt):
+            raise UserError(
+                f"prompt {index} of {self.name} must be a text or a dict with a `prompt`, not {item!r:.80}."
+            )
+        return Prompt(item) if isinstance(item, str) else item
+
+
+def _dataset_prompts(dataset: Iterable[dict[str, Any]], name: str, column: str | None) -> list[Prompt]:
+    column = _find_column(dataset.column_names, name, column)
+    return [Prompt(row.pop(column), row) for row in dataset if str(row[column]).strip()]
+
+
+def _find_column(names: Iterable[str], what: str, column: str | None) -> str:
+    columns = (column,) if column else COLUMNS
+    found = next((column for column in columns if column in names), None)
+    if found is None:
+        wanted, known = " or ".join(map(repr, columns)), ", ".join(map(str, names))
+        raise UserError(f"{what} has no column {wanted}; its columns: {known} (prompt_column says which to take).")
+    return found
+
+
+def _checked(prompts: list[Prompt], name: str) -> list[Prompt]:
+    if not prompts:
+        raise UserError(f"{name} has no prompts.")
     for index, prompt in enumerate(prompts):
-        with as_user_error(f"prompt {index}{of}"):
+        with as_user_error(f"prompt {index} of {name}"):
             check_text(prompt.text)
     return prompts
 
 
-def as_prompts(items: Iterable[str | dict[str, Any] | Prompt]) -> list[Prompt]:
-    """Prompts of a list of texts, a list of dicts with a `prompt`, or a `datasets.Dataset`; a [`UserError`]
-    if there are none, or something else is among them."""
-    prompts = []
-    for index, item in enumerate(items):
-        if isinstance(item, dict):
-            rest = dict(item)
-            column = next((column for column in COLUMNS if column in rest), None)
-            item = Prompt(rest.pop(column), rest) if column else item
-        prompt = Prompt(item) if isinstance(item, str) else item
-        if not isinstance(prompt, Prompt):
-            raise UserError(f"prompt {index} must be a text or a dict with a `prompt`, not {item!r:.80}.")
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError("there are no prompts.")
-    return _checked(prompts)
-
-
 def train_and_eval_prompts(
-    source: PromptSource, num_eval_prompts: int, train_split: str = "train", eval_split: str = "test"
+    source: PromptSource | GivenPrompts, num_eval_prompts: int, train_split: str = "train", eval_split: str = "test"
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of a source. One without a second split, a single file for example, gives its
     held-out prompts from the first; see [`hold_out`]."""
-    own_split = not Path(source.name).is_file() and eval_split != train_split
+    own_split = source.has_splits and eval_split != train_split
     prompts = source.read(train_split)
     return hold_out(prompts, source.read(eval_split) if own_split else None, num_eval_prompts, source.name)
 

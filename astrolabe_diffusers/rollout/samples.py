@@ -1,18 +1,23 @@
 """Which prompts, samples and batches make up an epoch."""
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..distributed.agreement import is_first_process
 from ..errors import UserError, as_user_error
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
-from ..pipelines.scene_prompt import escape_scenes, parse_scenes, plan_scenes
+from ..pipelines.scene_prompt import escape_scenes, has_scene_marks, parse_scenes, plan_scenes
 from .config import SwitchConfig
 from .past import Past, Switch
 from .prompts import Prompt
 from .seeds import seeded_generator
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,19 @@ def check_switch_prompts(prompts: Sequence[Prompt], switch_prompts: str, kind: s
         with as_user_error(f"{kind} prompt {index}"):
             if len(parse_scenes(prompt.text)) == 1:
                 raise ValueError(f"{prompt.text[:80]!r} has one scene: write `a | b`, or set switch_prompts=pairs.")
+
+
+def warn_of_scenes(prompts: Sequence[Prompt], config: SwitchConfig):
+    """Says so, in one line, if the pipeline would make scenes of one of these, and these settings make none."""
+    if config.transitions and config.switch_prompts == "scenes":
+        return
+    found = next((prompt.text for prompt in prompts if has_scene_marks(prompt.text)), None)
+    if found is not None and is_first_process():
+        logger.warning(
+            "prompts such as %.80r are one text here, with their marks of scenes in it: scenes are made with "
+            "--transitions and --switch_prompts scenes.",
+            found,
+        )
 
 
 def _order(prompts: Sequence[Prompt], cycle: int, seed: int) -> list[int]:

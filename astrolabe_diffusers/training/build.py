@@ -18,12 +18,13 @@ from ..errors import UserError, as_user_error
 from ..layouts.experts import MEMORY_TRANSFORMER
 from ..models.transformer_causal_wan import check_window
 from ..pipelines.loading import frozen_dtype, load_text_encoder
+from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..reporting.trackers import tracker_names
-from ..rewards import RewardSet, named_reward_funcs
+from ..rewards import Reward, RewardSet, named_reward_funcs
 from ..rollout.past import Switch
 from ..rollout.prompt_embeds import StoredPromptEmbeds, encoder_digest
-from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, train_and_eval_prompts
-from ..rollout.samples import epoch_prompts, epoch_samples, held_out_texts
+from ..rollout.prompts import GivenPrompts, Prompt, PromptSource, hold_out, train_and_eval_prompts
+from ..rollout.samples import epoch_prompts, epoch_samples, held_out_texts, warn_of_scenes
 from .config import OnlineConfig
 
 
@@ -48,16 +49,29 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
 
 
 def load_prompts(
-    config: OnlineConfig, train_prompts: Iterable | None = None, eval_prompts: Iterable | None = None
+    config: OnlineConfig,
+    train_prompts: Iterable | str | Path | None = None,
+    eval_prompts: Iterable | str | Path | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts of a run: those given, or the settings'."""
-    if train_prompts is not None:
-        held_out = None if eval_prompts is None else as_prompts(eval_prompts)
-        return hold_out(as_prompts(train_prompts), held_out, config.num_eval_prompts, "train_prompts")
-    if eval_prompts is not None:
+    """Training and held-out prompts of a run: those given, or the settings'. What is given as a text or path is read
+    as the setting `prompts` is."""
+
+    def source_of(given: Iterable | str | Path, name: str) -> PromptSource | GivenPrompts:
+        if isinstance(given, (str, Path)):
+            return PromptSource(str(given), config.prompts_data_dir, config.prompt_column)
+        return GivenPrompts(given, name, config.prompt_column)
+
+    if train_prompts is None and eval_prompts is not None:
         raise UserError("eval_prompts go with train_prompts; the settings' `prompts` have both.")
-    source = PromptSource.of(config)
-    return train_and_eval_prompts(source, config.num_eval_prompts, config.train_split, config.eval_split)
+    source = PromptSource.of(config) if train_prompts is None else source_of(train_prompts, "train_prompts")
+    number, splits = config.num_eval_prompts, (config.train_split, config.eval_split)
+    if eval_prompts is None:
+        train, held_out = train_and_eval_prompts(source, number, *splits)
+    else:
+        held_out = source_of(eval_prompts, "eval_prompts").read(config.eval_split)
+        train, held_out = hold_out(source.read(config.train_split), held_out, number, source.name)
+    warn_of_scenes([*train, *held_out], config)
+    return train, held_out
 
 
 def store_prompt_embeds(
@@ -95,6 +109,27 @@ def run_texts(
     return list(dict.fromkeys(texts))
 
 
+def check_pipeline(pipeline: CausalWanPipeline, config: OnlineConfig):
+    """A [`UserError`] if a pipeline that is given is not what a run can start from."""
+    if not isinstance(pipeline, CausalWanPipeline):
+        kind = type(pipeline).__name__
+        raise UserError(f"model must be a CausalWanPipeline, or folder or Hub id of one, not a {kind}.")
+    if config.prompt_embeds_dir:
+        raise UserError(
+            "prompt_embeds_dir knows a text encoder by its files: give the model as a folder or Hub id, and no "
+            "pipeline."
+        )
+    with as_user_error("model"):
+        pipeline.check_components()
+        pipeline.check_text_encoder()
+    loras = {name for expert in pipeline.experts.values() for name in getattr(expert, "peft_config", {})}
+    if loras:
+        raise UserError(
+            f"the pipeline has LoRAs ({', '.join(sorted(loras))}): unload_lora_weights() first, after fuse_lora() if "
+            "they are to stay; to go on from one use init_lora."
+        )
+
+
 def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
     """What the settings say about how the model attends and samples; its own where they do not."""
     attention = {"local_attn_size": config.local_attn_size, "sink_size": config.sink_size}
@@ -122,7 +157,9 @@ def check_experts(pipeline: DiffusionPipeline, config: OnlineConfig):
         raise UserError("a model with a memory transformer cannot be trained in shards: choose DDP, which copies it.")
 
 
-def name_rewards(config: OnlineConfig, reward_funcs: Sequence | None) -> tuple[OnlineConfig, dict[str, Any]]:
+def name_rewards(
+    config: OnlineConfig, reward_funcs: Sequence | str | Callable | Reward | None
+) -> tuple[OnlineConfig, dict[str, Any]]:
     """The settings with the names of `reward_funcs` as rewards, and what is called so."""
     if reward_funcs is None:
         return config, {}

@@ -313,8 +313,8 @@ class OnlineConfig(VideoConfig, SwitchConfig):
         return samples // self.samples_per_prompt
 
     def save(self, path: str | Path):
-        """Writes every setting as YAML; a run with `--config path` repeats this one, and numbers that follow from others
-        follow where these are changed. What may be written over is said anew for each."""
+        """Writes every setting as YAML; a run with `--config path` repeats this one, and numbers that follow from
+        others follow where these are changed. What may be written over is said anew for each."""
         values = {name: value for name, value in asdict(self).items() if name != "overwrite_output_dir"}
         values["max_train_steps"] = None  # as many as the epochs have
         if self.gradient_accumulation_steps == self.batches_per_epoch:

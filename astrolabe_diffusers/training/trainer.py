@@ -30,6 +30,7 @@ from .advantages import Advantages, group_advantages, reward_to_maximise
 from .batch_size import check_auto, set_batch_size
 from .build import (
     check_experts,
+    check_pipeline,
     load_prompts,
     make_accelerator,
     make_rewards,
@@ -162,13 +163,20 @@ class OnlineTrainer:
 
     # The run
 
-    def load(self, pipeline: CausalWanPipeline | None, train_prompts: Iterable | None, eval_prompts: Iterable | None):
+    def load(
+        self,
+        pipeline: CausalWanPipeline | None,
+        train_prompts: Iterable | str | Path | None,
+        eval_prompts: Iterable | str | Path | None,
+    ):
         """Everything that this process makes alone: it exchanges nothing with others."""
         config = self.config
         check_auto(config, self.accelerator)
         self.num_groups = config.groups_per_epoch(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         set_seed(config.seed)
+        if pipeline is not None:
+            check_pipeline(pipeline, config)
 
         self.prompts, self.eval_prompts = load_prompts(config, train_prompts, eval_prompts)
         if config.transitions:
@@ -185,11 +193,6 @@ class OnlineTrainer:
             self.pipeline = load_frozen_pipeline(*source, config.vae_dtype, to_shard=is_sharded(), **without)
             if config.prompt_embeds_dir:
                 prompt_embeds = store_prompt_embeds(config, self.accelerator, self.prompts, self.eval_prompts)
-        elif config.prompt_embeds_dir:
-            raise UserError(
-                "prompt_embeds_dir knows a text encoder by its files: give the model as a folder or Hub id, and no "
-                "pipeline."
-            )
         else:
             self.pipeline = freeze_pipeline(pipeline, self.accelerator, to_shard=is_sharded())
             if config.vae_dtype:

@@ -2,7 +2,13 @@
 
 import pytest
 
-from astrolabe_diffusers.pipelines.scene_prompt import Scene, escape_scenes, parse_scenes, plan_scenes
+from astrolabe_diffusers.pipelines.scene_prompt import (
+    Scene,
+    escape_scenes,
+    has_scene_marks,
+    parse_scenes,
+    plan_scenes,
+)
 
 
 @pytest.mark.parametrize(
@@ -81,3 +87,13 @@ def test_decimal_fractions_make_whole_blocks():
 @pytest.mark.parametrize("text", ["a cat", "a | b [8s]", "[red] a\\b \\", "a [8s#", "\\|"])
 def test_escaped_text_means_itself(text):
     assert parse_scenes(escape_scenes(text)) == [Scene(text)]
+
+
+@pytest.mark.parametrize("prompt", ["a | b", "a [1s] | b [1s]", "a [2s]", "a [#]", r"a \| b"])
+def test_marks_of_scenes(prompt):
+    assert has_scene_marks(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["", " a cat ", "a |", "| a", "a || b", "a [red] cat", "a | b [8]", "[8s] a"])
+def test_what_is_no_scene_by_the_grammar_has_no_marks(prompt):
+    assert not has_scene_marks(prompt)

@@ -202,6 +202,11 @@ def test_a_list_of_rewards_gets_names():
     for twice in ([sharp, "sharpness"], [brightness, partial(brightness)]):
         with pytest.raises(ValueError, match="two rewards are called '(sharpness|brightness)'"):
             named_reward_funcs(twice)
-    for wrong in (3, dict):
+    for wrong in ([3], [dict], 3, {"sharpness": 0.5}):
         with pytest.raises(ValueError, match="is neither a name, nor a function, nor a Reward"):
-            named_reward_funcs([wrong])
+            named_reward_funcs(wrong)
+
+
+@pytest.mark.parametrize("single", ["sharpness", Sharpness, Sharpness(), FunctionReward(first_pixel), first_pixel])
+def test_a_single_reward_is_a_list_of_one(single):
+    assert named_reward_funcs(single) == named_reward_funcs([single]) and len(named_reward_funcs(single)) == 1

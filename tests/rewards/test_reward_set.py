@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from astrolabe_diffusers.rewards import RewardError, RewardSet, get_reward
+from astrolabe_diffusers.rewards import Reward, RewardError, RewardOutput, RewardSet, get_reward
 from tests.rewards.placed_rewards import Bright, make_batch
 
 
@@ -122,6 +122,32 @@ def test_a_wrong_shape_is_refused(function, message):
         RewardSet({f"{PATH}:{function}": 1.0})(torch.rand(2, 3, 3, 8, 8), CAPTIONS)
 
 
+class Returns(Reward):
+    def __init__(self, output):
+        self.output = output
+
+    def score(self, videos, prompts, metadata=None):
+        return self.output
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (lambda *batch: [0.5, None], "reward 'mine': what the function returns must hold numbers.* None among them"),
+        (lambda *batch: None, "reward 'mine': what the function returns must hold numbers.* it is None"),
+        (lambda *batch: ["a", "b"], r"reward 'mine': what .* it is \['a', 'b'\]"),
+        (lambda *batch: ([1, 2], {"part": [1, None]}), "reward 'mine': info 'part' must hold .* None among them"),
+        (Returns(RewardOutput([0.5, None])), "reward 'mine' must hold numbers, one a video, and there is None among"),
+        (Returns(torch.ones(2)), "reward 'mine' must return a RewardOutput, not a Tensor"),
+        (Returns(None), "reward 'mine' must return a RewardOutput, not a NoneType"),
+    ],
+)
+def test_what_is_no_number_names_the_reward(reward, words):
+    with pytest.raises(RewardError, match=words) as error:
+        RewardSet({"flicker": 1.0, "mine": 1.0}, rewards={"mine": reward})(torch.rand(2, 3, 3, 8, 8), CAPTIONS)
+    assert "\n" not in str(error.value)
+
+
 PLACED = "tests.rewards.placed_rewards"
 BRIGHT, ENDS, FIRST = (f"{PLACED}:{name}" for name in ("Bright", "EndFrames", "first_pixel"))
 
@@ -150,7 +176,7 @@ def test_a_reward_that_is_given_broken_frames_is_not_asked():
             RewardSet({ENDS: 1.0})(videos, ["a", "b", "c"])
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), float("-inf"), None, "1"])
 def test_a_weight_is_a_finite_number(weight):
     with pytest.raises(ValueError, match="the weight of 'sharpness' must be a finite number, not "):
         RewardSet({"flicker": 1.0, "sharpness": weight})
@@ -172,6 +198,11 @@ def test_bad_input_is_one_clear_line():
         RewardSet({"flicker": 1.0})(torch.zeros(1, 2, 3, 8, 8), ["a"], [{}, {}])
     with pytest.raises(ValueError, match="no reward is named"):
         RewardSet({})
+    for names in ("sharpness", ["sharpness"]):
+        with pytest.raises(ValueError, match="weights must be by name, such as .*, not .*sharpness"):
+            RewardSet(names)
+    with pytest.raises(ValueError, match="prompts must be a list with one a video, not the text 'ab'"):
+        RewardSet({"flicker": 1.0})(torch.rand(2, 2, 3, 8, 8), "ab")
     with pytest.raises(ValueError, match=r"unknown reward 'sharpnes' \(did you mean sharpness\?\); known: "):
         RewardSet({"sharpnes": 1.0})
     with pytest.raises(ValueError, match="one prompt each; got .* and 1 prompts"):

@@ -2,11 +2,20 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pandas
 import pytest
+from datasets import Dataset, DatasetDict
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.errors import UserError
-from astrolabe_diffusers.rollout.prompts import Prompt, PromptSource, read_prompts, spread, train_and_eval_prompts
+from astrolabe_diffusers.rollout.prompts import (
+    GivenPrompts,
+    Prompt,
+    PromptSource,
+    read_prompts,
+    spread,
+    train_and_eval_prompts,
+)
 from astrolabe_diffusers.rollout.samples import epoch_samples, eval_samples, process_batches
 from astrolabe_diffusers.rollout.seeds import stable_seed
 
@@ -139,6 +148,55 @@ def test_no_held_out_text_is_trained_on(tmp_path, caplog):
     (tmp_path / "train.txt").write_text("d\n")
     with pytest.raises(UserError, match="all training prompts are held out"):
         train_and_eval_prompts(PromptSource(str(tmp_path)), 2)
+
+
+def test_what_is_given_in_python():
+    rows = [{"prompt": "a", "text": "b", "caption": "c"}, {"prompt": "d", "text": "e", "caption": "f"}]
+    expected = [Prompt("a", {"text": "b", "caption": "c"}), Prompt("d", {"text": "e", "caption": "f"})]
+    for given in (rows, iter(rows), Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset(), expected):
+        assert GivenPrompts(given, "train_prompts").read("any") == expected
+    for given in (rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        assert texts(GivenPrompts(given, "train_prompts", "caption").read("any")) == ["c", "f"]
+    # A text has no column, and is the prompt.
+    assert texts(GivenPrompts(["a", "b"], "train_prompts", "caption").read("any")) == ["a", "b"]
+    # Empty rows of a dataset do not count, wherever it is from.
+    assert texts(GivenPrompts(Dataset.from_dict({"text": ["a", " ", "b"]}), "train_prompts").read("any")) == ["a", "b"]
+
+
+def test_splits_that_are_given():
+    train, test = Dataset.from_dict({"text": ["a", "b", "c"]}), Dataset.from_dict({"text": ["d", "e"]})
+    for given in (DatasetDict(train=train, test=test), {"train": ["a", "b", "c"], "test": [{"prompt": "d"}, "e"]}):
+        source = GivenPrompts(given, "train_prompts")
+        assert [texts(split) for split in train_and_eval_prompts(source, 1)] == [["a", "b", "c"], ["d"]]
+        # One split: what is held out is taken from it.
+        prompts, held_out = train_and_eval_prompts(source, 1, "train", "train")
+        assert texts(held_out) == ["a"] and texts(prompts) == ["b", "c"]
+        with pytest.raises(UserError, match="train_prompts has no split 'validation'; its splits: train, test"):
+            train_and_eval_prompts(source, 1, "train", "validation")
+
+
+NO_COLUMN = "has no column 'prompt' or 'text'; its columns: caption .prompt_column says which"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "train_prompts has no prompts"),
+        (Dataset.from_dict({"text": [" "]}), "train_prompts has no prompts"),
+        (["a", 5], "prompt 1 of train_prompts must be a text or a dict with a `prompt`, not 5"),
+        ([{"prompt": 5}], "prompt 0 of train_prompts: .* 5 is no text"),
+        ([{"caption": "a"}], f"prompt 0 of train_prompts {NO_COLUMN}"),
+        (Dataset.from_dict({"caption": ["a"]}), f"train_prompts {NO_COLUMN}"),
+        (pandas.DataFrame({"prompt": ["a"], "text": ["b"]}), "must be a list of prompts or .* not a DataFrame"),
+        ({"train": "a red circle"}, "must be a list of prompts or .* not a str"),
+        ({"prompt": "a red circle"}, "has no split 'train'; its splits: prompt"),
+        (5, "train_prompts: 'int' object is not iterable"),
+    ],
+)  # fmt: skip
+def test_what_is_given_and_cannot_be(given, words):
+    with pytest.raises(UserError, match=words) as error:
+        GivenPrompts(given, "train_prompts").read("train")
+    assert "\n" not in str(error.value)
 
 
 def test_single_file_too_short_or_of_unknown_kind(tmp_path):

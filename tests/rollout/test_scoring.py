@@ -117,6 +117,19 @@ def test_nan_reward_is_skipped_on_request(pipe):
     worker.close()
 
 
+def test_none_is_told_and_skipped_like_nan(pipe):
+    """TRL's word for a reward that does not apply."""
+    videos = torch.rand(3, 2, 3, 4, 4)
+    videos[:, 0, 0, 0, 0] = torch.tensor([0.1, 0.9, 0.2])
+    with reward_worker(pipe, "tests.training.rewards:none_for_bright") as worker:
+        with pytest.raises(UserError, match="^reward 'tests.training.rewards:none_for_bright': .* None among them.$"):
+            worker.score(videos, make_samples(3))
+    with reward_worker(pipe, "tests.training.rewards:none_for_bright", skip_bad=True) as worker:
+        scores = worker.score(videos, make_samples(3))["reward"]
+    assert scores.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(scores[[0, 2]], videos.flatten(1).mean(1)[[0, 2]])
+
+
 def test_watched_rewards_do_not_count(pipe):
     worker = reward_worker(pipe, watched="tests.training.rewards:contrast")
     videos = torch.rand(2, 2, 3, 4, 4)

@@ -28,6 +28,12 @@ def nan_for_bright(videos, prompts, metadata):
     return torch.where(videos[:, 0, 0, 0, 0] > 0.5, math.nan, scores), None
 
 
+def none_for_bright(videos, prompts, metadata):
+    """The same with None, in a list."""
+    scores, _ = nan_for_bright(videos, prompts, metadata)
+    return [None if math.isnan(score) else score for score in scores.tolist()]
+
+
 def sometimes_nan(videos, prompts, metadata):
     """NaN for about half of all videos, by a digit of their brightness."""
     scores = videos.flatten(1).mean(1)

@@ -5,13 +5,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset, load_dataset
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from astrolabe_diffusers.distributed.accelerator import accelerate_settings, check_precision
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.pipelines.loading import load_from, load_frozen_pipeline, video_size
-from astrolabe_diffusers.training.build import make_accelerator, set_recipe
+from astrolabe_diffusers.rollout.prompts import Prompt
+from astrolabe_diffusers.training.build import load_prompts, make_accelerator, set_recipe
 from tests.models.test_transformer_causal_wan import MODEL_ONLY
 from tests.tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 from tests.training.helpers import config
@@ -80,6 +82,50 @@ def test_a_window_needs_room():
         set_recipe(tiny_pipeline(local_attn_size=6, memory_bank_size=2), config(local_attn_size=-1))
 
 
+def test_a_path_and_splits_are_what_the_setting_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, file = tmp_path / "prompts", tmp_path / "prompts" / "train.txt"
+    folder.mkdir()
+    file.write_text("a red circle\n\na blue square\na green cross\n")
+    (folder / "test.txt").write_text("a red cross\na blue circle\n")
+    for prompts in (folder, file):
+        expected = load_prompts(config(prompts=str(prompts), num_eval_prompts=1))
+        assert [len(split) for split in expected] == ([3, 1] if prompts == folder else [2, 1])
+        for given in (prompts, str(prompts)):
+            assert load_prompts(config(num_eval_prompts=1), given) == expected
+    by_name = config(prompts=str(tmp_path), prompts_data_dir="prompts", num_eval_prompts=1)
+    splits = load_dataset(str(tmp_path), data_dir="prompts")
+    assert load_prompts(config(num_eval_prompts=1), splits) == load_prompts(by_name)
+    # What is held out may be given in another way.
+    train, held_out = load_prompts(config(), splits, folder / "test.txt")
+    assert (len(train), [prompt.text for prompt in held_out]) == (3, ["a red cross", "a blue circle"])
+    with pytest.raises(UserError, match="a red circle is no prompt file, has no train.txt") as error:
+        load_prompts(config(), "a red circle")
+    assert "\n" not in str(error.value)
+
+
+def test_the_column_is_that_of_the_settings():
+    dataset = Dataset.from_dict({"text": ["x", "y", "z"], "caption": ["a", "b", "c"]})
+    train, held_out = load_prompts(config(prompt_column="caption", num_eval_prompts=1), dataset)
+    assert train == [Prompt("b", {"text": "y"}), Prompt("c", {"text": "z"})] and held_out[0].text == "a"
+
+
+def test_scenes_that_nobody_makes_are_told_once(caplog):
+    scenes, plain = ["a [1s] | b [1s]", "c | d"], ["e [red] f", "g |"]
+    load_prompts(config(), plain, ["h"])
+    switched = {"transitions": ["roll"], "switch_prompts": "scenes", "window_size": 3}
+    load_prompts(config(**switched), scenes, ["h | i"])
+    assert not caplog.records
+    pairs = switched | {"switch_prompts": "pairs"}
+    for values, *prompts in (({}, scenes, ["h | i"]), ({}, plain, ["c | d"]), (pairs, scenes, ["h"])):
+        load_prompts(config(**values), *prompts)
+        assert len(caplog.messages) == 1 and "--switch_prompts scenes" in caplog.text
+        caplog.clear()
+    # Without transitions there are no switches of any kind.
+    load_prompts(config(switch_prompts="scenes"), scenes, ["h"])
+    assert "'a [1s] | b [1s]' are one text here" in caplog.text
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """Makes an Accelerator as under a launcher that sets this variable."""
@@ -139,6 +185,7 @@ def test_a_stock_wan_folder_is_no_causal_one(load, tmp_path):
         ("text_encoder/config.json", "d_model", "x", "d_model"),
         ("model_index.json", "sigmas", [1000, 500], "divide them by 1000"),
         ("model_index.json", "vae", [None, None], "loaded without vae"),
+        ("model_index.json", "text_encoder", [None, None], "loaded without text_encoder"),
         ("model_index.json", "_class_name", 5, ""),
     ],
 )

@@ -77,3 +77,12 @@ def test_a_folder_that_cannot_be_written(model_folder, tmp_path):
     config = parse_args(tiny_arguments(model_folder, tmp_path / "run", prompt_embeds_dir=tmp_path / "file"))
     with pytest.raises(UserError, match="cannot write .*file"):
         NFTTrainer(config=config)
+
+
+def test_a_folder_without_a_text_encoder(model_folder, tmp_path):
+    """One is needed for what is not stored."""
+    CausalWanPipeline.from_pretrained(model_folder, text_encoder=None, tokenizer=None).save_pretrained(tmp_path / "m")
+    values = {"prompts": model_folder / "prompts", "prompt_embeds_dir": tmp_path / "embeds"}
+    config = parse_args(tiny_arguments(tmp_path / "m", tmp_path / "run", **values))
+    with pytest.raises(UserError, match="cannot load .*without tokenizer and text_encoder: load it with them.$"):
+        NFTTrainer(config=config)

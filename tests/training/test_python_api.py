@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
-from diffusers import DiffusionPipeline
+from datasets import Dataset, DatasetDict
+from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.rewards import Reward, RewardOutput
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer, TrainerCallback
+from astrolabe_diffusers.training.build import name_rewards
 from tests.training.helpers import BRIGHTNESS, tiny_settings
 from tests.training.rewards import brightness
 
@@ -109,9 +110,14 @@ def test_function_and_name_train_the_same(model_folder, tmp_path):
     ("arguments", "words"),
     [
         ({"reward_funcs": [red, red]}, "two rewards are called 'red'"),
+        ({"reward_funcs": [red, red]}, "^reward_funcs: two rewards"),
         ({"reward_funcs": []}, "rewards is empty"),
+        ({"reward_funcs": {"sharpness": 0.5}}, "^reward_funcs: .*'sharpness': 0.5.* is neither a name,"),
+        ({"reward_funcs": "sharpnes"}, r"'sharpnes' \(did you mean sharpness\?\)"),
         ({"train_prompts": []}, "no prompts"),
-        ({"train_prompts": PROMPTS, "eval_prompts": [5]}, "prompt 0 must be a text"),
+        ({"train_prompts": PROMPTS, "eval_prompts": [5]}, "prompt 0 of eval_prompts must be a text"),
+        ({"train_prompts": PROMPTS[0]}, "is no prompt file, has no train.txt, and cannot be loaded as a dataset"),
+        ({"train_prompts": PROMPTS, "eval_prompts": PROMPTS[0]}, "is no prompt file, has no test.txt, and cannot be "),
         ({"train_prompts": PROMPTS[:2]}, "has 2 different prompts, but num_eval_prompts=2"),
         ({"eval_prompts": PROMPTS}, "go with train_prompts"),
         ({"model": "/no/model"}, "no folder /no/model/prompts"),
@@ -146,3 +152,78 @@ def test_the_best_adapter_is_kept(model_folder, tmp_path, first):
     assert any(not torch.equal(value, saved[3][name]) for name, value in best.items())
     pipe = DiffusionPipeline.from_pretrained(model_folder)
     pipe.load_lora_weights(tmp_path / "best")
+
+
+@pytest.mark.parametrize(
+    ("reward", "name"), [(red, "red"), (Darkness(), "darkness"), (Darkness, "darkness"), (BRIGHTNESS, BRIGHTNESS)]
+)
+def test_a_single_reward_needs_no_list(reward, name):
+    config, named = name_rewards(NFTConfig(rewards={"sharpness": 0.5, "red": 2.0}), reward)
+    assert config.rewards == {name: 2.0 if name == "red" else 1.0} and named == {name: reward}
+
+
+def test_splits_and_a_column_of_their_own(model_folder, tmp_path):
+    def split(prompts):
+        return Dataset.from_dict({"text": ["wrong"] * len(prompts), "caption": prompts})
+
+    config = NFTConfig(**settings(model_folder, tmp_path, prompt_column="caption"))
+    given = DatasetDict(train=split(PROMPTS[:2]), test=split(PROMPTS[2:]))
+    trainer = NFTTrainer(config=config, reward_funcs=red, train_prompts=given)
+    assert trainer.config.rewards == {"red": 1.0}
+    assert [prompt.text for prompt in trainer.prompts] == PROMPTS[:2]
+    assert [sample.prompt.text for sample in trainer.held_out.samples] == PROMPTS[2:]
+    trainer.end()
+
+
+def test_a_pipeline_with_loras_is_refused(model_folder, tmp_path):
+    """That of an earlier trainer too; what the error says helps."""
+
+    def trainer(pipeline, name):
+        config = NFTConfig(**settings(model_folder, tmp_path / name))
+        return NFTTrainer(pipeline, config, reward_funcs=red, train_prompts=PROMPTS, eval_prompts=PROMPTS[:1])
+
+    def video(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(PROMPTS[0], num_frames=9, generator=generator, output_type="latent").frames
+
+    pipeline = DiffusionPipeline.from_pretrained(model_folder)
+    base = video(pipeline)
+    trainer(pipeline, "first").train()
+    trained = video(pipeline)
+    assert not torch.equal(base, trained)
+    with pytest.raises(UserError, match=r"LoRAs \(default, old\): unload_lora_weights\(\) first.*init_lora") as error:
+        trainer(pipeline, "second")
+    assert "\n" not in str(error.value)
+
+    loaded = DiffusionPipeline.from_pretrained(model_folder)
+    loaded.load_lora_weights(tmp_path / "first")
+    for values in ({}, {"init_lora": str(tmp_path / "first")}):
+        config = NFTConfig(**settings(model_folder, tmp_path / "third", **values))
+        with pytest.raises(UserError, match=r"the pipeline has LoRAs \(default_0\)"):
+            NFTTrainer(loaded, config, reward_funcs=red, train_prompts=PROMPTS, eval_prompts=PROMPTS[:1])
+    loaded.fuse_lora()
+    loaded.unload_lora_weights()
+    fused = video(loaded)
+    torch.testing.assert_close(fused, trained, atol=1e-4, rtol=0)
+    # B starts at zero: its policies are the model that it was given.
+    again = trainer(loaded, "third")
+    assert torch.equal(video(again.pipeline), fused)
+    again.end()
+
+
+def test_a_pipeline_that_lacks_something(model_folder, tmp_path):
+    def error_of(pipeline, **values):
+        config = NFTConfig(**settings(model_folder, tmp_path, **values))
+        with pytest.raises(UserError) as error:
+            NFTTrainer(pipeline, config, reward_funcs=red, train_prompts=PROMPTS)
+        assert "\n" not in str(error.value) and "prompt_embeds`" not in str(error.value)
+        return str(error.value)
+
+    pipeline = DiffusionPipeline.from_pretrained(model_folder, text_encoder=None, tokenizer=None)
+    assert "loaded without tokenizer and text_encoder: load it with them" in error_of(pipeline)
+    # Left out for the sake of this setting, maybe.
+    assert "give the model as a folder" in error_of(pipeline, prompt_embeds_dir=tmp_path / "embeds")
+    pipeline = DiffusionPipeline.from_pretrained(model_folder, vae=None)
+    assert "loaded without vae" in error_of(pipeline)
+    stock = WanPipeline(pipeline.tokenizer, pipeline.text_encoder, None, pipeline.scheduler)
+    assert "must be a CausalWanPipeline, or folder or Hub id of one, not a WanPipeline" in error_of(stock)

@@ -39,6 +39,8 @@ def test_command_line_and_yaml_say_the_same(tmp_path):
         ("reward_options", "sharpness.x", "name.argument=value, comma-separated"),
         ("reward_options", {"sharpness": 3}, "{name: {argument: value}}"),
         ("reward_placement", "process", "name=place, comma-separated"),
+        # As a list of names it would lose its weights.
+        ("eval_rewards", {"sharpness": 0.5}, "names, comma-separated, not {'sharpness': 0.5}"),
         ("rewards", "sharpness=nan", "each weight a finite number"),
         ("reward_placement", {"sharpness": 1}, "name=place, comma-separated"),
         ("reward_timeout", -1, "at least 0.001"),

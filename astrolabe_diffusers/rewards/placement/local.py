@@ -9,7 +9,7 @@ import torch
 
 from ..frames import FrameRequest, prepare_frames
 from ..registry import assumed_fps, make_reward
-from ..reward import Reward, RewardOutput, check_device
+from ..reward import Reward, RewardError, RewardOutput, check_device
 from .wire import ScoringJob, context_frames
 
 
@@ -97,14 +97,21 @@ class LocalRewards:
             context = job.context[:, max(job.context.shape[1] - reward.num_context_frames, 0) :]
             return {"context": context.to(self.device or context.device, copy=True)}
 
+        def score(name: str) -> RewardOutput:
+            reward = self.rewards[name]
+            try:
+                output = reward.score(
+                    own(name), list(job.prompts), copy.deepcopy(job.metadata), **own_context(reward)
+                )
+            except RewardError as error:
+                raise RewardError(f"reward {name!r}: {error}") from error
+            if not isinstance(output, RewardOutput):
+                raise RewardError(f"reward {name!r} must return a RewardOutput, not a {type(output).__name__}.")
+            return output
+
         # Grad mode belongs to a thread, so what the caller set does not hold in a worker.
         with self._offload, torch.inference_mode():
-            outputs = {
-                name: self.rewards[name].score(
-                    own(name), list(job.prompts), copy.deepcopy(job.metadata), **own_context(self.rewards[name])
-                )
-                for name in job.frames
-            }
+            outputs = {name: score(name) for name in job.frames}
         return {name: output.checked(name, len(job.prompts)) for name, output in outputs.items()}
 
 
