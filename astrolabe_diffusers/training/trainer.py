@@ -71,9 +71,10 @@ class OnlineTrainer:
         model: a [`CausalWanPipeline`], or folder or Hub id of one; that of the settings if not given.
         config: the settings.
         reward_funcs: in place of the settings' `rewards`, functions `fn(videos, prompts, metadata)` that return a
-            score a video, names of rewards, and [`Reward`]s. The weight of each is 1, or what `rewards` say of it.
-        train_prompts, eval_prompts: texts, dicts with a `prompt`, or a `datasets.Dataset`, in place of the settings'
-            `prompts`. Without `eval_prompts` some of the training prompts are held out.
+            score a video, names of rewards, and [`Reward`]s, or a single one. The weight of each is 1, or what `rewards`
+            say of it.
+        train_prompts, eval_prompts: a path, texts, dicts with a `prompt`, a `datasets.Dataset` or `DatasetDict`, in
+            place of the settings' `prompts`. Without `eval_prompts` some of the training prompts are held out.
         callbacks: called at the stages of the run.
     """
 
@@ -87,9 +88,9 @@ class OnlineTrainer:
         self,
         model: CausalWanPipeline | str | None = None,
         config: OnlineConfig | None = None,
-        reward_funcs: Sequence | None = None,
-        train_prompts: Iterable | None = None,
-        eval_prompts: Iterable | None = None,
+        reward_funcs: Sequence | str | Callable | None = None,
+        train_prompts: Iterable | str | Path | None = None,
+        eval_prompts: Iterable | str | Path | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         config = config or self.config_class()
