@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.reporting.report import RunReport
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
 from astrolabe_diffusers.training.results import BestAdapter
@@ -153,7 +154,11 @@ def test_a_log_that_does_not_say_what_it_is_of(model_folder, finished, tmp_path,
     records = evaluations_of(folder)
     plain = [{name: record[name] for name in ("step", "scores", "mean")} for record in records]
     (folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in plain))
-    resume(model_folder, folder)
+    # Of which evaluation the best adapter is nobody knows then.
+    best = json.loads((folder / "best" / "best.json").read_text())
+    (folder / "best" / "best.json").write_text(json.dumps(best | {"reward": 9.0}))
+    results, _ = resume(model_folder, folder)
+    assert results["best"] == {"step": best["step"], "reward": best["reward"]}
     assert "nothing to compare with in eval.jsonl: the policy that the run began with" in capsys.readouterr().out
     # A run that was resumed at its end knows no better where it was judged so first.
     scores = [record["scores"] for record in evaluations_of(folder)]
@@ -192,15 +197,19 @@ def test_an_epoch_that_would_pass_the_end_is_refused(model_folder, finished, tmp
     assert left == before and (folder / "checkpoints" / "checkpoint-2").is_dir()
 
 
-def test_epochs_of_another_length_come_to_the_end(model_folder, finished, tmp_path, capsys):
+def test_epochs_of_another_length_come_to_the_end(model_folder, finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     more = BATCHES | {"max_train_steps": 6, "gradient_accumulation_steps": 2}
-    results, trainer = resume(model_folder, folder, **more)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
-    assert [line.split()[1] for line in lines] == ["4/6", "6/6"]
-    assert lines[1].split("ETA ")[1].strip() == "0:00" and "-" not in lines[0].split("ETA ")[1]
-    assert trainer.step == 6
+    add_epoch, epochs = RunReport.add_epoch, []
+
+    def watched(report, metrics, scores, seconds_left):
+        epochs.append((metrics["step"], seconds_left))
+        add_epoch(report, metrics, scores, seconds_left)
+
+    monkeypatch.setattr(RunReport, "add_epoch", watched)
+    results, _ = resume(model_folder, folder, **more)
+    assert [step for step, _ in epochs] == [4, 6] and epochs[0][1] > 0 == epochs[1][1]
     assert results["num_samples"] == 2 * 4 + 2 * 8  # two epochs each
 
 
