@@ -328,11 +328,13 @@ class OnlineTrainer:
 
     def follow_up(self):
         """The evaluation and the checkpoint that are due after an epoch, or before the first one."""
-        if not self.report.evaluations:
+        if self.initial:
             parameters = policy_parameters(self.transformer, POLICIES[self.config.judged_policy])
-            with exchanged(parameters if self.initial else [], self.initial):
+            with exchanged(parameters, self.initial):
                 self.evaluate(step=0)
             self.initial = []
+        elif not self.report.evaluations:
+            self.evaluate()
         # A run that was interrupted while it evaluated makes up for it when it is resumed.
         if self.is_due(self.config.eval_steps) and self.report.evaluations[-1].step != self.step:
             self.evaluate()
