@@ -1,6 +1,5 @@
 """LoRAs beside their base model: scores, differences, and videos to look at."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.agreement import Resources, raise_together
 from ..files.output_folder import RunFolder, is_result
+from ..files.text import to_json
 from ..files.writing import replacing
 from ..pipelines.loading import frame_rate, load_frozen_pipeline, load_loras, video_size
 from ..reporting.charts import draw_means
@@ -47,7 +47,7 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     Generate the same videos, from the seeds of the trainer's held-out videos, with the base model and with each LoRA,
     score them, and write into `config.output_dir`:
 
-    - `results.json`: what is returned.
+    - `results.json`: what is returned, with null for a NaN.
     - `table.md`, `scores.png`: means, and differences from the base with their 95 % intervals.
     - `after_switch.png` with `transitions`: the scores of each block after the switch, which are in the table too.
     - `side_by_side.mp4`, `side_by_side.png`, `videos/COLUMN/`: the first `num_videos` videos.
@@ -57,8 +57,8 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
     Returns:
         In every process, `settings`, `versions`, `videos` (prompt and seed of each), and by name for each of the
         `columns` its `lora` and `weight`, its `scores` (by reward or part, one a video), their `mean`, and their
-        `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval; with
-        `transitions` also [`after_switch`].
+        `change` from the base: the mean of the paired differences, and `half_width_95`, half its interval, NaN of a
+        single video; with `transitions` also [`after_switch`].
     """
     with accelerate_settings():
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
@@ -200,7 +200,7 @@ def write_results(results: dict[str, Any], output_dir: Path) -> list[Path]:
     """Writes what [`evaluate_loras`] returns as numbers, table and chart; returns the paths."""
     files, columns = [output_dir / name for name in ("results.json", "table.md", "scores.png")], results["columns"]
     with replacing(files[0]) as partial:
-        partial.write_text(json.dumps(results, indent=2))
+        partial.write_text(to_json(results, indent=2))
     with replacing(files[1]) as partial:
         partial.write_text(tables(columns) + "\n")
     # The intervals are the table's, of the paired differences: one that meets the base's line shows no clear change.

@@ -1,6 +1,5 @@
 """Scores of videos that exist as files, without any model that generates."""
 
-import json
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 
 from ..errors import UserError, as_user_error, one_line, summarize_exception
 from ..files.output_folder import is_result
+from ..files.text import to_json
 from ..files.writing import replacing
 from ..generation.manifest import Manifest
 from ..reporting.markdown import markdown_table
@@ -86,7 +86,7 @@ def score_videos(path: str, config: ScoreConfig) -> dict[str, Any]:
     names = list(scored[0]["scores"])
     results["mean"] = {n: sum(v["scores"][n] for v in scored) / len(scored) for n in names}
     with replacing(output) as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n")
+        partial.write_text(to_json(results, indent=2) + "\n")
     rows = [[v["file"], *(f"{v['scores'][name]:.4f}" for name in names)] for v in scored]
     if len(rows) > 1:
         rows.append(["mean", *(f"{results['mean'][name]:.4f}" for name in names)])

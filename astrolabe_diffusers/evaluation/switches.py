@@ -6,7 +6,7 @@ from typing import Any
 
 from ..files.writing import replacing
 from ..reporting.charts import draw_intervals
-from ..reporting.comparison import Evaluation, change_text, mean_interval, paired_difference
+from ..reporting.comparison import Evaluation, change_text, mean_interval, mean_text, paired_difference
 from ..reporting.markdown import markdown_table
 from ..rollout.samples import Sample
 
@@ -50,8 +50,7 @@ def switch_table(columns: dict[str, dict[str, Any]]) -> str:
         for reward, prompts in rewards.items():
             for which, entries in prompts.items():
                 for i, entry in enumerate(entries):
-                    interval = f"{entry['mean']:.4f} \u00b1 {entry['half_width_95']:.4f}"
-                    cells = [transition, reward, which, str(entry["block"]), interval]
+                    cells = [transition, reward, which, str(entry["block"]), mean_text(entry)]
                     for _, column in loras:
                         other = column["after_switch"][transition][reward][which][i]
                         cells += [f"{other['mean']:.4f}", change_text(other["change"])]

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ def read_lines(path: str | Path) -> list[str]:
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds; see [`read_text`] and [`parse_json`]."""
     return parse_json(read_text(path), path)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """The JSON of a value, with null for numbers that are not finite: JSON has none, and Python's `NaN` is refused by
+    other readers."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json(text: str | bytes, what: str | Path) -> Any:

@@ -1,13 +1,13 @@
 """Which videos are to be made, and which are in the output folder: a line of JSON for every complete one."""
 
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from ..errors import UserError
 from ..files.output_folder import set_aside
-from ..files.text import parse_json
+from ..files.text import parse_json, to_json
 from ..files.writing import PARTIAL, replacing, writing
 from ..rollout.prompts import Prompt
 from ..rollout.seeds import seeded_generator
@@ -75,7 +75,7 @@ class Manifest:
 
     An entry has all that determines the video (prompt, seed, size, model, LoRAs, ...), `file` and its size in `bytes`,
     `seconds` (the time its batch took, divided by the videos of the batch), `frames_per_second` (frames by `seconds`),
-    and with rewards `scores`.
+    and with rewards `scores`, null where a part of one is no finite number, and their `reward_options`.
     """
 
     def __init__(self, folder: Path):
@@ -110,21 +110,27 @@ class Manifest:
     def append(self, entry: dict[str, Any]):
         # Over NFS not even appending is atomic.
         with writing(self.path), FileLock(self._lock), self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(to_json(entry) + "\n")
 
     def replace(self, entries: Iterable[dict[str, Any]]):
         """Makes the manifest anew, in the order of the prompts; no other process may append meanwhile."""
         entries = sorted(entries, key=lambda entry: (entry["prompt_index"], entry["video_number"]))
         with replacing(self.path) as partial:
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            partial.write_text("".join(to_json(entry) + "\n" for entry in entries))
         self._lock.unlink(missing_ok=True)
 
-    def start(self, jobs: Sequence[VideoJob], settings: dict[str, Any], rewards: Iterable[str]) -> list[VideoJob]:
+    def start(
+        self,
+        jobs: Sequence[VideoJob],
+        settings: dict[str, Any],
+        rewards: Collection[str],
+        reward_options: dict[str, dict[str, Any]] | None = None,
+    ) -> list[VideoJob]:
         """The jobs that are still to be done, after their remains and those of a killed run have been removed.
 
         A job is done if its file is whole, was made from the same prompt with the same `settings`, and has scores of
-        all `rewards`. A file of its name that is not the manifest's, or not any more, is set aside: it may be
-        somebody's. The folder has to be locked, as by a [`RunFolder`].
+        all `rewards` with the same options. A file of its name that is not the manifest's, or not any more, is set
+        aside: it may be somebody's. The folder has to be locked, as by a [`RunFolder`].
         """
         entries = self.read()
         for path in self.folder.glob(f"*.mp4{PARTIAL}"):
@@ -138,7 +144,7 @@ class Manifest:
                 if os.path.lexists(path):
                     set_aside(path)
                     aside.append(path.name)
-            elif wanted.items() <= entry.items() and set(rewards) <= entry.get("scores", {}).keys():
+            elif wanted.items() <= entry.items() and _has_scores(entry, rewards, reward_options or {}):
                 continue
             else:
                 path.unlink()
@@ -150,11 +156,17 @@ class Manifest:
         return pending
 
 
+def _has_scores(entry: dict[str, Any], rewards: Collection[str], options: dict[str, dict[str, Any]]) -> bool:
+    are_there = set(rewards) <= entry.get("scores", {}).keys()
+    return are_there and (not rewards or entry.get("reward_options", {}) == options)
+
+
 def _is_entry(entry: Any, names: Sequence[str]) -> bool:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), TYPES[name]) for name in names):
         return False
     scores = entry.get("scores", {})
-    are_scores = isinstance(scores, dict) and all(isinstance(score, (int, float)) for score in scores.values())
+    numbers = int, float, NoneType
+    are_scores = isinstance(scores, dict) and all(isinstance(score, numbers) for score in scores.values())
     return are_scores and Path(entry["file"]).name == entry["file"] != ".."
 
 

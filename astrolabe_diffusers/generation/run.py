@@ -72,12 +72,13 @@ def generate_videos(config: GenerationConfig):
         jobs = make_jobs(prompts, lengths, config.num_videos_per_prompt)
         prepare_pipeline(pipe, accelerator.device, config.offload, config.vae_tiling, config.attention_backend)
 
+        reward_options = shareable_value(config.reward_options)
         worker = pending = None
         if rewards:
             worker = resources.enter_context(ScoringThread(pipe.vae, rewards, timeout=config.reward_timeout))
         with raise_together(), as_user_error(f"output_dir {config.output_dir}"):
             if accelerator.is_main_process:
-                pending = manifest.start(jobs, settings, config.rewards)
+                pending = manifest.start(jobs, settings, config.rewards, reward_options)
         if accelerator.is_main_process:
             print(
                 f"{config.model}: {settings['height']}x{settings['width']} pixels, {settings['fps']} frames/s, "
@@ -92,7 +93,7 @@ def generate_videos(config: GenerationConfig):
         started = time.perf_counter()
         error = None
         try:
-            run_jobs(pipe, pending, settings, manifest, worker, config.batch_size, accelerator)
+            run_jobs(pipe, pending, settings, manifest, worker, reward_options, config.batch_size, accelerator)
         except UserError as failure:
             error = str(failure)
         errors = [error for error in gather_object([error]) if error]
@@ -153,6 +154,7 @@ def run_jobs(
     settings: dict[str, Any],
     manifest: Manifest,
     worker: ScoringThread | None,
+    reward_options: dict[str, dict[str, Any]],
     batch_size: int,
     accelerator: Accelerator,
 ):
@@ -193,6 +195,7 @@ def run_jobs(
                 }
                 if worker:
                     entry["scores"] = {name: values[i].item() for name, values in scores.items() if name != "reward"}
+                    entry["reward_options"] = reward_options
                 manifest.append(entry)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import torch
 
@@ -21,10 +22,16 @@ class Evaluation:
     def to_json(self) -> dict:
         return {**asdict(self), "mean": {name: self.mean(name) for name in self.scores}}
 
+    @classmethod
+    def from_json(cls, record: dict) -> Self:
+        """What a file has of [`~Evaluation.to_json`], where a NaN is null."""
+        scores = {name: [math.nan if v is None else v for v in values] for name, values in record["scores"].items()}
+        return cls(record["step"], scores)
+
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
     """`change`, the mean of `after - before` over pairs, and `half_width_95`, half its 95 % interval (normal
-    approximation). NaN is left out."""
+    approximation), NaN of a single pair. NaN is left out."""
     differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     differences = differences[~differences.isnan()]
     half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
@@ -32,7 +39,8 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> dict[s
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, float]:
-    """`mean` and `half_width_95`, half its 95 % interval (normal approximation). NaN is left out."""
+    """`mean` and `half_width_95`, half its 95 % interval (normal approximation), NaN of a single value. NaN is left
+    out."""
     difference = paired_difference([0.0] * len(values), values)
     return {"mean": difference["change"], "half_width_95": difference["half_width_95"]}
 
@@ -61,6 +69,14 @@ def comparison_table(scores: dict[str, dict[str, float]], rewards: Collection[st
 
 
 def change_text(difference: dict[str, float]) -> str:
-    """A [`paired_difference`] with both ends of its interval."""
+    """A [`paired_difference`] with both ends of its interval, if there is one."""
     change, half = difference["change"], difference["half_width_95"]
+    if math.isnan(half):
+        return "nan" if math.isnan(change) else f"{change:+.4f}"
     return f"{change:+.4f}  [{change - half:+.4f}, {change + half:+.4f}]"
+
+
+def mean_text(interval: dict[str, float]) -> str:
+    """A [`mean_interval`] as a mean and half the width of its interval, if there is one."""
+    half = interval["half_width_95"]
+    return f"{interval['mean']:.4f}" + ("" if math.isnan(half) else f" \u00b1 {half:.4f}")

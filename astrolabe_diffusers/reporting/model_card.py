@@ -104,10 +104,11 @@ def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> 
     """What the changes of the scores, as results.json has them, amount to, in sentences: also where nothing rose, or
     something fell. `rewards` are the weights of those that were trained on."""
 
-    def direction(name: str) -> int:
-        """1 if the score went up, beyond its interval and as far as the table shows, -1 if down, else 0."""
+    def direction(name: str) -> int | None:
+        """1 if the score went up, beyond its interval and as far as the table shows, -1 if down, else 0. `None` if it
+        has no interval: less than two videos were scored."""
         change, half = round(scores[name]["change"], 4), scores[name]["half_width_95"]
-        return (change > half) - (change < -half)
+        return None if math.isnan(half) else (change > half) - (change < -half)
 
     def changes(names: list[str]) -> str:
         return ", ".join(f"{escape(name)} {change_text(scores[name])}" for name in names)
@@ -116,15 +117,18 @@ def findings(scores: dict[str, dict[str, float]], rewards: dict[str, float]) -> 
         1: "The reward it was trained on rose on prompts that were held out: {}.",
         0: "**The reward it was trained on did not clearly change on prompts that were held out**: {}.",
         -1: "**The reward it was trained on fell on prompts that were held out**: {}.",
+        None: "**Too few held-out videos were scored to say whether the reward it was trained on changed**: {}.",
     }
     lines = [total[direction("reward")].format(changes(["reward"]))]
-    against = [name for name, weight in rewards.items() if weight and direction(name) * weight < 0]
+    against = [name for name, weight in rewards.items() if weight and (direction(name) or 0) * weight < 0]
     if against and len(rewards) > 1:
         lines.append(f"**Moved against their weight**: {changes(against)}.")
     watched = [name for name in scores if name != "reward" and not rewards.get(name)]
-    fell = [name for name in watched if direction(name) < 0]
+    fell = [name for name in watched if direction(name) == -1]
     if fell:
         lines.append(f"**Fell while only watched**: {changes(fell)}.")
+    elif any(direction(name) is None for name in watched):
+        lines.append("Too few videos were scored to say whether a score that was only watched fell.")
     elif watched:
         lines.append("Of the scores that were only watched, none clearly fell.")
     else:

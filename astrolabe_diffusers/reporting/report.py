@@ -1,6 +1,7 @@
 """What a run tells: log files, tracker, curves, the line of an epoch, and the table at the end."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..config import Config
+from ..files.text import to_json
 from ..files.writing import replacing, writing
 from ..shareable import shareable
 from .charts import draw_curves
@@ -30,25 +32,47 @@ class RunReport:
     """Everything a run says about itself, whatever its algorithm; only the main process writes.
 
     `metrics.jsonl` has a line an epoch, `eval.jsonl` one an evaluation with the score of every held-out video;
-    `rewards.png` is drawn from both. Every process has all `evaluations` so far.
+    `rewards.png` is drawn from both. Every process has all `evaluations` so far that may be compared.
+
+    Args:
+        identity: what the scores of evaluations are scores of, a digest by name: only those of one identity may be
+            compared.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator):
+    def __init__(self, config: Config, accelerator: Accelerator, identity: dict[str, str]):
         self.config, self.accelerator, self.output_dir = config, accelerator, Path(config.output_dir)
+        self.identity = identity
+        self.since = 0  # the step from which on the run has had this identity
         self.evaluations: list[Evaluation] = []
-        self.curve: list[tuple[int, float]] = []  # (step, mean training reward)
+        self.curve: list[tuple[int, float]] = []  # (step, mean training reward) since then
+        self.num_samples = 0  # that were trained on, by the logs: an epoch had another number with other settings
+
+    def resume(self, step: int) -> list[str]:
+        """Take up the evaluations of a run that goes on at `step`, if its last ones have this identity. Without any
+        what has changed is returned, by its names as far as they are known."""
+        found, changed, self.since = [], [], step
+        if self.accelerator.is_main_process:
+            for record in read_jsonl(self.output_dir / "eval.jsonl", step):
+                identity = record.get("identity", {})
+                changed = [name for name in identity if identity[name] != self.identity.get(name)]
+                found = [*found, record] if identity == self.identity else []
+            if found:
+                self.since = min(step, found[-1]["since"])
+        evaluations = [Evaluation.from_json(record) for record in found]
+        self.evaluations, self.since, changed = broadcast_object_list([evaluations, self.since, changed])
+        return changed
 
     def start(self, step: int | None):
-        """Open the logs: anew, or where a run that is resumed had come to at `step`."""
+        """Open the logs: anew, or where a run that is resumed, after [`~RunReport.resume`], had come to at `step`."""
         if self.accelerator.is_main_process:
             with replacing(self.output_dir / "config.yaml") as partial:
                 self.config.save(partial)
             last_step = -1 if step is None else step
             epochs = cut_jsonl(self.output_dir / "metrics.jsonl", last_step)
-            evaluations = cut_jsonl(self.output_dir / "eval.jsonl", last_step)
-            self.curve = [(record["step"], record["reward"]) for record in epochs]
-            self.evaluations = [Evaluation(record["step"], record["scores"]) for record in evaluations]
-        self.evaluations = broadcast_object_list([self.evaluations])[0]
+            cut_jsonl(self.output_dir / "eval.jsonl", last_step)
+            self.num_samples = sum(round(record["samples_per_second"] * record["seconds"]) for record in epochs)
+            points = [(record["step"], record["reward"]) for record in epochs if record["step"] > self.since]
+            self.curve = [(step, math.nan if reward is None else reward) for step, reward in points]
         start_trackers(
             self.accelerator,
             self.config.report_to,
@@ -81,6 +105,7 @@ class RunReport:
         log_numbers(self.accelerator, numbers | tags("reward", statistics), step)
         if self.accelerator.is_main_process:
             self.curve.append((step, metrics["reward"]))
+            self.num_samples += len(distributions["reward"])
             append_jsonl(self.output_dir / "metrics.jsonl", metrics | {"statistics": statistics})
             histograms = {f"reward/{name}": scores for name, scores in distributions.items()}
             log_distributions(self.accelerator, histograms, step)
@@ -96,16 +121,20 @@ class RunReport:
         """Log an evaluation, redraw the curves and show `videos` in the trackers."""
         self.evaluations.append(evaluation)
         statistics = {name: score_statistics(torch.tensor(scores)) for name, scores in evaluation.scores.items()}
-        log_numbers(self.accelerator, tags("eval", statistics), evaluation.step)
+        # Trackers only go forward: the policy of the beginning, judged anew in the midst of a run, is not for them.
+        is_tracked = evaluation.step >= self.since
+        if is_tracked:
+            log_numbers(self.accelerator, tags("eval", statistics), evaluation.step)
         self.print(f"step {evaluation.step}: held-out reward {evaluation.mean():.4f}")
         if not self.accelerator.is_main_process:
             return
-        append_jsonl(self.output_dir / "eval.jsonl", evaluation.to_json())
+        record = evaluation.to_json() | {"identity": self.identity, "since": self.since}
+        append_jsonl(self.output_dir / "eval.jsonl", record)
         if len(self.evaluations) > 1:
             curves = {"train": self.curve, "held-out": [(past.step, past.mean()) for past in self.evaluations]}
             with replacing(self.output_dir / "rewards.png") as partial:
                 draw_curves(curves, partial, " + ".join(self.config.rewards))
-        if videos:
+        if videos and is_tracked:
             images = side_by_side(videos, columns=min(4, len(videos)))
             log_video(self.accelerator, "eval/videos", images, frame_rate, evaluation.step)
 
@@ -116,7 +145,7 @@ class RunReport:
         results["scores"] = compare(self.evaluations[0], after)
         number, num_prompts = results["num_videos"], results["num_prompts"]
         with replacing(self.output_dir / "results.json") as partial:
-            partial.write_text(json.dumps(results, indent=2))
+            partial.write_text(to_json(results, indent=2))
         files = "\n".join(f"{name + ':':<20}{self.output_dir / file}" for name, file in results["files"].items())
         ways = f" x {len(self.config.transitions)} transitions" if self.config.transitions else ""
         self.print(
@@ -157,18 +186,22 @@ def score_statistics(scores: torch.Tensor, group_size: int | None = None) -> dic
 
 def append_jsonl(path: Path, record: dict):
     with writing(path), path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(to_json(record) + "\n")
+
+
+def read_jsonl(path: Path, last_step: int) -> list[dict]:
+    """Records up to `last_step`, none without a file."""
+    records = []
+    with suppress(FileNotFoundError, ValueError):  # a run was killed while it wrote the last line
+        for line in path.read_text().splitlines():
+            records.append(json.loads(line))
+    return [record for record in records if record["step"] <= last_step]
 
 
 def cut_jsonl(path: Path, last_step: int) -> list[dict]:
-    """Records up to `last_step`. Later ones, of a run that is resumed from there or replaced, are cut off the file."""
-    if not path.is_file():
-        return []
-    records = []
-    with suppress(ValueError):  # a run was killed while it wrote the last line
-        for line in path.read_text().splitlines():
-            records.append(json.loads(line))
-    records = [record for record in records if record["step"] <= last_step]
-    with replacing(path) as partial:
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    """As [`read_jsonl`]. Later ones, of a run that is resumed from there or replaced, are cut off the file."""
+    records = read_jsonl(path, last_step)
+    if path.is_file():
+        with replacing(path) as partial:
+            partial.write_text("".join(to_json(record) + "\n" for record in records))
     return records

@@ -26,11 +26,15 @@ class RewardThread(Closing):
     def __init__(self, timeout: float, initializer: Callable[[], object] | None = None):
         self.timeout = timeout
         self._calls = queue.SimpleQueue()
+        self._closed = False
         self._thread = threading.Thread(target=self._work, args=(initializer,), name="rewards", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
     def submit(self, function: Callable, *arguments) -> Future:
+        """The result of a call as a future; a [`UserError`] once the thread is closed, for nobody would run it."""
+        if self._closed:
+            raise UserError("the rewards are closed: what scored videos with them has ended.")
         future = Future()
         self._calls.put((future, function, arguments))
         return future
@@ -38,6 +42,7 @@ class RewardThread(Closing):
     def close(self):
         """Ends the thread after the calls so far; waits for them no longer than `PATIENCE` seconds."""
         atexit.unregister(self.close)
+        self._closed = True
         self._calls.put(None)
         self._thread.join(PATIENCE)
 

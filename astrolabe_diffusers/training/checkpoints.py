@@ -93,7 +93,7 @@ class Checkpoints:
         `name` is `"latest"`, of which a damaged one is passed over for the one before, a path or `checkpoint-N`.
         Without a checkpoint the run starts anew. Left-overs of a kill are removed, and checkpoints of later steps,
         which would be taken for this run's, are set aside under another name. A [`UserError`] if there is no such
-        checkpoint, or it is damaged, or of another model or LoRA.
+        checkpoint, or it is damaged, or of another model or LoRA, or its run would end within an epoch.
         """
         path, lines = None, []
         with raise_together(), as_user_error(f"cannot use {self.folder}"):
@@ -103,6 +103,8 @@ class Checkpoints:
                 if name is not None:
                     path, lines = self._choose(name)
                 step = -1 if path is None else read_state(path, self.identity)["step"]
+                if path is not None:
+                    self.config.check_resumed(step, path.name)
                 later = [checkpoint for checkpoint in self.list() if checkpoint_step(checkpoint) > step]
                 for checkpoint in later:
                     set_aside(checkpoint)

@@ -258,6 +258,18 @@ class OnlineConfig(VideoConfig, SwitchConfig):
             )
         self.num_train_epochs = self.max_train_steps // self.steps_per_epoch
 
+    def check_resumed(self, step: int, name: str):
+        """A `UserError` unless a run that goes on from checkpoint `name`, of this step, ends with a whole epoch."""
+        left = self.max_train_steps - step
+        if left > 0 and left % self.steps_per_epoch:
+            fits = [n for n in _divisors(self.batches_per_epoch) if step % (self.batches_per_epoch // n) == 0]
+            fits = [n for n in fits if self.max_train_steps % (self.batches_per_epoch // n) == 0]
+            raise UserError(
+                f"from {name} to max_train_steps={self.max_train_steps} is no whole number of epochs of "
+                f"{self.steps_per_epoch} optimizer steps; with batches_per_epoch={self.batches_per_epoch} "
+                f"gradient_accumulation_steps can be {_listing(fits)}."
+            )
+
     @property
     def lora_components(self) -> list[str]:
         """The pipeline's components that have the LoRA."""

@@ -130,6 +130,24 @@ def policy_parameters(transformer: nn.Module, adapter: str = CURRENT) -> list[nn
 
 
 @contextmanager
+def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, the parameters have these values, and the tensors that hold them the parameters' own."""
+
+    @torch.no_grad()
+    def exchange():
+        for parameter, value in zip(parameters, values, strict=True):
+            held = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(held)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+@contextmanager
 def use_policy(transformer: nn.Module, policy: str, merge: bool = False) -> Iterator[nn.Module]:
     """Run as one of `POLICIES`, in eval mode and without gradients. `"base"` is the transformer alone, and so is the
     reference without an adapter of its own.

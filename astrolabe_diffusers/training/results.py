@@ -1,7 +1,10 @@
 """What a run leaves: the best adapter so far, and at its end the last one with the comparison of before and after."""
 
+import hashlib
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +12,14 @@ import torch
 
 from ..distributed.agreement import is_first_process
 from ..distributed.sharding import is_sharded, together
-from ..files.text import read_json
+from ..files.text import read_json, to_json
 from ..files.writing import replacing
 from ..reporting.comparison import Evaluation
 from ..reporting.hub import push_to_hub
 from ..reporting.machine import device_name, peak_memory_gb, versions
 from ..reporting.model_card import write_card
 from ..reporting.videos import write_columns
+from ..rollout.samples import Sample
 from .adapter_files import WEIGHT_NAMES, save_adapter
 from .config import OnlineConfig
 from .policies import CURRENT, POLICIES, use_policy
@@ -28,21 +32,23 @@ if TYPE_CHECKING:
 class BestAdapter:
     """The adapter with the best held-out reward so far, kept in `<output_dir>/best/` for `load_lora_weights`.
 
-    `best.json` beside it says its step and its reward.
+    `best.json` beside it says its step and its reward, and the [`evaluation_identity`] of that.
     """
 
-    def __init__(self, transformer: torch.nn.Module, config: OnlineConfig):
-        self.transformer = transformer
+    def __init__(self, transformer: torch.nn.Module, config: OnlineConfig, identity: dict[str, str]):
+        self.transformer, self.identity = transformer, identity
         self.policy = POLICIES[config.judged_policy]
         self.folder = Path(config.output_dir) / "best"
         self.record: dict[str, float] | None = None
 
     def resume(self, step: int):
-        """Takes up what a run has kept that goes on from `step`; what it kept later is another run's now."""
+        """Takes up what a run has kept that goes on from `step`; what it kept later is another run's now, and what it
+        kept for a reward of another identity is not to be compared."""
         try:
             record = read_json(self.folder / "best.json")
-            self.record = record if record["step"] <= step else None
-        except (OSError, ValueError, TypeError, KeyError):
+            is_ours = record.pop("identity") == self.identity and record["step"] <= step
+            self.record = record if is_ours else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             self.record = None
 
     def offer(self, evaluation: Evaluation):
@@ -57,7 +63,35 @@ class BestAdapter:
             save_adapter(self.transformer, self.folder, self.policy, WEIGHT_NAMES[CURRENT])
             if is_first_process():
                 with replacing(self.folder / "best.json") as partial:
-                    partial.write_text(json.dumps(self.record))
+                    partial.write_text(to_json(self.record | {"identity": self.identity}))
+
+
+def evaluation_identity(trainer: "OnlineTrainer") -> dict[str, str]:
+    """What the scores of an evaluation depend on beside the policy, as digests by name: a log that is shared names no
+    place. Scores of another identity are not to be compared. Of a reward given in Python only the name is known."""
+    config, pipeline = trainer.config, trainer.pipeline
+    model = pipeline.transformer.config
+    options = sorted((name, sorted(values.items())) for name, values in config.reward_options.items())
+    identity = {
+        "rewards": [sorted(config.rewards.items()), sorted(config.eval_rewards), options],
+        "videos": [_described(sample) for sample in trainer.held_out.samples],
+        "size": sorted(trainer.held_out.size.items()),
+        "sampling": [
+            [model.local_attn_size, model.sink_size, pipeline.config.num_context_frames, pipeline.config.sigmas],
+            [trainer.accelerator.mixed_precision, str(pipeline.vae.dtype)],
+        ],
+    }
+    return {name: _digest(value) for name, value in identity.items()}
+
+
+def _described(sample: Sample) -> Sequence:
+    return sample.prompt.text, sample.prompt.metadata, sample.key, [asdict(scene) for scene in sample.scenes]
+
+
+def _digest(value: Any) -> str:
+    # A dataset may have objects beside its prompts. They count by their kind.
+    text = json.dumps(value, default=lambda item: type(item).__name__, skipkeys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def write_results(trainer: "OnlineTrainer") -> dict[str, Any]:
@@ -81,7 +115,7 @@ def write_results(trainer: "OnlineTrainer") -> dict[str, Any]:
         kinds = ("before/after video", "before/after sheet", "before/after GIF")
         files |= {kind: Path(path).name for kind, path in zip(kinds, comparison)}
     files["model card"] = "README.md"
-    num_samples = trainer.epoch * trainer.num_groups * config.samples_per_prompt
+    num_samples = trainer.report.num_samples
     results = {
         "num_videos": len(trainer.held_out.samples),
         "num_prompts": len(trainer.eval_prompts),

@@ -1,7 +1,7 @@
 """The online trainer: prompts -> videos of a policy -> rewards -> advantages -> update, whatever the algorithm."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -40,21 +40,23 @@ from .build import (
 )
 from .callbacks import TrainerCallback
 from .checkpointing import CHECKPOINTING
-from .checkpoints import Checkpoints, policy_identity
+from .checkpoints import Checkpoints, policy_identity, read_state
 from .config import AUTO, OnlineConfig
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
 from .policies import (
     EMA,
+    POLICIES,
     add_policies,
     cast_once,
     ema_decay,
+    exchanged,
     follow_current,
     leave_casts_to_autocast,
     load_policies,
     policy_parameters,
     use_policy,
 )
-from .results import BestAdapter, write_results
+from .results import BestAdapter, evaluation_identity, write_results
 from .run_folder import open_training_folder
 
 
@@ -71,8 +73,8 @@ class OnlineTrainer:
         model: a [`CausalWanPipeline`], or folder or Hub id of one; that of the settings if not given.
         config: the settings.
         reward_funcs: in place of the settings' `rewards`, functions `fn(videos, prompts, metadata)` that return a
-            score a video, names of rewards, and [`Reward`]s, or a single one. The weight of each is 1, or what `rewards`
-            say of it.
+            score a video, names of rewards, and [`Reward`]s, or a single one. The weight of each is 1, or what
+            `rewards` say of it.
         train_prompts, eval_prompts: a path, texts, dicts with a `prompt`, a `datasets.Dataset` or `DatasetDict`, in
             place of the settings' `prompts`. Without `eval_prompts` some of the training prompts are held out.
         callbacks: called at the stages of the run.
@@ -248,20 +250,32 @@ class OnlineTrainer:
         if self.accelerator.mixed_precision != "no":
             leave_casts_to_autocast(self.transformer)
         self.checkpoints = Checkpoints(self.transformer, self.optimizer, config, self.identity)
-        self.best = BestAdapter(self.transformer, config)
-        self.report = RunReport(config, self.accelerator)
+        identity = evaluation_identity(self)
+        self.best = BestAdapter(self.transformer, config, identity)
+        self.report = RunReport(config, self.accelerator, identity)
 
+        self.has_trained = False
+        # Of the judged policy as the run began with it, where it is to be evaluated after a checkpoint is loaded.
+        self.initial: list[torch.Tensor] = []
         self.epoch, self.step, self.train_seconds = 0, 0, 0.0
         self.guard = CollapseGuard(config.collapse_factor)
         self.stateful = self.make_state()
         self.interruption = Interruption()
 
     def train(self) -> dict[str, Any]:
-        """Run to the end. Returns what it wrote to results.json: the comparison of before and after, and files.
+        """Run to the end, once: then rewards, trackers and the folder are let go of. Returns what it wrote to
+        results.json, where a NaN is null: the comparison of before and after, and files.
 
         Raises:
             Interrupted: SIGTERM or SIGINT came; there is a checkpoint of the last complete epoch.
+            UserError: it has run before; or a mistake of the user.
         """
+        if self.has_trained:
+            raise UserError(
+                'a trainer trains once: make another one, which with resume_from_checkpoint="latest" goes on from the '
+                "last checkpoint."
+            )
+        self.has_trained = True
         with self.resources:
             self.resources.enter_context(closing_trackers(self.accelerator))
             self.start()
@@ -318,9 +332,15 @@ class OnlineTrainer:
 
     def follow_up(self):
         """The evaluation and the checkpoint that are due after an epoch, or before the first one."""
-        evaluated = [evaluation.step for evaluation in self.report.evaluations]
+        if self.initial:
+            parameters = policy_parameters(self.transformer, POLICIES[self.config.judged_policy])
+            with exchanged(parameters, self.initial):
+                self.evaluate(step=0)
+            self.initial = []
+        elif not self.report.evaluations:
+            self.evaluate()
         # A run that was interrupted while it evaluated makes up for it when it is resumed.
-        if not evaluated or (self.is_due(self.config.eval_steps) and evaluated[-1] != self.step):
+        if self.is_due(self.config.eval_steps) and self.report.evaluations[-1].step != self.step:
             self.evaluate()
         if self.step and self.is_due(self.config.checkpointing_steps):
             self.save_checkpoint()
@@ -375,12 +395,14 @@ class OnlineTrainer:
             self.report.progress.update()
         return statistics
 
-    def evaluate(self):
-        """Score the current policy, or its average, on the held-out prompts; the best one is kept."""
+    def evaluate(self, step: int | None = None):
+        """Score the current policy, or its average, on the held-out prompts; the best one is kept. It is that after
+        `step`, if not this one."""
+        step = self.step if step is None else step
         self.report.progress.set_postfix_str("evaluating")
-        folder = Path(self.config.output_dir) / "eval_videos" / f"step-{self.step}"
+        folder = Path(self.config.output_dir) / "eval_videos" / f"step-{step}"
         with use_policy(self.transformer, self.config.judged_policy), cast_once(self.transformer):
-            evaluation, videos = self.held_out.evaluate(self.step, folder, self.after_evaluation_batch)
+            evaluation, videos = self.held_out.evaluate(step, folder, self.after_evaluation_batch)
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():
             self.report.add_evaluation(evaluation, videos, self.pipeline.config.frame_rate)
@@ -418,13 +440,14 @@ class OnlineTrainer:
             if is_main and config.resume_from_checkpoint and path is None and not config.overwrite_output_dir:
                 self.folder.refuse_finished()
         if path is not None:
-            self.load_state(self.checkpoints.load(path, like=self.state()))
+            lines += self.resume(path)
         if config.train_batch_size == AUTO:
             lines.append(set_batch_size(self, path))
             self.compile_blocks()
         self.completed = self.state()
         self.saved = path and path.resolve()
-        self.best.resume(self.step)
+        if self.report.evaluations:
+            self.best.resume(self.step)
         self.report.start(None if path is None else self.step)
 
         if config.resume_from_checkpoint:
@@ -432,6 +455,19 @@ class OnlineTrainer:
         for line in lines:
             self.report.print(line)
         self.announce()
+
+    def resume(self, path: Path) -> list[str]:
+        """Goes on from a checkpoint; returns what there is to say about it, line by line."""
+        with raise_together():
+            step = read_state(path, self.identity)["step"]
+        changed, lines = self.report.resume(step), []
+        if step and not self.report.evaluations:
+            judged = policy_parameters(self.transformer, POLICIES[self.config.judged_policy])
+            self.initial = [parameter.detach().clone() for parameter in judged]
+            reason = f"other {', '.join(changed)}" if changed else "nothing to compare with in eval.jsonl"
+            lines = [f"{reason}: the policy that the run began with is evaluated anew, and best/ begins anew"]
+        self.load_state(self.checkpoints.load(path, like=self.state()))
+        return lines
 
     def announce(self):
         config = self.config
@@ -479,8 +515,9 @@ class OnlineTrainer:
         metrics["peak_memory_gb"] = peak_memory_gb(self.accelerator.device)
         for callback in self.callbacks:
             metrics |= callback.on_epoch_end(self, metrics) or {}
-        epochs_left = self.config.num_train_epochs - self.epoch
-        self.report.add_epoch(metrics, scores, seconds_left=epochs_left * self.train_seconds / self.epoch)
+        # Counted in steps: epochs before a checkpoint may have had other numbers of them.
+        steps_left = self.config.max_train_steps - self.step
+        self.report.add_epoch(metrics, scores, seconds_left=steps_left * self.train_seconds / self.step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, JSON values."""

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from data import Draws, captions, draw_scenes, held_out
 from experiments import MATCH, SHARED_PAST, STUDENT, parse, start, submit
@@ -155,7 +156,8 @@ class Judged:
 
         def blocks(kind: str, transition: str = "roll", reward: str = MATCH) -> torch.Tensor:
             entries = columns[kind]["after_switch"][transition][reward]["new"]
-            return torch.tensor([entry["scores"] for entry in entries]).T
+            # A video that has no such block has null, which is NaN to NumPy.
+            return torch.from_numpy(np.array([entry["scores"] for entry in entries], dtype=np.float32)).T
 
         def of_kinds(values: torch.Tensor) -> torch.Tensor:
             return values.unflatten(0, (len(KINDS), -1))

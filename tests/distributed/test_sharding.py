@@ -1,6 +1,7 @@
 """FSDP2 over processes on a CPU, against the same run in one process with the whole weights."""
 
 import json
+import shutil
 from uuid import uuid4
 
 import pytest
@@ -212,3 +213,18 @@ def test_meshes_that_cannot_be():
         mesh_sizes([8] * 8 + [4] * 4)
     with pytest.raises(UserError, match="dp_replicate_size=2 and dp_shard_size=4, whose product must be the 16"):
         mesh_sizes([8] * 16, ParallelismConfig(dp_replicate_size=2, dp_shard_size=4, tp_size=2))
+
+
+@pytest.mark.slow
+def test_the_beginning_is_judged_anew(runs, model_folder, tmp_path):
+    """Of a run that is resumed with more seeds: the first ones' scores are those of before, and shards come back."""
+    folder, before = tmp_path / "run", runs[0][True]
+    shutil.copytree(before, folder)
+    run(model_folder, folder, eval_seeds=2, resume_from_checkpoint="latest")
+    evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    assert [evaluation["step"] for evaluation in evaluations] == [0, 2, 0, 2]
+    scores = [evaluation["scores"]["reward"] for evaluation in evaluations]
+    for old, new in zip(scores[:2], scores[2:]):
+        assert len(new) == 6 and new[:3] == pytest.approx(old, abs=1e-6)
+    resumed, whole = (load_file(path / "pytorch_lora_weights.safetensors") for path in (folder, before))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())

@@ -1,5 +1,6 @@
 import functools
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,10 @@ def dark_fails(videos, prompts, metadata):
     if scores.item() < 0.3:
         raise ArithmeticError("too dark")
     return scores, {}
+
+
+def nothing_to_say(videos, prompts, metadata):
+    return [0.5] * len(videos), {"part": [math.nan] * len(videos)}
 
 
 def rate(videos, prompts, metadata, fps=None):
@@ -74,6 +79,13 @@ def test_one_video(tmp_path, capsys):
     assert json.loads((tmp_path / "a.scores.json").read_text()) == results
     printed = capsys.readouterr().out
     assert f"{sharpness:.4f}" in printed and "3.0000" in printed and str(tmp_path / "a.scores.json") in printed
+
+
+def test_a_part_that_is_no_number_is_null(tmp_path):
+    name = f"{__name__}:nothing_to_say"
+    score_videos(str(write(tmp_path / "a.mp4")), ScoreConfig(rewards=name, prompt="a"))
+    (video,) = json.loads((tmp_path / "a.scores.json").read_text(), parse_constant=pytest.fail)["videos"]
+    assert video["info"] == {f"{name}/part": None} and video["scores"] == {name: 0.5}
 
 
 def test_a_folder_of_generate_has_its_prompts(tmp_path):

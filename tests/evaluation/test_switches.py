@@ -11,7 +11,9 @@ from astrolabe_diffusers.cli.evaluate import main
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.evaluation.config import LoraEvaluationConfig
 from astrolabe_diffusers.rollout.seeds import seeded_generator
+from astrolabe_diffusers.training.adapter_files import save_adapter
 from tests.processes import Torchrun
+from tests.training.helpers import policy_pipeline
 
 
 SCENES = [
@@ -108,6 +110,21 @@ def test_pairs_change_in_the_middle(model_folder, tmp_path):
     assert first["scenes"] == second["scenes"][::-1]
     assert first["prompt"] == " | ".join(first["scenes"])
     assert [entry["block"] for entry in base[FITS]["new"]] == [1, 2]
+
+
+def test_one_video_has_no_interval(model_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text(SCENES[0])
+    folder, prompts = tmp_path / "eval", {"prompts": tmp_path / "prompts.txt", "switch_prompts": "scenes"}
+    save_adapter(policy_pipeline(num_layers=1, randomize=False).transformer, tmp_path / "zero")
+    values = {"transitions": "roll", "seeds": 1, "num_videos": 0, "column": f"zero={tmp_path / 'zero'}"}
+    run(model_folder, folder, **prompts | values)
+    columns = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)["columns"]
+    (entry, *_) = columns["zero"]["after_switch"]["roll"][FITS]["new"]
+    assert entry["half_width_95"] is None and entry["change"] == {"change": 0, "half_width_95": None}
+    assert columns["zero"]["change"][FITS] == {"change": 0, "half_width_95": None}
+    table = (folder / "table.md").read_text()
+    assert "nan" not in table and "\u00b1" not in table and "+0.0000 |" in table
+    assert (folder / "after_switch.png").is_file() and (folder / "scores.png").is_file()
 
 
 def test_two_processes_are_one(model_folder, prompts, tmp_path):

@@ -1,6 +1,5 @@
 """The prompts and the arithmetic of the experiments with switches."""
 
-import json
 import sys
 from dataclasses import asdict
 from math import nan
@@ -14,6 +13,7 @@ import torch
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.evaluation.switches import after_switch
+from astrolabe_diffusers.files.text import to_json
 from astrolabe_diffusers.pipelines.scene_prompt import parse_scenes
 from astrolabe_diffusers.reporting.comparison import Evaluation
 from astrolabe_diffusers.rewards.metrics.tiny_shapes_world import COLORS, DIRECTIONS, SHAPES, parse_caption
@@ -161,7 +161,7 @@ def test_what_an_evaluation_writes_is_read_by_kind_pair_and_block(switches, prom
         if "transitions" in settings:
             column["after_switch"] = after_switch(samples, evaluation, evaluation)
         (tmp_path / kind).mkdir()
-        (tmp_path / kind / "results.json").write_text(json.dumps({"columns": {"lora": column}}))
+        (tmp_path / kind / "results.json").write_text(to_json({"columns": {"lora": column}}))
     judged = switches.Judged.read(tmp_path, "lora")
     rows = torch.arange(216.0).view(9, 24)
     for number, transition in enumerate(("roll", "recache")):

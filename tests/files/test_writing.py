@@ -32,7 +32,7 @@ def evaluate(folder):
 
 
 def start_report(folder):
-    report = RunReport(config(output_dir=folder, report_to="none"), Accelerator(mixed_precision="no"))
+    report = RunReport(config(output_dir=folder, report_to="none"), Accelerator(mixed_precision="no"), identity={})
     report.start(None)
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -29,8 +30,8 @@ def folder(tmp_path, jobs):
     return manifest.folder
 
 
-def pending(folder, jobs, settings=SETTINGS, rewards=()):
-    return [job.prompt_index for job in Manifest(folder).start(jobs, settings, rewards)]
+def pending(folder, jobs, settings=SETTINGS, rewards=(), reward_options=None):
+    return [job.prompt_index for job in Manifest(folder).start(jobs, settings, rewards, reward_options)]
 
 
 def test_complete_videos_are_not_pending(folder, jobs):
@@ -138,6 +139,27 @@ def test_torn_line_and_left_overs_of_a_killed_run(folder, jobs):
 def test_missing_scores_are_made(folder, jobs):
     assert pending(folder, jobs, rewards=["sharpness"]) == []
     assert pending(folder, jobs, rewards=["sharpness", "flicker"]) == [0, 1, 2]
+
+
+def test_scores_with_other_options_are_made(folder, jobs):
+    """One of a folder of before says nothing of its options, and had none as far as is known."""
+    with_options = {"rewards": ["sharpness"], "reward_options": {"sharpness": {"frames": "stride:2"}}}
+    entry = Manifest(folder).read()[jobs[1].file]
+    Manifest(folder).append(entry | {"reward_options": with_options["reward_options"]})
+    assert pending(folder, jobs) == []  # nobody asks for scores
+    assert pending(folder, jobs, rewards=["sharpness"], reward_options={}) == [1]
+    assert pending(folder, jobs, **with_options) == [0, 1, 2]
+
+
+def test_a_part_of_a_score_that_is_no_number(folder, jobs):
+    """Is null, which every reader of JSON takes, and no reason to make the video again."""
+    entry = Manifest(folder).read()[jobs[0].file]
+    entry["scores"]["sharpness/part"] = math.nan
+    Manifest(folder).append(entry)
+    assert pending(folder, jobs, rewards=["sharpness"]) == []
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert entries[0]["scores"] == {"sharpness": 0.5, "sharpness/part": None}
 
 
 def test_lines_of_many_writers_stay_whole(tmp_path):

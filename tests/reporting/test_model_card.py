@@ -49,7 +49,10 @@ def card_of(cfg, values, prompts=("a cat",), repo_id=None):
         (0.25, 0.1, "rose on prompts that were held out: reward +0.2500  [+0.1500, +0.3500]"),
         (0.05, 0.1, "**The reward it was trained on did not clearly change"),
         (-0.00004, 0.00001, "did not clearly change"),
-        (0.25, math.nan, "did not clearly change"),  # one video has no interval
+        # One video has no interval, and none no change.
+        (-0.59, math.nan, "**Too few held-out videos were scored to say"),
+        (-0.59, math.nan, "whether the reward it was trained on changed**: reward -0.5900."),
+        (math.nan, math.nan, "changed**: reward nan."),
         (-0.25, 0.1, "**The reward it was trained on fell"),
     ],
 )
@@ -74,6 +77,10 @@ def test_what_fell_is_named():
     assert findings({"reward": score(0.3), MATCH: score(0.3), FLICKER: score(0.0)}, {MATCH: 1.0})[1].endswith(
         "none clearly fell."
     )
+    alone = {name: score(-0.3, math.nan) for name in ("reward", MATCH, FLICKER)}
+    assert findings(alone, {MATCH: 1.0})[1:] == [
+        "Too few videos were scored to say whether a score that was only watched fell."
+    ]
     assert "No other score was watched" in findings({"reward": score(0.3), MATCH: score(0.3)}, {MATCH: 1.0})[1]
 
 

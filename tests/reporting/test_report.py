@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from astrolabe_diffusers.reporting.comparison import Evaluation, compare, comparison_table
+from astrolabe_diffusers.reporting.comparison import Evaluation, compare, comparison_table, mean_interval, mean_text
 from astrolabe_diffusers.reporting.machine import peak_memory_gb
 from astrolabe_diffusers.reporting.markdown import markdown_table
 from astrolabe_diffusers.reporting.report import append_jsonl, cut_jsonl, duration, score_statistics, tag, tags
@@ -36,6 +36,28 @@ def test_table_has_every_score_with_its_interval():
     assert lines[2].split()[1:4] == ["0.2500", "0.6250", "+0.3750"]
     assert lines[2].endswith("[+0.1300, +0.6200]")  # 0.375 +- 1.96 * 0.1768 / sqrt(2)
     assert lines[-1].endswith("[+0.0000, +0.0000]")
+
+
+def test_one_pair_has_no_interval():
+    compared = compare(Evaluation(0, {"reward": [0.9]}), Evaluation(80, {"reward": [0.31]}))
+    line = comparison_table(compared, ["match"]).splitlines()[-1]
+    assert line.split() == ["reward", "0.9000", "0.3100", "-0.5900"]
+    nothing = compare(Evaluation(0, {"reward": [math.nan]}), Evaluation(80, {"reward": [0.31]}))
+    assert comparison_table(nothing, ["match"]).splitlines()[-1].split() == ["reward", "nan", "0.3100", "nan"]
+    assert mean_text(mean_interval([0.5])) == "0.5000"
+    assert mean_text(mean_interval([0.0, 1.0])) == "0.5000 \u00b1 0.9800"
+
+
+def test_logs_are_json(tmp_path):
+    """By a reader that takes no NaN; what was NaN is so again when a run goes on."""
+    evaluation = Evaluation(3, {"reward": [0.5, math.nan], "match": [math.nan, math.nan]})
+    append_jsonl(tmp_path / "log.jsonl", evaluation.to_json() | {"loss": math.inf})
+    (record,) = cut_jsonl(tmp_path / "log.jsonl", 5)
+    text = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == record
+    assert record["scores"] == {"reward": [0.5, None], "match": [None, None]} and record["loss"] is None
+    assert record["mean"] == {"reward": 0.5, "match": None}
+    assert repr(Evaluation.from_json(record)) == repr(evaluation)
 
 
 def test_markdown_table():

@@ -38,6 +38,17 @@ def test_a_call_that_hangs_is_given_up_and_its_result_comes_too_late():
     thread.close()
 
 
+def test_a_closed_thread_takes_no_call():
+    """Nobody would run it, and who asks would wait for ever."""
+    thread = RewardThread(timeout=20)
+    last = thread.submit(lambda: 1)
+    thread.close()
+    thread.close()
+    assert last.result() == 1
+    with pytest.raises(UserError, match="the rewards are closed"):
+        thread.submit(lambda: 2)
+
+
 def test_a_call_that_hangs_does_not_keep_the_process():
     code = (
         "import sys, threading\n"

@@ -18,8 +18,8 @@ def brightness(videos, prompts, metadata):
     return means.mean(1), {name: means[:, i] for i, name in enumerate(("red", "green", "blue"))}
 
 
-def contrast(videos, prompts, metadata):
-    return videos.flatten(1).std(1), None
+def contrast(videos, prompts, metadata, scale=1.0):
+    return scale * videos.flatten(1).std(1), None
 
 
 def nan_for_bright(videos, prompts, metadata):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 
-from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.errors import Interrupted, UserError
 from astrolabe_diffusers.rewards import Reward, RewardOutput
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer, TrainerCallback
 from astrolabe_diffusers.training.build import name_rewards
@@ -128,6 +130,40 @@ def test_mistakes_are_one_line(model_folder, tmp_path, arguments, words):
     with pytest.raises(UserError, match=words) as error:
         NFTTrainer(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_one_held_out_video_has_no_interval(model_folder, tmp_path):
+    config = NFTConfig(**settings(model_folder, tmp_path, num_eval_prompts=1))
+    results = NFTTrainer(config=config, reward_funcs=[red]).train()
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    reward = results["scores"]["reward"]
+    assert math.isnan(reward["half_width_95"])
+    assert written["scores"]["reward"] == reward | {"half_width_95": None}
+    card = (tmp_path / "README.md").read_text()
+    assert "nan" not in card and f"was trained on changed**: reward {reward['change']:+.4f}." in card
+
+
+class Interrupting(TrainerCallback):
+    def on_epoch_end(self, trainer, metrics):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("callbacks", [[], [Interrupting()]])
+def test_a_trainer_trains_once(model_folder, tmp_path, callbacks):
+    """After its end, and after an interruption; what it has written stays."""
+    config = NFTConfig(**settings(model_folder, tmp_path, overwrite_output_dir=True))
+    trainer = NFTTrainer(config=config, reward_funcs=[red], callbacks=callbacks)
+    with pytest.raises(Interrupted) if callbacks else nullcontext():
+        trainer.train()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="trains once: make another one, which with resume_from_checkpoint") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="the rewards are closed"):
+        trainer.evaluate()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    again = NFTConfig(**settings(model_folder, tmp_path, resume_from_checkpoint="latest"))
+    assert NFTTrainer(config=again, reward_funcs=[red]).train()["steps"] == 2
 
 
 @pytest.mark.parametrize("first", [0.1, math.nan])

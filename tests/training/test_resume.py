@@ -170,6 +170,25 @@ def test_new_settings_take_effect_when_resuming(model_folder, tmp_path, trouble)
     assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {4.0}
 
 
+def test_a_signal_while_the_beginning_is_judged_anew(model_folder, tmp_path, whole_run, trouble):
+    """There the policy is not the checkpoint's for a while."""
+    more = dict(eval_seeds=8, resume_from_checkpoint="latest")  # four batches
+    numbers = []
+    for call in (0, 1):
+        folder = tmp_path / str(call)
+        shutil.copytree(whole_run, folder)
+        trouble.setattr(rewards, "_calls", 0)
+        trouble.setenv("TROUBLE_CALL", str(call))
+        before = numbers_of_run(folder)
+        if call:
+            assert run(model_folder, folder, **more)[0] == 143
+            assert numbers_of_run(folder) == before
+        assert run(model_folder, folder, **more)[0] == 0
+        numbers.append(numbers_of_run(folder))
+    assert numbers[0] == numbers[1]
+    assert [len(evaluation["scores"]["reward"]) for evaluation in numbers[0]["evaluations"]][-2:] == [16, 16]
+
+
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "trainer_state.json"])
 def test_a_planted_checkpoint_is_one_line_and_runs_nothing(model_folder, tmp_path, trouble, capfd, name):
     trouble.setenv("TROUBLE_CALL", "1")
