@@ -40,21 +40,30 @@ class BestAdapter:
         self.policy = POLICIES[config.judged_policy]
         self.folder = Path(config.output_dir) / "best"
         self.record: dict[str, float] | None = None
+        self.least = -math.inf  # that is to be surpassed where there is no record
 
-    def resume(self, step: int):
-        """Takes up what a run has kept that goes on from `step`; what it kept later is another run's now, and what it
-        kept for a reward of another identity is not to be compared."""
+    def resume(self, step: int, evaluations: Sequence[Evaluation]):
+        """Takes up what a run has kept that goes on from `step` with the adapter that is loaded, and had these
+        evaluations. What it kept later is another run's now, and what it kept for a reward of another identity is not
+        to be compared: what is kept next has to be better than those evaluations, of which one may be this adapter's.
+        """
         try:
             record = read_json(self.folder / "best.json")
             is_ours = record.pop("identity") == self.identity and record["step"] <= step
             self.record = record if is_ours else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             self.record = None
+        if self.record is None:
+            earlier = (evaluation.mean() for evaluation in evaluations if evaluation.step < step)
+            self.least = max((reward for reward in earlier if not math.isnan(reward)), default=-math.inf)
+            for evaluation in evaluations:
+                if evaluation.step == step:
+                    self.offer(evaluation)
 
     def offer(self, evaluation: Evaluation):
         """Keeps the adapter that was evaluated if it is the best one; every process calls it."""
         reward = evaluation.mean()
-        best = -math.inf if self.record is None else self.record["reward"]
+        best = self.least if self.record is None else self.record["reward"]
         # Not `<=`: one without a finite reward is none.
         if not reward > best:
             return

@@ -447,7 +447,7 @@ class OnlineTrainer:
         self.completed = self.state()
         self.saved = path and path.resolve()
         if self.report.evaluations:
-            self.best.resume(self.step)
+            self.best.resume(self.step, self.report.evaluations)
         self.report.start(None if path is None else self.step)
 
         if config.resume_from_checkpoint:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.reporting.comparison import Evaluation
 from astrolabe_diffusers.reporting.report import RunReport
 from astrolabe_diffusers.training import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.adapter_files import WEIGHT_NAMES, save_adapter
@@ -172,8 +173,26 @@ def test_the_best_by_other_rewards_is_none(tmp_path):
         record = {"step": 2, "reward": 0.96, "identity": written}
         (tmp_path / "best" / "best.json").write_text(json.dumps(record))
         adapter = BestAdapter(None, NFTConfig(output_dir=str(tmp_path)), {"rewards": "b"})
-        adapter.resume(4)
+        adapter.resume(4, [])
         assert adapter.record == best
+
+
+@pytest.mark.parametrize("rewards, step, saved", [((0.5, 0.7, 0.8), 20, 20), ((0.5, 0.8, 0.7), 20, None)])
+def test_the_best_before_a_checkpoint_is_to_be_surpassed(tmp_path, rewards, step, saved):
+    """What came after the checkpoint is gone, the best one among it; of those before, the last is that of the adapter
+    that was loaded."""
+    transformer = policy_pipeline().transformer
+    identity, config = {"rewards": "a"}, NFTConfig(output_dir=str(tmp_path))
+    BestAdapter(transformer, config, identity).offer(Evaluation(40, {"reward": [0.85]}))
+    evaluations = [Evaluation(10 * i, {"reward": [reward]}) for i, reward in enumerate(rewards)]
+    best = BestAdapter(transformer, config, identity)
+    best.resume(step, evaluations)
+    assert best.record == (saved and {"step": saved, "reward": 0.8})
+    best.offer(Evaluation(30, {"reward": [0.75]}))
+    assert best.record == (saved and {"step": saved, "reward": 0.8})
+    best.offer(Evaluation(40, {"reward": [0.81]}))
+    assert best.record == {"step": 40, "reward": 0.81}
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["reward"] == 0.81
 
 
 BATCHES = {"batches_per_epoch": 4, "samples_per_prompt": 2}
