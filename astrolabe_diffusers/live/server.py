@@ -13,9 +13,9 @@ import secrets
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ PAGE = Path(__file__).parent / "page"
 MAX_MESSAGE = 2**16
 # Of a connection, messages that come; a page tells of every frame that it shows.
 MESSAGES_PER_SECOND = 200
-# Of a connection, words that wait to be read.
+# Of a connection, words that wait to be read, and those that wait to be answered.
 _MAX_WAITING = 256
 # Of a recording, blocks that wait to be encoded before the session waits for them.
 _MAX_BEHIND = 2
@@ -270,6 +270,8 @@ class Viewer:
         self._outbox: deque[tuple[float, dict[str, Any] | Block]] = deque()
         self._sent = 0  # the last block of which a lane was sent
         self._something = asyncio.Event()
+        # What is answered in its order: a start may take long.
+        self._inbox: asyncio.Queue[dict[str, Any] | bytes] = asyncio.Queue(_MAX_WAITING)
         self._unread = self.loop.create_future()
         self._allowance, self._counted_at = float(MESSAGES_PER_SECOND), time.monotonic()
 
@@ -278,7 +280,7 @@ class Viewer:
     async def run(self):
         self.live.viewers.add(self)
         self.say(self.live.hello())
-        tasks = [self.loop.create_task(run()) for run in (self._read, self._write, self._watch)]
+        tasks = [self.loop.create_task(run()) for run in (self._read, self._answer, self._write, self._watch)]
         try:
             done, _ = await asyncio.wait([*tasks, self._unread], return_when=asyncio.FIRST_COMPLETED)
             if self._unread.done():
@@ -313,13 +315,32 @@ class Viewer:
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect
             self._count()
-            try:
-                if message.get("bytes") is None:
-                    await self._answer(message["text"])
-                else:
-                    self._receive(message["bytes"])
-            except Exception as error:
-                self.say({"type": "error", "message": tell(error)})
+            with self._telling():
+                data = message.get("bytes")
+                message = _read_message(message["text"]) if data is None else data
+                if data is not None or "start" not in message:
+                    await self._inbox.put(message)
+                elif message["start"] == self.start_number:
+                    await ANSWERS[message["type"]](self, message)
+
+    async def _answer(self):
+        while True:
+            message = await self._inbox.get()
+            with self._telling():
+                if isinstance(message, bytes):
+                    self._receive(message)
+                    continue
+                if message["type"] not in _BEFORE_START and self.session is None:
+                    raise ValueError("there is no video: start one first.")
+                await ANSWERS[message["type"]](self, message)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """The viewer is told of an error."""
+        try:
+            yield
+        except Exception as error:
+            self.say({"type": "error", "message": tell(error)})
 
     async def _watch(self):
         """Ends the connection of a page that is left open."""
@@ -333,15 +354,6 @@ class Viewer:
         self._allowance, self._counted_at = min(self._allowance, 2.0 * MESSAGES_PER_SECOND) - 1, now
         if self._allowance < 0:
             raise ViewerError(f"more than {MESSAGES_PER_SECOND} messages a second")
-
-    async def _answer(self, text: str):
-        message = parse_json(text, "the message")
-        kind = message.get("type") if isinstance(message, dict) else None
-        if not isinstance(kind, str) or kind not in ANSWERS:
-            raise ValueError(f"the type of a message is one of {', '.join(ANSWERS)}.")
-        if kind not in _BEFORE_START and self.session is None:
-            raise ValueError("there is no video: start one first.")
-        await ANSWERS[kind](self, message)
 
     async def _start(self, message: dict[str, Any]):
         self.num_starts += 1
@@ -531,6 +543,7 @@ class Viewer:
     def _started(self, session: LiveSession) -> dict[str, Any]:
         return {
             "type": "started",
+            "start": self.start_number,
             "seed": session.seed,
             "height": session.height,
             "width": session.width,
@@ -589,6 +602,19 @@ class Viewer:
             await (self.websocket.send_text if isinstance(data, str) else self.websocket.send_bytes)(data)
         except RuntimeError:  # it was closed by another task
             raise WebSocketDisconnect from None
+
+
+def _read_message(text: str) -> dict[str, Any]:
+    """With a `start` it is about the video of that one alone, and is answered though another one is being made."""
+    message = parse_json(text, "the message")
+    kind = message.get("type") if isinstance(message, dict) else None
+    if not isinstance(kind, str) or kind not in ANSWERS:
+        raise ValueError(f"the type of a message is one of {', '.join(ANSWERS)}.")
+    if "start" in message:
+        if kind in _BEFORE_START:
+            raise ValueError(f"a message of type {kind} has no start.")
+        check_whole_number("start", message["start"], MAX_SEED, least=1)
+    return message
 
 
 def _read_start(model: LiveModel, data: bytes) -> tuple[StartFile, None]:

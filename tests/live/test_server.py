@@ -723,28 +723,95 @@ def test_sessions_that_are_not_this_models_are_refused(live):
         client.until("pictures", block=client.blocks[-1]["block"] + 2 if client.blocks else 2)
 
 
-def test_a_start_that_takes_long_lets_nobody_wait(live, monkeypatch):
-    """Of thousands of events, or scenes: others are shown what is made, and are answered."""
-    go, begun, make = threading.Event(), threading.Event(), LiveSession.__post_init__
+@pytest.fixture
+def long_start(monkeypatch):
+    """A start with seed 77 takes until `go` is set; with `begun` it says that it is there."""
+
+    class LongStart:
+        begun, go = threading.Event(), threading.Event()
+
+    make = LiveSession.__post_init__
 
     def wait(self):
         if self.seed == 77:
-            begun.set()
-            assert go.wait(60)
+            LongStart.begun.set()
+            assert LongStart.go.wait(60)
         make(self)
 
     monkeypatch.setattr(LiveSession, "__post_init__", wait)
+    yield LongStart
+    LongStart.go.set()
+
+
+def test_a_start_that_takes_long_lets_nobody_wait(live, long_start):
+    """Of thousands of events, or scenes: others are shown what is made, and are answered."""
     with Client(live) as client, Client(live) as other:
         other.start().until("pictures")
         client.start(seed=77)
-        try:
-            assert begun.wait(20)
-            other.until("pictures", block=other.blocks[-1]["block"] + 3)
-            other.send("save")
-            other.until("session")
-        finally:
-            go.set()
+        assert long_start.begun.wait(20)
+        other.until("pictures", block=other.blocks[-1]["block"] + 3)
+        other.send("save")
+        other.until("session")
+        long_start.go.set()
         client.until("pictures", block=2)
+
+
+def test_a_start_that_takes_long_ends_no_connection(model, long_start):
+    """Nor the video before, for which pings and messages are read on."""
+    with serving(model, ping_seconds=0.5) as live, Client(live, watches=False) as client:
+        client.start().until("pictures", block=1)
+        client.start(seed=77)
+        assert long_start.begun.wait(20)
+        began = time.monotonic()
+        for number in range(2, 12):
+            client.send("shown", frame=client.blocks[-1]["first"] + len(client.blocks[-1]["packets"]) - 1, start=1)
+            client.until("pictures", block=number)
+            time.sleep(0.3)
+        assert time.monotonic() - began > 4 * 0.5
+        # What has no number is about the video that is to come.
+        client.send("lora", weights={"first": 0.25})
+        client.send("prompt", prompt=B)
+        long_start.go.set()
+        assert client.until("started")["start"] == 2
+        assert client.until("mark")["event"]["prompt"] == B
+        client.send("save")
+        assert client.until("session")["session"]["events"][0]["weights"]["first"] == 0.25
+
+
+def test_who_leaves_while_a_start_takes_long_is_gone(model, long_start, caplog):
+    """And a server that ends does not wait for it."""
+    with LiveApp(model, LiveEngine()) as live, bind("127.0.0.1", 0) as listener:
+        with in_thread(make_live_server(live), listener) as live.host:
+            for leaves in (True, False):
+                client = Client(live).start(seed=77)
+                assert long_start.begun.wait(20)
+                long_start.begun.clear()
+                if leaves:
+                    client.socket.socket.shutdown(socket.SHUT_RDWR)
+                    wait_for(lambda: not live.viewers, 5)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5 and not caplog.text
+        long_start.go.set()
+
+
+def test_what_is_about_another_start_is_dropped(live):
+    """A pause that was pressed, and frames that were shown, before the next video was there."""
+    with Client(live, watches=False) as client:
+        client.start().until("pictures", block=1)
+        client.start(seed=1).until("started", start=2)
+        client.send("pause", start=1)
+        client.send("shown", frame=8, start=1)
+        client.send("pause", start=3)
+        client.until("pictures", block=1)
+        with pytest.raises(TimeoutError):
+            client.until("pictures", timeout=1.0, block=2)
+        client.send("shown", frame=8, start=2)
+        client.until("pictures", block=2)
+        for start in (0, "1", None, True):
+            client.send("pause", start=start)
+            assert "start must be a whole number" in client.until("error")["message"]
+        client.send("remove", start=2)
+        assert client.until("error")["message"] == "a message of type remove has no start."
 
 
 def test_files_that_are_wrong_leave_the_one_before(live, video, tmp_path):

@@ -24,9 +24,11 @@ def answer(tmp_path):
     app = FastAPI()
     app.add_api_route("/file", lambda: FileResponse(path))
     app.add_api_route("/whole", lambda: Response(bytes(SIZE)))
-    with bind("127.0.0.1", 0) as listener, in_thread(
-        make_server(app, ConnectionLimits(seconds=SECONDS)), listener
-    ) as address, socket.socket() as client:
+    with (
+        bind("127.0.0.1", 0) as listener,
+        in_thread(make_server(app, ConnectionLimits(seconds=SECONDS)), listener) as address,
+        socket.socket() as client,
+    ):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
         client.settimeout(10)
         host, port = address.split(":")
