@@ -303,6 +303,18 @@ def test_pause_stops_generation(server, open_tab):
     assert tab.page.text_content("#underruns") == "0"
 
 
+def test_a_pause_just_before_a_new_video(server, open_tab):
+    """Is about the one that was seen: the new one plays, and the page says so."""
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(20)
+    tab.received.clear()
+    tab.page.evaluate("() => { document.getElementById('restart').click(); document.getElementById('pause').click(); }")
+    tab.wait_for_message("started")
+    tab.wait_for_frames(FIRST + 3 * LATER)
+    assert tab.page.text_content("#state").startswith("Playing")
+
+
 def test_a_hidden_tab_waits(server, open_tab):
     tab = open_tab(server.url)
     hide = """hidden => {
@@ -693,7 +705,7 @@ HELLO = {
     "max_session": 0,
     "max_transition_blocks": 32,
 }
-STARTED = {"type": "started", "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
+STARTED = {"type": "started", "start": 1, "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
 
 
 def send_pictures(end, block: int, first_frame: int, colors: list[tuple[int, int, int] | None]):

@@ -16,6 +16,7 @@ let player = null;
 const starts = new Map(); // of this connection, by number from 1 on: {message, weights} as they were sent
 let numStarts = 0;
 let accepted = null; // the start of the session that runs or waits
+let shownStart = 0; // the number of the start whose video the player has
 let waiting = null; // the place in the queue
 let running = false;
 let paused = false;
@@ -82,7 +83,8 @@ const receive = {
     get("second").hidden = canvases.length < 2;
     get("stage").dataset.lanes = canvases.length;
     setAspect(message);
-    const shown = (frame) => connection.send({ type: "shown", frame });
+    shownStart = message.start;
+    const shown = (frame) => sendOfThis({ type: "shown", frame });
     player = new Player(canvases, hello.frame_rate, message, shown, (error) => showError(error.message));
     get("seed").value = message.seed;
     showPrompt(accepted.prompt);
@@ -190,6 +192,11 @@ async function replay(file) {
   start({ type: "start", replay: true, prompt, seed, height, width, codecs, compare, strength });
 }
 
+/** About the video that is shown. Another one may be there by the time at which it comes. */
+function sendOfThis(message) {
+  connection.send({ ...message, start: shownStart });
+}
+
 function steer(event) {
   if (!running) return;
   player.send(event);
@@ -214,7 +221,7 @@ function sendPrompt() {
 function pause() {
   if (!running) return;
   paused = !paused;
-  connection.send({ type: paused ? "pause" : "resume" });
+  sendOfThis({ type: paused ? "pause" : "resume" });
   playOrHold();
   describe();
 }
