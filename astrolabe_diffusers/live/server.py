@@ -548,6 +548,7 @@ class Viewer:
             "height": session.height,
             "width": session.width,
             "compare": session.compare,
+            "loras": dict(session.weights),
             "codec": self.codec,
             "codec_string": self.encoders[0].codec_string,
         }

@@ -412,6 +412,39 @@ def test_record_and_replay(server, open_tab, tmp_path):
     tab.wait_for_text("#log", f"Block {mark['block']}: “{BLUE}”, cut")
 
 
+def test_a_replay_without_a_lora_that_is_loaded(lora, open_tab, tmp_path):
+    """The page has it off, and moving another one leaves it there."""
+    other = tmp_path / "other"
+    shutil.copytree(lora, other)
+    server = Server("--lora", lora, other)
+    tab = open_tab(server.url)
+    tab.page.get_by_role("slider", name="Strength of strong").press("End")
+    tab.start(RED)
+    tab.wait_for_frames(FIRST)
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("button", name="Save session").click()
+    saved = json.loads(download.value.path().read_text())
+    del saved["loras"]["other"]
+    saved["events"] = [{"block": 0, "type": "lora", "weights": {"strong": 0.5}}]
+    (tmp_path / "session.json").write_text(json.dumps(saved))
+    tab.received.clear()
+    tab.page.set_input_files("#file", tmp_path / "session.json")
+    assert tab.wait_for_message("started")["loras"]["other"] == 0
+    tab.wait_for_message("mark")
+    state = lambda: [tab.page.get_by_role("checkbox", name=name).is_checked() for name in ("strong", "other")]  # noqa: E731
+    assert state() == [True, False]
+    assert tab.page.locator("#lora-list output").all_text_contents()[0] == "0.50"
+    tab.received.clear()
+    tab.page.get_by_role("slider", name="Strength of strong").press("End")
+    assert tab.wait_for_message("mark")["event"]["weights"] == {"strong": 2}
+    assert state() == [True, False]
+    # From then on a restart begins with what the page shows.
+    tab.start(RED)
+    assert tab.wait_for_message("started")
+    assert tab.wait_for_message("mark")["event"]["weights"] == {"strong": 2, "other": 0}
+    server.stop()
+
+
 def test_a_recording_without_a_frame(server, open_tab):
     """Pause, Record, Restart: the button is as it was, and works."""
     tab = open_tab(server.url)
@@ -819,7 +852,7 @@ def test_weights_that_a_slider_does_not_have(server, open_tab):
     tab.page.get_by_label("Strength of between").press("ArrowRight")
     moved = [message for message in sent if message["type"] == "lora"]
     now = {"between": 0.8, "below": -3.21, "off": 2.345}
-    assert moved == [{"type": "lora", "weights": loras | now}]
+    assert [message["weights"] for message in moved] == [{"between": 0.8}]
     assert started() == [{"block": 0, "type": "lora", "weights": now}]
 
 

@@ -690,6 +690,11 @@ def test_a_long_session_is_replayed(live, video):
         assert all(wanted[key] == packets for key, packets in got.items() if key in wanted) and len(got) > 6
         again.send("save")
         assert again.until("session")["session"]["start_frames"] == record["start_frames"]
+        # A LoRA that it was made without has weight 0.
+        without = as_file(record, loras={"second": record["loras"]["second"]}, events=[], compare=False)
+        assert again.upload(without, content="session")["error"] is None
+        again.send("start", replay=True, codecs=["webp"])
+        assert again.until("started", compare=False)["loras"] == {"first": 0.0, "second": 0.0}
         # Once; a restart is the page's own.
         again.send("start", replay=True)
         assert again.until("error")["message"] == "there is no session to replay: upload one first."

@@ -95,6 +95,7 @@ const receive = {
     // What was moved while it was on its way, or waited.
     const { weights } = starts.values().next().value;
     const moved = Object.entries(loras.weights).filter(([name, weight]) => weight !== weights[name]);
+    if (accepted.replay) loras.show({ ...message.loras, ...Object.fromEntries(moved) });
     if (moved.length) steerLoras(Object.fromEntries(moved));
   },
   block(message) {
@@ -188,7 +189,6 @@ async function replay(file) {
   get("prompt").value = prompt;
   for (const [name, value] of Object.entries({ seed, height, width })) get(name).value = value;
   get("compare").checked = compare;
-  loras.show();
   start({ type: "start", replay: true, prompt, seed, height, width, codecs, compare, strength });
 }
 
