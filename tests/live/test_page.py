@@ -758,7 +758,7 @@ def server_of_messages(server, open_tab):
     def answer(end):
         ends.append(end)
         end.on_message(lambda text: sent.append(json.loads(text)))
-        end.send(json.dumps(HELLO))
+        end.send(json.dumps(HELLO | {"loras": {"one": 1.0}}))
 
     tab = open_tab(server.url, answer=answer)
     tab.start("one")
@@ -847,13 +847,71 @@ def test_weights_that_a_slider_does_not_have(server, open_tab):
     end.send(json.dumps(STARTED))
     # Another's, in a session that is replayed.
     event = {"type": "lora", "weights": {"below": -3.21, "off": 2.345}}
-    end.send(json.dumps({"type": "mark", "event": event, "block": 0, "sent_after_block": -1, "seconds": 0.1}))
+    end.send(json.dumps({"type": "mark", "event": event, "block": 0, "sent_after_block": -1, "seconds": 0.1, "id": None}))
     tab.page.wait_for_function("() => document.querySelector('#lora-off').value > 2")
     tab.page.get_by_label("Strength of between").press("ArrowRight")
     moved = [message for message in sent if message["type"] == "lora"]
     now = {"between": 0.8, "below": -3.21, "off": 2.345}
     assert [message["weights"] for message in moved] == [{"between": 0.8}]
     assert started() == [{"block": 0, "type": "lora", "weights": now}]
+
+
+def send_block(end, number: int, colors):
+    end.send(json.dumps(block(number, 4 * number)))
+    send_pictures(end, number, 4 * number, colors)
+
+
+def send_mark(end, event: dict, number: int):
+    event = dict(event)
+    mark = {"id": event.pop("id"), "event": event, "sent_after_block": number - 2, "block": number, "seconds": 0.01}
+    end.send(json.dumps({"type": "mark", **mark}))
+
+
+def test_a_mark_is_of_what_took_hold(server_of_messages):
+    """Not of what was sent while its block was made: both have their delays, and a slider stays where it was put."""
+    tab, (end,), sent = server_of_messages
+    send_block(end, 0, GREYS[:4])
+    tab.wait_for_frames(4)
+    slider = tab.page.get_by_role("slider", name="Strength of one")
+    for _ in range(2):
+        tab.send("two")
+        slider.press("ArrowRight")
+        tab.page.wait_for_timeout(100)
+    events = [message for message in sent if message["type"] in ("prompt", "lora")]
+    assert [event["type"] for event in events] == ["prompt", "lora"] * 2
+    assert [event.get("weights") for event in events[1::2]] == [{"one": 1.05}, {"one": 1.1}]
+    for number in (1, 2):
+        for event in events[2 * number - 2 : 2 * number]:
+            send_mark(end, event, number)
+        send_block(end, number, GREYS[4:8])
+        tab.wait_for_frames(4 * (number + 1))
+        assert slider.input_value() == "1.1"
+    lines = tab.page.locator("#log li").filter(has_text="Block").all_text_contents()
+    assert len(lines) == 4 and all("seen after" in line for line in lines)
+    # One of a session that is replayed has none.
+    send_mark(end, {"type": "lora", "weights": {"one": 0.25}, "id": None}, 3)
+    send_block(end, 3, GREYS[8:12])
+    tab.wait_for_text("#log", "Block 3: LoRA one at 0.25.")
+    assert slider.input_value() == "0.25"
+
+
+@pytest.mark.parametrize("lost", ["left out", "first frame", "all"])
+def test_a_mark_whose_block_is_lost_holds_with_what_is_seen(server_of_messages, lost):
+    tab, (end,), sent = server_of_messages
+    send_block(end, 0, GREYS[:4])
+    tab.wait_for_frames(4)
+    tab.send("two")
+    tab.page.wait_for_timeout(100)
+    send_mark(end, sent[-1], 1)
+    if lost != "left out":
+        send_block(end, 1, [None, *([None] * 3 if lost == "all" else GREYS[5:8])])
+    else:
+        send_block(end, 2, GREYS[8:12])
+    if lost == "all":
+        tab.wait_for_text("#lost", "4")
+        send_block(end, 2, GREYS[8:12])
+    tab.wait_for_text("#log", "Block 1: “two”, roll; sent before block 0")
+    tab.wait_for_text("#latency", " ms")
 
 
 def test_a_refused_connection_is_not_tried_again(server_of_messages):

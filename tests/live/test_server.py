@@ -221,8 +221,8 @@ def test_steering(live, model):
         client.start(compare=True)
         assert client.until("started")["compare"]
         client.until("pictures", block=1, lane=1)
-        client.send("prompt", prompt=B, transition="recache", num_blocks=1)
-        mark = client.until("mark")
+        client.send("prompt", prompt=B, transition="recache", num_blocks=1, id=5)
+        mark = client.until("mark", id=5)
         assert mark["event"] == {"type": "prompt", "prompt": B, "transition": "recache", "num_blocks": 1}
         assert mark["block"] > mark["sent_after_block"] >= 1 and mark["seconds"] > 0
         client.send("lora", weights={"first": 0.25})

@@ -15,6 +15,7 @@ let hello = null; // what the server has; null while there is no connection
 let player = null;
 const starts = new Map(); // of this connection, by number from 1 on: {message, weights} as they were sent
 let numStarts = 0;
+let numEvents = 0;
 let accepted = null; // the start of the session that runs or waits
 let shownStart = 0; // the number of the start whose video the player has
 let waiting = null; // the place in the queue
@@ -102,10 +103,10 @@ const receive = {
     player.block(message);
   },
   mark(message) {
-    const ours = player.mark(message);
+    player.mark(message);
     if (message.event.type === "lora") {
-      // Ours are where they were moved to, perhaps further by now.
-      if (!ours) loras.show(message.event.weights);
+      // Ours are where they were moved to, perhaps further by now; others are of a session that is replayed.
+      if (message.id === null) loras.show(message.event.weights);
     } else {
       // If the server goes and comes back, the session goes on with this.
       accepted = { ...accepted, prompt: message.event.prompt };
@@ -197,14 +198,16 @@ function sendOfThis(message) {
   connection.send({ ...message, start: shownStart });
 }
 
-function steer(event) {
+function steer(event, send) {
   if (!running) return;
-  player.send(event);
-  connection.send(event);
+  const numbered = { ...event, id: ++numEvents };
+  player.send(numbered);
+  send(numbered);
 }
 
 function steerLoras(weights) {
-  steer({ type: "lora", weights });
+  // A video that comes meanwhile is told of them when it is there.
+  steer({ type: "lora", weights }, sendOfThis);
 }
 
 function sendPrompt() {
@@ -215,7 +218,8 @@ function sendPrompt() {
   const transition = get("transition").value;
   const prompt = get("prompt").value;
   const blocks = transition === "roll" ? get("num-blocks").valueAsNumber : 1;
-  steer({ type: "prompt", prompt, transition, num_blocks: blocks });
+  // It is for the newest video, also for one that is on its way.
+  steer({ type: "prompt", prompt, transition, num_blocks: blocks }, (event) => connection.send(event));
 }
 
 function pause() {
