@@ -43,7 +43,7 @@ from .start_file import MAX_BYTES, StartFile
 
 try:
     from fastapi import APIRouter, FastAPI, Request, WebSocket, WebSocketDisconnect
-    from fastapi.responses import FileResponse, JSONResponse
+    from fastapi.responses import FileResponse, JSONResponse, Response
     from fastapi.staticfiles import StaticFiles
 
     from ..serving.bounded_protocol import ConnectionLimits, make_server
@@ -227,6 +227,19 @@ async def recording(request: Request, name: str, token: str | None = None):
     return FileResponse(live.recordings[name], media_type="video/mp4", filename="astrolabe.mp4")
 
 
+@router.get("/sessions/{name}.json")
+async def session(request: Request, name: str, token: str | None = None):
+    """Of a viewer who is there. Not over the WebSocket, where pictures and pings would wait behind a large one."""
+    live: LiveApp = request.app.state.live
+    if not live.knows(token):
+        return JSONResponse({"error": "no token, or a wrong one"}, 401)
+    record = next((viewer.session.record() for viewer in live.viewers if viewer.name == name and viewer.session), None)
+    if record is None:
+        return JSONResponse({"error": "there is no such session, or not any more"}, 404)
+    headers = {"Content-Disposition": f'attachment; filename="session-{record["seed"]}.json"'}
+    return Response(json.dumps(record, indent=1), media_type="application/json", headers=headers)
+
+
 @router.websocket("/ws")
 async def connect(websocket: WebSocket, token: str | None = None):
     live: LiveApp = websocket.app.state.live
@@ -251,6 +264,7 @@ class Viewer:
 
     def __init__(self, websocket: WebSocket, live: LiveApp):
         self.websocket, self.live = websocket, live
+        self.name = secrets.token_urlsafe(16)
         self.loop = asyncio.get_running_loop()
         self.session: LiveSession | None = None
         self.ended = True  # or it runs or waits
@@ -415,9 +429,6 @@ class Viewer:
             self.recording = Recording(self, self.session)
         self.say_recording()
 
-    async def _save(self, message: dict[str, Any]):
-        self.say({"type": "session", "session": self.session.record()})
-
     async def _begin_upload(self, message: dict[str, Any]):
         self._wait_for_the_one_before()
         content = message.get("content", "start_frames")
@@ -544,6 +555,7 @@ class Viewer:
         return {
             "type": "started",
             "start": self.start_number,
+            "session_url": f"/sessions/{self.name}.json",
             "seed": session.seed,
             "height": session.height,
             "width": session.width,
@@ -638,7 +650,6 @@ ANSWERS = {
     "resume": Viewer._pause,
     "shown": Viewer._shown,
     "record": Viewer._record,
-    "save": Viewer._save,
     "upload": Viewer._begin_upload,
     "remove": Viewer._remove,
 }

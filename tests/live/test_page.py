@@ -309,7 +309,7 @@ def test_a_pause_just_before_a_new_video(server, open_tab):
     tab.start(RED)
     tab.wait_for_frames(20)
     tab.received.clear()
-    tab.page.evaluate("() => { document.getElementById('restart').click(); document.getElementById('pause').click(); }")
+    tab.page.evaluate("for (const id of ['restart', 'pause']) document.getElementById(id).click()")
     tab.wait_for_message("started")
     tab.wait_for_frames(FIRST + 3 * LATER)
     assert tab.page.text_content("#state").startswith("Playing")
@@ -847,7 +847,7 @@ def test_weights_that_a_slider_does_not_have(server, open_tab):
     end.send(json.dumps(STARTED))
     # Another's, in a session that is replayed.
     event = {"type": "lora", "weights": {"below": -3.21, "off": 2.345}}
-    end.send(json.dumps({"type": "mark", "event": event, "block": 0, "sent_after_block": -1, "seconds": 0.1, "id": None}))
+    send_mark(end, event | {"id": None}, 0)
     tab.page.wait_for_function("() => document.querySelector('#lora-off').value > 2")
     tab.page.get_by_label("Strength of between").press("ArrowRight")
     moved = [message for message in sent if message["type"] == "lora"]

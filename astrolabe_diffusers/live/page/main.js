@@ -18,6 +18,7 @@ let numStarts = 0;
 let numEvents = 0;
 let accepted = null; // the start of the session that runs or waits
 let shownStart = 0; // the number of the start whose video the player has
+let sessionUrl = null; // of that one, while this connection lasts
 let waiting = null; // the place in the queue
 let running = false;
 let paused = false;
@@ -50,6 +51,7 @@ const receiver = {
 const receive = {
   hello(message) {
     hello = message;
+    sessionUrl = null;
     starts.clear();
     numStarts = 0;
     if (trouble !== null) sayThatItIsBack();
@@ -85,6 +87,7 @@ const receive = {
     get("stage").dataset.lanes = canvases.length;
     setAspect(message);
     shownStart = message.start;
+    sessionUrl = message.session_url;
     const shown = (frame) => sendOfThis({ type: "shown", frame });
     player = new Player(canvases, hello.frame_rate, message, shown, (error) => showError(error.message));
     get("seed").value = message.seed;
@@ -116,14 +119,6 @@ const receive = {
   recording({ on, url, frames }) {
     recording = on;
     if (url !== null) offer(downloadAddress(url), `video of ${frames} frames`);
-  },
-  session({ session }) {
-    const file = new Blob([JSON.stringify(session, null, 1)], { type: "application/json" });
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(file);
-    link.download = `session-${session.seed}.json`;
-    link.click();
-    URL.revokeObjectURL(link.href);
   },
   received(message) {
     startFrames.received(message);
@@ -253,7 +248,7 @@ function describe() {
   get("record").setAttribute("aria-pressed", recording);
   for (const id of ["pause", "record"]) get(id).disabled = !running;
   // A video that has come to its end can be kept as well.
-  get("save").disabled = hello === null || player === null;
+  get("save").disabled = hello === null || sessionUrl === null;
   for (const id of ["restart", "send", "load", "start-choose"]) get(id).disabled = hello === null;
   get("num-blocks").disabled = get("transition").value !== "roll";
   document.body.classList.toggle("slow", running && player.figures.slow);
@@ -325,7 +320,12 @@ get("restart").addEventListener("click", startAnew);
 get("record").addEventListener("click", () => {
   connection.send({ type: "record", on: !recording });
 });
-get("save").addEventListener("click", () => connection.send({ type: "save" }));
+get("save").addEventListener("click", () => {
+  const link = document.createElement("a");
+  link.href = downloadAddress(sessionUrl);
+  link.download = "";
+  link.click();
+});
 get("load").addEventListener("click", () => get("file").click());
 get("file").addEventListener("change", async () => {
   const [file] = get("file").files;
