@@ -161,10 +161,11 @@ class LiveEngine:
     def _next(self) -> tuple[LiveSession | None, float | None]:
         """The session whose turn it is, or the seconds until there may be one."""
         now = time.monotonic()
-        if self._queue:
-            for session in list(self._running):
-                if now - session.active_at > self.idle_seconds:
-                    self._end(session, f"nothing was seen for {self.idle_seconds:g} s, and others wait")
+        for session in sorted(self._running, key=attrgetter("active_at")):
+            # Who waits has taken the place of the one before.
+            if not self._queue or now - session.active_at <= self.idle_seconds:
+                break
+            self._end(session, f"nothing was seen for {self.idle_seconds:g} s, and others wait")
         turn = sum(session.block_seconds for session in self._running)
         due = {session: session.due_at(turn) for session in self._running}
         # Not that one's first whose frames run out first: one that takes all it can get would always be.

@@ -13,9 +13,9 @@ import secrets
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from .start_file import MAX_BYTES, StartFile
 
 try:
     from fastapi import APIRouter, FastAPI, Request, WebSocket, WebSocketDisconnect
-    from fastapi.responses import FileResponse, JSONResponse
+    from fastapi.responses import FileResponse, JSONResponse, Response
     from fastapi.staticfiles import StaticFiles
 
     from ..serving.bounded_protocol import ConnectionLimits, make_server
@@ -60,7 +60,7 @@ PAGE = Path(__file__).parent / "page"
 MAX_MESSAGE = 2**16
 # Of a connection, messages that come; a page tells of every frame that it shows.
 MESSAGES_PER_SECOND = 200
-# Of a connection, words that wait to be read.
+# Of a connection, words that wait to be read, and those that wait to be answered.
 _MAX_WAITING = 256
 # Of a recording, blocks that wait to be encoded before the session waits for them.
 _MAX_BEHIND = 2
@@ -227,6 +227,19 @@ async def recording(request: Request, name: str, token: str | None = None):
     return FileResponse(live.recordings[name], media_type="video/mp4", filename="astrolabe.mp4")
 
 
+@router.get("/sessions/{name}.json")
+async def session(request: Request, name: str, token: str | None = None):
+    """Of a viewer who is there. Not over the WebSocket, where pictures and pings would wait behind a large one."""
+    live: LiveApp = request.app.state.live
+    if not live.knows(token):
+        return JSONResponse({"error": "no token, or a wrong one"}, 401)
+    record = next((viewer.session.record() for viewer in live.viewers if viewer.name == name and viewer.session), None)
+    if record is None:
+        return JSONResponse({"error": "there is no such session, or not any more"}, 404)
+    headers = {"Content-Disposition": f'attachment; filename="session-{record["seed"]}.json"'}
+    return Response(json.dumps(record, indent=1), media_type="application/json", headers=headers)
+
+
 @router.websocket("/ws")
 async def connect(websocket: WebSocket, token: str | None = None):
     live: LiveApp = websocket.app.state.live
@@ -251,6 +264,7 @@ class Viewer:
 
     def __init__(self, websocket: WebSocket, live: LiveApp):
         self.websocket, self.live = websocket, live
+        self.name = secrets.token_urlsafe(16)
         self.loop = asyncio.get_running_loop()
         self.session: LiveSession | None = None
         self.ended = True  # or it runs or waits
@@ -270,6 +284,8 @@ class Viewer:
         self._outbox: deque[tuple[float, dict[str, Any] | Block]] = deque()
         self._sent = 0  # the last block of which a lane was sent
         self._something = asyncio.Event()
+        # What is answered in its order: a start may take long.
+        self._inbox: asyncio.Queue[dict[str, Any] | bytes] = asyncio.Queue(_MAX_WAITING)
         self._unread = self.loop.create_future()
         self._allowance, self._counted_at = float(MESSAGES_PER_SECOND), time.monotonic()
 
@@ -278,7 +294,7 @@ class Viewer:
     async def run(self):
         self.live.viewers.add(self)
         self.say(self.live.hello())
-        tasks = [self.loop.create_task(run()) for run in (self._read, self._write, self._watch)]
+        tasks = [self.loop.create_task(run()) for run in (self._read, self._answer, self._write, self._watch)]
         try:
             done, _ = await asyncio.wait([*tasks, self._unread], return_when=asyncio.FIRST_COMPLETED)
             if self._unread.done():
@@ -313,13 +329,32 @@ class Viewer:
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect
             self._count()
-            try:
-                if message.get("bytes") is None:
-                    await self._answer(message["text"])
-                else:
-                    self._receive(message["bytes"])
-            except Exception as error:
-                self.say({"type": "error", "message": tell(error)})
+            with self._telling():
+                data = message.get("bytes")
+                message = _read_message(message["text"]) if data is None else data
+                if data is not None or "start" not in message:
+                    await self._inbox.put(message)
+                elif message["start"] == self.start_number:
+                    await ANSWERS[message["type"]](self, message)
+
+    async def _answer(self):
+        while True:
+            message = await self._inbox.get()
+            with self._telling():
+                if isinstance(message, bytes):
+                    self._receive(message)
+                    continue
+                if message["type"] not in _BEFORE_START and self.session is None:
+                    raise ValueError("there is no video: start one first.")
+                await ANSWERS[message["type"]](self, message)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """The viewer is told of an error."""
+        try:
+            yield
+        except Exception as error:
+            self.say({"type": "error", "message": tell(error)})
 
     async def _watch(self):
         """Ends the connection of a page that is left open."""
@@ -333,15 +368,6 @@ class Viewer:
         self._allowance, self._counted_at = min(self._allowance, 2.0 * MESSAGES_PER_SECOND) - 1, now
         if self._allowance < 0:
             raise ViewerError(f"more than {MESSAGES_PER_SECOND} messages a second")
-
-    async def _answer(self, text: str):
-        message = parse_json(text, "the message")
-        kind = message.get("type") if isinstance(message, dict) else None
-        if not isinstance(kind, str) or kind not in ANSWERS:
-            raise ValueError(f"the type of a message is one of {', '.join(ANSWERS)}.")
-        if kind not in _BEFORE_START and self.session is None:
-            raise ValueError("there is no video: start one first.")
-        await ANSWERS[kind](self, message)
 
     async def _start(self, message: dict[str, Any]):
         self.num_starts += 1
@@ -402,9 +428,6 @@ class Viewer:
         if message["on"] and self.recording is None:
             self.recording = Recording(self, self.session)
         self.say_recording()
-
-    async def _save(self, message: dict[str, Any]):
-        self.say({"type": "session", "session": self.session.record()})
 
     async def _begin_upload(self, message: dict[str, Any]):
         self._wait_for_the_one_before()
@@ -531,10 +554,13 @@ class Viewer:
     def _started(self, session: LiveSession) -> dict[str, Any]:
         return {
             "type": "started",
+            "start": self.start_number,
+            "session_url": f"/sessions/{self.name}.json",
             "seed": session.seed,
             "height": session.height,
             "width": session.width,
             "compare": session.compare,
+            "loras": dict(session.weights),
             "codec": self.codec,
             "codec_string": self.encoders[0].codec_string,
         }
@@ -591,6 +617,19 @@ class Viewer:
             raise WebSocketDisconnect from None
 
 
+def _read_message(text: str) -> dict[str, Any]:
+    """With a `start` it is about the video of that one alone, and is answered though another one is being made."""
+    message = parse_json(text, "the message")
+    kind = message.get("type") if isinstance(message, dict) else None
+    if not isinstance(kind, str) or kind not in ANSWERS:
+        raise ValueError(f"the type of a message is one of {', '.join(ANSWERS)}.")
+    if "start" in message:
+        if kind in _BEFORE_START:
+            raise ValueError(f"a message of type {kind} has no start.")
+        check_whole_number("start", message["start"], MAX_SEED, least=1)
+    return message
+
+
 def _read_start(model: LiveModel, data: bytes) -> tuple[StartFile, None]:
     return model.read_start(data), None
 
@@ -611,7 +650,6 @@ ANSWERS = {
     "resume": Viewer._pause,
     "shown": Viewer._shown,
     "record": Viewer._record,
-    "save": Viewer._save,
     "upload": Viewer._begin_upload,
     "remove": Viewer._remove,
 }

@@ -75,6 +75,7 @@ class Mark:
     sent_after_block: int
     block: int
     seconds: float
+    id: int | None = None  # that it came with; of those that were made one, the last one's
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Pending:
     after_block: int
     arrived: float
     size: int = 0  # of the event, as JSON
+    id: int | None = None
 
 
 class LiveModel:
@@ -337,12 +339,15 @@ class LiveSession:
 
     def send(self, event: dict[str, Any]):
         """A change that holds from the next block on: `{"type": "prompt", "prompt", "transition", "num_blocks"}` or
-        `{"type": "lora", "weights": {name: weight}}`. Of several prompts before one block the last counts.
+        `{"type": "lora", "weights": {name: weight}}`. Of several prompts before one block the last counts. With an
+        `id`, a whole number, its [`Mark`] has it.
 
         Raises:
             ValueError: it is neither, or the session could not be saved and replayed with one more.
         """
-        checked = self.model.check_event(event)
+        checked, id = self.model.check_event(event), event.get("id")
+        if id is not None:
+            check_whole_number("id", id, MAX_SEED)
         with self._lock:
             now = time.monotonic()
             same = [p for p in self._pending if p.event["type"] == checked["type"]]
@@ -356,7 +361,7 @@ class LiveSession:
             self._num_events, self._event_bytes = number, total
             # Nobody can fill the memory with what no block has taken up yet.
             self._pending = [p for p in self._pending if p not in same]
-            self._pending.append(Pending(checked, self.num_blocks - 1, now, size))
+            self._pending.append(Pending(checked, self.num_blocks - 1, now, size, id))
             self.active_at = now
 
     def pause(self, paused: bool = True):
@@ -471,7 +476,7 @@ class LiveSession:
             self.num_blocks += 1
             self.num_frames += len(frames)
             self._last_frames.append(self.num_frames - 1)
-        return blocks, [Mark(p.event, p.after_block, number, ready - p.arrived) for p in taken]
+        return blocks, [Mark(p.event, p.after_block, number, ready - p.arrived, p.id) for p in taken]
 
     def _open(self):
         return self.model.pipe.stream(

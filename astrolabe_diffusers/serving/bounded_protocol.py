@@ -1,6 +1,7 @@
 """Connections of a server that idle and slow clients cannot hold: the bounds that uvicorn does not have."""
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,7 @@ class ConnectionLimits:
     Attributes:
         connections: at a time; further ones are closed as soon as they are made.
         seconds: in which a request has to be complete, headers and body, and one more for each 256 kB of it; and in
-            which an answer has to be taken.
+            which some of an answer that waits has to be taken.
         refused: how many connections were closed for one of these reasons, or because what came was no HTTP.
     """
 
@@ -46,8 +47,10 @@ class BoundedProtocol(H11Protocol):
         self.logger = logging.getLogger(f"{__name__}.clients")
         self.logger.setLevel(logging.ERROR)
         self._timer = None
-        # Since when a request is awaited or comes, if so; what came of it; and since when an answer waits.
-        self._began, self._received, self._waiting = self.loop.time(), 0, None
+        # Since when a request is awaited or comes, if so; and what came of it.
+        self._began, self._received = self.loop.time(), 0
+        # What waited to be taken at the last check, and when some of it was, or nothing waited.
+        self._left, self._taken_at = 0, self.loop.time()
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -67,6 +70,11 @@ class BoundedProtocol(H11Protocol):
         if not self._is_receiving():
             self._began = None
 
+    def resume_writing(self):
+        super().resume_writing()
+        # More is written where that was taken: as much may wait as before.
+        self._left = math.inf
+
     def handle_websocket_upgrade(self, event):
         # From here on the connection is another protocol's.
         self._timer.cancel()
@@ -84,11 +92,11 @@ class BoundedProtocol(H11Protocol):
         if self._began is None and self._is_receiving():
             self._began, self._received = now, 0
         slow = self._began is not None and now > self._began + self.limits.seconds + self._received / BYTES_PER_SECOND
-        if not self.transport.get_write_buffer_size():
-            self._waiting = None
-        elif self._waiting is None:
-            self._waiting = now
-        if slow or (self._waiting is not None and now > self._waiting + self.limits.seconds):
+        left = self.transport.get_write_buffer_size()
+        if left == 0 or left < self._left:
+            self._taken_at = now
+        self._left = left
+        if slow or now > self._taken_at + self.limits.seconds:
             self._refuse()
         else:
             self._timer = self.loop.call_later(self.limits.seconds / 10, self._check)

@@ -274,6 +274,23 @@ def test_a_paused_session_makes_room_for_one_that_waits(model):
         assert not second.of(Ended) and not third.of(Block)  # it is looked at
 
 
+def test_of_paused_sessions_no_more_end_than_others_wait(model):
+    """Those first of which nothing was seen for longest."""
+    with engine_of(sessions=3, idle_seconds=0.3) as engine:
+        paused = [Watched(model, engine, seed=seed).add() for seed in range(3)]
+        for one in paused:
+            wait_for(lambda: one.of(Block))
+            one.session.pause()
+        time.sleep(0.2)  # the block that was being made
+        for index in (1, 0, 2):
+            paused[index].session.pause()
+        time.sleep(0.5)
+        for left in ([0, 1, 0], [1, 1, 0]):
+            waiting = Watched(model, engine).add()
+            wait_for(lambda: waiting.of(Block))
+            assert [len(one.of(Ended)) for one in paused] == left
+
+
 def test_who_has_waited_long_gets_its_turn(model):
     with engine_of(sessions=1, idle_seconds=0.5) as engine:
         first, second, third = (Watched(model, engine).add() for _ in range(3))

@@ -303,6 +303,18 @@ def test_pause_stops_generation(server, open_tab):
     assert tab.page.text_content("#underruns") == "0"
 
 
+def test_a_pause_just_before_a_new_video(server, open_tab):
+    """Is about the one that was seen: the new one plays, and the page says so."""
+    tab = open_tab(server.url)
+    tab.start(RED)
+    tab.wait_for_frames(20)
+    tab.received.clear()
+    tab.page.evaluate("for (const id of ['restart', 'pause']) document.getElementById(id).click()")
+    tab.wait_for_message("started")
+    tab.wait_for_frames(FIRST + 3 * LATER)
+    assert tab.page.text_content("#state").startswith("Playing")
+
+
 def test_a_hidden_tab_waits(server, open_tab):
     tab = open_tab(server.url)
     hide = """hidden => {
@@ -398,6 +410,39 @@ def test_record_and_replay(server, open_tab, tmp_path):
     tab.page.set_input_files("#file", download.value.path())
     assert np.array_equal(tab.frames(0, length), frames)
     tab.wait_for_text("#log", f"Block {mark['block']}: “{BLUE}”, cut")
+
+
+def test_a_replay_without_a_lora_that_is_loaded(lora, open_tab, tmp_path):
+    """The page has it off, and moving another one leaves it there."""
+    other = tmp_path / "other"
+    shutil.copytree(lora, other)
+    server = Server("--lora", lora, other)
+    tab = open_tab(server.url)
+    tab.page.get_by_role("slider", name="Strength of strong").press("End")
+    tab.start(RED)
+    tab.wait_for_frames(FIRST)
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("button", name="Save session").click()
+    saved = json.loads(download.value.path().read_text())
+    del saved["loras"]["other"]
+    saved["events"] = [{"block": 0, "type": "lora", "weights": {"strong": 0.5}}]
+    (tmp_path / "session.json").write_text(json.dumps(saved))
+    tab.received.clear()
+    tab.page.set_input_files("#file", tmp_path / "session.json")
+    assert tab.wait_for_message("started")["loras"]["other"] == 0
+    tab.wait_for_message("mark")
+    state = lambda: [tab.page.get_by_role("checkbox", name=name).is_checked() for name in ("strong", "other")]  # noqa: E731
+    assert state() == [True, False]
+    assert tab.page.locator("#lora-list output").all_text_contents()[0] == "0.50"
+    tab.received.clear()
+    tab.page.get_by_role("slider", name="Strength of strong").press("End")
+    assert tab.wait_for_message("mark")["event"]["weights"] == {"strong": 2}
+    assert state() == [True, False]
+    # From then on a restart begins with what the page shows.
+    tab.start(RED)
+    assert tab.wait_for_message("started")
+    assert tab.wait_for_message("mark")["event"]["weights"] == {"strong": 2, "other": 0}
+    server.stop()
 
 
 def test_a_recording_without_a_frame(server, open_tab):
@@ -569,9 +614,7 @@ def test_a_lora_that_is_moved_while_it_waits(lora, open_tab):
     first.page.close()
     mark = second.wait_for_message("mark")
     assert mark["event"]["weights"] == {"strong": 0} and mark["block"] <= 1
-    assert [message for message in second.sent if message["type"] == "lora"] == [
-        {"type": "lora", "weights": {"strong": 0}}
-    ]
+    assert [message["weights"] for message in second.sent if message["type"] == "lora"] == [{"strong": 0}]
     server.stop()
 
 
@@ -693,7 +736,7 @@ HELLO = {
     "max_session": 0,
     "max_transition_blocks": 32,
 }
-STARTED = {"type": "started", "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
+STARTED = {"type": "started", "start": 1, "seed": 0, "height": 16, "width": 32, "codec": "jpeg"}
 
 
 def send_pictures(end, block: int, first_frame: int, colors: list[tuple[int, int, int] | None]):
@@ -713,7 +756,7 @@ def server_of_messages(server, open_tab):
     def answer(end):
         ends.append(end)
         end.on_message(lambda text: sent.append(json.loads(text)))
-        end.send(json.dumps(HELLO))
+        end.send(json.dumps(HELLO | {"loras": {"one": 1.0}}))
 
     tab = open_tab(server.url, answer=answer)
     tab.start("one")
@@ -802,13 +845,71 @@ def test_weights_that_a_slider_does_not_have(server, open_tab):
     end.send(json.dumps(STARTED))
     # Another's, in a session that is replayed.
     event = {"type": "lora", "weights": {"below": -3.21, "off": 2.345}}
-    end.send(json.dumps({"type": "mark", "event": event, "block": 0, "sent_after_block": -1, "seconds": 0.1}))
+    send_mark(end, event | {"id": None}, 0)
     tab.page.wait_for_function("() => document.querySelector('#lora-off').value > 2")
     tab.page.get_by_label("Strength of between").press("ArrowRight")
     moved = [message for message in sent if message["type"] == "lora"]
     now = {"between": 0.8, "below": -3.21, "off": 2.345}
-    assert moved == [{"type": "lora", "weights": loras | now}]
+    assert [message["weights"] for message in moved] == [{"between": 0.8}]
     assert started() == [{"block": 0, "type": "lora", "weights": now}]
+
+
+def send_block(end, number: int, colors):
+    end.send(json.dumps(block(number, 4 * number)))
+    send_pictures(end, number, 4 * number, colors)
+
+
+def send_mark(end, event: dict, number: int):
+    event = dict(event)
+    mark = {"id": event.pop("id"), "event": event, "sent_after_block": number - 2, "block": number, "seconds": 0.01}
+    end.send(json.dumps({"type": "mark", **mark}))
+
+
+def test_a_mark_is_of_what_took_hold(server_of_messages):
+    """Not of what was sent while its block was made: both have their delays, and a slider stays where it was put."""
+    tab, (end,), sent = server_of_messages
+    send_block(end, 0, GREYS[:4])
+    tab.wait_for_frames(4)
+    slider = tab.page.get_by_role("slider", name="Strength of one")
+    for _ in range(2):
+        tab.send("two")
+        slider.press("ArrowRight")
+        tab.page.wait_for_timeout(100)
+    events = [message for message in sent if message["type"] in ("prompt", "lora")]
+    assert [event["type"] for event in events] == ["prompt", "lora"] * 2
+    assert [event.get("weights") for event in events[1::2]] == [{"one": 1.05}, {"one": 1.1}]
+    for number in (1, 2):
+        for event in events[2 * number - 2 : 2 * number]:
+            send_mark(end, event, number)
+        send_block(end, number, GREYS[4:8])
+        tab.wait_for_frames(4 * (number + 1))
+        assert slider.input_value() == "1.1"
+    lines = tab.page.locator("#log li").filter(has_text="Block").all_text_contents()
+    assert len(lines) == 4 and all("seen after" in line for line in lines)
+    # One of a session that is replayed has none.
+    send_mark(end, {"type": "lora", "weights": {"one": 0.25}, "id": None}, 3)
+    send_block(end, 3, GREYS[8:12])
+    tab.wait_for_text("#log", "Block 3: LoRA one at 0.25.")
+    assert slider.input_value() == "0.25"
+
+
+@pytest.mark.parametrize("lost", ["left out", "first frame", "all"])
+def test_a_mark_whose_block_is_lost_holds_with_what_is_seen(server_of_messages, lost):
+    tab, (end,), sent = server_of_messages
+    send_block(end, 0, GREYS[:4])
+    tab.wait_for_frames(4)
+    tab.send("two")
+    tab.page.wait_for_timeout(100)
+    send_mark(end, sent[-1], 1)
+    if lost != "left out":
+        send_block(end, 1, [None, *([None] * 3 if lost == "all" else GREYS[5:8])])
+    else:
+        send_block(end, 2, GREYS[8:12])
+    if lost == "all":
+        tab.wait_for_text("#lost", "4")
+        send_block(end, 2, GREYS[8:12])
+    tab.wait_for_text("#log", "Block 1: “two”, roll; sent before block 0")
+    tab.wait_for_text("#latency", " ms")
 
 
 def test_a_refused_connection_is_not_tried_again(server_of_messages):

@@ -63,8 +63,7 @@ class Client:
         settings |= {"max_size": None, "proxy": None, "close_timeout": 0.3}
         self._connection = connect(f"ws://{live.host}/ws{query}", **settings)
         self.socket = self._connection.__enter__()
-        self.watches, self.messages, self.blocks, self.last_lane = watches, [], [], 0
-        self.told = {}
+        self.live, self.watches, self.messages, self.blocks, self.last_lane = live, watches, [], [], 0
 
     def __enter__(self):
         return self
@@ -86,6 +85,15 @@ class Client:
             self.until("received", bytes=start)
             self.socket.send(data[start : start + 2**16])
         return self.until("start_frames")
+
+    @property
+    def session_url(self):
+        (*_, path) = [message["session_url"] for message in self.messages if message["type"] == "started"]
+        return f"http://{self.live.host}{path}"
+
+    def saved(self):
+        """The session, as the page downloads it."""
+        return requests.get(self.session_url).json()
 
     def receive(self, timeout=20.0):
         """A message; the pictures of a block all in one."""
@@ -161,8 +169,7 @@ def test_frames_are_the_sessions(live, model, codec):
         assert (started["codec_string"] or "").startswith("avc1." if codec == "h264" else "")
         first = client.until("block")
         client.until("pictures", block=2)
-        client.send("save")
-        record = client.until("session")["session"]
+        record = client.saved()
     assert (first["block"], first["first_frame"], first["frames"], first["lane"]) == (0, 0, 9, 0)
     assert first["seconds"] > 0 and first["memory_gb"] > 0.05
     wanted = [blocks[0] for blocks in replay(model, {**record, "num_blocks": 3})]
@@ -221,16 +228,15 @@ def test_steering(live, model):
         client.start(compare=True)
         assert client.until("started")["compare"]
         client.until("pictures", block=1, lane=1)
-        client.send("prompt", prompt=B, transition="recache", num_blocks=1)
-        mark = client.until("mark")
+        client.send("prompt", prompt=B, transition="recache", num_blocks=1, id=5)
+        mark = client.until("mark", id=5)
         assert mark["event"] == {"type": "prompt", "prompt": B, "transition": "recache", "num_blocks": 1}
         assert mark["block"] > mark["sent_after_block"] >= 1 and mark["seconds"] > 0
         client.send("lora", weights={"first": 0.25})
         later = client.until("mark")
         assert later["block"] > mark["block"]
         client.until("pictures", block=later["block"], lane=1)
-        client.send("save")
-        record = client.until("session")["session"]
+        record = client.saved()
     assert [(event["type"], event["block"]) for event in record["events"]] == [
         ("lora", 0), ("prompt", mark["block"]), ("lora", later["block"]),
     ]  # fmt: skip
@@ -307,8 +313,7 @@ def test_what_is_no_part_of_the_video_does_not_wait_for_it(live, delays):
         start_held(client, live, events=[{"block": 1, "type": "prompt", "prompt": B}])
         began = time.monotonic()
         client.start(height=7).until("error")
-        client.send("save")
-        client.until("session")
+        client.saved()
         client.send("upload", bytes=5)
         client.until("received")
         count = len(client.messages)
@@ -377,7 +382,7 @@ def test_a_token_is_asked_for(model):
                 assert closed.value.rcvd.code == 1008
         with Client(live, "?token=secret") as client:
             assert client.receive()["type"] == "hello"
-        for path, status in (("/health", 200), ("/", 200), ("/recordings/a.mp4", 401)):
+        for path, status in (("/health", 200), ("/", 200), ("/recordings/a.mp4", 401), ("/sessions/a.json", 401)):
             assert requests.get(f"http://{live.host}{path}").status_code == status
         # With a token a server may have any name.
         assert requests.get(f"http://{live.host}/", headers={"Host": "my.host:80"}).status_code == 200
@@ -422,7 +427,7 @@ def test_the_page_loads_nothing_from_elsewhere(live):
     [
         ("nonsense", "the message is no JSON"),
         ("[" * 60_000, "nested too deeply"),
-        ("[]", "one of start, prompt, lora, pause, resume, shown, record, save"),
+        ("[]", "one of start, prompt, lora, pause, resume, shown, record, upload"),
         ('{"type": {}}', "the type of a message"),
         (b"bytes", "a message is a text"),
         ('{"type": "pause"}', "start one first"),
@@ -456,8 +461,7 @@ def test_what_is_wrong_changes_nothing(live):
             assert message in client.until("error")["message"]
         block = client.blocks[-1]["block"] if client.blocks else 0
         client.until("pictures", block=block + 3)
-        client.send("save")
-        assert [event["type"] for event in client.until("session")["session"]["events"]] == ["lora"]
+        assert [event["type"] for event in client.saved()["events"]] == ["lora"]
 
 
 def test_markup_in_a_prompt_is_text(live):
@@ -466,8 +470,7 @@ def test_markup_in_a_prompt_is_text(live):
         client.start()
         client.send("prompt", prompt=text)
         assert client.until("mark")["event"]["prompt"] == text
-        client.send("save")
-        assert client.until("session")["session"]["events"][-1]["prompt"] == text
+        assert client.saved()["events"][-1]["prompt"] == text
 
 
 def test_a_message_that_is_too_long_ends_the_connection(live):
@@ -590,16 +593,14 @@ def test_a_file_that_is_sent_is_what_the_next_video_starts_from(live, model, vid
         client.send("remove")
         assert client.until("start_frames")["media"] is None
         assert pictures_of(client.start(), 3) == plain
-        client.send("save")
-        assert client.until("session")["session"]["start_frames"] is None
+        assert client.saved()["start_frames"] is None
 
 
 def record_of(live, video):
     with Client(live) as client:
         client.upload(video)
         client.start().until("started")
-        client.send("save")
-        record = client.until("session")["session"]
+        record = client.saved()
     assert record["start_frames"] == StartFile.read(video).uri
     return record
 
@@ -611,8 +612,7 @@ def test_a_picture_for_a_model_with_blocks_of_one():
         said = client.upload(picture_file("JPEG"))
         assert (said["media"], said["frames"], said["error"]) == ("image/jpeg", 1, None)
         client.start().until("pictures", block=3)
-        client.send("save")
-        record = client.until("session")["session"]
+        record = client.saved()
     wanted = [blocks[0].frames for blocks in replay(model, {**record, "num_blocks": 4})]
     assert [len(frames) for frames in wanted] == [1, 4, 4, 4]
     for block, frames in zip(client.blocks[:4], wanted, strict=True):
@@ -628,8 +628,7 @@ def test_a_start_with_a_strength(live, video):
         client.start(strength=0.5)
         assert client.until("ended")["reason"] == "the video has come to its end"
         assert sum(len(block["packets"]) for block in client.blocks) == 21
-        client.send("save")
-        assert client.until("session")["session"]["strength"] == 0.5
+        assert client.saved()["strength"] == 0.5
 
 
 def test_a_file_that_is_looked_at_lets_nobody_wait(live, video, decoding):
@@ -647,16 +646,13 @@ def test_a_file_that_is_looked_at_lets_nobody_wait(live, video, decoding):
             client.send(kind, **values)
             assert "the file before is still looked at" in client.until("error")["message"]
         client.start(seed=8).until("started", seed=8)
-        client.send("save")
-        assert client.until("session")["session"]["start_frames"] is None
+        assert client.saved()["start_frames"] is None
         decoding.go.release()
         assert client.until("start_frames")["frames"] == 21
         client.until("pictures", block=client.blocks[-1]["block"] + 2)
-        client.send("save")
-        assert client.until("session")["session"]["start_frames"] is None
+        assert client.saved()["start_frames"] is None
         client.start(seed=9).until("pictures", block=2)
-        client.send("save")
-        assert client.until("session")["session"]["start_frames"].startswith("data:video/mp4;base64,")
+        assert client.saved()["start_frames"].startswith("data:video/mp4;base64,")
 
 
 def as_file(record, **values):
@@ -675,8 +671,7 @@ def test_a_long_session_is_replayed(live, video):
             client.until("mark")
             client.until("pictures", block=client.blocks[-1]["block"] + 1 if client.blocks else 1, lane=1)
         last = client.blocks[-1]["block"]
-        client.send("save")
-        record = client.until("session")["session"]
+        record = client.saved()
     later = [{"block": 10**6 + i, "type": "lora", "weights": {"first": 0.5}} for i in range(5000)]
     wanted = {(block["block"], block["lane"]): block["packets"] for block in client.blocks}
     with Client(live) as again:
@@ -688,18 +683,45 @@ def test_a_long_session_is_replayed(live, video):
         again.until("pictures", block=last, lane=1)
         got = {(block["block"], block["lane"]): block["packets"] for block in again.blocks}
         assert all(wanted[key] == packets for key, packets in got.items() if key in wanted) and len(got) > 6
-        again.send("save")
-        assert again.until("session")["session"]["start_frames"] == record["start_frames"]
+        assert again.saved()["start_frames"] == record["start_frames"]
+        # A LoRA that it was made without has weight 0.
+        without = as_file(record, loras={"second": record["loras"]["second"]}, events=[], compare=False)
+        assert again.upload(without, content="session")["error"] is None
+        again.send("start", replay=True, codecs=["webp"])
+        assert again.until("started", compare=False)["loras"] == {"first": 0.0, "second": 0.0}
         # Once; a restart is the page's own.
         again.send("start", replay=True)
         assert again.until("error")["message"] == "there is no session to replay: upload one first."
 
 
+def test_a_large_session_is_saved_beside_the_video(model, monkeypatch):
+    """However slowly it is taken: pictures go on, and pings. When the viewer has left it is gone."""
+    record = LiveSession.record
+    monkeypatch.setattr(LiveSession, "record", lambda self: record(self) | {"start_frames": "A" * 2**24})
+    with serving(model, ping_seconds=0.5) as live:
+        with Client(live) as client:
+            client.start(seed=3).until("pictures")
+            url = client.session_url
+            with requests.get(url, stream=True) as answer:
+                assert answer.headers["Content-Disposition"] == 'attachment; filename="session-3.json"'
+                parts = answer.iter_content(2**20)
+                data = next(parts)
+                for _ in range(8):
+                    client.until("pictures", block=client.blocks[-1]["block"] + 2)
+                    data += next(parts)
+                    time.sleep(0.3)
+                data += b"".join(parts)
+            saved = json.loads(data)
+            assert (saved["seed"], len(saved["start_frames"])) == (3, 2**24)
+            assert requests.get(url.replace("/sessions/", "/sessions/a")).status_code == 404
+        wait_for(lambda: idle(live), 10)
+        assert requests.get(url).status_code == 404
+
+
 def test_sessions_that_are_not_this_models_are_refused(live):
     with Client(live) as client:
         client.start().until("started")
-        client.send("save")
-        record = client.until("session")["session"]
+        record = client.saved()
         for values, message in (
             ({"weights": "0" * 16}, "it was made with other weights than those of tiny: give its model."),
             ({"loras": {"first": "0" * 16}}, "it was made with the LoRA first: load that one, and under this name."),
@@ -723,28 +745,93 @@ def test_sessions_that_are_not_this_models_are_refused(live):
         client.until("pictures", block=client.blocks[-1]["block"] + 2 if client.blocks else 2)
 
 
-def test_a_start_that_takes_long_lets_nobody_wait(live, monkeypatch):
-    """Of thousands of events, or scenes: others are shown what is made, and are answered."""
-    go, begun, make = threading.Event(), threading.Event(), LiveSession.__post_init__
+@pytest.fixture
+def long_start(monkeypatch):
+    """A start with seed 77 takes until `go` is set; with `begun` it says that it is there."""
+
+    class LongStart:
+        begun, go = threading.Event(), threading.Event()
+
+    make = LiveSession.__post_init__
 
     def wait(self):
         if self.seed == 77:
-            begun.set()
-            assert go.wait(60)
+            LongStart.begun.set()
+            assert LongStart.go.wait(60)
         make(self)
 
     monkeypatch.setattr(LiveSession, "__post_init__", wait)
+    yield LongStart
+    LongStart.go.set()
+
+
+def test_a_start_that_takes_long_lets_nobody_wait(live, long_start):
+    """Of thousands of events, or scenes: others are shown what is made, and are answered."""
     with Client(live) as client, Client(live) as other:
         other.start().until("pictures")
         client.start(seed=77)
-        try:
-            assert begun.wait(20)
-            other.until("pictures", block=other.blocks[-1]["block"] + 3)
-            other.send("save")
-            other.until("session")
-        finally:
-            go.set()
+        assert long_start.begun.wait(20)
+        other.until("pictures", block=other.blocks[-1]["block"] + 3)
+        other.saved()
+        long_start.go.set()
         client.until("pictures", block=2)
+
+
+def test_a_start_that_takes_long_ends_no_connection(model, long_start):
+    """Nor the video before, for which pings and messages are read on."""
+    with serving(model, ping_seconds=0.5) as live, Client(live, watches=False) as client:
+        client.start().until("pictures", block=1)
+        client.start(seed=77)
+        assert long_start.begun.wait(20)
+        began = time.monotonic()
+        for number in range(2, 12):
+            client.send("shown", frame=client.blocks[-1]["first"] + len(client.blocks[-1]["packets"]) - 1, start=1)
+            client.until("pictures", block=number)
+            time.sleep(0.3)
+        assert time.monotonic() - began > 4 * 0.5
+        # What has no number is about the video that is to come.
+        client.send("lora", weights={"first": 0.25})
+        client.send("prompt", prompt=B)
+        long_start.go.set()
+        assert client.until("started")["start"] == 2
+        assert client.until("mark")["event"]["prompt"] == B
+        assert client.saved()["events"][0]["weights"]["first"] == 0.25
+
+
+def test_who_leaves_while_a_start_takes_long_is_gone(model, long_start, caplog):
+    """And a server that ends does not wait for it."""
+    with LiveApp(model, LiveEngine()) as live, bind("127.0.0.1", 0) as listener:
+        with in_thread(make_live_server(live), listener) as live.host:
+            for leaves in (True, False):
+                client = Client(live).start(seed=77)
+                assert long_start.begun.wait(20)
+                long_start.begun.clear()
+                if leaves:
+                    client.socket.socket.shutdown(socket.SHUT_RDWR)
+                    wait_for(lambda: not live.viewers, 5)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5 and not caplog.text
+        long_start.go.set()
+
+
+def test_what_is_about_another_start_is_dropped(live):
+    """A pause that was pressed, and frames that were shown, before the next video was there."""
+    with Client(live, watches=False) as client:
+        client.start().until("pictures", block=1)
+        client.start(seed=1).until("started", start=2)
+        client.send("pause", start=1)
+        client.send("shown", frame=8, start=1)
+        client.send("pause", start=3)
+        client.until("pictures", block=1)
+        with pytest.raises(TimeoutError):
+            client.until("pictures", timeout=1.0, block=2)
+        client.send("shown", frame=8, start=2)
+        client.until("pictures", block=2)
+        for start in (0, "1", None, True):
+            client.send("pause", start=start)
+            assert "start must be a whole number" in client.until("error")["message"]
+        client.send("remove", start=2)
+        assert client.until("error")["message"] == "a message of type remove has no start."
 
 
 def test_files_that_are_wrong_leave_the_one_before(live, video, tmp_path):
@@ -909,8 +996,7 @@ def test_a_page_that_is_left_open_makes_room(model, monkeypatch):
         wait_for(lambda: len(live.viewers) == 1, 10)
         for client in (idle, ended):
             assert "nothing ran for" in closed_with(client) and "reload the page" in client.messages[-1]["message"]
-        paused.send("save")
-        paused.until("session")
+        paused.saved()
         # Something is done: it stays.
         with Client(live) as busy:
             for _ in range(6):
@@ -1032,7 +1118,7 @@ def test_words_that_are_not_read_end_the_connection(model, monkeypatch):
         with suppress(OSError):  # the connection may be gone before the viewer is
             while viewer in live.viewers:
                 assert time.monotonic() < deadline
-                raw.sendall(masked(json.dumps({"type": "save"})) * 10)
+                raw.sendall(masked(json.dumps({"type": "lora", "weights": {"a" * 400: 1}})) * 10)
                 time.sleep(0.002)
                 most = max(most, len(viewer._outbox))
         assert 0 < most <= 256 + 1  # words, and the turn of a block
@@ -1101,8 +1187,7 @@ def test_a_recording_is_every_frame_and_the_replay_its_equal(live, model):
         client.until("pictures", block=6)
         client.send("record", on=False)
         recording = client.until("recording")
-        client.send("save")
-        record = client.until("session")["session"]
+        record = client.saved()
     answer = requests.get(f"http://{live.host}{recording['url']}")
     assert answer.status_code == 200 and answer.headers["Content-Type"] == "video/mp4"
     video = imageio.v3.imread(answer.content, extension=".mp4")

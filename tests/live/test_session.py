@@ -222,7 +222,7 @@ def test_a_replay_can_be_steered_on(model):
     second = LiveSession(model, record["prompt"], record["seed"], events=record["events"])
     made = [second.make_block() for _ in range(9)]
     assert all(np.array_equal(a[0].frames, b[0].frames) for a, (b, _) in zip(blocks, made))
-    assert [mark.block for _, marks in made for mark in marks] == [0, 1, 3, 5, 7]
+    assert [(mark.block, mark.id) for _, marks in made for mark in marks] == [(i, None) for i in (0, 1, 3, 5, 7)]
     second.send(prompt(B))
     second.make_block()
     assert second.record()["events"] == [*record["events"], {"block": 9, **second.record()["events"][-1]}]
@@ -231,9 +231,10 @@ def test_a_replay_can_be_steered_on(model):
 def test_of_several_prompts_the_last_counts_and_weights_add_up(model):
     session = LiveSession(model, A, 0)
     session.make_block()
-    for event in (prompt(C), lora(first=0.2), prompt(B), lora(second=0.9), lora(first=0.5)):
-        session.send(event)
+    for id, event in enumerate((prompt(C), lora(first=0.2), prompt(B), lora(second=0.9), lora(first=0.5))):
+        session.send({**event, "id": id})
     _, marks = session.make_block()
+    assert [mark.id for mark in marks] == [2, 4]
     assert [mark.event for mark in marks] == [
         prompt(B, transition="roll", num_blocks=1), lora(first=0.5, second=0.9),
     ]  # fmt: skip
@@ -597,6 +598,7 @@ def test_sessions_that_cannot_be(model, arguments, message):
         (lora(first="1"), "a number from -100 to 100"),
         (lora(first=math.nan), "a number from -100 to 100"),
         (lora(first=10**400), "a number from -100 to 100"),
+        ({**prompt(B), "id": "7"}, "id must be a whole number from 0"),
     ],
 )
 def test_events_that_cannot_be(model, event, message):

@@ -2,7 +2,7 @@
 
 const HIGHEST = 2;
 
-/** `changed(weights)` is called when somebody moves a slider; a LoRA that is switched off has weight 0. */
+/** `changed(weights)`, of one LoRA, is called when somebody moves its slider; one that is switched off has weight 0. */
 export class Loras {
   #list;
   #changed;
@@ -34,8 +34,8 @@ export class Loras {
     return moved.length ? [{ block: 0, type: "lora", weights: Object.fromEntries(moved) }] : [];
   }
 
-  /** To the weights of an event, or back to those that were loaded. */
-  show(weights = this.#loaded) {
+  /** To the weights of a session or an event. */
+  show(weights) {
     for (const [name, weight] of Object.entries(weights)) {
       if (!this.#controls.has(name)) continue;
       const control = this.#controls.get(name);
@@ -59,7 +59,8 @@ export class Loras {
     value.htmlFor = slider.id;
     on.checked = weight !== 0;
     place(control, weight);
-    on.addEventListener("change", () => this.#changed(this.weights));
+    const changed = () => this.#changed({ [name]: this.weights[name] });
+    on.addEventListener("change", changed);
     slider.addEventListener("input", () => {
       value.textContent = Number(slider.value).toFixed(2);
     });
@@ -67,7 +68,7 @@ export class Loras {
     slider.addEventListener("change", () => {
       on.checked = true;
       control.strength = Number(slider.value);
-      this.#changed(this.weights);
+      changed();
     });
     row.append(on, label, slider, value);
     this.#controls.set(name, control);

@@ -15,7 +15,10 @@ let hello = null; // what the server has; null while there is no connection
 let player = null;
 const starts = new Map(); // of this connection, by number from 1 on: {message, weights} as they were sent
 let numStarts = 0;
+let numEvents = 0;
 let accepted = null; // the start of the session that runs or waits
+let shownStart = 0; // the number of the start whose video the player has
+let sessionUrl = null; // of that one, while this connection lasts
 let waiting = null; // the place in the queue
 let running = false;
 let paused = false;
@@ -48,6 +51,7 @@ const receiver = {
 const receive = {
   hello(message) {
     hello = message;
+    sessionUrl = null;
     starts.clear();
     numStarts = 0;
     if (trouble !== null) sayThatItIsBack();
@@ -82,7 +86,9 @@ const receive = {
     get("second").hidden = canvases.length < 2;
     get("stage").dataset.lanes = canvases.length;
     setAspect(message);
-    const shown = (frame) => connection.send({ type: "shown", frame });
+    shownStart = message.start;
+    sessionUrl = message.session_url;
+    const shown = (frame) => sendOfThis({ type: "shown", frame });
     player = new Player(canvases, hello.frame_rate, message, shown, (error) => showError(error.message));
     get("seed").value = message.seed;
     showPrompt(accepted.prompt);
@@ -93,16 +99,17 @@ const receive = {
     // What was moved while it was on its way, or waited.
     const { weights } = starts.values().next().value;
     const moved = Object.entries(loras.weights).filter(([name, weight]) => weight !== weights[name]);
+    if (accepted.replay) loras.show({ ...message.loras, ...Object.fromEntries(moved) });
     if (moved.length) steerLoras(Object.fromEntries(moved));
   },
   block(message) {
     player.block(message);
   },
   mark(message) {
-    const ours = player.mark(message);
+    player.mark(message);
     if (message.event.type === "lora") {
-      // Ours are where they were moved to, perhaps further by now.
-      if (!ours) loras.show(message.event.weights);
+      // Ours are where they were moved to, perhaps further by now; others are of a session that is replayed.
+      if (message.id === null) loras.show(message.event.weights);
     } else {
       // If the server goes and comes back, the session goes on with this.
       accepted = { ...accepted, prompt: message.event.prompt };
@@ -112,14 +119,6 @@ const receive = {
   recording({ on, url, frames }) {
     recording = on;
     if (url !== null) offer(downloadAddress(url), `video of ${frames} frames`);
-  },
-  session({ session }) {
-    const file = new Blob([JSON.stringify(session, null, 1)], { type: "application/json" });
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(file);
-    link.download = `session-${session.seed}.json`;
-    link.click();
-    URL.revokeObjectURL(link.href);
   },
   received(message) {
     startFrames.received(message);
@@ -186,18 +185,24 @@ async function replay(file) {
   get("prompt").value = prompt;
   for (const [name, value] of Object.entries({ seed, height, width })) get(name).value = value;
   get("compare").checked = compare;
-  loras.show();
   start({ type: "start", replay: true, prompt, seed, height, width, codecs, compare, strength });
 }
 
-function steer(event) {
+/** About the video that is shown. Another one may be there by the time at which it comes. */
+function sendOfThis(message) {
+  connection.send({ ...message, start: shownStart });
+}
+
+function steer(event, send) {
   if (!running) return;
-  player.send(event);
-  connection.send(event);
+  const numbered = { ...event, id: ++numEvents };
+  player.send(numbered);
+  send(numbered);
 }
 
 function steerLoras(weights) {
-  steer({ type: "lora", weights });
+  // A video that comes meanwhile is told of them when it is there.
+  steer({ type: "lora", weights }, sendOfThis);
 }
 
 function sendPrompt() {
@@ -208,13 +213,14 @@ function sendPrompt() {
   const transition = get("transition").value;
   const prompt = get("prompt").value;
   const blocks = transition === "roll" ? get("num-blocks").valueAsNumber : 1;
-  steer({ type: "prompt", prompt, transition, num_blocks: blocks });
+  // It is for the newest video, also for one that is on its way.
+  steer({ type: "prompt", prompt, transition, num_blocks: blocks }, (event) => connection.send(event));
 }
 
 function pause() {
   if (!running) return;
   paused = !paused;
-  connection.send({ type: paused ? "pause" : "resume" });
+  sendOfThis({ type: paused ? "pause" : "resume" });
   playOrHold();
   describe();
 }
@@ -242,7 +248,7 @@ function describe() {
   get("record").setAttribute("aria-pressed", recording);
   for (const id of ["pause", "record"]) get(id).disabled = !running;
   // A video that has come to its end can be kept as well.
-  get("save").disabled = hello === null || player === null;
+  get("save").disabled = hello === null || sessionUrl === null;
   for (const id of ["restart", "send", "load", "start-choose"]) get(id).disabled = hello === null;
   get("num-blocks").disabled = get("transition").value !== "roll";
   document.body.classList.toggle("slow", running && player.figures.slow);
@@ -314,7 +320,12 @@ get("restart").addEventListener("click", startAnew);
 get("record").addEventListener("click", () => {
   connection.send({ type: "record", on: !recording });
 });
-get("save").addEventListener("click", () => connection.send({ type: "save" }));
+get("save").addEventListener("click", () => {
+  const link = document.createElement("a");
+  link.href = downloadAddress(sessionUrl);
+  link.download = "";
+  link.click();
+});
 get("load").addEventListener("click", () => get("file").click());
 get("file").addEventListener("change", async () => {
   const [file] = get("file").files;

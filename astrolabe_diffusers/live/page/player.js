@@ -14,10 +14,9 @@ export class Player {
   #decoders;
   #shown; // the page's, called with every frame
   #screen = -1; // the frame that is on the screen
-  #blocks = new Map(); // block -> its frames, {first, end}
-  #seen = new Map(); // first frame of a block -> when it was shown
+  #blocks = new Map(); // block -> its frames, {first, end}, and of the first one that was shown {frame, time}; in order
   #sent = []; // events that have not taken hold
-  #held = []; // [sent, mark], whose first frame is not shown yet
+  #held = []; // {sent, mark}, of which no frame is shown yet
 
   /** `started` is the server's message; `shown(frame)` is called once for each frame on the screen. */
   constructor(canvases, frameRate, started, shown, fail) {
@@ -61,7 +60,8 @@ export class Player {
     this.figures.block(message);
     // Of both lanes, for a block of one may come without the other's.
     const { block, first_frame: first, frames } = message;
-    this.#blocks.set(block, { first, end: first + frames });
+    for (const [number, { end }] of this.#blocks) if (end <= this.#screen) this.#blocks.delete(number);
+    this.#blocks.set(block, { first, end: first + frames, shown: null });
     if (message.lane > 0) return;
     this.#timeline.block(message);
     this.#write();
@@ -80,18 +80,12 @@ export class Player {
     this.#timeline.send(frame);
   }
 
-  /**
-   * The server says from which block on an event holds; of several prompts between two blocks the last does. Returns
-   * whether it was sent here, or else is of a session that is replayed.
-   */
+  /** The server says from which block on an event holds, and those of its type that were sent before. */
   mark(mark) {
-    const { type, prompt } = mark.event;
-    const last = this.#sent.findLastIndex(({ event }) => event.type === type && event.prompt === prompt);
-    const sent = this.#sent[last];
-    if (sent) this.#sent = this.#sent.filter(({ event }, i) => i > last || event.type !== type);
+    const sent = this.#sent.find(({ event }) => event.id === mark.id);
+    this.#sent = this.#sent.filter(({ event }) => event.type !== mark.event.type || event.id > mark.id);
     this.#held.push({ sent, mark });
     this.#write();
-    return sent !== undefined;
   }
 
   update() {
@@ -100,29 +94,29 @@ export class Player {
 
   #show(frame) {
     this.#screen = frame;
-    this.#seen.set(frame, performance.now());
-    this.#seen.delete(frame - 1000);
+    const block = [...this.#blocks.values()].find(({ end }) => frame < end);
+    block.shown ??= { frame, time: performance.now() };
     this.figures.show();
     this.#timeline.show(frame);
     this.#shown(frame);
     if (this.#held.length) this.#write();
   }
 
-  /** Marks whose first frame has been shown. */
+  /** Marks of which a frame has been shown: of their block, or of a later one if that is lost. */
   #write() {
     this.#held = this.#held.filter(({ sent, mark }) => {
-      const frame = this.#blocks.get(mark.block)?.first;
-      const seen = this.#seen.get(frame);
-      if (seen === undefined) return true;
+      const [, block] = [...this.#blocks].find(([number, { shown }]) => number >= mark.block && shown) ?? [];
+      if (!block) return true;
+      const { frame, time } = block.shown;
       const words = `Block ${mark.block}: ${describe(mark.event)}`;
       if (sent) {
         const ready = Math.round(1000 * mark.seconds);
-        const delay = Math.round(seen - sent.time);
+        const delay = Math.round(time - sent.time);
         const when = `sent before block ${mark.sent_after_block + 1}, ready after ${ready} ms, seen after ${delay} ms`;
         this.#timeline.hold(frame, `${words}; ${when}.`, delay, sent);
         if (mark.event.type === "prompt") this.figures.latency(delay);
       } else {
-        // It is of a session that is replayed.
+        // It is of a session that is replayed, or was sent while another video was seen.
         this.#timeline.hold(frame, `${words}.`);
       }
       return false;
