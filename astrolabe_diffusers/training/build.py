@@ -16,13 +16,13 @@ from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.sharding import is_sharded
 from ..errors import UserError, as_user_error
 from ..layouts.experts import MEMORY_TRANSFORMER
-from ..models.transformer_causal_wan import check_window
 from ..pipelines.loading import frozen_dtype, load_text_encoder
 from ..reporting.trackers import tracker_names
 from ..rewards import RewardSet, named_reward_funcs
 from ..rollout.past import Switch
 from ..rollout.prompt_embeds import StoredPromptEmbeds, encoder_digest
 from ..rollout.prompts import Prompt, PromptSource, as_prompts, hold_out, train_and_eval_prompts
+from ..rollout.recipe import apply_recipe
 from ..rollout.samples import epoch_prompts, epoch_samples, held_out_texts
 from .config import OnlineConfig
 
@@ -94,16 +94,8 @@ def run_texts(
 
 
 def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
-    """What the settings say about how the model attends and samples; its own where they do not."""
-    attention = {"local_attn_size": config.local_attn_size, "sink_size": config.sink_size}
-    for expert in pipeline.experts.values():
-        expert.register_to_config(**{name: value for name, value in attention.items() if value is not None})
-    with as_user_error("this model's window or sink cannot be that"):
-        check_window(pipeline.transformer.config)
-    if config.sigmas:
-        pipeline.register_to_config(sigmas=config.sigmas, first_block_sigmas=None)
-    if config.num_context_frames is not None:
-        pipeline.register_to_config(num_context_frames=config.num_context_frames or None)
+    """[`apply_recipe`], and a [`UserError`] if what comes of it cannot be trained."""
+    apply_recipe(pipeline, config)
     if pipeline.config.num_context_frames:
         raise UserError(
             "this pipeline encodes its context anew for every block, which cannot be trained: set "
