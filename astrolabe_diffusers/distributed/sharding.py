@@ -120,6 +120,12 @@ def between_passes() -> AbstractContextManager:
     return raise_together() if is_sharded() else nullcontext()
 
 
+def passes_are_due(here: bool) -> bool:
+    """Whether this process makes forward passes that it may or may not need: in shards also if another does `here`.
+    Every process asks."""
+    return any(gather_object([here])) if is_sharded() else here
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor; every process asks for it if it is in shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from ..distributed.sharding import between_passes
+from ..distributed.sharding import between_passes, passes_are_due
 from ..errors import as_user_error
 from ..pipelines.block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, blend_scenes
 from .past import Past, Switch
@@ -105,7 +105,7 @@ class SharedPastSampler(Sampler):
         if isinstance(scenes, torch.Tensor):
             scenes = [EncodedScene(scenes, 0)]
         group = samples[0].key[:-1]
-        if group != self._group:
+        if passes_are_due(here=group != self._group):
             self._group = group
             self._past, self._past_latents = self._sample_past(scenes, group)
         generators = [seeded_generator("sample", *sample.key) for sample in samples]

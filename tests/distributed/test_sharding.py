@@ -14,7 +14,7 @@ from astrolabe_diffusers.errors import UserError
 from tests.processes import Torchrun
 from tests.tiny_pipeline import SMALL, save_tiny_pipeline
 from tests.training.helpers import tiny_arguments
-from tests.training.sharded_rollout_worker import make_trainer
+from tests.training.sharded_rollout_worker import make_trainer, rollout_scores
 from tests.training.sharded_worker import main
 
 
@@ -178,7 +178,7 @@ SCENES = {
 }
 SWITCHES = {"transitions": "roll,recache", "switch_prompts": "scenes", "window_size": 3, "window_selection": "last"}
 SWITCHES |= {"eval_num_frames": 33, "num_eval_prompts": 3, "num_eval_videos": 3}
-SWITCHES |= {"train_batch_size": 1, "batches_per_epoch": 4}
+SWITCHES |= {"train_batch_size": 1, "batches_per_epoch": 3, "samples_per_prompt": 3, "shared_past": True}
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,14 @@ def test_switches_of_held_out_videos(troubled, tmp_path):
     for report in reports:
         assert report["scores"]["reward"] == pytest.approx(expected.scores["reward"], abs=1e-5)
     assert sorted(sum((report["written"] for report in reports), [])) == ["000.mp4", "001.mp4", "002.mp4"]
+
+
+def test_shared_pasts_that_one_process_alone_needs(troubled):
+    reports, _, whole = troubled
+    expected = rollout_scores(whole)
+    assert len(set(expected)) == 6
+    for report in reports:
+        assert report["rollout"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_trouble_of_one_process_between_passes_is_that_of_all(troubled):

@@ -1,7 +1,7 @@
 """One process of two that hold a model in shards, so that each waits for the other in every pass; started by torchrun.
 
-It evaluates held-out videos that switch their prompts, and then one process alone has a signal, a reward that fails,
-and at last an error in its passes, which it has to end with.
+It evaluates held-out videos that switch their prompts and makes some with shared pasts. Then one process alone has a
+signal, a reward that fails, and at last an error in its passes, which it has to end with.
 """
 
 import json
@@ -15,7 +15,8 @@ import torch
 from astrolabe_diffusers.cli.train import parse_args
 from astrolabe_diffusers.errors import UserError, exit_code
 from astrolabe_diffusers.evaluation import held_out
-from astrolabe_diffusers.rollout.samples import epoch_samples
+from astrolabe_diffusers.rollout.samples import Sample, epoch_samples
+from astrolabe_diffusers.rollout.scoring import gather_scores
 from astrolabe_diffusers.training import NFTTrainer
 
 
@@ -29,7 +30,19 @@ def brightness(videos, prompts, metadata):
 
 
 def make_trainer(argv: list[str]) -> NFTTrainer:
-    return NFTTrainer(config=parse_args(argv), reward_funcs=[brightness])
+    trainer = NFTTrainer(config=parse_args(argv), reward_funcs=[brightness])
+    trainer.start()
+    return trainer
+
+
+def train_samples(trainer: NFTTrainer) -> list[Sample]:
+    """Two groups of three: after two batches of one video a process has a past that the other has not."""
+    return epoch_samples(trainer.prompts, 2, 3, 0, 0, trainer.windows.past(0).switch, "scenes")
+
+
+def rollout_scores(trainer: NFTTrainer) -> list[float]:
+    samples = train_samples(trainer)
+    return gather_scores(trainer.rollout(samples), samples)[0]["reward"].tolist()
 
 
 def outcome(function) -> list[str]:
@@ -44,7 +57,6 @@ def outcome(function) -> list[str]:
 def main(folder: Path, argv: list[str]):
     global fails
     trainer = make_trainer(argv)
-    trainer.start()
     is_second, written = trainer.accelerator.process_index == 1, []
     save_video = held_out.save_video
 
@@ -56,12 +68,11 @@ def main(folder: Path, argv: list[str]):
     evaluation, videos = trainer.held_out.evaluate(video_dir=folder / "videos")
     report = {"scores": evaluation.scores, "kept": sorted(videos), "written": written}
 
-    switch = trainer.windows.past(0).switch
-    samples = epoch_samples(trainer.prompts, trainer.num_groups, 4, 0, 0, switch, "scenes")
+    report["rollout"] = rollout_scores(trainer)
     with trainer.interruption:
         if is_second:
             os.kill(os.getpid(), signal.SIGTERM)
-        report["signal"] = outcome(lambda: trainer.rollout(samples))
+        report["signal"] = outcome(lambda: trainer.rollout(train_samples(trainer)))
 
     fails = is_second
     report["reward"] = outcome(trainer.held_out.evaluate)
