@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Self
@@ -61,6 +62,22 @@ def raise_together() -> Iterator[None]:
     if errors:
         worst = min(errors, key=lambda failure: isinstance(failure, Interrupted) + 2 * isinstance(failure, _CalledOff))
         raise error if isinstance(told, ProcessError) else worst
+
+
+@contextmanager
+def tell_if_alone() -> Iterator[None]:
+    """An error inside that other processes will not hear of is printed by this one, before it ends with it.
+
+    [`exit_code`] prints those of a machine's first process, and others are theirs too.
+    """
+    try:
+        yield
+    except Exception as error:
+        # One that `raise_together` has raised is known to all.
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not _store().check([CALLED_OFF]):
+            told = error if isinstance(error, UserError) else summarize_exception(error)
+            print(f"error: process {torch.distributed.get_rank()}: {told}", file=sys.stderr)
+        raise
 
 
 def leave_if_called_off():

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..errors import UserError
-from .agreement import is_first_process, raise_together
+from .agreement import is_first_process, raise_together, tell_if_alone
 
 
 # Of accelerate's dimensions those that data-parallel processes can have, with its names.
@@ -110,8 +110,20 @@ def mesh_sizes(local_sizes: list[int], parallelism: ParallelismConfig | None = N
 
 def together() -> AbstractContextManager:
     """[`raise_together`] for what processes do with their weights. In shards they wait inside for each other: there an
-    error must end its process at once."""
-    return nullcontext() if is_sharded() else raise_together()
+    error must end its process at once, but for those [`between_passes`]."""
+    return tell_if_alone() if is_sharded() else raise_together()
+
+
+def between_passes() -> AbstractContextManager:
+    """Inside [`together`], for what a process does between two forward passes that all make equally many of: in shards
+    an error is raised in every process before one of them waits for the others in its next pass."""
+    return raise_together() if is_sharded() else nullcontext()
+
+
+def passes_are_due(here: bool) -> bool:
+    """Whether this process makes forward passes that it may or may not need: in shards also if another does `here`.
+    Every process asks."""
+    return any(gather_object([here])) if is_sharded() else here
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from ..config import name_and_weight, option
 from ..distributed.accelerator import PRECISIONS
 from ..errors import UserError
 from ..rewards.config import RewardConfig
-from ..rollout.config import SwitchConfig, VideoConfig
+from ..rollout.config import RecipeConfig, SwitchConfig, VideoConfig
 
 
 BASE = "base"
@@ -27,7 +27,7 @@ class ScoreConfig(RewardConfig):
 
 
 @dataclass
-class LoraEvaluationConfig(VideoConfig, SwitchConfig):
+class LoraEvaluationConfig(VideoConfig, RecipeConfig, SwitchConfig):
     """Settings of an evaluation. With those of a run, its figures come out again. Checked when the object is made."""
 
     lora: list[str] = option(

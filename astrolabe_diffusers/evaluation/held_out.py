@@ -1,8 +1,10 @@
 """The active policy on held-out prompts, always with the same seeds."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..distributed.agreement import raise_together
-from ..distributed.sharding import is_sharded
+from ..distributed.sharding import between_passes, is_sharded, together
 from ..errors import as_user_error
 from ..pipelines.scene_prompt import check_transition
 from ..reporting.comparison import Evaluation
@@ -56,11 +58,17 @@ class HeldOut:
     def batches(self) -> list[Sequence[Sample]]:
         """This process's part."""
         state = PartialState()
-        batches = process_batches(self.samples, self.batch_size, state.process_index, state.num_processes)
-        if is_sharded():
-            # Every process takes part in every forward pass: one with a batch less makes a video once more.
-            number = -(-len(self.samples) // (self.batch_size * state.num_processes))
-            batches += [self.samples[:1]] * (number - len(batches))
+        split = partial(process_batches, batch_size=self.batch_size, num_processes=state.num_processes)
+        if not is_sharded():
+            return split(self.samples, process_index=state.process_index)
+        # Every process takes part in every forward pass, and a switch of the prompt has passes of its own: what is
+        # made at the same time has the same ones. A process with a batch less makes a video once more.
+        groups, batches = {}, []
+        for sample in self.samples:
+            groups.setdefault(tuple(scene.switch for scene in sample.scenes), []).append(sample)
+        for group in groups.values():
+            mine = split(group, process_index=state.process_index)
+            batches += mine + [group[:1]] * (len(split(group, process_index=0)) - len(mine))
         return batches
 
     def evaluate(
@@ -78,15 +86,18 @@ class HeldOut:
         batches = self.batches()
         keep = {sample.key: i for i, sample in enumerate(self.shown)}
         generated = []
-        with raise_together():
+        with together():
             for batch in self.rollout.generate(batches, self.size, watched=True, keep=keep, by_block=self.by_block):
                 generated.append(batch)
-                on_batch(len(generated), len(batches))
+                with between_passes():
+                    on_batch(len(generated), len(batches))
         scores, _ = gather_scores(generated, self.samples)
         kept = {keep[key]: video for batch in generated for key, video in batch.scores.result().videos.items()}
+        # Of a video that several have made the first one writes the file.
+        before = gather_object([[*kept]])[: PartialState().process_index]
         with raise_together():
-            for index, video in kept.items():
-                save_video(video, video_dir / f"{index:03d}.mp4", self.rollout.pipeline.config.frame_rate)
+            for index in kept.keys() - itertools.chain(*before):
+                save_video(kept[index], video_dir / f"{index:03d}.mp4", self.rollout.pipeline.config.frame_rate)
         return Evaluation(step, {name: column.tolist() for name, column in scores.items()}), kept
 
     def generate_columns(self, policies: dict[str, AbstractContextManager]) -> dict[str, list[torch.Tensor]]:

@@ -21,6 +21,7 @@ from ..reporting.machine import versions
 from ..reporting.markdown import markdown_table
 from ..reporting.videos import write_columns
 from ..rollout.prompts import PromptSource, spread
+from ..rollout.recipe import apply_recipe
 from ..rollout.samples import Sample, warn_of_scenes
 from ..rollout.sampling import Rollout
 from ..rollout.scoring import ScoringThread
@@ -119,6 +120,7 @@ def load_held_out(config: LoraEvaluationConfig, accelerator: Accelerator, resour
     pipeline = load_frozen_pipeline(
         config.model, accelerator, config.revision, config.variant, config.vae_dtype
     )
+    apply_recipe(pipeline, config)
     # The trainer's precision: in bf16 it generates under autocast.
     accelerator.prepare_model(pipeline.denoiser, evaluation_mode=True)
     size = video_size(pipeline, config.height, config.width, config.num_frames)

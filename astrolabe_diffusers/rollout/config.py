@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from ..config import Config, option
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..pipelines.config import ModelConfig
 from ..pipelines.scene_prompt import TRANSITIONS
+from ..pipelines.sigmas import check_sigmas
 from ..rewards.config import RewardConfig
 
 
@@ -21,6 +22,27 @@ class VideoConfig(ModelConfig, RewardConfig):
     prompts_data_dir: str | None = option(None, "folder inside a dataset's repository")
     prompt_column: str | None = option(None, "column of a dataset; `prompt` or `text` if not given")
     num_frames: int | None = option(None, "frames of a video; the model's own if not given", minimum=1)
+
+
+@dataclass
+class RecipeConfig(Config):
+    """How the model attends and samples, in training and where its LoRAs are judged."""
+
+    local_attn_size: int | None = option(None, "window in latent frames, -1 for all; the model's own if not given")
+    sink_size: int | None = option(None, "latent frames that stay in sight; the model's own if not given", minimum=0)
+    sigmas: list[float] = option([], "noise levels of a block's steps before the shift; the model's own if not given")
+    num_context_frames: int | None = option(
+        None,
+        "0: Krea 14B with a cache that grows, not its server's way, which cannot be trained; the model's own if not "
+        "given",
+        minimum=0,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sigmas:
+            with as_user_error("settings"):
+                check_sigmas(self.sigmas)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from ..distributed.sharding import between_passes, passes_are_due
 from ..errors import as_user_error
 from ..pipelines.block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, blend_scenes
 from .past import Past, Switch
@@ -104,7 +105,7 @@ class SharedPastSampler(Sampler):
         if isinstance(scenes, torch.Tensor):
             scenes = [EncodedScene(scenes, 0)]
         group = samples[0].key[:-1]
-        if group != self._group:
+        if passes_are_due(here=group != self._group):
             self._group = group
             self._past, self._past_latents = self._sample_past(scenes, group)
         generators = [seeded_generator("sample", *sample.key) for sample in samples]
@@ -199,7 +200,8 @@ class Rollout:
             with as_user_error("sampling", (FloatingPointError,)):
                 latents, trajectory = sampler(self.encode(samples), samples)
             if scores is not None:
-                scores.result()  # if rewards are slower than the model, videos must not pile up
+                with between_passes():
+                    scores.result()  # if rewards are slower than the model, videos must not pile up
             block_frames = self.pipeline.transformer.config.num_frames_per_block if by_block else None
             scores = self.scoring.submit(latents, samples, watched, keep, past, block_frames)
             made = old_prompt_embeds, self.pipeline

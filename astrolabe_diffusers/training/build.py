@@ -16,7 +16,6 @@ from ..distributed.accelerator import accelerate_settings, check_precision
 from ..distributed.sharding import is_sharded
 from ..errors import UserError, as_user_error
 from ..layouts.experts import MEMORY_TRANSFORMER
-from ..models.transformer_causal_wan import check_window
 from ..pipelines.loading import frozen_dtype, load_text_encoder
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..reporting.trackers import tracker_names
@@ -24,6 +23,7 @@ from ..rewards import Reward, RewardSet, named_reward_funcs
 from ..rollout.past import Switch
 from ..rollout.prompt_embeds import StoredPromptEmbeds, encoder_digest
 from ..rollout.prompts import GivenPrompts, Prompt, PromptSource, hold_out, train_and_eval_prompts
+from ..rollout.recipe import apply_recipe
 from ..rollout.samples import epoch_prompts, epoch_samples, held_out_texts, warn_of_scenes
 from .config import OnlineConfig
 
@@ -131,16 +131,8 @@ def check_pipeline(pipeline: CausalWanPipeline, config: OnlineConfig):
 
 
 def set_recipe(pipeline: DiffusionPipeline, config: OnlineConfig):
-    """What the settings say about how the model attends and samples; its own where they do not."""
-    attention = {"local_attn_size": config.local_attn_size, "sink_size": config.sink_size}
-    for expert in pipeline.experts.values():
-        expert.register_to_config(**{name: value for name, value in attention.items() if value is not None})
-    with as_user_error("this model's window or sink cannot be that"):
-        check_window(pipeline.transformer.config)
-    if config.sigmas:
-        pipeline.register_to_config(sigmas=config.sigmas, first_block_sigmas=None)
-    if config.num_context_frames is not None:
-        pipeline.register_to_config(num_context_frames=config.num_context_frames or None)
+    """[`apply_recipe`], and a [`UserError`] if what comes of it cannot be trained."""
+    apply_recipe(pipeline, config)
     if pipeline.config.num_context_frames:
         raise UserError(
             "this pipeline encodes its context anew for every block, which cannot be trained: set "

@@ -8,12 +8,11 @@ import yaml
 
 from ..config import option
 from ..distributed.accelerator import PRECISIONS
-from ..errors import UserError, as_user_error
+from ..errors import UserError
 from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
 from ..pipelines.scene_prompt import TRANSITIONS
-from ..pipelines.sigmas import check_sigmas
 from ..reporting.tracker_names import TRACKERS
-from ..rollout.config import SwitchConfig, VideoConfig
+from ..rollout.config import RecipeConfig, SwitchConfig, VideoConfig
 from .algorithms import algorithm_name
 
 
@@ -26,7 +25,7 @@ AUTO = "auto"
 
 
 @dataclass
-class OnlineConfig(VideoConfig, SwitchConfig):
+class OnlineConfig(VideoConfig, RecipeConfig, SwitchConfig):
     """Settings of online reinforcement learning, whatever the algorithm, which adds its own.
 
     Names are those of diffusers' example trainers where these have them. The defaults are those published with
@@ -41,13 +40,7 @@ class OnlineConfig(VideoConfig, SwitchConfig):
     aliases = {"pretrained_model_name_or_path": "model", "shared_prefix": "shared_past"}
     removed = {"hub_token": "the token comes from HF_TOKEN or `hf auth login`, and is stored nowhere else"}
 
-    # Model and data
-    local_attn_size: int | None = option(None, "window in latent frames, -1 for all; the model's own if not given")
-    sink_size: int | None = option(None, "latent frames that stay in sight; the model's own if not given", minimum=0)
-    sigmas: list[float] = option([], "noise levels of a block's steps before the shift; the model's own if not given")
-    num_context_frames: int | None = option(
-        None, "0: Krea 14B with a cache that grows, not its server's way, which cannot be trained", minimum=0
-    )
+    # Data
     prompts: str | None = option(
         None,
         "folder with train and test .txt, .jsonl or _metadata.jsonl; one .txt or .jsonl file from which "
@@ -207,9 +200,6 @@ class OnlineConfig(VideoConfig, SwitchConfig):
         once = {"true": "full", "false": "none"}
         self.gradient_checkpointing = once.get(str(self.gradient_checkpointing).lower(), self.gradient_checkpointing)
         super().__post_init__()
-        if self.sigmas:
-            with as_user_error("settings"):
-                check_sigmas(self.sigmas)
         if not self.rewards:
             raise UserError("rewards is empty: name at least one reward to train on.")
         if not any(self.rewards.values()):

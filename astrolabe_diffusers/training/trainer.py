@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import set_seed
 
 from ..distributed.agreement import Interruption, Resources, raise_together
-from ..distributed.sharding import is_sharded, shard
+from ..distributed.sharding import between_passes, is_sharded, shard, together
 from ..errors import Interrupted, UserError, as_user_error
 from ..evaluation.held_out import HeldOut, gather_videos, make_samples
 from ..pipelines.loading import QUANTIZED, frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
@@ -348,11 +348,12 @@ class OnlineTrainer:
     def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
         """This process's part of the epoch's videos, sampled from the sampling policy and being scored."""
         batches, past = [], self.windows.past(self.epoch)
-        with raise_together(), self.sampling(), cast_once(self.transformer):
+        with together(), self.sampling(), cast_once(self.transformer):
             for batch in self.generate(self.split(samples), past):
                 batches.append(batch)
                 self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
-                self.interruption.check()
+                with between_passes():
+                    self.interruption.check()
         return batches
 
     def sampling(self) -> AbstractContextManager:

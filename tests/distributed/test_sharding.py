@@ -15,6 +15,7 @@ from astrolabe_diffusers.errors import UserError
 from tests.processes import Torchrun
 from tests.tiny_pipeline import SMALL, save_tiny_pipeline
 from tests.training.helpers import tiny_arguments
+from tests.training.sharded_rollout_worker import make_trainer, rollout_scores
 from tests.training.sharded_worker import main
 
 
@@ -169,6 +170,64 @@ def test_resuming_is_exact(runs, two_machines, machines, model_folder, tmp_path)
     run(model_folder, tmp_path / "run", resume_from_checkpoint="latest", **options)
     resumed, whole = (load_file(path / "pytorch_lora_weights.safetensors") for path in (tmp_path / "run", folder))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+# Held-out videos whose passes differ: the second scene comes by two transitions, with the second block or the third.
+SCENES = {
+    "train": ["a red circle [0.75s] | a green cross", "a blue square [0.75s] | a red cross"],
+    "test": ["a red cross [0.75s] | a circle", "a blue cross [1.5s] | a square", "a red square [0.75s] | a cross"],
+}
+SWITCHES = {"transitions": "roll,recache", "switch_prompts": "scenes", "window_size": 3, "window_selection": "last"}
+SWITCHES |= {"eval_num_frames": 33, "num_eval_prompts": 3, "num_eval_videos": 3}
+SWITCHES |= {"train_batch_size": 1, "batches_per_epoch": 3, "samples_per_prompt": 3, "shared_past": True}
+
+
+@pytest.fixture(scope="module")
+def troubled(model_folder, tmp_path_factory):
+    """What the two processes of sharded_rollout_worker.py say, what is printed, and a trainer that is whole."""
+    folder = tmp_path_factory.mktemp("troubled")
+    (folder / "prompts").mkdir()
+    for split, texts in SCENES.items():
+        (folder / "prompts" / f"{split}.txt").write_text("\n".join(texts))
+    values = SWITCHES | {"prompts": folder / "prompts"}
+    whole = make_trainer(tiny_arguments(model_folder, folder / "whole", **values))
+    arguments = tiny_arguments(model_folder, folder / "shards", **values)
+    _, output = Torchrun("tests/training/sharded_rollout_worker.py", folder, *arguments, **FSDP).finish()
+    files = [folder / f"rank{rank}.json" for rank in range(2)]
+    assert all(file.is_file() for file in files), output
+    with whole.resources:
+        yield [json.loads(file.read_text()) for file in files], output, whole
+
+
+def test_switches_of_held_out_videos(troubled, tmp_path):
+    """Processes make videos with as many passes at the same time."""
+    reports, _, whole = troubled
+    expected, _ = whole.held_out.evaluate(video_dir=tmp_path)
+    assert len(set(expected.scores["reward"])) == 6
+    for report in reports:
+        assert report["scores"]["reward"] == pytest.approx(expected.scores["reward"], abs=1e-5)
+    assert sorted(sum((report["written"] for report in reports), [])) == ["000.mp4", "001.mp4", "002.mp4"]
+
+
+def test_shared_pasts_that_one_process_alone_needs(troubled):
+    reports, _, whole = troubled
+    expected = rollout_scores(whole)
+    assert len(set(expected)) == 6
+    for report in reports:
+        assert report["rollout"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_trouble_of_one_process_between_passes_is_that_of_all(troubled):
+    reports, _, _ = troubled
+    for report in reports:
+        assert report["signal"] == ["Interrupted", "SIGTERM"]
+        assert report["reward"][0] == "UserError" and "a reward of one process" in report["reward"][1]
+
+
+def test_error_of_one_process_in_its_passes_is_printed(troubled):
+    _, output, _ = troubled
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: process 1: a text of one process"]
 
 
 @pytest.fixture(scope="module")

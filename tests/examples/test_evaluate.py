@@ -106,6 +106,24 @@ def test_figures_are_the_runs_own_in_bfloat16(model_folder, tmp_path, own_precis
         assert columns[name]["scores"] == {score: expected[score] for score in SCORES}
 
 
+def test_figures_are_the_runs_own_with_its_recipe(tmp_path):
+    """A server's model that is trained in the plain loop, as Krea's is, with a window that the videos outgrow."""
+    model = save_tiny_pipeline(tmp_path / "model", num_context_frames=3, sigmas=[1.0, 0.5, 0.0])
+    recipe = dict(num_context_frames=0, sigmas="1,0.75,0.5,0.25", local_attn_size=6, sink_size=3)
+    values = recipe | dict(num_frames=33, eval_num_frames=33, max_train_steps=1)
+    assert train(tiny_arguments(model, tmp_path / "run", **values)) == 0
+    short = dict(num_frames=33, seeds=1, num_videos=0)
+    assert main(arguments(model, tmp_path / "eval", [tmp_path / "run"], **short, **recipe)) == 0
+    columns = read_results(tmp_path / "eval")["columns"]
+    for name, step in (("base", 0), ("run", 1)):
+        expected = run_scores(tmp_path / "run", step)
+        assert columns[name]["scores"] == {score: expected[score] for score in SCORES}
+    # Its own way is no error here.
+    assert main(arguments(model, tmp_path / "own", **short)) == 0
+    own = read_results(tmp_path / "own")["columns"]["base"]["scores"][BRIGHTNESS]
+    assert own != columns["base"]["scores"][BRIGHTNESS]
+
+
 def test_held_out_prompts_of_a_single_file(model_folder, tmp_path):
     """A run holds some prompts of a file out; an evaluation of as many prompts of that file takes the same ones."""
     prompts = (model_folder / "prompts" / "train.txt").read_text().splitlines()
@@ -239,6 +257,8 @@ def test_two_processes_have_the_figures_of_one(finished, model_folder, run, tmp_
     [
         ({"num_frames": 5}, ["num_frames", "at least 9, not 5"]),
         ({"height": 30}, ["height", "multiple of 16"]),
+        ({"sigmas": "0.5,1"}, ["`sigmas` must fall"]),
+        ({"local_attn_size": 3, "sink_size": 3}, ["window or sink", "at least", "= 6, but is 3"]),
         ({"rewards": "beauty"}, ["unknown reward 'beauty'", "tiny_shapes_prompt_match", "sharpness"]),
         ({"rewards": ""}, ["rewards is empty"]),
         ({"rewards": "tests.training.rewards:always_nan"}, ["always_nan", "nan"]),

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from astrolabe_diffusers.files.output_folder import list_checkpoints
 from tests.processes import Torchrun
 from tests.training.helpers import numbers_of_run, tiny_arguments
 
@@ -41,6 +42,20 @@ def test_signal_to_one_process_stops_both(model_folder, tmp_path, uninterrupted)
     numbers = numbers_of_run(tmp_path / "out")
     assert numbers["pytorch_lora_weights.safetensors"] == uninterrupted["pytorch_lora_weights.safetensors"]
     assert numbers["state"] == uninterrupted["state"]
+
+
+@pytest.mark.slow
+def test_signal_to_one_process_stops_both_in_shards(model_folder, tmp_path):
+    """In the second epoch, between passes for which each waits for the other."""
+    values = dict(rewards="tests.training.rewards:sends_a_signal", TROUBLE_CALL=13, TROUBLE_RANK=1)
+    values |= dict(TROUBLE_SIGNAL="SIGTERM", TROUBLE_MARK=tmp_path / "mark", ACCELERATE_USE_FSDP="true")
+    values |= dict(train_batch_size=1, batches_per_epoch=8, checkpointing_steps=100)
+    code, output = start(model_folder, tmp_path / "out", **values).finish()
+    assert code != 0 and "exitcode  : 143" in output, output
+    assert "Traceback" not in output.split("SIGTERM: --resume")[0]
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    code, output = start(model_folder, tmp_path / "out", resume_from_checkpoint="latest", **values).finish()
+    assert code == 0 and "resuming from" in output, output
 
 
 def test_process_that_dies_ends_the_run(model_folder, tmp_path):
