@@ -361,11 +361,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     def set_adapters(self, adapter_names: list[str] | str, weights=None):
         """As the parent's. Weights that are not finite are refused, and others than 1 of a DoRA."""
+        layers = tuner_layers(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = weights if isinstance(weights, list) else [weights] * len(names)
         for name, weight in zip(names, given):
             values = weight.values() if isinstance(weight, dict) else [1.0 if weight is None else weight]
-            check_lora_weights(self, values, [name])
+            check_lora_weights(layers, values, [name])
         with lora_lock(self):
             super().set_adapters(adapter_names, weights)
 

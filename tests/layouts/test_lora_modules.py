@@ -46,11 +46,11 @@ def fresh(pipe):
 
 
 @torch.no_grad()
-def output(transformer):
+def output(transformer, **kwargs):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 3, 8, 8, generator=generator)
     text = torch.randn(1, 16, 32, generator=generator)
-    return transformer(latents, torch.full((1,), 700.0), text).sample
+    return transformer(latents, torch.full((1,), 700.0), text, **kwargs).sample
 
 
 @functools.cache

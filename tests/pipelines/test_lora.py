@@ -195,6 +195,32 @@ def test_hotswap(compiled, tmp_path, loaded, files):
             target.load_lora_weights(files[0], adapter_name=target.get_active_adapters()[0], hotswap=True)
 
 
+def of_one_module(folder, rank, alpha, seed=1):
+    """A LoRA of the first query projection: its file, and what makes it up."""
+    lora = matrices(ranks={"blocks.0.self_attn.q": (rank, alpha)})
+    lora = {module: (seed * a, b, value) for module, (a, b, value) in lora.items()}
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{rank}-{alpha}-{seed}.safetensors"
+    return write(path, lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora), lora
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scale_of_a_call_where_weights_are_tensors(compiled, tmp_path):
+    """As `enable_lora_hotswap` has them, and compiled graphs hold them."""
+    path, lora = of_one_module(tmp_path, 4, 2.0)
+    (module, (a, b, alpha)), *_ = lora.items()
+    pipe = tiny_pipeline()
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(path, adapter_name="x")
+    if compiled:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for scale in (1.0, 0.5, 0.5, 3.0, 1.0):
+        result = output(pipe.transformer, attention_kwargs={"scale": scale})
+        assert (result - merged({module: (a, b, scale * alpha)})).abs().max() < 1e-5
+    pipe.fuse_lora(lora_scale=0.5)
+    assert close(pipe, merged({module: (a, b, 0.5 * alpha)}))
+
+
 def adapted(names=("x",), **options):
     pipe = tiny_pipeline()
     torch.manual_seed(0)
