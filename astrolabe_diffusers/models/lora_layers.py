@@ -51,6 +51,16 @@ def check_lora_weights(
                     raise ValueError(f"{name} is a DoRA, which can only be applied with weight 1, or disabled.")
 
 
+def check_nothing_fused(layers: list[BaseTunerLayer]):
+    """Raise a one-line `ValueError` if a LoRA is fused: peft takes it out again with the weight that it has then,
+    which must be the one that it was fused with."""
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "a LoRA is fused into the weights: call unfuse_lora() first, or unload_lora_weights(), which keeps the "
+            "fused weights."
+        )
+
+
 def dora_adapters(model: nn.Module) -> set[str]:
     """Names of the adapters that are DoRAs, whose only weight is 1."""
     return {name for layer in tuner_layers(model) for name, used in getattr(layer, "use_dora", {}).items() if used}
@@ -88,6 +98,7 @@ def apply_lora_scale(forward: Callable) -> Callable:
                 return forward(self, *args, **kwargs)
             layers = tuner_layers(self)
             check_lora_weights(layers, [scale])
+            check_nothing_fused(layers)
             with lora_weights(layers, scaled_weights(layers, scale)):
                 return forward(self, *args, **kwargs)
 
@@ -127,10 +138,12 @@ def adapter_weights(model: nn.Module, weights: dict[str, float]) -> Iterator[Non
     """Inside, which other threads that call the model wait for, its adapters have these weights, by name.
 
     Raises:
-        ValueError: one is not finite, or is not 1 and of a DoRA.
+        ValueError: one is not finite, or is not 1 and of a DoRA; a LoRA is fused.
     """
     with lora_lock(model):
         layers = tuner_layers(model)
+        if weights:
+            check_nothing_fused(layers)
         for name, weight in weights.items():
             check_lora_weights(layers, [weight], [name])
         with lora_weights(layers):

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from astrolabe_diffusers.models.lora_layers import adapter_weights
 from tests.layouts.test_lora_modules import distilled, matrices, merged, output, write
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -108,10 +109,46 @@ def test_fusing(loaded, files, base):
     assert close(loaded, expected(files, 0.5))
 
 
+def test_a_fused_lora_keeps_its_weight(loaded, files, base):
+    """For it is taken out of the base's weights with the weight that it then has."""
+    loaded.load_lora_weights(files[3], adapter_name="plain")
+    loaded.set_adapters("distilled", 0.5)
+    loaded.fuse_lora()
+    calls = {
+        "set_adapters": lambda: loaded.set_adapters("distilled", 1.0),
+        "another": lambda: loaded.set_adapters("plain"),
+        "scale": lambda: output(loaded.transformer, attention_kwargs={"scale": 0.5}),
+        "adapter_weights": lambda: adapter_weights(loaded.transformer, {"distilled": 0.0}).__enter__(),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"a LoRA is fused into the weights: call unfuse_lora\(\) first"):
+            call()
+    with adapter_weights(loaded.transformer, {}):  # a live page without LoRAs
+        assert close(loaded, expected(files, 0.5))
+    assert torch.equal(output(loaded.transformer, attention_kwargs={"scale": 1.0}), output(loaded.transformer))
+    loaded.unfuse_lora()
+    assert close(loaded, expected(files, 0.5))
+    loaded.unload_lora_weights()
+    assert close(loaded, base)
+
+
+@pytest.mark.parametrize("disable", ["disable_lora", "disable_adapters"])
+def test_disabling_a_fused_lora(disable, loaded, files, base):
+    loaded.fuse_lora()
+    getattr(loaded.transformer, disable)()
+    with pytest.raises(ValueError, match="disabled cannot be fused: call enable_lora"):
+        loaded.fuse_lora()
+    assert (output(loaded.transformer, attention_kwargs={"scale": 0.5}) - base).abs().max() < 1e-5
+    loaded.enable_lora()
+    assert close(loaded, expected(files, 1))
+    loaded.unload_lora_weights()
+    assert close(loaded, base)
+
+
 def test_a_copy_is_its_own(loaded, files):
     other = copy.deepcopy(loaded.transformer)
+    loaded.set_adapters("distilled", 0.5)
     loaded.fuse_lora()
-    loaded.set_adapters("distilled", 0.0)
     assert (output(other) - expected(files, 1)).abs().max() < 1e-5
 
 
