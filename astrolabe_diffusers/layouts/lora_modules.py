@@ -64,6 +64,14 @@ class LoraModule:
         """The same LoRA with the scale in B."""
         return self if self.scale == 1 else replace(self, b=self.scale * self.b.float(), alpha=self.rank)
 
+    def padded(self, rank: int) -> "LoraModule":
+        """The same LoRA of at least this rank, filled up with zeros."""
+        if (more := rank - self.rank) <= 0:
+            return self
+        a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])])
+        b = torch.cat([self.b, self.b.new_zeros(len(self.b), more, *self.b.shape[2:])], dim=1)
+        return replace(self, a=a, b=b, alpha=self.scale * rank)
+
     def add(self, diff: torch.Tensor) -> "LoraModule":
         """The LoRA that adds this to the weight too."""
         one, two = self.with_scale_one(), LoraModule.of_full_rank(diff)

@@ -11,7 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from astrolabe_diffusers.models.lora_layers import adapter_weights
-from tests.layouts.test_lora_modules import distilled, matrices, merged, output, write
+from astrolabe_diffusers.pipelines.loading import lora_digest
+from tests.layouts.test_lora_modules import KOHYA, distilled, matrices, merged, output, write
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -238,7 +239,7 @@ def of_one_module(folder, rank, alpha, seed=1):
     lora = {module: (seed * a, b, value) for module, (a, b, value) in lora.items()}
     folder.mkdir(exist_ok=True)
     path = folder / f"{rank}-{alpha}-{seed}.safetensors"
-    return write(path, lambda module: f"diffusion_model.{module}", "lora_down.weight", "lora_up.weight", lora), lora
+    return write(path, lambda module: f"diffusion_model.{module}", *KOHYA, lora), lora
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -256,6 +257,63 @@ def test_scale_of_a_call_where_weights_are_tensors(compiled, tmp_path):
         assert (result - merged({module: (a, b, scale * alpha)})).abs().max() < 1e-5
     pipe.fuse_lora(lora_scale=0.5)
     assert close(pipe, merged({module: (a, b, 0.5 * alpha)}))
+
+
+# Of modules of the same layers, in which no rank and no alpha is the other's.
+FIRST = {"blocks.0.self_attn.q": (4, 2.0), "blocks.1.self_attn.q": (2, 6.0), "head.head": (3, 1.5)}
+SECOND = {"blocks.0.self_attn.q": (2, 5.0), "blocks.1.self_attn.q": (4, 1.0)}
+
+
+@pytest.mark.parametrize("target_rank", [None, 8])
+def test_what_is_done_with_a_lora_that_was_swapped_in(target_rank, tmp_path):
+    """Weights, saving and swapping again: the old one's ranks and alphas are gone."""
+    loras = {"first": matrices(ranks=FIRST), "second": matrices(ranks=SECOND)}
+    pipe = tiny_pipeline()
+    if target_rank:
+        pipe.enable_lora_hotswap(target_rank=target_rank)
+    for i, name in enumerate(("first", "second", "first")):
+        path = tmp_path / f"{name}.safetensors"
+        write(path, lambda module: f"diffusion_model.{module}", *KOHYA, loras[name])
+        pipe.load_lora_weights(path, adapter_name="x", hotswap=i > 0)
+        whole, half = (merged(loras[name], lambda rank, alpha: weight * alpha / rank) for weight in (1, 0.5))
+        assert close(pipe, whole)
+        with adapter_weights(pipe.transformer, {"x": 0.5}):
+            assert close(pipe, half)
+        assert close(pipe, whole)
+        for weight, result in ((0.5, half), (1.0, whole)):
+            pipe.set_adapters("x", weight)
+            assert close(pipe, result)
+        pipe.transformer.save_lora_adapter(tmp_path / f"{i}", adapter_name="x")
+        fresh = tiny_pipeline()
+        fresh.load_lora_weights(tmp_path / f"{i}", adapter_name="x")
+        assert close(fresh, whole)
+
+
+def test_digest_of_a_lora_that_was_swapped_in(tmp_path):
+    """Of two that differ in alpha alone."""
+    pipe, fresh = tiny_pipeline(), tiny_pipeline()
+    pipe.load_lora_weights(of_one_module(tmp_path, 4, 2.0)[0], adapter_name="x")
+    before = lora_digest(pipe.transformer, "x")
+    path, _ = of_one_module(tmp_path, 4, 6.0)
+    pipe.load_lora_weights(path, adapter_name="x", hotswap=True)
+    fresh.load_lora_weights(path, adapter_name="x")
+    assert lora_digest(fresh.transformer, "x") == lora_digest(pipe.transformer, "x") != before
+
+
+def test_a_lora_of_a_higher_rank_is_swapped_in_in_half_precision(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    first, second = (of_one_module(tmp_path, rank, 2.0) for rank in (2, 4))
+    pipe.load_lora_weights(first[0], adapter_name="x")
+    pipe.load_lora_weights(second[0], adapter_name="x", hotswap=True)
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
+    fresh = tiny_pipeline()
+    fresh.transformer.to(torch.bfloat16)
+    fresh.load_lora_weights(second[0], adapter_name="x")
+    latents, text = torch.ones(1, 4, 3, 8, 8).bfloat16(), torch.ones(1, 16, 32).bfloat16()
+    with torch.no_grad():
+        results = [p.transformer(latents, torch.full((1,), 700.0), text).sample for p in (pipe, fresh)]
+    assert torch.equal(*results)
 
 
 def adapted(names=("x",), **options):
