@@ -21,7 +21,14 @@ from torch import nn
 
 from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER, split_lora
 from ..layouts.lora_modules import LoraModule, OriginalLora, load_original_loras, parse_lora, parse_loras
-from ..models.lora_layers import LoraDiff, add_lora_diffs, find_diff_layers, plain_state_dict, tuner_layers
+from ..models.lora_layers import (
+    LoraDiff,
+    add_lora_diffs,
+    check_nothing_fused,
+    find_diff_layers,
+    plain_state_dict,
+    tuner_layers,
+)
 
 
 _PREFIX = f"{TRANSFORMER}."
@@ -203,6 +210,7 @@ def _fitting_lora(
     lora, transformer = parse_lora(_without_prefix(tensors), _without_prefix(metadata)), unwrap_module(transformer)
     lora.check_fits(plain_state_dict(transformer))
     check_not_fused(lora, transformer)
+    check_nothing_fused(tuner_layers(transformer))
     taken = getattr(transformer, "peft_config", {})
     if adapter_name in taken and not hotswap:
         raise ValueError(

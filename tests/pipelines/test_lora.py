@@ -289,6 +289,50 @@ def test_what_is_done_with_a_lora_that_was_swapped_in(target_rank, tmp_path):
         assert close(fresh, whole)
 
 
+def of_a_kind(kind, seed):
+    """Tensors of a LoRA of one module that has also, or has not, a difference of its bias, or is a DoRA."""
+    name, generator = "diffusion_model.blocks.0.self_attn.q", torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    more = {"plain": {}, "biases": {"diff_b": draw(24)}, "DoRA": {"dora_scale": draw(24).abs() + 0.5}}[kind]
+    parts = {"lora_down.weight": draw(4, 24), "lora_up.weight": draw(24, 4), **more}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("plain", "biases", "adds to biases, for which 'x' has no place: load it without `hotswap`"),
+        ("plain", "DoRA", "a DoRA cannot be swapped"),
+        ("DoRA", "plain", "a DoRA cannot be swapped"),
+        ("DoRA", "DoRA", "a DoRA cannot be swapped"),
+        ("fused", "plain", r"a LoRA is fused into the weights: call unfuse_lora\(\) first"),
+    ],
+)
+def test_what_cannot_be_swapped_leaves_the_lora_that_is_there(old, new, message, base):
+    """peft would begin, fail, and take both away."""
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(of_a_kind("plain" if old == "fused" else old, 1), adapter_name="x")
+    before = output(pipe.transformer)
+    if old == "fused":
+        pipe.fuse_lora()
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(of_a_kind(new, 2), adapter_name="x", hotswap=True)
+    assert close(pipe, before) and not close(pipe, base, 0.1)
+    if old == "fused":
+        pipe.unfuse_lora()
+    pipe.disable_lora()
+    assert close(pipe, base)
+
+
+@pytest.mark.parametrize("new", ["plain", "biases"])
+def test_swapping_where_there_are_biases(new):
+    pipe, fresh = tiny_pipeline(), tiny_pipeline()
+    pipe.load_lora_weights(of_a_kind("biases", 1), adapter_name="x")
+    pipe.load_lora_weights(of_a_kind(new, 2), adapter_name="x", hotswap=True)
+    fresh.load_lora_weights(of_a_kind(new, 2))
+    assert close(pipe, output(fresh.transformer))
+
+
 def test_digest_of_a_lora_that_was_swapped_in(tmp_path):
     """Of two that differ in alpha alone."""
     pipe, fresh = tiny_pipeline(), tiny_pipeline()
