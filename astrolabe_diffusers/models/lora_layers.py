@@ -35,9 +35,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def check_lora_weights(
-    layers: list[BaseTunerLayer], weights: Iterable[float], adapters: Iterable[str] | None = None
-):
+def check_lora_weights(layers: list[BaseTunerLayer], weights: Iterable[float], adapters: Iterable[str] | None = None):
     """Raise a one-line `ValueError` if these LoRAs, by default the active ones, cannot have these weights."""
     weights = list(weights)
     for weight in weights:
@@ -59,6 +57,26 @@ def check_nothing_fused(layers: list[BaseTunerLayer]):
             "a LoRA is fused into the weights: call unfuse_lora() first, or unload_lora_weights(), which keeps the "
             "fused weights."
         )
+
+
+def scale_to_fuse(layers: list[BaseTunerLayer], scale: float, adapters: Iterable[str] | None = None):
+    """Give adapters that are about to be fused, by default the active ones, their weights times `scale`, which they
+    keep until they are taken out again."""
+    for layer, weights in zip(layers, scaled_weights(layers, scale, adapters)):
+        layer.loose_weights = getattr(layer, "loose_weights", {})
+        for name in weights.keys() - set(layer.merged_adapters):
+            layer.loose_weights[name] = layer.scaling[name]
+            layer.scaling[name] = weights[name]
+
+
+def put_back_loose_weights(layers: list[BaseTunerLayer]):
+    """Give adapters that are not fused, or no longer, the weights that they had before [`scale_to_fuse`]."""
+    for layer in layers:
+        loose = getattr(layer, "loose_weights", {})
+        for name in loose.keys() - set(layer.merged_adapters):
+            weight = loose.pop(name)
+            if name in layer.scaling:  # not deleted
+                layer.scaling[name] = weight
 
 
 def dora_adapters(model: nn.Module) -> set[str]:

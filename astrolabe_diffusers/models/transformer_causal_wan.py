@@ -31,7 +31,9 @@ from .lora_layers import (
     check_nothing_fused,
     lora_lock,
     plain_state_dict,
+    put_back_loose_weights,
     recomputed,
+    scale_to_fuse,
     tuner_layers,
 )
 from .module_calls import forward_of
@@ -393,16 +395,29 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         super().compile_repeated_blocks(*args, **kwargs)
 
-    def fuse_lora(self, *args, **kwargs):
-        """As the parent's. Quantised weights are refused: they would be rounded anew, here and by `unfuse_lora`. So is
-        a LoRA that is disabled."""
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
+        """As the parent's, but `lora_scale` ends with `unfuse_lora`, and is refused like a weight. Quantised weights
+        are refused: they would be rounded anew, here and by `unfuse_lora`. So is a LoRA that is disabled."""
         if getattr(self, "is_quantized", False):
             raise ValueError(
                 "a LoRA cannot be fused into quantised weights: fuse it before they are, or leave it loose."
             )
-        if any(layer.disable_adapters for layer in tuner_layers(self)):
+        layers = tuner_layers(self)
+        check_lora_weights(layers, [lora_scale], adapter_names)
+        if any(layer.disable_adapters for layer in layers):
             raise ValueError("a LoRA that is disabled cannot be fused: call enable_lora() first.")
-        super().fuse_lora(*args, **kwargs)
+        with lora_lock(self):
+            scale_to_fuse(layers, lora_scale, adapter_names)
+            try:
+                super().fuse_lora(safe_fusing=safe_fusing, adapter_names=adapter_names)
+            finally:
+                put_back_loose_weights(layers)
+
+    def unfuse_lora(self):
+        """As the parent's; the LoRAs have the weights that they had before they were fused."""
+        with lora_lock(self):
+            super().unfuse_lora()
+            put_back_loose_weights(tuner_layers(self))
 
     def enable_cache(self, config):
         """Raises a `ValueError`: what Diffusers' caches skip are passes of a model without a KV cache."""

@@ -27,6 +27,7 @@ from ..models.lora_layers import (
     check_nothing_fused,
     find_diff_layers,
     plain_state_dict,
+    put_back_loose_weights,
     tuner_layers,
 )
 
@@ -153,8 +154,13 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         super().fuse_lora(components or self._lora_loadable_modules, *args, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs):
-        """As the parent's; of both transformers unless `components` are given."""
-        super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
+        """As the parent's; of both transformers unless `components` are given. The LoRAs have the weights that they
+        had before they were fused."""
+        components = components or self._lora_loadable_modules
+        super().unfuse_lora(components, **kwargs)
+        for transformer in (getattr(self, name, None) for name in components):
+            if transformer is not None:  # the parent's takes it out of its layers one by one
+                put_back_loose_weights(tuner_layers(transformer))
 
     @classmethod
     def load_lora_into_transformer(

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from astrolabe_diffusers.models.lora_layers import adapter_weights
+from astrolabe_diffusers.models.lora_layers import adapter_weights, tuner_layers
 from astrolabe_diffusers.pipelines.loading import lora_digest
 from tests.layouts.test_lora_modules import KOHYA, distilled, matrices, merged, output, write
 from tests.tiny_pipeline import tiny_pipeline
@@ -108,6 +108,72 @@ def test_fusing(loaded, files, base):
     loaded.fuse_lora()
     loaded.unload_lora_weights()
     assert close(loaded, expected(files, 0.5))
+
+
+def test_the_scale_of_fusing_ends_with_it(loaded, files):
+    """Also where it is taken out by disabling, and of each LoRA its own."""
+    loaded.load_lora_weights(files[3], adapter_name="plain")
+    loaded.set_adapters(["distilled", "plain"], [0.8, 0.4])
+    unfuse = {
+        "pipeline": loaded.unfuse_lora,
+        "transformer": loaded.transformer.unfuse_lora,
+        "disabling": lambda: (loaded.disable_lora(), loaded.enable_lora()),
+        "fused at 0": loaded.unfuse_lora,
+    }
+    for name, call in unfuse.items():
+        scale = 0.0 if name == "fused at 0" else 0.5
+        loaded.fuse_lora(lora_scale=scale)
+        assert close(loaded, expected(files, 0.8 * scale, 0.4 * scale))
+        call()
+        assert close(loaded, expected(files, 0.8, 0.4))
+    loaded.fuse_lora(lora_scale=0.5, adapter_names=["distilled"])
+    loaded.fuse_lora(lora_scale=3.0, adapter_names=["plain"])
+    assert close(loaded, expected(files, 0.4, 1.2))
+    loaded.unfuse_lora()
+    assert close(loaded, expected(files, 0.8, 0.4))
+    # One that is deleted while it is fused is a part of the weights.
+    loaded.fuse_lora(lora_scale=0.5)
+    loaded.delete_adapters("plain")
+    loaded.unfuse_lora()
+    assert close(loaded, expected(files, 0.8, 0.2))
+    assert not any("plain" in layer.scaling for layer in tuner_layers(loaded.transformer))
+
+
+def test_scales_of_fusing_that_are_none(loaded, files):
+    for scale in (float("nan"), "1"):
+        with pytest.raises(ValueError, match="has to be a finite number"):
+            loaded.fuse_lora(lora_scale=scale)
+    assert close(loaded, expected(files, 1))
+    dora = adapted(use_dora=True)
+    before = output(dora.transformer)
+    with pytest.raises(ValueError, match="x is a DoRA, which can only be applied with weight 1"):
+        dora.fuse_lora(lora_scale=0.0)
+    dora.fuse_lora()
+    assert close(dora, before)
+
+
+def test_fusing_that_fails_leaves_weights_as_they_are(loaded, files):
+    layer = loaded.transformer.get_submodule("blocks.1.attn1.to_q")
+    with torch.no_grad():
+        layer.lora_B["distilled"].weight[0, 0] = torch.inf
+    before = [dict(layer.scaling) for layer in tuner_layers(loaded.transformer)]
+    with pytest.raises(ValueError, match="NaNs detected"):
+        loaded.fuse_lora(lora_scale=0.5, safe_fusing=True)
+    loaded.unfuse_lora()
+    assert [dict(layer.scaling) for layer in tuner_layers(loaded.transformer)] == before
+
+
+def test_loading_while_one_is_fused(loaded, files):
+    """peft would take it out."""
+    loaded.fuse_lora()
+    with pytest.raises(ValueError, match="a LoRA is fused into the weights: .*, or unload_lora_weights"):
+        loaded.load_lora_weights(files[3], adapter_name="plain")
+    assert close(loaded, expected(files, 1)) and loaded.get_list_adapters() == {"transformer": ["distilled"]}
+    loaded.unload_lora_weights()
+    loaded.load_lora_weights(files[3], adapter_name="plain")
+    assert close(loaded, expected(files, 1, 1))
+    loaded.set_adapters("plain", 0.5)
+    assert close(loaded, expected(files, 1, 0.5))
 
 
 def test_a_fused_lora_keeps_its_weight(loaded, files, base):
