@@ -103,6 +103,12 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
                 raise ValueError(f"this LoRA is for {name}, which this pipeline does not have.")
         taken = {adapter for name in parts for adapter in getattr(experts[name], "peft_config", {})}
         adapter_name = adapter_name or _free_name(taken)
+        own = [name for name in experts if adapter_name in getattr(experts[name], "peft_config", {})]
+        if hotswap and set(own) != parts.keys():
+            raise ValueError(
+                f"with `hotswap` a LoRA takes the place of one of its name and of its transformers: {adapter_name!r} "
+                f"is of {' and '.join(own) or 'none'}, this LoRA of {' and '.join(parts)}."
+            )
         if len(parts) > 1:  # all of it or nothing
             for name, part in parts.items():
                 _fitting_lora(part, experts[name], configs.get(name, {}), adapter_name, hotswap)
