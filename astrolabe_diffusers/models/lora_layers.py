@@ -123,6 +123,11 @@ def apply_lora_scale(forward: Callable) -> Callable:
     return wrapper
 
 
+def lora_weights_of(layers: list[BaseTunerLayer]) -> list[dict[str, float]]:
+    """Those of every adapter, by layer."""
+    return [dict(layer.scaling) for layer in layers]
+
+
 def scaled_weights(
     layers: list[BaseTunerLayer], scale: float, adapters: Iterable[str] | None = None
 ) -> list[dict[str, float]]:
@@ -141,7 +146,7 @@ def scaled_weights(
 @contextmanager
 def lora_weights(layers: list[BaseTunerLayer], weights: Iterable[dict[str, float]] = ()) -> Iterator[None]:
     """Inside, the adapters have these weights, by layer, and whatever is set inside ends with it."""
-    before = [dict(layer.scaling) for layer in layers]
+    before = lora_weights_of(layers)
     try:
         for layer, inside in zip(layers, weights):
             layer.scaling.update(inside)
@@ -175,7 +180,7 @@ def recomputed(block: nn.Module) -> Callable:
     """A block for gradient checkpointing. It is computed again in the backward pass, when the call that gave its LoRAs
     their weights is over: with those weights."""
     layers = tuner_layers(block)
-    weights = [dict(layer.scaling) for layer in layers]
+    weights = lora_weights_of(layers)
 
     def forward(*args):
         with lora_weights(layers, weights):

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from astrolabe_diffusers.models.lora_layers import adapter_weights, tuner_layers
+from astrolabe_diffusers.models.lora_layers import adapter_weights, lora_weights_of, tuner_layers
 from astrolabe_diffusers.pipelines.loading import lora_digest
 from tests.layouts.test_lora_modules import KOHYA, distilled, matrices, merged, output, write
 from tests.tiny_pipeline import tiny_pipeline
@@ -156,11 +156,11 @@ def test_fusing_that_fails_leaves_weights_as_they_are(loaded, files):
     layer = loaded.transformer.get_submodule("blocks.1.attn1.to_q")
     with torch.no_grad():
         layer.lora_B["distilled"].weight[0, 0] = torch.inf
-    before = [dict(layer.scaling) for layer in tuner_layers(loaded.transformer)]
+    before = lora_weights_of(tuner_layers(loaded.transformer))
     with pytest.raises(ValueError, match="NaNs detected"):
         loaded.fuse_lora(lora_scale=0.5, safe_fusing=True)
     loaded.unfuse_lora()
-    assert [dict(layer.scaling) for layer in tuner_layers(loaded.transformer)] == before
+    assert lora_weights_of(tuner_layers(loaded.transformer)) == before
 
 
 def test_loading_while_one_is_fused(loaded, files):
