@@ -59,6 +59,14 @@ def parse_key(key: str) -> tuple[str, str, str]:
     raise ValueError(f"this is no LoRA of Wan, or not only: it holds {key}.")
 
 
+def trainer_names(name: str) -> list[str]:
+    """What the trainer may have called a module of this name in the file: first it without all prefixes, last as it
+    is. peft looks a module up by a name that has not yet the ones that its own files have."""
+    bare = _PREFIXES.sub("", name)
+    prefixes = name.removesuffix(bare).split(".")[:-1]
+    return [".".join([*prefixes[i:], bare]) for i in range(len(prefixes), -1, -1)]
+
+
 def _module(name: str, kind: str) -> str | None:
     name = _PREFIXES.sub("", name)
     flat, count = _FLAT_PREFIX.subn("", name)

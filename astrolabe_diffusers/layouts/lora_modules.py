@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 
 from .experts import split_lora
 from .lora_files import find_lora_file, read_lora_file
-from .lora_keys import parse_key
+from .lora_keys import parse_key, trainer_names
 from .wan_checkpoints import describe
 
 
@@ -63,6 +63,14 @@ class LoraModule:
     def with_scale_one(self) -> "LoraModule":
         """The same LoRA with the scale in B."""
         return self if self.scale == 1 else replace(self, b=self.scale * self.b.float(), alpha=self.rank)
+
+    def padded(self, rank: int) -> "LoraModule":
+        """The same LoRA of at least this rank, filled up with zeros."""
+        if (more := rank - self.rank) <= 0:
+            return self
+        a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])])
+        b = torch.cat([self.b, self.b.new_zeros(len(self.b), more, *self.b.shape[2:])], dim=1)
+        return replace(self, a=a, b=b, alpha=self.scale * rank)
 
     def add(self, diff: torch.Tensor) -> "LoraModule":
         """The LoRA that adds this to the weight too."""
@@ -223,10 +231,16 @@ def _usable(tensor: Any, key: str) -> torch.Tensor:
 
 def _said_by(config: dict[str, Any], module: str) -> tuple[int, float]:
     """Rank, and alpha for a scale of alpha / rank, of a module in the names of the file's trainer."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(ranks, module), config.get("r"))
-    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    rank = _of_pattern(config, "rank_pattern", "r", module)
+    alpha = _of_pattern(config, "alpha_pattern", "lora_alpha", module)
     return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _of_pattern(config: dict[str, Any], pattern: str, default: str, module: str) -> float | None:
+    """The number of a module where a pattern of peft's config has one, or the one of all."""
+    numbers = config.get(pattern) or {}
+    keys = (get_pattern_key(numbers, name) for name in trainer_names(module))
+    return next((numbers[key] for key in keys if key in numbers), config.get(default))
 
 
 def _make_module(

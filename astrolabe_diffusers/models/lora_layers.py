@@ -35,18 +35,48 @@ def plain_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def check_lora_weights(model: nn.Module, weights: Iterable[float], adapters: Iterable[str] | None = None):
+def check_lora_weights(layers: list[BaseTunerLayer], weights: Iterable[float], adapters: Iterable[str] | None = None):
     """Raise a one-line `ValueError` if these LoRAs, by default the active ones, cannot have these weights."""
     weights = list(weights)
     for weight in weights:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"the weight of a LoRA has to be a finite number but is {weight!r}.")
     if any(weight != 1 for weight in weights):
-        for layer in tuner_layers(model):
+        for layer in layers:
             for name in layer.active_adapters if adapters is None else adapters:
                 if getattr(layer, "use_dora", {}).get(name):
                     # peft would scale B A before the rows get their lengths: at 0 that is not the base model.
                     raise ValueError(f"{name} is a DoRA, which can only be applied with weight 1, or disabled.")
+
+
+def check_nothing_fused(layers: list[BaseTunerLayer]):
+    """Raise a one-line `ValueError` if a LoRA is fused: peft takes it out again with the weight that it has then,
+    which must be the one that it was fused with."""
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "a LoRA is fused into the weights: call unfuse_lora() first, or unload_lora_weights(), which keeps the "
+            "fused weights."
+        )
+
+
+def scale_to_fuse(layers: list[BaseTunerLayer], scale: float, adapters: Iterable[str] | None = None):
+    """Give adapters that are about to be fused, by default the active ones, their weights times `scale`, which they
+    keep until they are taken out again."""
+    for layer, weights in zip(layers, scaled_weights(layers, scale, adapters)):
+        layer.loose_weights = getattr(layer, "loose_weights", {})
+        for name in weights.keys() - set(layer.merged_adapters):
+            layer.loose_weights[name] = layer.scaling[name]
+            layer.scaling[name] = weights[name]
+
+
+def put_back_loose_weights(layers: list[BaseTunerLayer]):
+    """Give adapters that are not fused, or no longer, the weights that they had before [`scale_to_fuse`]."""
+    for layer in layers:
+        loose = getattr(layer, "loose_weights", {})
+        for name in loose.keys() - set(layer.merged_adapters):
+            weight = loose.pop(name)
+            if name in layer.scaling:  # not deleted
+                layer.scaling[name] = weight
 
 
 def dora_adapters(model: nn.Module) -> set[str]:
@@ -84,24 +114,39 @@ def apply_lora_scale(forward: Callable) -> Callable:
         with nullcontext() if torch.compiler.is_compiling() else lora_lock(self):
             if scale == 1:
                 return forward(self, *args, **kwargs)
-            check_lora_weights(self, [scale])
-            with lora_weights(self, lora_weights_of(self)):
-                for layer in tuner_layers(self):
-                    layer.scale_layer(scale)
+            layers = tuner_layers(self)
+            check_lora_weights(layers, [scale])
+            check_nothing_fused(layers)
+            with lora_weights(layers, scaled_weights(layers, scale)):
                 return forward(self, *args, **kwargs)
 
     return wrapper
 
 
-def lora_weights_of(model: nn.Module) -> list[dict[str, float]]:
+def lora_weights_of(layers: list[BaseTunerLayer]) -> list[dict[str, float]]:
     """Those of every adapter, by layer."""
-    return [dict(layer.scaling) for layer in tuner_layers(model)]
+    return [dict(layer.scaling) for layer in layers]
+
+
+def scaled_weights(
+    layers: list[BaseTunerLayer], scale: float, adapters: Iterable[str] | None = None
+) -> list[dict[str, float]]:
+    """By layer, the weights of these adapters, by default the active ones, times `scale`. Others than there are: where
+    `enable_lora_hotswap` has made tensors of them, peft's own `scale_layer` would write into these."""
+    return [
+        {
+            name: scale * layer.scaling[name]
+            for name in (layer.active_adapters if adapters is None else adapters)
+            if name in layer.scaling
+        }
+        for layer in layers
+    ]
 
 
 @contextmanager
-def lora_weights(model: nn.Module, weights: list[dict[str, float]]) -> Iterator[None]:
-    """Inside, the adapters have these weights, and whatever is set inside ends with it."""
-    layers, before = tuner_layers(model), lora_weights_of(model)
+def lora_weights(layers: list[BaseTunerLayer], weights: Iterable[dict[str, float]] = ()) -> Iterator[None]:
+    """Inside, the adapters have these weights, by layer, and whatever is set inside ends with it."""
+    before = lora_weights_of(layers)
     try:
         for layer, inside in zip(layers, weights):
             layer.scaling.update(inside)
@@ -116,24 +161,29 @@ def adapter_weights(model: nn.Module, weights: dict[str, float]) -> Iterator[Non
     """Inside, which other threads that call the model wait for, its adapters have these weights, by name.
 
     Raises:
-        ValueError: one is not finite, or is not 1 and of a DoRA.
+        ValueError: one is not finite, or is not 1 and of a DoRA; a LoRA is fused.
     """
-    for name, weight in weights.items():
-        check_lora_weights(model, [weight], [name])
-    with lora_lock(model), lora_weights(model, lora_weights_of(model)):
-        for layer in tuner_layers(model):
-            for name, weight in weights.items():
-                layer.set_scale(name, weight)
-        yield
+    with lora_lock(model):
+        layers = tuner_layers(model)
+        if weights:
+            check_nothing_fused(layers)
+        for name, weight in weights.items():
+            check_lora_weights(layers, [weight], [name])
+        with lora_weights(layers):
+            for layer in layers:
+                for name, weight in weights.items():
+                    layer.set_scale(name, weight)
+            yield
 
 
 def recomputed(block: nn.Module) -> Callable:
     """A block for gradient checkpointing. It is computed again in the backward pass, when the call that gave its LoRAs
     their weights is over: with those weights."""
-    weights = lora_weights_of(block)
+    layers = tuner_layers(block)
+    weights = lora_weights_of(layers)
 
     def forward(*args):
-        with lora_weights(block, weights):
+        with lora_weights(layers, weights):
             return block(*args)
 
     return forward

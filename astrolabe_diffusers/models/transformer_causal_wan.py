@@ -28,9 +28,12 @@ from .lora_layers import (
     apply_lora_scale,
     check_lora_weights,
     check_no_loose_lora,
+    check_nothing_fused,
     lora_lock,
     plain_state_dict,
+    put_back_loose_weights,
     recomputed,
+    scale_to_fuse,
     tuner_layers,
 )
 from .module_calls import forward_of
@@ -360,14 +363,31 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return SinkEMA(config.sink_ema, config.sink_size, config.upcast_sink_ema, self.rope)
 
     def set_adapters(self, adapter_names: list[str] | str, weights=None):
-        """As the parent's. Weights that are not finite are refused, and others than 1 of a DoRA."""
+        """As the parent's. Weights that are not finite are refused, others than 1 of a DoRA, and all while a LoRA is
+        fused."""
+        layers = tuner_layers(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = weights if isinstance(weights, list) else [weights] * len(names)
         for name, weight in zip(names, given):
             values = weight.values() if isinstance(weight, dict) else [1.0 if weight is None else weight]
-            check_lora_weights(self, values, [name])
+            check_lora_weights(layers, values, [name])
         with lora_lock(self):
+            check_nothing_fused(layers)
             super().set_adapters(adapter_names, weights)
+
+    def disable_lora(self):
+        """As the parent's. What is fused is taken out at once; peft waits for the next call."""
+        self._unfuse_what_is_fused()
+        super().disable_lora()
+
+    def disable_adapters(self):
+        """As `disable_lora`."""
+        self._unfuse_what_is_fused()
+        super().disable_adapters()
+
+    def _unfuse_what_is_fused(self):
+        if any(layer.merged for layer in tuner_layers(self)):
+            self.unfuse_lora()
 
     def compile_repeated_blocks(self, *args, **kwargs):
         # Reading, writing or both, with a cache or none, in the last layer or not, text kept or new, one video or a
@@ -375,13 +395,29 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         super().compile_repeated_blocks(*args, **kwargs)
 
-    def fuse_lora(self, *args, **kwargs):
-        """As the parent's. Quantised weights are refused: they would be rounded anew, here and by `unfuse_lora`."""
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
+        """As the parent's, but `lora_scale` ends with `unfuse_lora`, and is refused like a weight. Quantised weights
+        are refused: they would be rounded anew, here and by `unfuse_lora`. So is a LoRA that is disabled."""
         if getattr(self, "is_quantized", False):
             raise ValueError(
                 "a LoRA cannot be fused into quantised weights: fuse it before they are, or leave it loose."
             )
-        super().fuse_lora(*args, **kwargs)
+        layers = tuner_layers(self)
+        check_lora_weights(layers, [lora_scale], adapter_names)
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError("a LoRA that is disabled cannot be fused: call enable_lora() first.")
+        with lora_lock(self):
+            scale_to_fuse(layers, lora_scale, adapter_names)
+            try:
+                super().fuse_lora(safe_fusing=safe_fusing, adapter_names=adapter_names)
+            finally:
+                put_back_loose_weights(layers)
+
+    def unfuse_lora(self):
+        """As the parent's; the LoRAs have the weights that they had before they were fused."""
+        with lora_lock(self):
+            super().unfuse_lora()
+            put_back_loose_weights(tuner_layers(self))
 
     def enable_cache(self, config):
         """Raises a `ValueError`: what Diffusers' caches skip are passes of a model without a KV cache."""

@@ -15,12 +15,21 @@ from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from diffusers.loaders.lora_pipeline import _LOW_CPU_MEM_USAGE_DEFAULT_LORA
 from diffusers.utils.torch_utils import unwrap_module
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER, split_lora
 from ..layouts.lora_modules import LoraModule, OriginalLora, load_original_loras, parse_lora, parse_loras
-from ..models.lora_layers import LoraDiff, add_lora_diffs, find_diff_layers, plain_state_dict, tuner_layers
+from ..models.lora_layers import (
+    LoraDiff,
+    add_lora_diffs,
+    check_nothing_fused,
+    find_diff_layers,
+    plain_state_dict,
+    put_back_loose_weights,
+    tuner_layers,
+)
 
 
 _PREFIX = f"{TRANSFORMER}."
@@ -89,13 +98,20 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
                 raise ValueError("this LoRA says what is whose: leave out `load_into_memory_transformer`.")
             parts, configs = ({MEMORY_TRANSFORMER: values[TRANSFORMER]} for values in (parts, configs))
         experts = self.experts
-        for name, part in parts.items():
+        for name in parts:
             if name not in experts:
                 raise ValueError(f"this LoRA is for {name}, which this pipeline does not have.")
-            if len(parts) > 1:  # all of it or nothing
-                _fitting_lora(part, experts[name], configs.get(name, {}), adapter_name, hotswap)
         taken = {adapter for name in parts for adapter in getattr(experts[name], "peft_config", {})}
         adapter_name = adapter_name or _free_name(taken)
+        own = [name for name in experts if adapter_name in getattr(experts[name], "peft_config", {})]
+        if hotswap and set(own) != parts.keys():
+            raise ValueError(
+                f"with `hotswap` a LoRA takes the place of one of its name and of its transformers: {adapter_name!r} "
+                f"is of {' and '.join(own) or 'none'}, this LoRA of {' and '.join(parts)}."
+            )
+        if len(parts) > 1:  # all of it or nothing
+            for name, part in parts.items():
+                _fitting_lora(part, experts[name], configs.get(name, {}), adapter_name, hotswap)
         for name, part in parts.items():
             self.load_lora_into_transformer(
                 part,
@@ -144,8 +160,13 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         super().fuse_lora(components or self._lora_loadable_modules, *args, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs):
-        """As the parent's; of both transformers unless `components` are given."""
-        super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
+        """As the parent's; of both transformers unless `components` are given. The LoRAs have the weights that they
+        had before they were fused."""
+        components = components or self._lora_loadable_modules
+        super().unfuse_lora(components, **kwargs)
+        for transformer in (getattr(self, name, None) for name in components):
+            if transformer is not None:  # the parent's takes it out of its layers one by one
+                put_back_loose_weights(tuner_layers(transformer))
 
     @classmethod
     def load_lora_into_transformer(
@@ -154,17 +175,16 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
         """As the parent's, which `load_lora_weights` ends in; a LoRA that does not fit is refused in one line."""
         transformer = unwrap_module(transformer)  # of torch.compile, under which names begin with another module
         metadata = _without_prefix(metadata or {})
-        lora = _fitting_lora(state_dict, transformer, metadata, adapter_name, hotswap)
         # diffusers would count the adapters of one layer, which need not have all.
         adapter_name = adapter_name or _free_name(getattr(transformer, "peft_config", {}))
-        lora, biases = split_for_peft(lora, transformer)
-        if biases and getattr(transformer, "is_quantized", False):
-            raise ValueError("this LoRA adds to biases, which peft has no place for beside quantised weights.")
-        find_diff_layers(transformer, lora.diffs)
-        if hotswap:
-            check_can_be_swapped(lora, transformer, adapter_name)
+        lora, biases = _fitting_lora(state_dict, transformer, metadata, adapter_name, hotswap)
         config = lora.peft_config()
         config.lora_bias = bool(biases)
+        if hotswap:
+            # What peft compares and then sets the scales from; `set_scales` does that.
+            old = transformer.peft_config[adapter_name]
+            for name in ("use_rslora", "lora_dropout", "alpha_pattern"):
+                setattr(config, name, getattr(old, name))
         # As the file has it, where that names the same modules: a run that goes on from it knows it by these names.
         short = LoraConfig(target_modules=metadata.get("target_modules"))
         names = {name for name, _ in transformer.named_modules() if name}
@@ -183,6 +203,8 @@ class CausalWanLoraLoaderMixin(WanLoraLoaderMixin):
                 hotswap=hotswap,
                 **kwargs,
             )
+            if hotswap:
+                set_scales(lora, transformer, adapter_name)
             add_lora_diffs(transformer, adapter_name, lora.diffs)
         # The new layers are in training mode, where the dropout that a LoRA was trained with works.
         transformer.train(transformer.training)
@@ -192,21 +214,31 @@ def _fitting_lora(
     tensors: dict[str, torch.Tensor],
     transformer: nn.Module,
     metadata: dict[str, Any],
-    adapter_name: str | None,
+    adapter_name: str,
     hotswap: bool,
-) -> OriginalLora:
-    """The LoRA of a state dict and its config; a one-line `ValueError` if it cannot be applied whole, or there is one
-    of its name."""
+) -> tuple[OriginalLora, dict[str, torch.Tensor]]:
+    """The LoRA of a state dict and its config, as [`split_for_peft`] leaves it and filled up to the ranks that its
+    layers have or are to have; a one-line `ValueError` if it cannot be applied whole, or there is one of its name."""
     lora, transformer = parse_lora(_without_prefix(tensors), _without_prefix(metadata)), unwrap_module(transformer)
     lora.check_fits(plain_state_dict(transformer))
     check_not_fused(lora, transformer)
+    check_nothing_fused(tuner_layers(transformer))
     taken = getattr(transformer, "peft_config", {})
     if adapter_name in taken and not hotswap:
         raise ValueError(
             f"there is a LoRA {adapter_name!r} already: unload it, or give another `adapter_name` than "
             f"{', '.join(map(repr, taken))}."
         )
-    return lora
+    lora, biases = split_for_peft(lora, transformer)
+    if biases and getattr(transformer, "is_quantized", False):
+        raise ValueError("this LoRA adds to biases, which peft has no place for beside quantised weights.")
+    find_diff_layers(transformer, lora.diffs)
+    if hotswap:
+        check_can_be_swapped(lora, biases, transformer, adapter_name)
+        return fill_layers(lora, transformer, adapter_name), biases
+    # peft would pad A and B, and leave alpha.
+    rank = (transformer._prepare_lora_hotswap_kwargs or {}).get("target_rank") or 0
+    return replace(lora, modules={name: module.padded(rank) for name, module in lora.modules.items()}), biases
 
 
 def _free_name(taken: Iterable[str]) -> str:
@@ -242,24 +274,62 @@ def check_not_fused(lora: OriginalLora, transformer: nn.Module):
             )
 
 
-def check_can_be_swapped(lora: OriginalLora, transformer: nn.Module, adapter: str):
+def adapter_layers(transformer: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """By name, the layers in which an adapter has A and B."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
+
+
+def check_can_be_swapped(lora: OriginalLora, biases: dict[str, torch.Tensor], transformer: nn.Module, adapter: str):
     """Raise a one-line `ValueError` if the LoRA, as [`split_for_peft`] leaves it, cannot take an adapter's place."""
     if lora.diffs or any(isinstance(layer, LoraDiff) for layer in tuner_layers(transformer)):
         raise ValueError("a LoRA that adds to norms or modulation cannot be swapped in or out with `hotswap`.")
-    owners = {name: name.partition(".lora_")[::2] for name in transformer.state_dict() if ".lora_" in name}
-    own = {module for module, rest in owners.values() if f".{adapter}." in rest}
-    if others := sorted(lora.modules.keys() - own):
+    layers = adapter_layers(transformer, adapter)
+    doras = [layer.use_dora[adapter] for layer in layers.values()]
+    doras += [module.magnitude is not None for module in lora.modules.values()]
+    if any(doras):
+        raise ValueError("a DoRA cannot be swapped in or out with `hotswap`.")
+    if others := sorted(lora.modules.keys() - layers.keys()):
         raise ValueError(
             f"this LoRA changes {others[0]}, {len(others)} such modules in all, where {adapter!r} has no layer to "
             "swap it into: load the LoRA that changes more modules first, or this one without `hotswap`."
         )
+    if biases and any(layer.lora_B[adapter].bias is None for layer in layers.values()):
+        raise ValueError(f"this LoRA adds to biases, for which {adapter!r} has no place: load it without `hotswap`.")
     # peft takes the tensors whose names hold the adapter's anywhere for its own, and empties those it is not given.
-    for name, (_, rest) in owners.items():
-        if adapter in name and f".{adapter}." not in rest:
+    for name in transformer.state_dict():
+        _, is_lora, rest = name.partition(".lora_")
+        if is_lora and adapter in name and f".{adapter}." not in rest:
             raise ValueError(
                 f"peft would empty {name} too, for {adapter!r} is in its name: load the LoRA that is to be swapped "
                 "under a name that is no part of another one's."
             )
+
+
+def fill_layers(lora: OriginalLora, transformer: nn.Module, adapter: str) -> OriginalLora:
+    """The same LoRA with A and B for all layers that an adapter has, of their dtype, which peft would change with the
+    rank, and of ranks that are no less than there."""
+    modules = {}
+    for name, layer in adapter_layers(transformer, adapter).items():
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        new = lora.modules.get(name) or LoraModule(torch.zeros(a.shape), torch.zeros(b.shape), alpha=len(a))
+        modules[name] = replace(new, a=new.a.to(a.dtype), b=new.b.to(b.dtype)).padded(len(a))
+    return replace(lora, modules=modules)
+
+
+def set_scales(lora: OriginalLora, transformer: nn.Module, adapter: str):
+    """Give layers and config of an adapter the ranks and alphas of the LoRA that has been swapped in. peft leaves the
+    old ones there, and looks its patterns up by names of parameters, which they do not match."""
+    for name, module in lora.modules.items():
+        layer = transformer.get_submodule(name)
+        layer.r[adapter], layer.lora_alpha[adapter], layer.use_rslora[adapter] = module.rank, module.alpha, False
+        if isinstance(layer.scaling[adapter], torch.Tensor):  # one that compiled graphs hold
+            layer.scaling[adapter].fill_(module.scale)
+        else:
+            layer.scaling[adapter] = module.scale
+    said, config = lora.peft_config(), transformer.peft_config[adapter]
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+        setattr(config, name, getattr(said, name))
 
 
 def split_for_peft(lora: OriginalLora, transformer: nn.Module) -> tuple[OriginalLora, dict[str, torch.Tensor]]:

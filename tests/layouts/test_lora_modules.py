@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from astrolabe_diffusers import CausalWanPipeline, CausalWanTransformer3DModel
@@ -46,11 +46,11 @@ def fresh(pipe):
 
 
 @torch.no_grad()
-def output(transformer):
+def output(transformer, **kwargs):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 3, 8, 8, generator=generator)
     text = torch.randn(1, 16, 32, generator=generator)
-    return transformer(latents, torch.full((1,), 700.0), text).sample
+    return transformer(latents, torch.full((1,), 700.0), text, **kwargs).sample
 
 
 @functools.cache
@@ -207,6 +207,8 @@ def test_config_beside_the_file(fresh, tmp_path):
         {},
         {"use_rslora": True},
         {"alpha_pattern": {"to_k": 64}, "rank_pattern": {"attn2.to_q": 2}},
+        {"alpha_pattern": {r"^blocks\.0\.attn1\.to_q": 64}, "rank_pattern": {"^blocks.1.attn2.to_q": 2}},
+        {"alpha_pattern": {"^blocks.0.attn1.to_q": 64}, "rank_pattern": {"^proj_out": 2}, "use_rslora": True},
         {"use_dora": True},
         {"lora_bias": True},
     ],
@@ -223,6 +225,37 @@ def test_what_peft_saves(options, fresh, tmp_path):
             parameter.data *= torch.rand_like(parameter) + 0.5
     model.save_pretrained(tmp_path)
     check(tmp_path, output(model), tmp_path, fresh)
+
+
+def test_what_diffusers_saves_with_anchored_patterns(fresh, tmp_path):
+    """peft's layers are the reference; in the file, and in its config's names, `transformer.` goes before."""
+    torch.manual_seed(0)
+    trained = fresh().transformer
+    patterns = {"alpha_pattern": {r"^blocks\.0\.attn1\.to_q": 32}, "rank_pattern": {"^blocks.1.attn1.to_q": 2}}
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False, **patterns)
+    trained.add_adapter(config, "x")
+    CausalWanPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(trained, adapter_name="x"),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    check(tmp_path, output(trained), tmp_path, fresh)
+
+
+def test_a_pattern_that_names_what_the_trainer_had_around_the_model(fresh, tmp_path):
+    """As it would be for a Wan in a module of its trainer's, `model`."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    torch.manual_seed(0)
+    alphas = {"^model.blocks.0.attn1.to_q": 64}
+    config = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False, alpha_pattern=alphas)
+    model = get_peft_model(Wrapper(tiny_transformer()), config).eval()
+    model.save_pretrained(tmp_path)
+    check(tmp_path, output(model.base_model.model.model), tmp_path, fresh)
 
 
 def test_dora_of_kohya(fresh, tmp_path):

@@ -20,7 +20,7 @@ from astrolabe_diffusers.live import session as session_module
 from astrolabe_diffusers.live.session import LiveModel, LiveSession, replay
 from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.models.kv_cache import CausalWanKVCache
-from astrolabe_diffusers.models.lora_layers import lora_weights_of
+from astrolabe_diffusers.models.lora_layers import lora_weights_of, tuner_layers
 from astrolabe_diffusers.pipelines.loading import load_loras
 from tests.live.files import picture_file, video_file
 from tests.live.helpers import ENDLESS, all_equal, make_blocks, make_model, save_loras
@@ -127,12 +127,12 @@ def test_sessions_of_other_strengths_do_not_touch(model):
     for session in sessions():
         alone.append(make_blocks(session, 5))
     assert (alone[0][0].int() - alone[1][0].int()).abs().max() > 3
-    before = lora_weights_of(model.pipe.transformer)
+    before = lora_weights_of(tuner_layers(model.pipe.transformer))
     mixed = [[], []]
     pair = sessions()
     for turn in (0, 1, 1, 0, 1, 0, 0, 1, 0, 1):
         mixed[turn] += make_blocks(pair[turn], 1)
-        assert lora_weights_of(model.pipe.transformer) == before
+        assert lora_weights_of(tuner_layers(model.pipe.transformer)) == before
     assert all_equal(mixed[0], alone[0]) and all_equal(mixed[1], alone[1])
 
 

@@ -10,7 +10,9 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from tests.layouts.test_lora_modules import distilled, matrices, merged, output, write
+from astrolabe_diffusers.models.lora_layers import adapter_weights, lora_weights_of, tuner_layers
+from astrolabe_diffusers.pipelines.loading import lora_digest
+from tests.layouts.test_lora_modules import KOHYA, distilled, matrices, merged, output, write
 from tests.tiny_pipeline import tiny_pipeline
 
 
@@ -108,10 +110,112 @@ def test_fusing(loaded, files, base):
     assert close(loaded, expected(files, 0.5))
 
 
+def test_the_scale_of_fusing_ends_with_it(loaded, files):
+    """Also where it is taken out by disabling, and of each LoRA its own."""
+    loaded.load_lora_weights(files[3], adapter_name="plain")
+    loaded.set_adapters(["distilled", "plain"], [0.8, 0.4])
+    unfuse = {
+        "pipeline": loaded.unfuse_lora,
+        "transformer": loaded.transformer.unfuse_lora,
+        "disabling": lambda: (loaded.disable_lora(), loaded.enable_lora()),
+        "fused at 0": loaded.unfuse_lora,
+    }
+    for name, call in unfuse.items():
+        scale = 0.0 if name == "fused at 0" else 0.5
+        loaded.fuse_lora(lora_scale=scale)
+        assert close(loaded, expected(files, 0.8 * scale, 0.4 * scale))
+        call()
+        assert close(loaded, expected(files, 0.8, 0.4))
+    loaded.fuse_lora(lora_scale=0.5, adapter_names=["distilled"])
+    loaded.fuse_lora(lora_scale=3.0, adapter_names=["plain"])
+    assert close(loaded, expected(files, 0.4, 1.2))
+    loaded.unfuse_lora()
+    assert close(loaded, expected(files, 0.8, 0.4))
+    # One that is deleted while it is fused is a part of the weights.
+    loaded.fuse_lora(lora_scale=0.5)
+    loaded.delete_adapters("plain")
+    loaded.unfuse_lora()
+    assert close(loaded, expected(files, 0.8, 0.2))
+    assert not any("plain" in layer.scaling for layer in tuner_layers(loaded.transformer))
+
+
+def test_scales_of_fusing_that_are_none(loaded, files):
+    for scale in (float("nan"), "1"):
+        with pytest.raises(ValueError, match="has to be a finite number"):
+            loaded.fuse_lora(lora_scale=scale)
+    assert close(loaded, expected(files, 1))
+    dora = adapted(use_dora=True)
+    before = output(dora.transformer)
+    with pytest.raises(ValueError, match="x is a DoRA, which can only be applied with weight 1"):
+        dora.fuse_lora(lora_scale=0.0)
+    dora.fuse_lora()
+    assert close(dora, before)
+
+
+def test_fusing_that_fails_leaves_weights_as_they_are(loaded, files):
+    layer = loaded.transformer.get_submodule("blocks.1.attn1.to_q")
+    with torch.no_grad():
+        layer.lora_B["distilled"].weight[0, 0] = torch.inf
+    before = lora_weights_of(tuner_layers(loaded.transformer))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        loaded.fuse_lora(lora_scale=0.5, safe_fusing=True)
+    loaded.unfuse_lora()
+    assert lora_weights_of(tuner_layers(loaded.transformer)) == before
+
+
+def test_loading_while_one_is_fused(loaded, files):
+    """peft would take it out."""
+    loaded.fuse_lora()
+    with pytest.raises(ValueError, match="a LoRA is fused into the weights: .*, or unload_lora_weights"):
+        loaded.load_lora_weights(files[3], adapter_name="plain")
+    assert close(loaded, expected(files, 1)) and loaded.get_list_adapters() == {"transformer": ["distilled"]}
+    loaded.unload_lora_weights()
+    loaded.load_lora_weights(files[3], adapter_name="plain")
+    assert close(loaded, expected(files, 1, 1))
+    loaded.set_adapters("plain", 0.5)
+    assert close(loaded, expected(files, 1, 0.5))
+
+
+def test_a_fused_lora_keeps_its_weight(loaded, files, base):
+    """For it is taken out of the base's weights with the weight that it then has."""
+    loaded.load_lora_weights(files[3], adapter_name="plain")
+    loaded.set_adapters("distilled", 0.5)
+    loaded.fuse_lora()
+    calls = {
+        "set_adapters": lambda: loaded.set_adapters("distilled", 1.0),
+        "another": lambda: loaded.set_adapters("plain"),
+        "scale": lambda: output(loaded.transformer, attention_kwargs={"scale": 0.5}),
+        "adapter_weights": lambda: adapter_weights(loaded.transformer, {"distilled": 0.0}).__enter__(),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"a LoRA is fused into the weights: call unfuse_lora\(\) first"):
+            call()
+    with adapter_weights(loaded.transformer, {}):  # a live page without LoRAs
+        assert close(loaded, expected(files, 0.5))
+    assert torch.equal(output(loaded.transformer, attention_kwargs={"scale": 1.0}), output(loaded.transformer))
+    loaded.unfuse_lora()
+    assert close(loaded, expected(files, 0.5))
+    loaded.unload_lora_weights()
+    assert close(loaded, base)
+
+
+@pytest.mark.parametrize("disable", ["disable_lora", "disable_adapters"])
+def test_disabling_a_fused_lora(disable, loaded, files, base):
+    loaded.fuse_lora()
+    getattr(loaded.transformer, disable)()
+    with pytest.raises(ValueError, match="disabled cannot be fused: call enable_lora"):
+        loaded.fuse_lora()
+    assert (output(loaded.transformer, attention_kwargs={"scale": 0.5}) - base).abs().max() < 1e-5
+    loaded.enable_lora()
+    assert close(loaded, expected(files, 1))
+    loaded.unload_lora_weights()
+    assert close(loaded, base)
+
+
 def test_a_copy_is_its_own(loaded, files):
     other = copy.deepcopy(loaded.transformer)
+    loaded.set_adapters("distilled", 0.5)
     loaded.fuse_lora()
-    loaded.set_adapters("distilled", 0.0)
     assert (output(other) - expected(files, 1)).abs().max() < 1e-5
 
 
@@ -193,6 +297,133 @@ def test_hotswap(compiled, tmp_path, loaded, files):
     for target in (pipe, loaded):
         with pytest.raises(ValueError, match="cannot be swapped"):
             target.load_lora_weights(files[0], adapter_name=target.get_active_adapters()[0], hotswap=True)
+
+
+def of_one_module(folder, rank, alpha, seed=1):
+    """A LoRA of the first query projection: its file, and what makes it up."""
+    lora = matrices(ranks={"blocks.0.self_attn.q": (rank, alpha)})
+    lora = {module: (seed * a, b, value) for module, (a, b, value) in lora.items()}
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{rank}-{alpha}-{seed}.safetensors"
+    return write(path, lambda module: f"diffusion_model.{module}", *KOHYA, lora), lora
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scale_of_a_call_where_weights_are_tensors(compiled, tmp_path):
+    """As `enable_lora_hotswap` has them, and compiled graphs hold them."""
+    path, lora = of_one_module(tmp_path, 4, 2.0)
+    (module, (a, b, alpha)), *_ = lora.items()
+    pipe = tiny_pipeline()
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(path, adapter_name="x")
+    if compiled:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for scale in (1.0, 0.5, 0.5, 3.0, 1.0):
+        result = output(pipe.transformer, attention_kwargs={"scale": scale})
+        assert (result - merged({module: (a, b, scale * alpha)})).abs().max() < 1e-5
+    pipe.fuse_lora(lora_scale=0.5)
+    assert close(pipe, merged({module: (a, b, 0.5 * alpha)}))
+
+
+# Of modules of the same layers, in which no rank and no alpha is the other's.
+FIRST = {"blocks.0.self_attn.q": (4, 2.0), "blocks.1.self_attn.q": (2, 6.0), "head.head": (3, 1.5)}
+SECOND = {"blocks.0.self_attn.q": (2, 5.0), "blocks.1.self_attn.q": (4, 1.0)}
+
+
+@pytest.mark.parametrize("target_rank", [None, 8])
+def test_what_is_done_with_a_lora_that_was_swapped_in(target_rank, tmp_path):
+    """Weights, saving and swapping again: the old one's ranks and alphas are gone."""
+    loras = {"first": matrices(ranks=FIRST), "second": matrices(ranks=SECOND)}
+    pipe = tiny_pipeline()
+    if target_rank:
+        pipe.enable_lora_hotswap(target_rank=target_rank)
+    for i, name in enumerate(("first", "second", "first")):
+        path = tmp_path / f"{name}.safetensors"
+        write(path, lambda module: f"diffusion_model.{module}", *KOHYA, loras[name])
+        pipe.load_lora_weights(path, adapter_name="x", hotswap=i > 0)
+        whole, half = (merged(loras[name], lambda rank, alpha: weight * alpha / rank) for weight in (1, 0.5))
+        assert close(pipe, whole)
+        with adapter_weights(pipe.transformer, {"x": 0.5}):
+            assert close(pipe, half)
+        assert close(pipe, whole)
+        for weight, result in ((0.5, half), (1.0, whole)):
+            pipe.set_adapters("x", weight)
+            assert close(pipe, result)
+        pipe.transformer.save_lora_adapter(tmp_path / f"{i}", adapter_name="x")
+        fresh = tiny_pipeline()
+        fresh.load_lora_weights(tmp_path / f"{i}", adapter_name="x")
+        assert close(fresh, whole)
+
+
+def of_a_kind(kind, seed):
+    """Tensors of a LoRA of one module that has also, or has not, a difference of its bias, or is a DoRA."""
+    name, generator = "diffusion_model.blocks.0.self_attn.q", torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    more = {"plain": {}, "biases": {"diff_b": draw(24)}, "DoRA": {"dora_scale": draw(24).abs() + 0.5}}[kind]
+    parts = {"lora_down.weight": draw(4, 24), "lora_up.weight": draw(24, 4), **more}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("plain", "biases", "adds to biases, for which 'x' has no place: load it without `hotswap`"),
+        ("plain", "DoRA", "a DoRA cannot be swapped"),
+        ("DoRA", "plain", "a DoRA cannot be swapped"),
+        ("DoRA", "DoRA", "a DoRA cannot be swapped"),
+        ("fused", "plain", r"a LoRA is fused into the weights: call unfuse_lora\(\) first"),
+    ],
+)
+def test_what_cannot_be_swapped_leaves_the_lora_that_is_there(old, new, message, base):
+    """peft would begin, fail, and take both away."""
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(of_a_kind("plain" if old == "fused" else old, 1), adapter_name="x")
+    before = output(pipe.transformer)
+    if old == "fused":
+        pipe.fuse_lora()
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(of_a_kind(new, 2), adapter_name="x", hotswap=True)
+    assert close(pipe, before) and not close(pipe, base, 0.1)
+    if old == "fused":
+        pipe.unfuse_lora()
+    pipe.disable_lora()
+    assert close(pipe, base)
+
+
+@pytest.mark.parametrize("new", ["plain", "biases"])
+def test_swapping_where_there_are_biases(new):
+    pipe, fresh = tiny_pipeline(), tiny_pipeline()
+    pipe.load_lora_weights(of_a_kind("biases", 1), adapter_name="x")
+    pipe.load_lora_weights(of_a_kind(new, 2), adapter_name="x", hotswap=True)
+    fresh.load_lora_weights(of_a_kind(new, 2))
+    assert close(pipe, output(fresh.transformer))
+
+
+def test_digest_of_a_lora_that_was_swapped_in(tmp_path):
+    """Of two that differ in alpha alone."""
+    pipe, fresh = tiny_pipeline(), tiny_pipeline()
+    pipe.load_lora_weights(of_one_module(tmp_path, 4, 2.0)[0], adapter_name="x")
+    before = lora_digest(pipe.transformer, "x")
+    path, _ = of_one_module(tmp_path, 4, 6.0)
+    pipe.load_lora_weights(path, adapter_name="x", hotswap=True)
+    fresh.load_lora_weights(path, adapter_name="x")
+    assert lora_digest(fresh.transformer, "x") == lora_digest(pipe.transformer, "x") != before
+
+
+def test_a_lora_of_a_higher_rank_is_swapped_in_in_half_precision(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    first, second = (of_one_module(tmp_path, rank, 2.0) for rank in (2, 4))
+    pipe.load_lora_weights(first[0], adapter_name="x")
+    pipe.load_lora_weights(second[0], adapter_name="x", hotswap=True)
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.bfloat16}
+    fresh = tiny_pipeline()
+    fresh.transformer.to(torch.bfloat16)
+    fresh.load_lora_weights(second[0], adapter_name="x")
+    latents, text = torch.ones(1, 4, 3, 8, 8).bfloat16(), torch.ones(1, 16, 32).bfloat16()
+    with torch.no_grad():
+        results = [p.transformer(latents, torch.full((1,), 700.0), text).sample for p in (pipe, fresh)]
+    assert torch.equal(*results)
 
 
 def adapted(names=("x",), **options):

@@ -176,6 +176,32 @@ def test_all_of_it_or_nothing(pipe, videos, tmp_path):
     assert pipe.get_list_adapters() == {"memory_transformer": ["a"]}
 
 
+def test_hotswap(pipe, videos, tmp_path):
+    """Of both experts or of one: the same ones as before."""
+    other = {name: {key: -0.5 * tensor for key, tensor in LORAS[name].items()} for name in BOTH}
+    pipe.load_lora_weights(write(tmp_path / "other", *BOTH, **other), adapter_name="a")
+    before = video(pipe)
+    for name in BOTH:
+        line = f"'a' is of transformer and memory_transformer, this LoRA of {name}"
+        with pytest.raises(ValueError, match=line):
+            pipe.load_lora_weights(write(tmp_path / name, name), adapter_name="a", hotswap=True)
+    # The second half does not fit: nothing of it is swapped.
+    wider = {"memory_transformer": matrices(2) | {"proj_out.lora_A.weight": torch.ones(RANK, 24)}}
+    wider["memory_transformer"]["proj_out.lora_B.weight"] = torch.ones(16, RANK)
+    with pytest.raises(ValueError, match="changes proj_out, 1 such modules in all, where 'a' has no layer"):
+        pipe.load_lora_weights(write(tmp_path / "wider", *BOTH, **wider), adapter_name="a", hotswap=True)
+    assert torch.equal(video(pipe), before) and not close(before, videos["both"])
+    pipe.load_lora_weights(write(tmp_path, *BOTH), adapter_name="a", hotswap=True)
+    assert close(video(pipe), videos["both"])
+    single = two_expert_pipeline(**CHUNKWISE)
+    single.load_lora_weights(write(tmp_path / "one", "memory_transformer", **other), adapter_name="b")
+    for arguments, line in (({"adapter_name": "b"}, "'b' is of memory_transformer, this"), ({}, "is of none, this")):
+        with pytest.raises(ValueError, match=f"{line} LoRA of transformer and memory_transformer"):
+            single.load_lora_weights(tmp_path, hotswap=True, **arguments)
+    single.load_lora_weights(tmp_path / "memory_transformer", adapter_name="b", hotswap=True)
+    assert close(video(single), videos["memory_transformer"])
+
+
 def test_what_a_user_gets_wrong(pipe, tmp_path):
     write(tmp_path, *BOTH)
     with pytest.raises(ValueError, match="leave out `load_into_memory_transformer`"):
