@@ -80,7 +80,7 @@ EVALUATIONS: dict[str, dict] = {
     "single": {**ALL, "num_frames": 21, "seeds": 2, "batch_size": 53},
     "minute": {**AFTER, "transitions": "roll", "num_frames": 957, "batch_size": 8},
 }
-# As the recipe `tiny_shapes_switch` has it, of which "roll or recache" is the whole.
+# As the recipe `tiny_shapes_switch` has it, of which "roll or recache, twice the KL" is the whole.
 LONGER = {"learning_rate": 1e-3, "adam_epsilon": 1e-8, "max_train_steps": 120}
 WINDOW = {**LONGER, "window_size": 3, "sample_frames": 12, **SHARED_PAST}
 SCENES = {**WINDOW, "prompts": "scenes", "switch_prompts": "scenes"}
@@ -91,6 +91,7 @@ SETTINGS: dict[str, dict] = {
     "windows without a switch": {**WINDOW, "prompts": "captions"},
     "roll or recache": EITHER,
     "roll or recache, pasts not shared": {**EITHER, "shared_past": False},
+    "roll or recache, twice the KL": {**EITHER, "kl_weight": 0.02},
     "roll": {**SCENES, "transitions": "roll"},
     "recache": {**SCENES, "transitions": "recache"},
     # The quick start's own steps, whose length is that of the gradients; then ones twice as long; then more of them.

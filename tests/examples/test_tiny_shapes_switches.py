@@ -181,7 +181,7 @@ def value(reward, sample, block):
 
 def test_the_recipe_is_what_was_measured(switches, capsys):
     """Up to the prompts, and what is only looked at; 12 latent frames are 45."""
-    settings = {"config": "tiny_shapes", **switches.SETTINGS["roll or recache"]}
+    settings = {"config": "tiny_shapes", **switches.SETTINGS["roll or recache, twice the KL"]}
     measured = asdict(parse_args([word for name, value in settings.items() for word in (f"--{name}", str(value))]))
     recipe = asdict(parse_args(["--config", "tiny_shapes_switch"]))
     differ = {name for name in recipe if recipe[name] != measured[name]}
