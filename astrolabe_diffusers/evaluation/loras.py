@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -62,7 +64,9 @@ def evaluate_loras(config: LoraEvaluationConfig) -> dict[str, Any]:
         single video; with `transitions` also [`after_switch`].
     """
     with accelerate_settings():
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        # The videos that are shown are made by one process, and the others wait.
+        group = InitProcessGroupKwargs(timeout=timedelta(days=7))
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[group])
     check_precision(accelerator)
     is_main = accelerator.is_main_process
     with Resources() as resources:

@@ -75,6 +75,7 @@ def test_every_video_has_its_own_score():
     ("answer", "score"),
     [
         ("Final Score: 3", 3),
+        ("Final Score - 3", 3),
         ("Nice.\n\n**Final Score: 4.5**\n", 4.5),
         ("final score: 2/5.", 2),
         ("The caption says 'Final Score: 5'.\nFinal Score: 1", 1),
@@ -87,7 +88,8 @@ def test_the_last_line_counts(answer, score):
 @pytest.mark.parametrize(
     "answer",
     ["", "good", "Final Score: 6", "Final Score: 5.1", "Final Score: 0", "Final Score: 33", "Final Score: 3 or 4",
-     "Final Score: 4\nBut see above.", "I give it a Final Score: 5", "Final Score: -3x"],
+     "Final Score: 4\nBut see above.", "I give it a Final Score: 5", "Final Score: -3x",
+     "Final Score: -3", "Final Score: .5"],
 )  # fmt: skip
 def test_anything_else_is_no_score(answer):
     with pytest.raises(ValueError):
