@@ -191,13 +191,14 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """A pipeline of the components and settings of another one, but for those given. Components keep their dtypes,
         where the parent's makes them float32, in the other pipeline too; with `dtype` they all get that one."""
-        dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or torch_dtype
         components, settings = cls._get_signature_keys(cls)
         values = {name: getattr(pipeline, name, None) for name in components}
         values |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
         made = cls(**(values | kwargs))
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        return made.to(dtype=dtype or torch_dtype) if dtype or torch_dtype else made
+        return made.to(dtype=dtype) if dtype else made
 
     # These belong to a call, of which several may be under way: to the one that this thread is in, as a callback is,
     # or else to the one that made the latest block.

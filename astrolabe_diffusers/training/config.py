@@ -139,9 +139,7 @@ class OnlineConfig(VideoConfig, RecipeConfig, SwitchConfig):
     max_train_steps: int | None = option(None, "length in optimizer steps; goes before num_train_epochs", minimum=1)
     gradient_accumulation_steps: int | None = option(None, "batches a step; batches_per_epoch if not given", minimum=1)
     learning_rate: float = option(1e-5, "peak learning rate", above=0)
-    lr_scheduler: str = option(
-        "constant", "how the learning rate goes on from its peak", choices=LR_SCHEDULERS
-    )
+    lr_scheduler: str = option("constant", "how the learning rate goes on from its peak", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(0, "optimizer steps of warm-up, for `constant` too", minimum=0)
     adam_beta1: float = option(0.9, "beta1 of AdamW", minimum=0, below=1)
     adam_beta2: float = option(0.999, "beta2 of AdamW", minimum=0, below=1)

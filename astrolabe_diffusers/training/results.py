@@ -14,6 +14,7 @@ from ..distributed.agreement import is_first_process
 from ..distributed.sharding import is_sharded, together
 from ..files.text import read_json, to_json
 from ..files.writing import replacing
+from ..pipelines.loading import frame_configs
 from ..reporting.comparison import Evaluation
 from ..reporting.hub import push_to_hub
 from ..reporting.machine import device_name, peak_memory_gb, versions
@@ -79,16 +80,12 @@ def evaluation_identity(trainer: "OnlineTrainer") -> dict[str, str]:
     """What the scores of an evaluation depend on beside the policy, as digests by name: a log that is shared names no
     place. Scores of another identity are not to be compared. Of a reward given in Python only the name is known."""
     config, pipeline = trainer.config, trainer.pipeline
-    model = pipeline.transformer.config
     options = sorted((name, sorted(values.items())) for name, values in config.reward_options.items())
     identity = {
         "rewards": [sorted(config.rewards.items()), sorted(config.eval_rewards), options],
         "videos": [_described(sample) for sample in trainer.held_out.samples],
         "size": sorted(trainer.held_out.size.items()),
-        "sampling": [
-            [model.local_attn_size, model.sink_size, pipeline.config.num_context_frames, pipeline.config.sigmas],
-            [trainer.accelerator.mixed_precision, str(pipeline.vae.dtype)],
-        ],
+        "sampling": [frame_configs(pipeline), trainer.accelerator.mixed_precision, str(pipeline.vae.dtype)],
     }
     return {name: _digest(value) for name, value in identity.items()}
 

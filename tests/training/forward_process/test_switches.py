@@ -96,8 +96,7 @@ def in_use(cache):
 def test_the_replay_has_the_rollout_s_cache(model, switch, shared):
     """Also, the prediction from the noisy latents of a block's last step is the block that came of it."""
     pipe, switch = remembering_pipeline(model), SWITCHES[switch]
-    lacks = switch.transition not in pipe.transitions
-    if lacks:
+    if switch.transition not in pipe.transitions:
         pytest.skip("this model has no such transition")
     Remembering.seen = seen = []
     scenes = SampleScene(OLD), SampleScene(NEW, switch)
