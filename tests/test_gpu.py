@@ -153,9 +153,12 @@ def test_cudnn_attends_by_default():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("has_cudnn", [True, False])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_a_shared_past_is_attended_to_in_one_call(dtype, tolerance):
-    """Against one attention over both, and without a copy of the past for every video."""
+def test_a_shared_past_is_attended_to_in_one_call(dtype, tolerance, has_cudnn, monkeypatch):
+    """Against one attention over both, and without a copy of the past for every video; also where cuDNN cannot."""
+    if not has_cudnn:
+        monkeypatch.setattr("astrolabe_diffusers.models.attention.can_use_cudnn_attention", lambda params: False)
     query, key, value = (torch.randn(4, 700, 12, 128, device="cuda", dtype=dtype) for _ in range(3))
     past = [torch.randn(1, 9000, 12, 128, device="cuda", dtype=dtype) for _ in range(2)]
     keys, values = (torch.cat([p.expand(4, -1, -1, -1), x], dim=1) for p, x in zip(past, (key, value)))

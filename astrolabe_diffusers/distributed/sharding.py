@@ -1,14 +1,15 @@
 """The transformer in shards over the processes (torch's FSDP2), for models that one device does not hold."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ParallelismConfig, gather_object, str_to_bool
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -26,6 +27,12 @@ def is_sharded() -> bool:
     From the environment, for accelerate itself ignores it on a CPU, where torch's FSDP2 works as on a GPU.
     """
     return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def keeps_gathered() -> bool:
+    """Whether weights that were gathered for a pass stay for those that follow: accelerate's
+    `fsdp_reshard_after_forward: false`, from the environment for the same reason."""
+    return is_sharded() and not str_to_bool(os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true"))
 
 
 def left_in_file(tensor: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -61,7 +68,8 @@ def shard(transformer: nn.Module, accelerator: Accelerator) -> nn.Module:
     transformer.load_state_dict(shapes, strict=False, assign=True)
     blocks = [block for block in transformer.modules() if type(block).__name__ in transformer._repeated_blocks]
     for module in (*blocks, transformer):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # Outside of a pass all weights are in shards, but inside of `gathered`: by itself a root would keep its own.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # `pop`: a weight that is in memory goes when its shard is there.
     shards = {name: shard_like(whole_weight(parameters.pop(name)), p) for name, p in transformer.named_parameters()}
     transformer.load_state_dict(shards, strict=False, assign=True)
@@ -108,6 +116,46 @@ def mesh_sizes(local_sizes: list[int], parallelism: ParallelismConfig | None = N
     return sizes
 
 
+@contextmanager
+def gathered(transformer: nn.Module) -> Iterator[None]:
+    """Inside, all weights of a sharded transformer are whole: passes, which must not change them, gather nothing.
+    Gradients are of shards, and so are parameters before and after it."""
+    modules = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
+
+    def set_resharding(whether: bool):
+        transformer.set_reshard_after_forward(whether)
+        transformer.set_reshard_after_backward(whether)
+
+    # Before anything in here chooses what requires a gradient: that is of the tensors which are there.
+    for module in modules:
+        module.unshard()
+    set_resharding(False)
+    try:
+        yield
+    finally:
+        set_resharding(True)
+        for module in modules:
+            module.reshard()
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Inside, gradients are added up on each process, to be averaged over all by the pass after it.
+
+    In shards each process adds up its own part of them: whole ones would take as much memory as a LoRA does on one
+    device. Only between replicas of the model nothing is sent.
+    """
+    if not is_sharded():
+        with accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_all_reduce(False)
+    try:
+        yield
+    finally:
+        model.set_requires_all_reduce(True)
+
+
 def together() -> AbstractContextManager:
     """[`raise_together`] for what processes do with their weights. In shards they wait inside for each other: there an
     error must end its process at once, but for those [`between_passes`]."""
@@ -142,10 +190,15 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     to the shards' device and in their dtype."""
     if not isinstance(like, DTensor):
         return tensor
-    layout = like.device_mesh, like.placements
     # The parts of other processes are not even read, where the tensor lies in a file.
-    local = tensor
-    for dim, (size, start) in enumerate(zip(*compute_local_shape_and_global_offset(like.shape, *layout))):
-        local = local.narrow(dim, start, size)
-    local = local.to(like.device_mesh.device_type, like.dtype, copy=True)
+    local = local_part(tensor, like).to(like.device_mesh.device_type, like.dtype, copy=True)
+    layout = like.device_mesh, like.placements
     return DTensor.from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def local_part(tensor: torch.Tensor, like: DTensor) -> torch.Tensor:
+    """Of a whole tensor the part that this process has of another one in shards."""
+    layout = like.device_mesh, like.placements
+    for dim, (size, start) in enumerate(zip(*compute_local_shape_and_global_offset(like.shape, *layout))):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor

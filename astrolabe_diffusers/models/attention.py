@@ -116,13 +116,31 @@ def _attend_with_logsumexp(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if query.device.type == "cpu":
         output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    elif query.dtype == torch.float32:
-        output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
-    else:
+    elif can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, False, False)):
         output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
+    else:
+        output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
     # Some kernels pad the queries, or keep a last dimension of one.
     logsumexp = logsumexp.reshape(*logsumexp.shape[:2], -1)[..., : query.shape[2]]
     return output.transpose(1, 2), logsumexp.transpose(1, 2).float()
+
+
+# An operator as well: torch.compile cannot ask which kernels there are.
+torch.library.define(
+    "astrolabe_diffusers::attend_with_logsumexp", "(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("astrolabe_diffusers::attend_with_logsumexp")
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.impl("astrolabe_diffusers::attend_with_logsumexp", "CompositeExplicitAutograd")
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output, logsumexp = _attend_with_logsumexp(query, key, value)
+    return output.contiguous(), logsumexp.contiguous()
 
 
 def attend_with_shared_past(
@@ -138,7 +156,8 @@ def attend_with_shared_past(
     if _is_chosen(backend) or torch.is_grad_enabled():
         key, value = (torch.cat([p.expand(len(query), -1, -1, -1), o], dim=1) for p, o in zip(past, own))
         return attend(query, key, value, backend=backend)
-    to_past, past_logsumexp = _attend_with_logsumexp(query.flatten(0, 1).unsqueeze(0), *past)
-    to_own, own_logsumexp = _attend_with_logsumexp(query, *own)
+    attend_with_logsumexp = torch.ops.astrolabe_diffusers.attend_with_logsumexp.default
+    to_past, past_logsumexp = attend_with_logsumexp(query.flatten(0, 1).unsqueeze(0), *past)
+    to_own, own_logsumexp = attend_with_logsumexp(query, *own)
     weight = torch.sigmoid(past_logsumexp.view_as(own_logsumexp) - own_logsumexp).unsqueeze(-1)
     return torch.lerp(to_own.float(), to_past.reshape(to_own.shape).float(), weight).type_as(query)

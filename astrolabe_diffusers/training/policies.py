@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..distributed.sharding import is_sharded
+from ..distributed.sharding import gathered, is_sharded, keeps_gathered
 from ..errors import close_matches
 from ..layouts.experts import MEMORY_TRANSFORMER, TRANSFORMER
 from ..models.expert_pair import adapted_experts, experts_of
@@ -154,7 +154,7 @@ def use_policy(transformer: nn.Module, policy: str, merge: bool = False) -> Iter
 
     With `merge` its LoRA is merged into the weights ([`merged_weights`]), and a pass costs what that of the
     transformer alone does. For videos: predictions that are compared with those of unmerged policies would differ from
-    them by the rounding of weights. Weights must not be in shards.
+    them by the rounding of weights.
 
     Afterwards, come what may, the current policy is active and trainable again. peft ties `requires_grad` to the
     active adapter and gradients are lost without an error if it changes between forward and backward: finish the
@@ -202,12 +202,13 @@ def cast_once(transformer: nn.Module) -> Iterator[None]:
     A thread that leaves autocast has all copies made anew: that which decodes for the rewards, and on CUDA that of the
     backward pass, for every block it computes again.
     """
-    if is_sharded():  # the copies would be of whole weights, and all of them there at once
+    if is_sharded() and not keeps_gathered():  # the copies would be of whole weights, and all of them there at once
         yield
         return
     # Autocast forgets its copies at the end of its outermost context, which was that of a forward pass, and of every
     # block that the backward pass computes again. Disabled, for what is around these passes never was under it.
-    with torch.autocast(next(transformer.parameters()).device.type, enabled=False):
+    without = torch.autocast(next(transformer.parameters()).device.type, enabled=False)
+    with gathered(transformer) if is_sharded() else nullcontext(), without:
         yield
 
 

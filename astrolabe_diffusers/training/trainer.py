@@ -141,7 +141,7 @@ class OnlineTrainer:
             values: the batch's part `(B,)` of [`~OnlineTrainer.sample_values`], on the batch's device.
             samples_per_step: of an optimizer step on this process.
             synchronize: whether it is the step's last batch, whose last backward pass averages over the processes;
-                all others are inside `self.accelerator.no_sync(self.model)`.
+                all others are inside [`no_sync`].
 
         Returns:
             Sums over its samples of the values to be logged, among them `"loss"`.
@@ -358,7 +358,7 @@ class OnlineTrainer:
 
     def sampling(self) -> AbstractContextManager:
         """Inside, the transformer is the policy that samples the videos for training."""
-        return use_policy(self.transformer, self.sampling_policy, self.config.merge_lora and not is_sharded())
+        return use_policy(self.transformer, self.sampling_policy, self.config.merge_lora)
 
     def generate(self, batches: Iterable[Sequence[Sample]], past: Past) -> Iterator[VideoBatch]:
         """Videos of the active policy that end with a window which begins after `past`."""

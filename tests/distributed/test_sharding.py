@@ -43,12 +43,12 @@ VALUES = {
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def run(model, folder, machines=1, worker="sharded_worker", **values):
+def run(model, folder, machines=1, worker="sharded_worker", environment=None, **values):
     """Two processes a machine with the weights in shards; returns what each says of them."""
     arguments = tiny_arguments(model, folder, **VALUES | values)
-    options = FSDP
+    options = FSDP | (environment or {})
     if machines > 1:
-        options = FSDP | {"rendezvous": folder.with_name(f"{folder.name}-{uuid4()}"), "machines": machines}
+        options |= {"rendezvous": folder.with_name(f"{folder.name}-{uuid4()}"), "machines": machines}
     launchers = [Torchrun(f"tests/training/{worker}.py", *arguments, **options) for _ in range(machines)]
     for launcher in launchers:
         code, output = launcher.finish(timeout=300)
@@ -98,6 +98,15 @@ def assert_same_adapter(sharded, whole):
         difference = (sharded[name] - weight).abs()
         assert difference.max() < 5e-5 and difference.mean() < 2e-6, name
     assert max(weight.abs().max() for name, weight in whole.items() if "lora_B" in name) > 1e-4
+
+
+def test_what_stays_gathered_learns_the_same(runs, model_folder, tmp_path):
+    """accelerate's `fsdp_reshard_after_forward: false`."""
+    reports = run(model_folder, tmp_path, environment={"FSDP_RESHARD_AFTER_FORWARD": "false"})
+    assert [report["sharded"] for report in reports] == [1, 1]
+    file = "pytorch_lora_weights.safetensors"
+    kept, sharded = load_file(tmp_path / file), load_file(runs[0][True] / file)
+    assert all(torch.equal(kept[name], weight) for name, weight in sharded.items())
 
 
 @pytest.mark.slow
@@ -257,6 +266,20 @@ def test_no_process_holds_the_whole(shards):
         # The rest is small: the adapters before they are sharded, and the other models.
         assert report["peak"] < report["local"] + report["largest"] + 0.2 * report["whole"]
         assert report["whole_peak"] > report["whole"]
+
+
+def test_a_policy_is_merged_in_shards(shards):
+    """As in the whole, to the last bit, before FSDP's first pass and after; then weights are back."""
+    for report in shards:
+        assert all(report["early"]) and all(report["late"]) and report["back"]
+        assert report["merged"] == 8 * 10  # all linear layers of the blocks
+
+
+def test_shards_are_gathered_once_for_several_passes(shards):
+    for report in shards:
+        assert all(report["in_shards"]) and not any(report["gathered"]) and report["again_in_shards"]
+        assert all(report["passes"]) and report["trainable"]
+        assert report["gradients"] > 0
 
 
 def test_a_machine_has_a_model():

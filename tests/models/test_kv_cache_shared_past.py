@@ -116,6 +116,14 @@ def test_merged_attention():
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 32, 40])
+def test_what_torch_compile_is_told_of_it(length):
+    tensors = [torch.randn(3, size, 2, 8) for size in (length, 9, 9)]
+    operator = torch.ops.astrolabe_diffusers.attend_with_logsumexp.default
+    torch.library.opcheck(operator, tensors, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_past_that_cannot_be_shared():
     transformer = tiny_transformer(local_attn_size=12, sink_size=6)
     cache = CausalWanKVCache(transformer.config.num_layers)

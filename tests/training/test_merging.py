@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 from astrolabe_diffusers.training.checkpoints import policy_identity
-from astrolabe_diffusers.training.merging import round_stochastically
+from astrolabe_diffusers.training.merging import round_stochastically, rounding_noise
 from astrolabe_diffusers.training.policies import (
     CURRENT,
     add_policies,
@@ -200,7 +200,8 @@ def test_the_mean_of_what_is_rounded_is_exact(dtype, sign):
     low, step, number = 0.75, torch.finfo(dtype).eps / 2, 40_000
     for part in (0.0, 0.01, 0.3, 0.9):
         x = torch.full((number,), sign * (low + part * step))
-        rounded = round_stochastically(x, dtype, torch.Generator().manual_seed(0))
+        noise = rounding_noise(x.shape, dtype, torch.Generator().manual_seed(0))
+        rounded = round_stochastically(x, dtype, noise)
         assert rounded.dtype == dtype
         up = (rounded.double() - sign * low) / (sign * step)
         assert set(up.tolist()) <= {0.0, 1.0}
@@ -210,5 +211,6 @@ def test_the_mean_of_what_is_rounded_is_exact(dtype, sign):
 
 def test_what_cannot_be_rounded_stays():
     nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800000, -1, 0], dtype=torch.int32).view(torch.float32)
-    rounded = round_stochastically(nan, torch.bfloat16, torch.Generator())
+    noise = rounding_noise(nan.shape, torch.bfloat16, torch.Generator())
+    rounded = round_stochastically(nan, torch.bfloat16, noise)
     assert rounded[[0, 1, 3]].isnan().all() and rounded[2] == torch.inf and rounded[4] == 0

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 
+from ...distributed.sharding import no_sync
 from .predictors import BlockwisePredictor
 
 
@@ -42,7 +43,7 @@ def backward_by_block(
         given, values = targets(frames), {}
         is_last = synchronize and frames == predictor.passes[-1]
         # Inside no_sync go both passes: DDP decides in the forward pass what the backward pass does.
-        with nullcontext() if is_last else accelerator.no_sync(model):
+        with nullcontext() if is_last else no_sync(accelerator, model):
             prediction = predictor.predict(frames, forward=model)
             for block in (block for block in predictor.blocks if frames.start <= block.start < frames.stop):
                 part = slice(block.start - frames.start, block.stop - frames.start)
