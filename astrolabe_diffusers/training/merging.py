@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..distributed.sharding import full_tensor, local_part
+from ..distributed.sharding import full_tensor, keeps_gathered, local_part
 from ..models.lora_layers import tuner_layers
 
 
@@ -21,8 +21,8 @@ def merged_weights(transformer: nn.Module, adapter: str) -> Iterator[None]:
 
     Sums are in float32 and rounded once, at random ([`round_stochastically`]), always with the same random numbers:
     the merged weights depend on weights and LoRA alone, on every process and after every resuming. They take as much
-    memory as the weights that they stand for; of weights in shards, which every process enters with, each process
-    merges its own.
+    memory as the weights that they stand for. Of weights in shards every process, for all of them enter, merges its
+    own, and keeps what was there on the CPU, if they are gathered for every pass.
     """
     generator = torch.Generator(transformer.device).manual_seed(0)
     before = []
@@ -80,9 +80,9 @@ def _exchange(parameter: nn.Parameter, data: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter.data, DTensor):
         before, parameter.data = parameter.data, data
         return before
-    # In place, for FSDP gathers from the memory that it knows.
+    # In place, for FSDP gathers from the memory that it knows. Where it gathers for every pass memory is short.
     local = parameter.data.to_local()
-    before = local.clone()
+    before = local.to(local.device if keeps_gathered() else "cpu", copy=True)
     local.copy_(data)
     return before
 
