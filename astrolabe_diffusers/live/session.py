@@ -185,12 +185,16 @@ class LiveModel:
         return psutil.Process().memory_info().rss / 1e9
 
     def warm_up(self):
-        """Three blocks of nobody's: the first two in a process take longer."""
-        session = LiveSession(self, "", 0)
+        """Blocks of nobody's until the window is full, three at least, and a new prompt among them: what a process does
+        for the first time takes longer."""
+        transformer = self.pipe.transformer.config
+        session, number = LiveSession(self, "", 0), transformer.local_attn_size // transformer.num_frames_per_block + 1
         with suppress(StopIteration):  # a video may be shorter
-            for _ in range(3):
+            for _ in range(max(number, 3)):
                 (block,), _ = session.make_block()
                 self.block_seconds = block.seconds
+                if block.number == 0:
+                    session.send({"type": "prompt", "prompt": "", "transition": self.pipe.transitions[0]})
         session.close()
 
     def check_event(self, event: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Visit:
     first_frame: float  # from asking to showing
     frames: int
     underruns: int
+    late: list[tuple[int, float]]  # of each of them the frame, and for how long the one before stood
     seconds: float
     delays: list[float]  # of prompts
     delay_median: float
@@ -64,7 +65,8 @@ class Viewer:
         self.due: dict[int, float] = {}  # by the block of a mark, when its prompt was sent
         self.delays: list[float] = []
         self.memory: list[float] = []
-        self.shown = self.underruns = self.received = 0
+        self.late: list[tuple[int, float]] = []
+        self.shown = self.received = 0
         self.rate: float | None = None
         self.began: float | None = None  # showing
 
@@ -84,7 +86,8 @@ class Viewer:
         return Visit(
             first_frame=self.began - asked,
             frames=self.shown,
-            underruns=self.underruns,
+            underruns=len(self.late),
+            late=self.late,
             seconds=seconds,
             delays=self.delays,
             delay_median=statistics.median(delays) if delays else float("nan"),
@@ -132,10 +135,10 @@ class Viewer:
         while due < self.began + seconds:
             await asyncio.sleep(max(due - time.perf_counter(), 0))
             if not self.buffer:
-                self.underruns += 1
                 self.arrived.clear()
                 await asyncio.wait_for(self.arrived.wait(), 60)
-                due = time.perf_counter()
+                waited, due = time.perf_counter() - due, time.perf_counter()
+                self.late.append((self.buffer[0], waited))
             frame = self.buffer.popleft()
             now = time.perf_counter()
             for block in [block for block in self.due if self.first_frames.get(block) == frame]:
@@ -272,8 +275,10 @@ def run_viewers(url: str, args: argparse.Namespace) -> list[Visit]:
 
 def report(visits: list[Visit]) -> list[Visit]:
     for seen in visits:
-        values = {name: value for name, value in asdict(seen).items() if name != "delays"}
+        values = {name: value for name, value in asdict(seen).items() if name not in ("delays", "late")}
         print("  ".join(f"{name} {value:.3f}".replace(".000", "") for name, value in values.items()), flush=True)
+        if seen.late:
+            print("late: " + ", ".join(f"frame {frame} by {waited:.2f} s" for frame, waited in seen.late), flush=True)
     return visits
 
 

@@ -454,20 +454,33 @@ def test_what_a_session_has_measured_counts_alone():
     assert 0 < session.block_seconds < 50
 
 
-@pytest.mark.parametrize("num_frames,seconds", [(9, 30.0), (21, 20.0), (33, 10.0), (None, 10.0)])
-def test_a_warm_model_counts_the_third_block(monkeypatch, num_frames, seconds):
-    """The last one where a video has fewer."""
+@pytest.mark.parametrize("num_frames,seconds", [(9, 30.0), (21, 20.0), (33, 10.0), (None, 5.0)])
+def test_a_warm_model_counts_the_last_block(monkeypatch, num_frames, seconds):
+    """That which fills its window, or the last one where a video has fewer."""
     make = LiveSession.make_block
 
     def make_slowly(session):
         blocks, marks = make(session)
-        blocks[0].seconds = (30.0, 20.0, 10.0)[blocks[0].number]
+        blocks[0].seconds = (30.0, 20.0, 10.0, 5.0)[blocks[0].number]
         return blocks, marks
 
     monkeypatch.setattr(LiveSession, "make_block", make_slowly)
     model = make_model(num_frames=num_frames)
     model.warm_up()
     assert model.block_seconds == seconds
+
+
+def test_a_warm_model_has_filled_its_window_and_taken_a_prompt(monkeypatch):
+    made, make = [], LiveSession.make_block
+
+    def count(session):
+        blocks, marks = make(session)
+        made.append([mark.event["type"] for mark in marks])
+        return blocks, marks
+
+    monkeypatch.setattr(LiveSession, "make_block", count)
+    make_model(config={"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}).warm_up()
+    assert made == [[], ["prompt"], [], [], []]
 
 
 def test_a_model_makes_no_longer_videos_than_it_has_positions():

@@ -76,6 +76,29 @@ def test_a_viewer_that_was_late_itself_hurries_through_nothing():
     assert late[-1] - late[0] >= 6 / 16
 
 
+def test_a_frame_that_comes_late():
+    from live import Viewer
+
+    class Socket:
+        async def send(self, text):
+            pass
+
+    async def play():
+        viewer = Viewer(Socket(), 0, "jpeg")
+        viewer.rate = 16
+        viewer.buffer.extend(range(3))
+        viewer.arrived.set()
+        playing = asyncio.create_task(viewer.play(0.8))
+        await asyncio.sleep(0.5)
+        viewer.buffer.extend(range(3, 50))
+        viewer.arrived.set()
+        await playing
+        return viewer.late
+
+    ((frame, waited),) = asyncio.run(play())
+    assert frame == 3 and waited == pytest.approx(0.5 - 3 / 16, abs=0.1)
+
+
 def test_a_viewer_that_is_refused_says_why():
     from live import visit
 
