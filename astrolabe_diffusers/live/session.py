@@ -185,8 +185,8 @@ class LiveModel:
         return psutil.Process().memory_info().rss / 1e9
 
     def warm_up(self):
-        """Blocks of nobody's until the window is full, three at least, and a new prompt among them: what a process does
-        for the first time takes longer."""
+        """Blocks of nobody's until the window is full, three at least, and a new prompt among them: what a process
+        does for the first time takes longer."""
         transformer = self.pipe.transformer.config
         session, number = LiveSession(self, "", 0), transformer.local_attn_size // transformer.num_frames_per_block + 1
         with suppress(StopIteration):  # a video may be shorter
