@@ -45,6 +45,7 @@ class Visit:
     underruns: int
     late: list[tuple[int, float]]  # of each of them the frame, and for how long the one before stood
     seconds: float
+    block_seconds: float  # that the server took to make a block, the median
     delays: list[float]  # of prompts
     delay_median: float
     delay_p95: float
@@ -65,6 +66,7 @@ class Viewer:
         self.due: dict[int, float] = {}  # by the block of a mark, when its prompt was sent
         self.delays: list[float] = []
         self.memory: list[float] = []
+        self.block_seconds: list[float] = []
         self.late: list[tuple[int, float]] = []
         self.shown = self.received = 0
         self.rate: float | None = None
@@ -89,6 +91,7 @@ class Viewer:
             underruns=len(self.late),
             late=self.late,
             seconds=seconds,
+            block_seconds=statistics.median(self.block_seconds),
             delays=self.delays,
             delay_median=statistics.median(delays) if delays else float("nan"),
             delay_p95=delays[min(int(0.95 * len(delays)), len(delays) - 1)] if delays else float("nan"),
@@ -112,6 +115,7 @@ class Viewer:
             message = json.loads(data)
             if message["type"] == "block":
                 self.memory.append(message["memory_gb"])
+                self.block_seconds.append(message["seconds"])
             elif message["type"] == "mark" and self.sent:
                 self.due[message["block"]] = self.sent.popleft()
             elif message["type"] in ("error", "ended"):
