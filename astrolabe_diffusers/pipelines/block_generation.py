@@ -26,7 +26,6 @@ def draw_noise(
     generator: torch.Generator | list[torch.Generator] | None,
     device: torch.device,
     dtype: torch.dtype,
-    pinned: bool = False,
 ) -> torch.Tensor:
     """
     Standard normal noise of `shape` `(B, C, F, h, w)`, float32, as the published samplers draw it, so that their seeds
@@ -34,19 +33,11 @@ def draw_noise(
 
     Self-Forcing, Causal-Forcing, LongLive and Krea's server have the frames before the channels in memory. Rounded to
     `dtype`, the model's: on CUDA a bfloat16 draw, which theirs are, is the rounded float32 draw.
-
-    Args:
-        pinned: for some blocks. What a generator on the CPU draws goes to a GPU through pinned memory: Python does not
-            wait until the GPU is done with what it has been told before.
     """
     batch_size, channels, num_frames, height, width = shape
     layout = (batch_size, num_frames, channels, height, width)
-    first = generator[0] if isinstance(generator, list) else generator
-    on_cpu = first is not None and first.device.type == "cpu"
-    noise = randn_tensor(layout, generator=generator, device="cpu" if on_cpu else device, dtype=torch.float32)
-    if pinned and on_cpu and device.type == "cuda":
-        noise = noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device, dtype).float().transpose(1, 2).contiguous()
+    noise = randn_tensor(layout, generator=generator, device=device, dtype=torch.float32)
+    return noise.to(dtype).float().transpose(1, 2).contiguous()
 
 
 @dataclass
@@ -276,7 +267,7 @@ class BlockGenerator:
             # the published samplers generate from a seed would not come out.
             latents = clean = latents - scheduler.sigmas[i] * flow
             if i + 1 < len(levels):
-                fresh = draw_noise(latents.shape, generator, latents.device, self.dtype, pinned=True)
+                fresh = draw_noise(latents.shape, generator, latents.device, self.dtype)
                 latents = torch.lerp(clean, fresh, scheduler.sigmas[i + 1])
             if sampling.callback_on_step_end is not None:
                 values = {"latents": latents, "prompt_embeds": self.prompt_embeds}
