@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import nn
 
+from .latent_frames import num_latents_of
 from .vae_decoder import decode_piece, decode_piece_by_calls
 from .vae_encoder import encode_piece
 from .vae_layers import Memory
@@ -68,7 +69,7 @@ def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
 def _encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """The posterior's mean, as the autoencoder has it."""
     together = latents_at_once(video[:, 0, 0].numel() // vae.spatial_compression_ratio**2, video.device)
-    count = 1 + (video.shape[2] - 1) // 4
+    count = num_latents_of(vae, video.shape[2])
     memory, latents = {}, []
     for start in range(0, count, together):
         frames = video[:, :, max(0, 4 * start - 3) : 4 * min(start + together, count) - 3]

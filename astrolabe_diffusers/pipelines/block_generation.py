@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.contract import packs_blocks, store_mode
 from ..models.kv_cache_shared_past import share_past
+from ..models.latent_frames import num_frames_of
 from ..models.vae_streaming import encode_video
 from .scene_prompt import TRANSITIONS
 from .stream import Call
@@ -95,7 +96,7 @@ class ReencodedContext:
             latents = torch.cat([self._latents, latents], dim=2)
             frames = torch.cat([self._frames, frames], dim=2)
         self._latents = latents[:, :, -self.num_frames :]
-        self._frames = frames[:, :, -(1 + self.vae.config.scale_factor_temporal * (self.num_frames - 1)) :]
+        self._frames = frames[:, :, -num_frames_of(self.vae, self.num_frames) :]
 
     def __call__(self, keep_first: bool) -> torch.Tensor:
         """The context, `(B, C, f, h, w)`, shorter at the video's beginning. With `keep_first` it begins with the

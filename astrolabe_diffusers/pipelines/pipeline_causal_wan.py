@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from ..layouts.experts import EXPERTS
 from ..models.contract import CausalTransformer
 from ..models.expert_pair import ExpertPair, differences
+from ..models.latent_frames import num_frames_of, num_latents_of
 from ..models.lora_layers import check_no_loose_lora
 from ..models.module_calls import has_hooks
 from ..models.tiny_decoder import StreamingTinyDecoder, TinyWanDecoder
@@ -400,11 +401,11 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
                 "`num_frames=inf` needs a model whose memory is bounded and positions are not: local_attn_size and "
                 "rope_mode='relative', or num_context_frames."
             )
-        scale, n, table = self.vae.config.scale_factor_temporal, config.num_frames_per_block, config.rope_max_seq_len
+        n, table = config.num_frames_per_block, config.rope_max_seq_len
         if bounded and _longest_take(cuts or self._cuts(videos, num_frames), self.num_blocks(num_frames)) * n > table:
             raise ValueError(
                 f"`num_frames={num_frames}` passes the model's {table} absolute positions: at most "
-                f"{1 + scale * (table // n * n - 1)} frames without a cut, or a model with rope_mode='relative'."
+                f"{self.frames_of_blocks(table // n)} frames without a cut, or a model with rope_mode='relative'."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES} but is {output_type!r}.")
@@ -430,7 +431,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         shape = (
             batch_size,
             self.transformer.config.in_channels,
-            (num_frames - 1) // self.vae.config.scale_factor_temporal + 1 - num_given,
+            num_latents_of(self.vae, num_frames) - num_given,
             height // self.vae.config.scale_factor_spatial,
             width // self.vae.config.scale_factor_spatial,
         )
@@ -646,8 +647,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
 
     def frames_of_blocks(self, num_blocks: int) -> int:
         """How many frames a video of so many blocks has."""
-        num_latents = num_blocks * self.transformer.config.num_frames_per_block
-        return 1 + self.vae.config.scale_factor_temporal * (num_latents - 1)
+        return num_frames_of(self.vae, num_blocks * self.transformer.config.num_frames_per_block)
 
     def compile(self, prompt: str = "a video", *, backend: str = "inductor", **kwargs) -> float:
         r"""
@@ -695,8 +695,7 @@ class CausalWanPipeline(DiffusionPipeline, CausalWanLoraLoaderMixin):
         """Whole blocks of a video of so many frames, `None` if it has no end."""
         if num_frames == math.inf:
             return None
-        num_latents = (num_frames - 1) // self.vae.config.scale_factor_temporal + 1
-        return num_latents // self.transformer.config.num_frames_per_block
+        return num_latents_of(self.vae, num_frames) // self.transformer.config.num_frames_per_block
 
     def _encode_scenes(
         self,

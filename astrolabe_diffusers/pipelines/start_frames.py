@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.image_processor import PipelineImageInput
 from diffusers.video_processor import VideoProcessor
 
+from ..models.latent_frames import num_frames_of
 from ..models.vae_streaming import encode_video
 
 
@@ -65,16 +66,14 @@ def read_start(
         raise ValueError(f"`strength={strength}` has to be in (0, 1] and needs a `video`.")
     if image is None and video is None:
         return None
-    vae, processor = pipe.vae.config, pipe.video_processor
-    scale, n = vae.scale_factor_temporal, pipe.transformer.config.num_frames_per_block
-    first = 1 + scale * (n - 1)
+    vae, processor, n = pipe.vae.config, pipe.video_processor, pipe.transformer.config.num_frames_per_block
     # They have more channels than a picture, and no whole number of blocks has that many frames.
     is_latents = isinstance(video, torch.Tensor) and video.ndim == 5 and video.shape[1] == vae.z_dim
     if image is not None:
         if n != 1:
             raise ValueError(
-                f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of {first} frames, "
-                "or use a model with blocks of one."
+                f"`image` is one latent frame, but this model makes blocks of {n}: pass a `video` of "
+                f"{pipe.frames_of_blocks(1)} frames, or use a model with blocks of one."
             )
         frames = processor.preprocess(unit_range(image, "image"), *size)[:, :, None]
     elif is_latents:
@@ -92,12 +91,10 @@ def read_start(
         raise ValueError(
             f"`{name}` has {frames.shape[1]} channels, not 3: arrays are (..., H, W, 3), tensors (..., 3, H, W)."
         )
-    num_frames = 1 + scale * (frames.shape[2] - 1) if is_latents else frames.shape[2]
-    if (num_frames - 1) % scale or ((num_frames - 1) // scale + 1) % n:
-        raise ValueError(
-            f"`video` has {num_frames} frames, which is no whole number of blocks: {first}, {first + scale * n}, "
-            f"{first + 2 * scale * n}, ..."
-        )
+    num_frames = num_frames_of(pipe.vae, frames.shape[2]) if is_latents else frames.shape[2]
+    if not num_frames or num_frames != pipe.frames_of_blocks(pipe.num_blocks(num_frames)):
+        some = ", ".join(str(pipe.frames_of_blocks(number)) for number in (1, 2, 3))
+        raise ValueError(f"`video` has {num_frames} frames, which is no whole number of blocks: {some}, ...")
     return StartFrames(frames, num_frames, strength)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ..distributed.sharding import between_passes, passes_are_due
 from ..errors import as_user_error
+from ..models.latent_frames import num_latents_of
 from ..pipelines.block_generation import BlockGenerator, EncodedScene, Sampling, begin_scenes, blend_scenes
 from .past import Past, Switch
 from .prompt_embeds import StoredPromptEmbeds
@@ -138,7 +139,7 @@ class SharedPastSampler(Sampler):
 
     def _sample_past(self, scenes: list[EncodedScene], group: tuple) -> tuple[BlockGenerator, torch.Tensor]:
         config = self.pipeline.config
-        total = (self.size["num_frames"] - 1) // self.pipeline.vae.config.scale_factor_temporal + 1
+        total = num_latents_of(self.pipeline.vae, self.size["num_frames"])
         sampling = Sampling(
             list(config.sigmas), list(config.first_block_sigmas or config.sigmas), max_frames=total, decode=False
         )

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan
 
 from ..distributed.agreement import raise_together
 from ..errors import UserError, one_line, summarize_exception
+from ..models.latent_frames import num_frames_of
 from ..models.vae_streaming import DECODER_MEMORY, StreamingVAEDecoder, decode_latents
 from ..rewards import RewardError, RewardPlacementError, RewardSet
 from ..rewards.reward import Closing
@@ -85,7 +86,7 @@ class ScoringThread(Closing):
         number = max(reward_set.num_context_frames for reward_set in self._reward_sets)
         videos = decode_samples(self.vae, latents, samples, past, number)
         # As many of the frames are before the window.
-        before = min(number, first_frame(past.num_frames, self.vae.config.scale_factor_temporal))
+        before = min(number, num_frames_of(self.vae, past.num_frames))
         values = self._score(videos, samples, watched, past, before)
         if block_frames is not None:
             values |= self._score_blocks(videos, samples, block_frames)
@@ -112,8 +113,8 @@ class ScoringThread(Closing):
     ) -> dict[str, torch.Tensor]:
         """Each scene's frames are scored with its own text: the mean over frames, of which `before` are before the
         window."""
-        scale, values, number = self.vae.config.scale_factor_temporal, {}, videos.shape[1] - before
-        for parts, rows in _by(samples, lambda sample: _scene_frames(sample, past, number, scale)).items():
+        values, number = {}, videos.shape[1] - before
+        for parts, rows in _by(samples, lambda sample: _scene_frames(self.vae, sample, past, number)).items():
             scored = []
             for scene, start, stop in parts:
                 batch = [_with_text(samples[row], samples[row].texts[scene]) for row in rows]
@@ -132,7 +133,7 @@ class ScoringThread(Closing):
         """What [`submit`] says of `block_frames`. A video with several switches has the mean over them."""
         scale, blocks, values = self.vae.config.scale_factor_temporal, {}, {}
         for row, sample in enumerate(samples):
-            for scene, start, stop in _scene_frames(sample, Past(), videos.shape[1], scale)[1:]:
+            for scene, start, stop in _scene_frames(self.vae, sample, Past(), videos.shape[1])[1:]:
                 old, new = sample.texts[scene - 1 : scene + 1]
                 for number, first in enumerate(range(start, stop, block_frames * scale), 1):
                     blocks.setdefault((number, first), []).append((row, new, old))
@@ -201,20 +202,17 @@ def _with_text(sample: Sample, text: str) -> Sample:
     return replace(sample, prompt=replace(sample.prompt, text=text))
 
 
-def _scene_frames(sample: Sample, past: Past, num_frames: int, scale: int) -> tuple[tuple[int, int, int], ...]:
+def _scene_frames(
+    vae: AutoencoderKLWan, sample: Sample, past: Past, num_frames: int
+) -> tuple[tuple[int, int, int], ...]:
     """The scenes of a sample in a window of `num_frames` frames after the `past`: of each its index, its first frame
     there, and the one after its last."""
     if not sample.scenes:
         return ((0, 0, num_frames),)
-    first = first_frame(past.num_frames, scale)
-    starts = [max(first_frame(scene.switch.frame, scale) - first, 0) for scene in sample.scenes]
+    first = num_frames_of(vae, past.num_frames)
+    starts = [max(num_frames_of(vae, scene.switch.frame) - first, 0) for scene in sample.scenes]
     stops = [*starts[1:], num_frames]
     return tuple((i, start, stop) for i, (start, stop) in enumerate(zip(starts, stops)) if start < stop)
-
-
-def first_frame(latent_frame: int, scale: int) -> int:
-    """The first frame that a latent one stands for: that at the beginning of a video is one frame, others `scale`."""
-    return max(scale * (latent_frame - 1) + 1, 0)
 
 
 def decode_samples(
@@ -260,7 +258,7 @@ def decode_videos(
                 frames = torch.cat([frames[:, :1].expand(-1, scale - 1, -1, -1, -1), frames], dim=1)
             takes.append(frames)
     videos = torch.cat(takes, dim=1)
-    length = first_frame(latents.shape[2], scale) - first_frame(past.num_frames, scale)
+    length = num_frames_of(vae, latents.shape[2]) - num_frames_of(vae, past.num_frames)
     return videos[:, max(videos.shape[1] - length - num_context_frames, 0) :]
 
 

@@ -14,6 +14,7 @@ from ..distributed.agreement import Interruption, Resources, raise_together
 from ..distributed.sharding import between_passes, is_sharded, shard, together
 from ..errors import Interrupted, UserError, as_user_error
 from ..evaluation.held_out import HeldOut, gather_videos, make_samples
+from ..models.latent_frames import num_frames_of, num_latents_of
 from ..pipelines.loading import QUANTIZED, frame_rate, freeze_pipeline, load_frozen_pipeline, video_size
 from ..pipelines.pipeline_causal_wan import CausalWanPipeline
 from ..reporting.hub import create_hub_repo
@@ -214,8 +215,7 @@ class OnlineTrainer:
         batches = config.train_batch_size, config.num_eval_videos
         self.held_out = HeldOut(self.rollouts, samples, size, *batches)
         self.transformer = self.pipeline.denoiser
-        model, scale = self.transformer.config, self.pipeline.vae.config.scale_factor_temporal
-        num_frames = (self.size["num_frames"] - 1) // scale + 1
+        model, num_frames = self.transformer.config, num_latents_of(self.pipeline.vae, self.size["num_frames"])
         self.windows = make_windows(config, num_frames, model.num_frames_per_block, model.sink_size)
         with as_user_error(f"init_lora {config.init_lora}" if config.init_lora else "cannot add the LoRA"):
             if config.init_lora:
@@ -362,8 +362,7 @@ class OnlineTrainer:
 
     def generate(self, batches: Iterable[Sequence[Sample]], past: Past) -> Iterator[VideoBatch]:
         """Videos of the active policy that end with a window which begins after `past`."""
-        scale = self.pipeline.vae.config.scale_factor_temporal
-        size = self.size | {"num_frames": 1 + scale * (past.num_frames + self.windows.size - 1)}
+        size = self.size | {"num_frames": num_frames_of(self.pipeline.vae, past.num_frames + self.windows.size)}
         return self.rollouts.generate(batches, size, past, keep_trajectory=self.keep_trajectory)
 
     @property

@@ -13,6 +13,7 @@ from operations import Work, attention_kernels, decoding, denoising, peak_rate
 from published_way import PublishedWay
 
 from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers.models.latent_frames import num_latents_of
 from astrolabe_diffusers.models.vae_streaming import StreamingVAEDecoder
 from astrolabe_diffusers.reporting.machine import device_name, peak_memory_gb
 from astrolabe_diffusers.reporting.markdown import markdown_table
@@ -239,7 +240,7 @@ def compare(
     compiling -= results[COMPILED].denoise
 
     peak = peak_rate(device, dtype)
-    num_latents = (clip.num_frames - 1) // pipe.vae.config.scale_factor_temporal + 1
+    num_latents = num_latents_of(pipe.vae, clip.num_frames)
     blocks = denoising(pipe, clip.batch_size, **clip.sizes)
     latents = decoding(pipe.vae, clip.batch_size, num_latents, clip.height, clip.width)
     pairs = [(yardstick, len(results) - 1) for yardstick in range(len(kernels))]

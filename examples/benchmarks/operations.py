@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astrolabe_diffusers import CausalWanPipeline
+from astrolabe_diffusers.models.latent_frames import num_latents_of
 
 
 SECONDS_A_KERNEL = 0.05  # for which each is repeated
@@ -242,7 +243,7 @@ def denoising(pipe: CausalWanPipeline, batch: int, num_frames: int, height: int,
         return transformer_pass(config, batch, frames, frame_tokens, seen, pipe.config.max_sequence_length)
 
     blocks = []
-    for start in range(0, (num_frames - 1) // pipe.vae.config.scale_factor_temporal + 1, n):
+    for start in range(0, num_latents_of(pipe.vae, num_frames), n):
         levels = pipe.config.sigmas if start else pipe.config.first_block_sigmas or pipe.config.sigmas
         past = min(start, num_context) if num_context else start
         block = work(n, past + n).times(len(levels))
@@ -271,7 +272,7 @@ def gradient(
     config, n = pipe.transformer.config, pipe.transformer.config.num_frames_per_block
     scale = pipe.vae.config.scale_factor_spatial
     frame_tokens = (height // scale // config.patch_size[1]) * (width // scale // config.patch_size[2])
-    stops = range(n, (num_frames - 1) // pipe.vae.config.scale_factor_temporal + 2, n)
+    stops = range(n, num_latents_of(pipe.vae, num_frames) + 1, n)
     window = stops[-1] if config.local_attn_size == -1 else config.local_attn_size
     blocks = [(n, min(stop, window)) for stop in stops]
     sizes = frame_tokens, pipe.config.max_sequence_length

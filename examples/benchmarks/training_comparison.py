@@ -16,6 +16,7 @@ from published_training import PublishedTraining, frozen_policy
 from published_way import PublishedWay
 
 from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.models.latent_frames import num_latents_of
 from astrolabe_diffusers.reporting.machine import device_name
 from astrolabe_diffusers.reporting.markdown import markdown_table
 from astrolabe_diffusers.training.forward_process.noising import add_noise
@@ -237,7 +238,7 @@ def compare(
     # Its memory would hide that of training.
     pipe.register_modules(text_encoder=None)
     scale = pipe.vae.config.scale_factor_spatial
-    num_latents = (size["num_frames"] - 1) // pipe.vae.config.scale_factor_temporal + 1
+    num_latents = num_latents_of(pipe.vae, size["num_frames"])
     batch = random_batch(trainer, (num_latents, size["height"] // scale, size["width"] // scale))
     rank = trainer.identity["rank"]
     device, dtype = trainer.accelerator.device, str(trainer.transformer.dtype).removeprefix("torch.")
