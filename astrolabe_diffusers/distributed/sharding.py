@@ -35,6 +35,16 @@ def keeps_gathered() -> bool:
     return is_sharded() and not str_to_bool(os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true"))
 
 
+def check_sharding_settings():
+    """A [`UserError`] if accelerate's are those of FSDP1."""
+    version, resharding = (os.environ.get(name) for name in ("FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD"))
+    if is_sharded() and (version != "2" or (resharding or "true").lower() not in ("true", "false")):
+        raise UserError(
+            "shards are FSDP2's: accelerate's fsdp_config needs fsdp_version: 2, and fsdp_reshard_after_forward must "
+            f"be true or false; they are {version} and {resharding}."
+        )
+
+
 def left_in_file(tensor: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
     """A parameter of this dtype, without memory and of NaNs, that stands for a tensor on a file's memory map until
     [`shard`] reads this process's part."""
@@ -68,7 +78,7 @@ def shard(transformer: nn.Module, accelerator: Accelerator) -> nn.Module:
     transformer.load_state_dict(shapes, strict=False, assign=True)
     blocks = [block for block in transformer.modules() if type(block).__name__ in transformer._repeated_blocks]
     for module in (*blocks, transformer):
-        # Outside of a pass all weights are in shards, but inside of `gathered`: by itself a root would keep its own.
+        # Outside of passes all weights are in shards, except inside `gathered`; by default a root keeps its own whole.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # `pop`: a weight that is in memory goes when its shard is there.
     shards = {name: shard_like(whole_weight(parameters.pop(name)), p) for name, p in transformer.named_parameters()}
@@ -119,18 +129,18 @@ def mesh_sizes(local_sizes: list[int], parallelism: ParallelismConfig | None = N
 @contextmanager
 def gathered(transformer: nn.Module) -> Iterator[None]:
     """Inside, all weights of a sharded transformer are whole: passes, which must not change them, gather nothing.
-    Gradients are of shards, and so are parameters before and after it."""
+    Gradients are of shards, and so are parameters before and after it. Not inside itself: the inner one ends both."""
     modules = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
 
     def set_resharding(whether: bool):
         transformer.set_reshard_after_forward(whether)
         transformer.set_reshard_after_backward(whether)
 
-    # Before anything in here chooses what requires a gradient: that is of the tensors which are there.
-    for module in modules:
-        module.unshard()
-    set_resharding(False)
     try:
+        # First: peft sets `requires_grad` of the parameters that a module has at the time.
+        for module in modules:
+            module.unshard()
+        set_resharding(False)
         yield
     finally:
         set_resharding(True)
@@ -143,7 +153,7 @@ def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Inside, gradients are added up on each process, to be averaged over all by the pass after it.
 
     In shards each process adds up its own part of them: whole ones would take as much memory as a LoRA does on one
-    device. Only between replicas of the model nothing is sent.
+    device. Only between replicas of the model nothing is sent. Not inside itself: the inner one ends both.
     """
     if not is_sharded():
         with accelerator.no_sync(model):

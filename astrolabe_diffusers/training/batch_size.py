@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files.text import read_text
 from ..rollout.samples import Sample, SampleScene, VideoBatch, epoch_samples, held_out_texts
 from .config import AUTO, OnlineConfig
-from .policies import cast_once, policy_parameters, use_policy
+from .policies import many_passes, policy_parameters, use_policy
 
 
 if TYPE_CHECKING:
@@ -139,14 +139,14 @@ def _try(trainer: "OnlineTrainer", size: int, epoch: VideoBatch):
     config.set_batch_size(size)
     batch, values = _each(epoch, epoch.samples[:size], lambda x: x[:size]), _values(trainer, epoch)
     trainer.transformer.train()
-    with cast_once(trainer.transformer):
+    with many_passes(trainer.transformer):
         # From the second on there are gradients.
         for _ in range(min(2, config.gradient_accumulation_steps)):
             trainer.accumulate_gradients(batch, values, config.gradient_accumulation_steps * size, synchronize=False)
     del batch, values
     _sample(trainer, size)
     held_out = trainer.held_out.samples[:size]
-    with use_policy(trainer.transformer, config.judged_policy), cast_once(trainer.transformer):
+    with use_policy(trainer.transformer, config.judged_policy), many_passes(trainer.transformer):
         for batch in trainer.rollouts.generate([held_out], trainer.held_out.size, watched=True):
             batch.scores.result()
 
@@ -162,7 +162,7 @@ def _samples(trainer: "OnlineTrainer", size: int) -> list[Sample]:
 def _sample(trainer: "OnlineTrainer", size: int) -> list[VideoBatch]:
     """Two scored batches of the longest videos that are trained."""
     past = trainer.windows.largest
-    with trainer.sampling(), cast_once(trainer.transformer):
+    with trainer.sampling(), many_passes(trainer.transformer):
         batches = list(trainer.generate([_samples(trainer, size)] * min(2, trainer.config.batches_per_epoch), past))
         for batch in batches:
             batch.scores.result()

@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 
 from ..distributed.accelerator import accelerate_settings, check_precision
-from ..distributed.sharding import is_sharded
+from ..distributed.sharding import check_sharding_settings, is_sharded
 from ..errors import UserError, as_user_error
 from ..layouts.experts import MEMORY_TRANSFORMER
 from ..pipelines.loading import frozen_dtype, load_text_encoder
@@ -30,6 +30,7 @@ from .config import OnlineConfig
 
 def make_accelerator(config: OnlineConfig) -> Accelerator:
     logging_dir = Path(config.output_dir) / config.logging_dir
+    check_sharding_settings()
     with accelerate_settings():
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,

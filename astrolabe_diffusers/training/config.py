@@ -89,7 +89,7 @@ class OnlineConfig(VideoConfig, RecipeConfig, SwitchConfig):
     merge_lora: bool = option(
         True,
         "videos for training come from weights with the LoRA merged in: passes cost what the base's do, and the "
-        "weights of the layers are there twice meanwhile; not where they are in shards",
+        "weights of the layers are there twice meanwhile",
     )
 
     # Rewards

@@ -21,8 +21,8 @@ def merged_weights(transformer: nn.Module, adapter: str) -> Iterator[None]:
 
     Sums are in float32 and rounded once, at random ([`round_stochastically`]), always with the same random numbers:
     the merged weights depend on weights and LoRA alone, on every process and after every resuming. They take as much
-    memory as the weights that they stand for. Of weights in shards every process, for all of them enter, merges its
-    own, and keeps what was there on the CPU, if they are gathered for every pass.
+    memory as the weights that they stand for. Every process enters; in shards each merges its own part in place, and
+    keeps what was there: on the CPU, or on the device if weights stay gathered.
     """
     generator = torch.Generator(transformer.device).manual_seed(0)
     before = []
@@ -31,12 +31,13 @@ def merged_weights(transformer: nn.Module, adapter: str) -> Iterator[None]:
             for layer in tuner_layers(transformer):
                 for parameter, change in _changes(layer, adapter):
                     merged = _added(parameter.data, change, generator)
-                    before.append((parameter, _exchange(parameter, merged)))
+                    before.append((parameter, _kept(parameter)))
+                    _put(parameter, merged)
         yield
     finally:
         with torch.no_grad():
             for parameter, data in before:
-                _exchange(parameter, data)
+                _put(parameter, data)
 
 
 def _changes(layer: LoraLayer, adapter: str) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
@@ -75,16 +76,21 @@ def _added(weight: torch.Tensor, change: torch.Tensor, generator: torch.Generato
     return round_stochastically(total, own.dtype, part(rounding_noise(weight.shape, own.dtype, generator)))
 
 
-def _exchange(parameter: nn.Parameter, data: torch.Tensor) -> torch.Tensor:
-    """Gives a parameter other data, of a parameter in shards this process's part; returns what it had."""
+def _kept(parameter: nn.Parameter) -> torch.Tensor:
+    """What a parameter has, of one in shards this process's part, while something else is put in its place."""
     if not isinstance(parameter.data, DTensor):
-        before, parameter.data = parameter.data, data
-        return before
-    # In place, for FSDP gathers from the memory that it knows. Where it gathers for every pass memory is short.
+        return parameter.data
+    # Where weights are gathered for every pass memory is short.
     local = parameter.data.to_local()
-    before = local.to(local.device if keeps_gathered() else "cpu", copy=True)
-    local.copy_(data)
-    return before
+    return local.to(local.device if keeps_gathered() else "cpu", copy=True)
+
+
+def _put(parameter: nn.Parameter, data: torch.Tensor):
+    if isinstance(parameter.data, DTensor):
+        # In place, for FSDP gathers from the memory that it knows.
+        parameter.data.to_local().copy_(data)
+    else:
+        parameter.data = data
 
 
 def rounding_noise(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..distributed.sharding import full_tensor
 from ..errors import UserError
 from ..rollout.samples import VideoBatch
 from .config import OnlineConfig
-from .policies import cast_once, policy_parameters
+from .policies import many_passes, policy_parameters
 
 
 # Values that are reported as root mean squares; what is summed are squares.
@@ -119,7 +119,7 @@ class Optimization:
         transformer.train()
         count = sum(len(batch.samples) for batch, _ in parts)
         totals = {}
-        with cast_once(transformer):
+        with many_passes(transformer):
             for i, part in enumerate(parts):
                 before_batch()
                 for name, value in accumulate_gradients(*part, count, i == len(parts) - 1).items():

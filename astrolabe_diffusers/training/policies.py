@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -195,20 +195,25 @@ def leave_casts_to_autocast(transformer: nn.Module):
 
 
 @contextmanager
-def cast_once(transformer: nn.Module) -> Iterator[None]:
-    """Inside, where nothing may change the LoRA weights, autocast casts each once for many passes. Gradients are added
-    up in the weights' float32, pass by pass. Without autocast nothing is cast anyway.
+def many_passes(transformer: nn.Module) -> Iterator[None]:
+    """Inside, where nothing may change the weights, passes share what can be made once for all of them.
 
-    A thread that leaves autocast has all copies made anew: that which decodes for the rewards, and on CUDA that of the
-    backward pass, for every block it computes again.
+    Under autocast these are the LoRA weights in its dtype; gradients are added up in the weights' float32, pass by
+    pass. A thread that leaves autocast has all copies made anew: that which decodes for the rewards, and on CUDA that
+    of the backward pass, for every block it computes again. In shards it is whole weights, if they
+    [`keeps_gathered`].
     """
-    if is_sharded() and not keeps_gathered():  # the copies would be of whole weights, and all of them there at once
-        yield
-        return
-    # Autocast forgets its copies at the end of its outermost context, which was that of a forward pass, and of every
-    # block that the backward pass computes again. Disabled, for what is around these passes never was under it.
-    without = torch.autocast(next(transformer.parameters()).device.type, enabled=False)
-    with gathered(transformer) if is_sharded() else nullcontext(), without:
+    with ExitStack() as stack:
+        if keeps_gathered():
+            stack.enter_context(gathered(transformer))
+        # In shards copies would be of whole weights, and all of them there at once. And a gradient that goes through
+        # a copy of an earlier pass comes to the weight after FSDP has averaged those of its block.
+        if not is_sharded() or (keeps_gathered() and not torch.is_grad_enabled()):
+            # Autocast forgets its copies at the end of its outermost context, which was that of a forward pass, and of
+            # every block that the backward pass computes again. Disabled, for what is around these passes never was
+            # under it.
+            device = next(transformer.parameters()).device.type
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

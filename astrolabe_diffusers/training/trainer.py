@@ -48,12 +48,12 @@ from .policies import (
     EMA,
     POLICIES,
     add_policies,
-    cast_once,
     ema_decay,
     exchanged,
     follow_current,
     leave_casts_to_autocast,
     load_policies,
+    many_passes,
     policy_parameters,
     use_policy,
 )
@@ -142,7 +142,7 @@ class OnlineTrainer:
             values: the batch's part `(B,)` of [`~OnlineTrainer.sample_values`], on the batch's device.
             samples_per_step: of an optimizer step on this process.
             synchronize: whether it is the step's last batch, whose last backward pass averages over the processes;
-                all others are inside [`no_sync`].
+                all others are inside [`~distributed.sharding.no_sync`].
 
         Returns:
             Sums over its samples of the values to be logged, among them `"loss"`.
@@ -348,7 +348,7 @@ class OnlineTrainer:
     def rollout(self, samples: list[Sample]) -> list[VideoBatch]:
         """This process's part of the epoch's videos, sampled from the sampling policy and being scored."""
         batches, past = [], self.windows.past(self.epoch)
-        with together(), self.sampling(), cast_once(self.transformer):
+        with together(), self.sampling(), many_passes(self.transformer):
             for batch in self.generate(self.split(samples), past):
                 batches.append(batch)
                 self.report.progress.set_postfix_str(f"sampled {len(batches)}/{self.config.batches_per_epoch}")
@@ -401,7 +401,7 @@ class OnlineTrainer:
         step = self.step if step is None else step
         self.report.progress.set_postfix_str("evaluating")
         folder = Path(self.config.output_dir) / "eval_videos" / f"step-{step}"
-        with use_policy(self.transformer, self.config.judged_policy), cast_once(self.transformer):
+        with use_policy(self.transformer, self.config.judged_policy), many_passes(self.transformer):
             evaluation, videos = self.held_out.evaluate(step, folder, self.after_evaluation_batch)
         videos = gather_videos(videos, self.accelerator.is_main_process)
         with raise_together():

@@ -43,7 +43,7 @@ class Visit:
     first_frame: float  # from asking to showing
     frames: int
     underruns: int
-    late: list[tuple[int, float]]  # of each of them the frame, and for how long the one before stood
+    late: list[tuple[int, float]]  # of each of them the frame, and by how many seconds
     seconds: float
     block_seconds: float  # that the server took to make a block, the median
     delays: list[float]  # of prompts

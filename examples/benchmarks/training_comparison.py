@@ -22,7 +22,7 @@ from astrolabe_diffusers.reporting.markdown import markdown_table
 from astrolabe_diffusers.training.forward_process.noising import add_noise
 from astrolabe_diffusers.training.nft import NFTConfig, NFTTrainer
 from astrolabe_diffusers.training.nft.trainer import NFTBatch, accumulate_gradients
-from astrolabe_diffusers.training.policies import cast_once, use_policy
+from astrolabe_diffusers.training.policies import many_passes, use_policy
 
 
 PARTS = ("gradient", "rollout", "decoding")
@@ -169,7 +169,7 @@ def columns(trainer: NFTTrainer, batch: NFTBatch):
 
     def ours(config: NFTConfig) -> Callable[[], object]:
         def step():
-            with cast_once(transformer):
+            with many_passes(transformer):
                 accumulate_gradients(accelerator, trainer.model, batch, config, size, True)
 
         return step

@@ -114,7 +114,7 @@ def main(folder: str, output: Path):
         report[stage] = [torch.equal(merged[name], weight) for name, weight in expected_merged.items()]
         report["back"] = report.get("back", whole_is_back) and is_back
         apart, in_shards = passes(transformer, together=False)
-        report["in_shards"] = in_shards
+        report["in_shards"] = report.get("in_shards", []) + in_shards
     base = weights(transformer)
     report["merged"] = sum(not torch.equal(base[name], weight) for name, weight in expected_merged.items())
     trainable = [parameter.requires_grad for parameter in transformer.parameters()]

@@ -100,13 +100,19 @@ def assert_same_adapter(sharded, whole):
     assert max(weight.abs().max() for name, weight in whole.items() if "lora_B" in name) > 1e-4
 
 
-def test_what_stays_gathered_learns_the_same(runs, model_folder, tmp_path):
-    """accelerate's `fsdp_reshard_after_forward: false`."""
-    reports = run(model_folder, tmp_path, environment={"FSDP_RESHARD_AFTER_FORWARD": "false"})
-    assert [report["sharded"] for report in reports] == [1, 1]
-    file = "pytorch_lora_weights.safetensors"
-    kept, sharded = load_file(tmp_path / file), load_file(runs[0][True] / file)
-    assert all(torch.equal(kept[name], weight) for name, weight in sharded.items())
+KEPT = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+
+
+def test_what_stays_gathered_learns_the_same(model_folder, tmp_path):
+    """accelerate's `fsdp_reshard_after_forward: false`, in bf16, where passes could share what autocast makes."""
+    file, adapters = "pytorch_lora_weights.safetensors", []
+    for environment in ({}, KEPT):
+        folder = tmp_path / f"kept-{bool(environment)}"
+        reports = run(model_folder, folder, environment=environment, mixed_precision="bf16")
+        assert all(report["sharded"] == 1 and report["gathered"] == [bool(environment)] for report in reports)
+        adapters.append(load_file(folder / file))
+    assert all(torch.equal(adapters[1][name], weight) for name, weight in adapters[0].items())
+    assert all(report["whole_gradients"] == [False] for report in reports)
 
 
 @pytest.mark.slow
@@ -168,6 +174,16 @@ def test_two_machines_have_a_model_each(runs, two_machines):
     for a, b in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
         for key in ("reward", "loss", "kl", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6)
+
+
+def test_gradients_of_several_passes_are_never_whole(runs, model_folder, tmp_path):
+    """Four passes a step, and two machines: only the last one's are averaged between them."""
+    values = {"machines": 2, "train_batch_size": 1, "blocks_per_pass": 1, "environment": KEPT}
+    reports = run(model_folder, tmp_path / "run", **values)
+    assert all(report["meshes"] == ["(2, 2)"] and report["whole_gradients"] == [False] for report in reports)
+    for name in ("checkpoint-1", "checkpoint-2"):
+        file = f"checkpoints/{name}/pytorch_lora_weights.safetensors"
+        assert_same_adapter(*(load_file(path / file) for path in (tmp_path / "run", runs[0][False])))
 
 
 @pytest.mark.slow
@@ -280,6 +296,21 @@ def test_shards_are_gathered_once_for_several_passes(shards):
         assert all(report["in_shards"]) and not any(report["gathered"]) and report["again_in_shards"]
         assert all(report["passes"]) and report["trainable"]
         assert report["gradients"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings,found",
+    [
+        ({}, "None and None"),
+        ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "1 and FULL_SHARD"),
+        ({"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "2 and FULL_SHARD"),
+    ],
+)
+def test_settings_of_fsdp1(monkeypatch, model_folder, tmp_path, settings, found):
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | settings).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"fsdp_version: 2, .* true or false; they are {found}"):
+        make_trainer(tiny_arguments(model_folder, tmp_path))
 
 
 def test_a_machine_has_a_model():

@@ -15,8 +15,20 @@ def main(argv: list[str]):
     weights = dict(trainer.transformer.named_parameters())
     sharded = [name for name, weight in weights.items() if isinstance(weight, DTensor)]
     local = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights.values())
+    accumulate, gathered, whole_gradients = trainer.accumulate_gradients, set(), set()
+
+    def watch(*args):
+        parameters = list(trainer.transformer.parameters())
+        gathered.update(not isinstance(parameter, DTensor) for parameter in parameters)
+        sums = accumulate(*args)
+        whole_gradients.update(parameter.grad is not None for parameter in parameters)
+        return sums
+
+    trainer.accumulate_gradients = watch
     trainer.train()
     report = {
+        "gathered": sorted(gathered),
+        "whole_gradients": sorted(whole_gradients),
         "world_size": trainer.accelerator.num_processes,
         "sharded": len(sharded) / len(weights),
         "meshes": sorted({str(weights[name].device_mesh.shape) for name in sharded}),

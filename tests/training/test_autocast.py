@@ -17,8 +17,8 @@ from astrolabe_diffusers.training.optimization import CollapseGuard, Optimizatio
 from astrolabe_diffusers.training.policies import (
     OLD,
     add_policies,
-    cast_once,
     leave_casts_to_autocast,
+    many_passes,
     policy_parameters,
     use_policy,
 )
@@ -94,7 +94,7 @@ def test_one_cast_a_weight_and_step_changes_no_bit(algorithm, checkpointing, blo
     passes that have them."""
     values = {"blocks_per_pass": blocks_per_pass, "learning_rate": 1e-2}
     result = steps(algorithm, checkpointing, today=False, **values)
-    monkeypatch.setattr("astrolabe_diffusers.training.optimization.cast_once", lambda transformer: nullcontext())
+    monkeypatch.setattr("astrolabe_diffusers.training.optimization.many_passes", lambda transformer: nullcontext())
     today = steps(algorithm, checkpointing, **values)
     assert result[0] == today[0] and result[0][0]["grad_norm"] > 1e-3
     assert len(result[1]) == len(today[1]) > 0 and all(map(torch.equal, result[1], today[1]))
@@ -112,7 +112,7 @@ def test_a_rollout_casts_each_weight_once_and_after_a_step_anew():
     inputs = torch.randn(1, 4, 3, 4, 4).bfloat16(), torch.tensor([500.0]), torch.randn(1, 16, 32).bfloat16()
 
     def passes():
-        with use_policy(transformer, "old"), cast_once(transformer):
+        with use_policy(transformer, "old"), many_passes(transformer):
             return [transformer(*inputs, return_dict=False)[0] for _ in range(3)]
 
     dtypes = set()

@@ -48,7 +48,8 @@ def test_signal_to_one_process_stops_both(model_folder, tmp_path, uninterrupted)
 def test_signal_to_one_process_stops_both_in_shards(model_folder, tmp_path):
     """In the second epoch, between passes for which each waits for the other."""
     values = dict(rewards="tests.training.rewards:sends_a_signal", TROUBLE_CALL=13, TROUBLE_RANK=1)
-    values |= dict(TROUBLE_SIGNAL="SIGTERM", TROUBLE_MARK=tmp_path / "mark", ACCELERATE_USE_FSDP="true")
+    values |= dict(TROUBLE_SIGNAL="SIGTERM", TROUBLE_MARK=tmp_path / "mark")
+    values |= dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     values |= dict(train_batch_size=1, batches_per_epoch=8, checkpointing_steps=100)
     code, output = start(model_folder, tmp_path / "out", **values).finish()
     assert code != 0 and "exitcode  : 143" in output, output
