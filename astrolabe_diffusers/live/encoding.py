@@ -1,18 +1,14 @@
-"""Frames as bytes that browsers decode, and as files while they come."""
+"""Frames as bytes that browsers decode."""
 
 import importlib.util
 import io
 import struct
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..files.video import VideoWriter
 from .config import CODECS
 from .session import Block
 
@@ -121,39 +117,3 @@ def make_encoder(codec: str, height: int, width: int, frame_rate: float) -> Enco
 def pack_picture(block: Block, frame: int, picture: bytes) -> bytes:
     """A message with the picture of a frame of a block."""
     return HEADER.pack(PROTOCOL_VERSION, block.lane, block.number, frame) + picture
-
-
-class Recorder:
-    """
-    An MP4 of every frame that it is given, encoded as they come, from any thread. At most `max_frames` of them: what
-    comes later is left out.
-    """
-
-    def __init__(self, path: Path, height: int, width: int, frame_rate: int, max_frames: int):
-        self.path, self.max_frames, self.num_frames = path, max_frames, 0
-        self._writer = VideoWriter(path, height, width, frame_rate)
-        self._stack = ExitStack()
-        self._lock = threading.Lock()
-
-    @property
-    def is_full(self) -> bool:
-        return self.num_frames >= self.max_frames
-
-    def write(self, frames: np.ndarray):
-        """Frames `(F, H, W, 3)`, uint8; an `OSError` if they cannot be written."""
-        with self._lock:
-            if not self.num_frames:
-                self._stack.enter_context(self._writer)
-            frames = frames[: self.max_frames - self.num_frames]
-            self._writer.write(frames)
-            self.num_frames += len(frames)
-
-    def finish(self):
-        """The file is whole now, or an `OSError` says that it is not there."""
-        with self._lock:
-            self._stack.close()
-
-    def discard(self):
-        """Nothing is left of it."""
-        with self._lock, suppress(OSError):
-            self._stack.__exit__(InterruptedError, InterruptedError(), None)

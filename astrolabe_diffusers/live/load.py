@@ -1,7 +1,7 @@
 """The application of settings, and videos of sessions that were saved."""
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from ..pipelines.config import PipelineConfig
 from ..pipelines.loading import load_pipeline, prepare_pipeline
 from ..rollout.prompts import read_prompts
 from ..shareable import shareable_value
+from .app import LiveApp
 from .config import LiveConfig
 from .engine import LiveEngine
-from .server import LiveApp
-from .session import FRAME_SETTINGS, LiveModel, check_form, check_record, replay
+from .model import FRAME_SETTINGS, LiveModel
+from .record import check_form, check_record
+from .session import LiveSession, replay
 
 
 # Prompts that a page offers, of those that lie beside a model.
@@ -40,7 +42,7 @@ def load_live_app(config: LiveConfig, token: str | None = None) -> LiveApp:
     model = load_model(config, config.num_frames, config.max_pixels, device)
     if config.compile:
         compile_model(model)
-    model.warm_up()
+    warm_up(model)
     with as_user_error("codecs"):
         return LiveApp(
             model,
@@ -72,6 +74,20 @@ def load_model(
 
 def compile_model(model: LiveModel):
     print(f"compiled in {model.pipe.compile(**model.stream_settings):.0f} s", flush=True)
+
+
+def warm_up(model: LiveModel):
+    """Blocks of nobody's until the window is full, three at least, and a new prompt among them: what a process does
+    for the first time takes longer."""
+    transformer = model.pipe.transformer.config
+    session, number = LiveSession(model, "", 0), transformer.local_attn_size // transformer.num_frames_per_block + 1
+    with suppress(StopIteration):  # a video may be shorter
+        for _ in range(max(number, 3)):
+            (block,), _ = session.make_block()
+            model.block_seconds = block.seconds
+            if block.number == 0:
+                session.send({"type": "prompt", "prompt": "", "transition": model.pipe.transitions[0]})
+    session.close()
 
 
 def read_presets(model: str) -> list[str]:

@@ -164,11 +164,12 @@ def serving(args: argparse.Namespace):
     import torch
     from random_models import add_tiny_decoder, random_pipeline
 
+    from astrolabe_diffusers.live.app import LiveApp
     from astrolabe_diffusers.live.config import LiveConfig
     from astrolabe_diffusers.live.engine import LiveEngine
-    from astrolabe_diffusers.live.load import load_live_app
-    from astrolabe_diffusers.live.server import LiveApp, make_live_server
-    from astrolabe_diffusers.live.session import LiveModel
+    from astrolabe_diffusers.live.load import load_live_app, warm_up
+    from astrolabe_diffusers.live.model import LiveModel
+    from astrolabe_diffusers.live.server import make_live_server
     from astrolabe_diffusers.serving.binding import bind
     from astrolabe_diffusers.serving.running import in_thread
 
@@ -184,7 +185,7 @@ def serving(args: argparse.Namespace):
             model = LiveModel(pipe, args.recipe, num_frames=seconds and round(seconds * pipe.config.frame_rate))
         if args.compile:
             print(f"compiled in {pipe.compile():.0f} s")
-        model.warm_up()
+        warm_up(model)
         app = LiveApp(model, LiveEngine(args.viewers))
     else:
         settings = {"compile": args.compile, "tiny_decoder": args.tiny_decoder}

@@ -1,4 +1,4 @@
-"""Models with LoRAs for sessions, on the random tiny pipeline."""
+"""Models with LoRAs for sessions on the random tiny pipeline, and what sessions are sent."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from astrolabe_diffusers.live.session import LiveModel, LiveSession
+from astrolabe_diffusers.live.model import LiveModel
+from astrolabe_diffusers.live.session import LiveSession
 from astrolabe_diffusers.pipelines.loading import load_loras
 from astrolabe_diffusers.training.adapter_files import save_adapter
-from tests.pipelines.test_scenes import TWO_STEPS
+from tests.pipelines.test_scenes import TWO_STEPS, A, B, C
 from tests.tiny_pipeline import tiny_pipeline
 from tests.training.helpers import policy_pipeline
 
@@ -45,3 +46,24 @@ def make_blocks(session: LiveSession, number: int, lane: int = 0) -> list[torch.
 
 def all_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def prompt(text, **values):
+    return {"type": "prompt", "prompt": text, **values}
+
+
+def lora(**weights):
+    return {"type": "lora", "weights": weights}
+
+
+def steered(model, **settings):
+    """A session with every kind of change, and its frames."""
+    session = LiveSession(model, A, 7, **settings)
+    session.send(lora(second=0.4))
+    blocks = [session.make_block()[0]]
+    for event in (
+        prompt(B, transition="recache"), lora(first=0.3), prompt(C, num_blocks=3), prompt(A, transition="cut"),
+    ):  # fmt: skip
+        session.send(event)
+        blocks += [session.make_block()[0], session.make_block()[0]]
+    return session, blocks

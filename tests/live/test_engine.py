@@ -65,7 +65,7 @@ def test_first_blocks_are_sent_when_the_next_ones_can_be_in_time():
         paused.add()
         for one in watched:
             one.session.start_delay = lambda turn_seconds, _: asked.append(turn_seconds) or 1000.0
-            one.session._recent.append(100.0)
+            one.session.pacing._recent.append(100.0)
             one.add()
         wait_for(lambda: all(len(one.of(Block)) > 2 for one in watched), 60)
     assert len(asked) == 2 and asked[1] == 200

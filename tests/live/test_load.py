@@ -16,13 +16,13 @@ from astrolabe_diffusers.cli.main import main
 from astrolabe_diffusers.errors import UserError
 from astrolabe_diffusers.files.video import VideoWriter
 from astrolabe_diffusers.live.config import LiveConfig
-from astrolabe_diffusers.live.load import load_live_app, load_model, read_presets
+from astrolabe_diffusers.live.load import load_live_app, load_model, read_presets, warm_up
 from astrolabe_diffusers.live.session import LiveSession
 from astrolabe_diffusers.live.start_file import StartFile
 from astrolabe_diffusers.rewards import get_reward
 from astrolabe_diffusers.serving.binding import bind
 from tests.live.files import video_file
-from tests.live.helpers import ENDLESS, save_loras
+from tests.live.helpers import ENDLESS, make_model, save_loras
 from tests.pipelines.test_scenes import A, B
 from tests.processes import Script
 from tests.tiny_pipeline import save_tiny_pipeline
@@ -156,6 +156,44 @@ def test_an_app_of_settings(folder):
     assert hello["presets"] == (folder / "model/prompts/test.txt").read_text().splitlines()
     with live:
         pass
+
+
+def test_a_warm_model_knows_how_long_a_block_takes(tmp_path):
+    model = make_model(dict.fromkeys(save_loras(tmp_path / "loras"), 1.0))
+    assert LiveSession(model, A, 0).block_seconds == 0
+    warm_up(model)
+    assert model.block_seconds > 0
+    assert LiveSession(model, A, 0).block_seconds == model.block_seconds
+    assert LiveSession(model, A, 0, compare=True).block_seconds == 2 * model.block_seconds
+
+
+@pytest.mark.parametrize("num_frames,seconds", [(9, 30.0), (21, 20.0), (33, 10.0), (None, 5.0)])
+def test_a_warm_model_counts_the_last_block(monkeypatch, num_frames, seconds):
+    """That which fills its window, or the last one where a video has fewer."""
+    make = LiveSession.make_block
+
+    def make_slowly(session):
+        blocks, marks = make(session)
+        blocks[0].seconds = (30.0, 20.0, 10.0, 5.0)[blocks[0].number]
+        return blocks, marks
+
+    monkeypatch.setattr(LiveSession, "make_block", make_slowly)
+    model = make_model(num_frames=num_frames)
+    warm_up(model)
+    assert model.block_seconds == seconds
+
+
+def test_a_warm_model_has_filled_its_window_and_taken_a_prompt(monkeypatch):
+    made, make = [], LiveSession.make_block
+
+    def count(session):
+        blocks, marks = make(session)
+        made.append([mark.event["type"] for mark in marks])
+        return blocks, marks
+
+    monkeypatch.setattr(LiveSession, "make_block", count)
+    warm_up(make_model(config={"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}))
+    assert made == [[], ["prompt"], [], [], []]
 
 
 def test_presets_of_the_embedded_model_work():

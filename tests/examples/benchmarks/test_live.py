@@ -7,8 +7,9 @@ import pytest
 
 from astrolabe_diffusers import TinyWanDecoder
 from astrolabe_diffusers.errors import UserError
+from astrolabe_diffusers.live.app import LiveApp
 from astrolabe_diffusers.live.engine import LiveEngine
-from astrolabe_diffusers.live.server import LiveApp, make_live_server
+from astrolabe_diffusers.live.server import make_live_server
 from astrolabe_diffusers.serving.binding import bind
 from astrolabe_diffusers.serving.running import in_thread
 from tests.live.helpers import make_model
