@@ -77,16 +77,17 @@ def compile_model(model: LiveModel):
 
 
 def warm_up(model: LiveModel):
-    """Blocks of nobody's until the window is full, three at least, and a new prompt among them: what a process does
-    for the first time takes longer."""
-    transformer = model.pipe.transformer.config
-    session, number = LiveSession(model, "", 0), transformer.local_attn_size // transformer.num_frames_per_block + 1
+    """Blocks of nobody's until the window is full, then one with a new prompt and two more: what a process does for
+    the first time takes longer."""
+    config = model.pipe.transformer.config
+    full = max(config.local_attn_size // config.num_frames_per_block, 2)
+    session = LiveSession(model, "", 0)
     with suppress(StopIteration):  # a video may be shorter
-        for _ in range(max(number, 3)):
+        for number in range(full + 3):
+            if number == full:
+                session.send({"type": "prompt", "prompt": ""})
             (block,), _ = session.make_block()
             model.block_seconds = block.seconds
-            if block.number == 0:
-                session.send({"type": "prompt", "prompt": "", "transition": model.pipe.transitions[0]})
     session.close()
 
 

@@ -169,12 +169,12 @@ def test_a_warm_model_knows_how_long_a_block_takes(tmp_path):
 
 @pytest.mark.parametrize("num_frames,seconds", [(9, 30.0), (21, 20.0), (33, 10.0), (None, 5.0)])
 def test_a_warm_model_counts_the_last_block(monkeypatch, num_frames, seconds):
-    """That which fills its window, or the last one where a video has fewer."""
+    """The window has three; or the last one of a shorter video."""
     make = LiveSession.make_block
 
     def make_slowly(session):
         blocks, marks = make(session)
-        blocks[0].seconds = (30.0, 20.0, 10.0, 5.0)[blocks[0].number]
+        blocks[0].seconds = (30.0, 20.0, 10.0, 9.0, 8.0, 5.0)[blocks[0].number]
         return blocks, marks
 
     monkeypatch.setattr(LiveSession, "make_block", make_slowly)
@@ -193,7 +193,7 @@ def test_a_warm_model_has_filled_its_window_and_taken_a_prompt(monkeypatch):
 
     monkeypatch.setattr(LiveSession, "make_block", count)
     warm_up(make_model(config={"local_attn_size": 12, "sink_size": 3, "rope_mode": "relative"}))
-    assert made == [[], ["prompt"], [], [], []]
+    assert made == [[], [], [], [], ["prompt"], [], []]
 
 
 def test_presets_of_the_embedded_model_work():
