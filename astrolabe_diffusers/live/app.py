@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import CHECKED, one_line, summarize_exception
-from ..serving.binding import is_loopback
+from ..serving.binding import names_this_machine
 from .encoding import PROTOCOL_VERSION, available_codecs
 from .engine import FullError, LiveEngine
 from .model import MAX_TRANSITION_BLOCKS, LiveModel
@@ -125,9 +125,7 @@ class LiveApp(AbstractContextManager):
 
     def serves(self, host: str) -> bool:
         """Whether `Host` of a request is a name of this server."""
-        with suppress(ValueError):
-            return self.any_host or is_loopback(urlsplit(f"//{host}").hostname or "")
-        return False
+        return self.any_host or names_this_machine(host)
 
     def is_own(self, origin: str | None, host: str) -> bool:
         """Whether a request comes from this server's own page, or from no page."""

@@ -2,6 +2,8 @@
 
 import ipaddress
 import socket
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 
 def check_key(key: str, name: str):
@@ -16,6 +18,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether `Host` of a request is a name of this machine alone. Without a token no other is to be answered: a page
+    of elsewhere can have its own name mean this machine."""
+    with suppress(ValueError):
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    return False
 
 
 def check_binding(host: str, token: str | None, variable: str, also: str = ""):

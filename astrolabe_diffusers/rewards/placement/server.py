@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Annotated
 
 from ...errors import one_line, summarize_exception
+from ...serving.binding import names_this_machine
 from ..reward import RewardError
 from .batcher import Batcher
 from .local import LocalRewards
@@ -205,7 +206,9 @@ def create_app(
     @app.middleware("http")
     async def check_token(request: Request, call_next):
         given = request.headers.get("Authorization", "").encode()
-        if token and request.url.path != "/health" and not secrets.compare_digest(given, f"Bearer {token}".encode()):
+        if not token and not names_this_machine(request.headers.get("Host", "")):
+            response = _error(403, "without a token this server answers to names of its machine alone")
+        elif token and request.url.path != "/health" and not secrets.compare_digest(given, f"Bearer {token}".encode()):
             response = _error(401, "no token, or a wrong one")
         else:
             response = await call_next(request)

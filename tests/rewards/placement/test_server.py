@@ -182,9 +182,9 @@ def is_closed(connection):
         return True
 
 
-HALF_HEADERS = b"POST /score HTTP/1.1\r\nHost: a\r\nContent-"
-HALF_BODY = b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\nabc"
-WHOLE = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+HALF_HEADERS = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-"
+HALF_BODY = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nabc"
+WHOLE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize("sent", [b"", HALF_HEADERS, HALF_BODY, WHOLE + HALF_HEADERS], ids=str)
@@ -205,7 +205,7 @@ def test_a_request_has_to_be_complete_in_time(sent, caplog):
 def test_a_body_that_comes_at_a_fair_rate_has_its_time():
     limits = ConnectionLimits(seconds=0.2)
     with serving(create_app(LocalRewards(["sharpness"]), limits=limits), limits) as url, connect(url) as fair:
-        fair.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 800000\r\n\r\n")
+        fair.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 800000\r\n\r\n")
         for _ in range(8):  # 0.8 s at 1 MB a second, four times the rate that is asked
             fair.sendall(bytes(100_000))
             time.sleep(0.1)
@@ -217,7 +217,7 @@ def test_who_does_not_take_an_answer_is_left():
     with serving(create_app(LocalRewards([ENDS, f"{PATH}:GrayEnds", f"{PATH}:Every"]), limits=limits), limits) as url:
         with connect(url) as idle:
             idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            ask = b"GET /requests?num_frames=100000&height=4&width=4 HTTP/1.1\r\nHost: a\r\n\r\n"
+            ask = b"GET /requests?num_frames=100000&height=4&width=4 HTTP/1.1\r\nHost: localhost\r\n\r\n"
             idle.sendall(ask * 20)
             deadline = time.monotonic() + 30
             while not limits.refused and time.monotonic() < deadline:
@@ -300,6 +300,22 @@ def test_bytes_that_are_announced_are_held_before_they_come():
 def test_a_server_needs_no_more_open_files_than_it_may_have():
     with pytest.raises(ValueError, match="100000000 connections need 100000256 open files, and this process"):
         make_server(create_app(LocalRewards(["sharpness"])), ConnectionLimits(connections=100_000_000))
+
+
+def test_a_page_of_elsewhere_whose_name_means_this_machine():
+    """Its browser asks for whatever the page says, and the name is all that tells."""
+    app = create_app(LocalRewards(["sharpness"]))
+    with serving(app) as url:
+        port = url.rpartition(":")[2]
+        names = {"evil.example": 403, f"evil.example:{port}": 403, "localhost": 200, "[::1]:1": 200}
+        for host, status in names.items():
+            answer = requests.get(f"{url}/rewards", headers={"Host": host})
+            assert answer.status_code == status, host
+        answer = requests.get(f"{url}/health", headers={"Host": "evil.example"})
+        assert "names of its machine" in answer.json()["error"]
+    with serving(create_app(LocalRewards(["sharpness"]), token="secret")) as url:
+        headers = {"Host": "rewards.example", "Authorization": "Bearer secret"}
+        assert requests.get(f"{url}/rewards", headers=headers).status_code == 200
 
 
 def test_a_token_is_asked_for(monkeypatch):
