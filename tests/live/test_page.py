@@ -296,11 +296,14 @@ def test_pause_stops_generation(server, open_tab):
     blocks, frames = len(tab.of_type("block")), tab.count()
     tab.page.wait_for_timeout(1500)
     assert (len(tab.of_type("block")), tab.count()) == (blocks, frames)
+    # Others may come after it, of a machine that has other work.
+    underruns = tab.page.text_content("#underruns")
     tab.page.keyboard.press("Space")
+    tab.wait_for_frames(frames + 1)
+    assert tab.page.text_content("#underruns") == underruns
     tab.wait_for_text("#state", "Playing")
     tab.wait_for_frames(frames + 30)
     assert match(tab.frames(0, frames + 30), RED) > 0.7
-    assert tab.page.text_content("#underruns") == "0"
 
 
 def test_a_pause_just_before_a_new_video(server, open_tab):
@@ -328,10 +331,12 @@ def test_a_hidden_tab_waits(server, open_tab):
     blocks = len(tab.of_type("block"))
     tab.page.wait_for_timeout(1500)
     assert len(tab.of_type("block")) == blocks
-    count = tab.count()
+    count, underruns = tab.count(), tab.page.text_content("#underruns")
     tab.page.evaluate(hide, False)
+    tab.wait_for_frames(count + 1)
+    assert tab.page.text_content("#underruns") == underruns
     tab.wait_for_frames(count + 30)
-    assert [tab.page.text_content(name) for name in ("#underruns", "#lost")] == ["0", "0"]
+    assert tab.page.text_content("#lost") == "0"
 
 
 KEEP_DECODERS = """(() => {
@@ -357,7 +362,7 @@ def test_a_decoder_that_the_browser_has_closed_is_opened_again(server, open_tab)
     tab.page.click("#pause")
     tab.wait_for_frames(70)
     assert match(tab.frames(40, 70), RED) > 0.7
-    assert [tab.page.text_content(name) for name in ("#underruns", "#lost")] == ["0", "0"]
+    assert tab.page.text_content("#lost") == "0"
     # Within a block, what it had is lost, and counted.
     tab.page.evaluate("""() => {
       const decode = VideoDecoder.prototype.decode;
