@@ -200,8 +200,8 @@ def many_passes(transformer: nn.Module) -> Iterator[None]:
 
     Under autocast these are the LoRA weights in its dtype; gradients are added up in the weights' float32, pass by
     pass. A thread that leaves autocast has all copies made anew: that which decodes for the rewards, and on CUDA that
-    of the backward pass, for every block it computes again. In shards it is whole weights, if they
-    [`keeps_gathered`].
+    of the backward pass, for every block it computes again. In shards it is the whole weights, where
+    [`keeps_gathered`] says so.
     """
     with ExitStack() as stack:
         if keeps_gathered():
