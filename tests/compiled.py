@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from astrolabe_diffusers.models.module_calls import has_hooks
+from astrolabe_diffusers.models.module_calls import has_hooks, is_hooked
 from astrolabe_diffusers.models.transformer_causal_wan import CausalWanTransformerBlock
 
 
@@ -38,7 +38,7 @@ def compiled_blocks(backend: CountingBackend) -> Iterator[None]:
     """Inside, a call of a block is one call of a graph, or an `AssertionError`."""
 
     def call(block, *args, **kwargs):
-        if has_hooks(block):  # layers that are offloaded one by one cannot be compiled
+        if is_hooked(block) or has_hooks(block):  # layers that are offloaded one by one cannot be compiled
             return torch.nn.Module.__call__(block, *args, **kwargs)
         # Here and not where a model is made: a copy of one is not compiled.
         if block._compiled_call_impl is None:
