@@ -206,8 +206,10 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def local_part(tensor: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """Of a whole tensor the part that this process has of another one in shards."""
+def local_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a whole tensor the part that this process has of another one, all of it if that is not in shards."""
+    if not isinstance(like, DTensor):
+        return tensor
     layout = like.device_mesh, like.placements
     for dim, (size, start) in enumerate(zip(*compute_local_shape_and_global_offset(like.shape, *layout))):
         tensor = tensor.narrow(dim, start, size)

@@ -134,13 +134,15 @@ torch.library.define(
 @torch.library.register_fake("astrolabe_diffusers::attend_with_logsumexp")
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
+    batch_size, length, heads, _ = query.shape
+    return output, query.new_empty(batch_size, heads, length, dtype=torch.float32).transpose(1, 2)
 
 
 @torch.library.impl("astrolabe_diffusers::attend_with_logsumexp", "CompositeExplicitAutograd")
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     output, logsumexp = _attend_with_logsumexp(query, key, value)
-    return output.contiguous(), logsumexp.contiguous()
+    # Copies where a kernel has another layout than cuDNN.
+    return output.contiguous(), logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attend_with_shared_past(

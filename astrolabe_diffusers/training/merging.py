@@ -65,15 +65,12 @@ def _whole(module: nn.Module) -> Iterator[None]:
 
 def _added(weight: torch.Tensor, change: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Their sum in the weight's dtype; of a weight in shards this process's part."""
-
-    def part(whole: torch.Tensor) -> torch.Tensor:
-        return local_part(whole, weight) if isinstance(weight, DTensor) else whole
-
     own = weight.to_local() if isinstance(weight, DTensor) else weight
-    total = own + part(change)  # in the finer dtype of the two: a policy's LoRA is float32
+    total = own + local_part(change, weight)  # in the finer dtype of the two: a policy's LoRA is float32
     if total.dtype == own.dtype:
         return total
-    return round_stochastically(total, own.dtype, part(rounding_noise(weight.shape, own.dtype, generator)))
+    noise = rounding_noise(weight.shape, own.dtype, generator)
+    return round_stochastically(total, own.dtype, local_part(noise, weight))
 
 
 def _kept(parameter: nn.Parameter) -> torch.Tensor:
