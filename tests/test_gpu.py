@@ -51,6 +51,23 @@ def test_noise_of_a_published_seed():
         assert torch.equal(noise.transpose(1, 2), drawn.float())
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_noise_from_the_cpu_is_not_waited_for(number):
+    """It is that of generators on the CPU, drawn while the GPU is busy."""
+    shape, device = (number, 4, 3, 8, 6), torch.device("cuda")
+    ours, theirs = ([torch.Generator().manual_seed(seed) for seed in range(number)] for _ in range(2))
+    try:
+        drawn = []
+        for _ in range(3):
+            drawn.append(draw_noise(shape, ours, device, torch.bfloat16, non_blocking=True))
+            # The first one takes memory.
+            torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for noise in drawn:
+        assert torch.equal(noise.cpu(), draw_noise(shape, theirs, torch.device("cpu"), torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stream_equals_call(dtype):
     pipe = load(dtype).to("cuda")

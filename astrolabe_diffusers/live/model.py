@@ -67,6 +67,8 @@ class LiveModel:
         self.settings = FRAME_SETTINGS | settings | self.stream_settings
         self.digest = base_digest(pipe)
         self.configs = frame_configs(pipe)
+        # Not where the weights are, which may be offloaded. Once: diffusers goes through all modules for it.
+        self._device = pipe._execution_device
         self.block_seconds = 0.0  # of one in the model's own size, if it is warm
         self.lora_digests = {lora: lora_digest(pipe.denoiser, name) for lora, name in self.adapters.items()}
 
@@ -116,10 +118,8 @@ class LiveModel:
         return int(first + (room - first) // step * step)
 
     def memory_gb(self) -> float:
-        # Not where the weights are, which may be offloaded.
-        device = self.pipe._execution_device
-        if device.type == "cuda":
-            return torch.cuda.memory_allocated(device) / 1e9
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) / 1e9
         return psutil.Process().memory_info().rss / 1e9
 
     def check_event(self, event: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def draw_noise(
     generator: torch.Generator | list[torch.Generator] | None,
     device: torch.device,
     dtype: torch.dtype,
+    non_blocking: bool = False,
 ) -> torch.Tensor:
     """
     Standard normal noise of `shape` `(B, C, F, h, w)`, float32, as the published samplers draw it, so that their seeds
@@ -34,10 +35,21 @@ def draw_noise(
 
     Self-Forcing, Causal-Forcing, LongLive and Krea's server have the frames before the channels in memory. Rounded to
     `dtype`, the model's: on CUDA a bfloat16 draw, which theirs are, is the rounded float32 draw.
+
+    `non_blocking` does not wait, on its way from generators on the CPU, for what the GPU has still to do. That takes
+    page-locked memory, which the process keeps.
     """
     batch_size, channels, num_frames, height, width = shape
     layout = (batch_size, num_frames, channels, height, width)
-    noise = randn_tensor(layout, generator=generator, device=device, dtype=torch.float32)
+    generators = generator if isinstance(generator, list) else [generator]
+    if non_blocking and device.type == "cuda" and generators[0] is not None and generators[0].device.type == "cpu":
+        # Drawn where it is sent from: to copy it there first would wake all threads of torch.
+        noise = torch.empty(layout, pin_memory=True)
+        for part, own in zip(noise.chunk(len(generators)), generators, strict=True):
+            part.normal_(generator=own)
+        noise = noise.to(device, non_blocking=True)
+    else:
+        noise = randn_tensor(layout, generator=generator, device=device, dtype=torch.float32)
     return noise.to(dtype).float().transpose(1, 2).contiguous()
 
 
@@ -268,7 +280,7 @@ class BlockGenerator:
             # the published samplers generate from a seed would not come out.
             latents = clean = latents - scheduler.sigmas[i] * flow
             if i + 1 < len(levels):
-                fresh = draw_noise(latents.shape, generator, latents.device, self.dtype)
+                fresh = draw_noise(latents.shape, generator, latents.device, self.dtype, non_blocking=True)
                 latents = torch.lerp(clean, fresh, scheduler.sigmas[i + 1])
             if sampling.callback_on_step_end is not None:
                 values = {"latents": latents, "prompt_embeds": self.prompt_embeds}
