@@ -20,6 +20,8 @@ def test_a_saved_session_is_the_same_again(model, lora_paths, compare):
     assert [event["block"] for event in record["events"]] == [0, 1, 3, 5, 7]
     # Loaded anew, and in another order.
     again = make_model(dict(zip(lora_paths[::-1], (1.0, 1.0))))
+    # As it was: another sum would be another frame now and then.
+    assert again.pipe.get_active_adapters() == [again.adapters[name] for name in ("first", "second")]
     repeated = list(replay(again, record))
     assert len(repeated) == len(blocks)
     for old, new in zip(blocks, repeated):
