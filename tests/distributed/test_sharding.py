@@ -34,7 +34,7 @@ VALUES = {
     "kl_weight": 0.5,
     "learning_rate": 1e-3,
     # A step of 1e-3 for a gradient of nothing but rounding would differ by chance.
-    "adam_epsilon": 1e-6,
+    "adam_epsilon": 1e-5,
     "gradient_checkpointing": True,
     "blocks_per_pass": 7,
 }
