@@ -44,7 +44,7 @@ def draw_noise(
     generators = generator if isinstance(generator, list) else [generator]
     if non_blocking and device.type == "cuda" and generators[0] is not None and generators[0].device.type == "cpu":
         # Drawn where it is sent from: to copy it there first would wake all threads of torch.
-        noise = torch.empty(layout, pin_memory=True)
+        noise = torch.empty(layout, dtype=torch.float32, pin_memory=True)
         for part, own in zip(noise.chunk(len(generators)), generators, strict=True):
             part.normal_(generator=own)
         noise = noise.to(device, non_blocking=True)
