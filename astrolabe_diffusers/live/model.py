@@ -57,8 +57,7 @@ class LiveModel:
         self.adapters = {lora: f"lora_{i}" for i, lora in enumerate(self.weights)}
         # Layers add them up one after the other. By their names, or a session would not come again with a model to
         # which they were given in another order.
-        if loras:
-            names = sorted(self.weights)
+        if names := sorted(self.weights):
             pipe.set_adapters([self.adapters[lora] for lora in names], [self.weights[lora] for lora in names])
         # Now, for it looks at every layer: viewers send thousands of weights.
         doras = dora_adapters(pipe.denoiser)

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ class Recording:
         self._ended(self, url, frames, failure)
 
     async def _write(self) -> int:
-        call = lambda *args: asyncio.get_running_loop().run_in_executor(self.live.recorders, *args)  # noqa: E731
+        call = partial(asyncio.get_running_loop().run_in_executor, self.live.recorders)
         try:
             while not (self._finished and not self._blocks):
                 await self._something.wait()
