@@ -24,6 +24,9 @@ def main(folder: str):
         accumulate_gradients(accelerator, model, replace(batch, **mine), cfg, 1, True)
     gradients = {name: p.grad for name, p in pipe.denoiser.named_parameters() if ".default." in name}
     torch.save(gradients, Path(folder) / f"rank{rank}.pt")
+    # DDP has to go before the process group, as at a trainer's end: it hung here now and then.
+    del model
+    accelerator.free_memory()
     accelerator.end_training()
 
 
