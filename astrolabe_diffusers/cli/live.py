@@ -25,7 +25,7 @@ def serve(config: LiveConfig):
     with as_user_error("server"):
         from ..live.server import make_live_server
         from ..serving.binding import bind, check_binding
-        from ..serving.running import run
+        from ..serving.running import leave_loaded_alone, run
 
         # Before the model, which may take minutes to load.
         listener = bind(config.host, config.port)
@@ -37,5 +37,6 @@ def serve(config: LiveConfig):
             server = make_live_server(live, config.max_connections)
             listener.listen()
         query = f"?token={quote(token, safe='')}" if token else ""
+        leave_loaded_alone()
         print(f"{live.model.name} at http://{config.host}:{config.port}/{query}", flush=True)
         run(server, listener)

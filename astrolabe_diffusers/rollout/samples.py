@@ -1,7 +1,8 @@
 """Which prompts, samples and batches make up an epoch."""
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -215,3 +216,12 @@ class VideoBatch:
     trajectory: Trajectory | None = field(default=None, repr=False)
     old_prompt_embeds: torch.Tensor | None = None
     pipeline: object | None = field(default=None, repr=False)
+
+    def map(self, samples: Sequence[Sample], function: Callable[[torch.Tensor], torch.Tensor]) -> "VideoBatch":
+        """The batch of these samples, with what `function` makes of each tensor, whose rows are the videos."""
+        trajectory = copy.copy(self.trajectory)
+        if trajectory is not None:
+            trajectory.latents = [[function(latents) for latents in block] for block in trajectory.latents]
+        names = ("prompt_embeds", "old_prompt_embeds", "latents")
+        tensors = {name: function(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        return replace(self, samples=samples, trajectory=trajectory, **tensors)

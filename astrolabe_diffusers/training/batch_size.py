@@ -1,9 +1,8 @@
 """What `train_batch_size` `auto` stands for: the largest batch that fits the device."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from ..errors import UserError
 from ..files.text import read_text
 from ..rollout.samples import Sample, SampleScene, VideoBatch, epoch_samples, held_out_texts
 from .config import AUTO, OnlineConfig
+from .down_sampling import trained_part
 from .policies import many_passes, policy_parameters, use_policy
 
 
@@ -111,7 +111,7 @@ def _largest(trainer: "OnlineTrainer", sizes: list[int]) -> int:
             one = _sample(trainer, 1)[0]
         # All videos of an epoch are there at once; as long as it is auto, batches are videos.
         videos = _samples(trainer, trainer.config.batches_per_epoch)
-        epoch = _each(one, videos, lambda x: x.repeat(len(videos), *[1] * (x.ndim - 1)))
+        epoch = one.map(videos, lambda x: x.repeat(len(videos), *[1] * (x.ndim - 1)))
         return fits()
     except RuntimeError as error:
         if not should_reduce_batch_size(error) and "No executable batch size" not in str(error):
@@ -137,12 +137,14 @@ def _try(trainer: "OnlineTrainer", size: int, epoch: VideoBatch):
     the scores of one, are given."""
     config = trainer.config
     config.set_batch_size(size)
-    batch, values = _each(epoch, epoch.samples[:size], lambda x: x[:size]), _values(trainer, epoch)
+    batch = epoch.map(epoch.samples[:size], lambda x: x[:size])
+    batch, values = trained_part(batch, *_values(trainer, epoch), config)
     trainer.transformer.train()
     with many_passes(trainer.transformer):
         # From the second on there are gradients.
         for _ in range(min(2, config.gradient_accumulation_steps)):
-            trainer.accumulate_gradients(batch, values, config.gradient_accumulation_steps * size, synchronize=False)
+            count = config.gradient_accumulation_steps * len(batch.samples)
+            trainer.accumulate_gradients(batch, values, count, synchronize=False)
     del batch, values
     _sample(trainer, size)
     held_out = trainer.held_out.samples[:size]
@@ -169,23 +171,13 @@ def _sample(trainer: "OnlineTrainer", size: int) -> list[VideoBatch]:
     return batches
 
 
-def _each(
-    batch: VideoBatch, samples: Sequence[Sample], function: Callable[[torch.Tensor], torch.Tensor]
-) -> VideoBatch:
-    """A batch of what `function` makes of the tensors of another one."""
-    trajectory = copy.copy(batch.trajectory)
-    if trajectory is not None:
-        trajectory.latents = [[function(latents) for latents in block] for block in trajectory.latents]
-    names = ("prompt_embeds", "old_prompt_embeds", "latents")
-    tensors = {name: function(getattr(batch, name)) for name in names if getattr(batch, name) is not None}
-    return replace(batch, samples=samples, trajectory=trajectory, **tensors)
-
-
-def _values(trainer: "OnlineTrainer", batch: VideoBatch) -> dict[str, torch.Tensor]:
-    """What the update needs of the first batch of an epoch, were its scores those of one video, but for a little."""
+def _values(trainer: "OnlineTrainer", batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Advantages, and what the update needs, of the first batch of an epoch, were its scores those of one video, but
+    for a little."""
     config = trainer.config
     samples = epoch_samples(trainer.prompts, trainer.num_groups, config.samples_per_prompt, 0, config.seed)
     spread = torch.arange(len(samples)) / len(samples)
     scores = {name: score.nan_to_num() + spread for name, score in batch.scores.result().values.items()}
-    values = trainer.sample_values(scores, trainer.advantages(scores, samples))
-    return {name: trainer.split(column)[0].to(batch.latents.device) for name, column in values.items()}
+    advantages = trainer.advantages(scores, samples)
+    values = trainer.sample_values(scores, advantages)
+    return trainer.split(advantages.values)[0], {name: trainer.split(column)[0] for name, column in values.items()}

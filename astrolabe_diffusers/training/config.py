@@ -86,6 +86,16 @@ class OnlineConfig(VideoConfig, RecipeConfig, SwitchConfig):
     )
     batches_per_epoch: int = option(16, "batches an epoch on each device", minimum=1)
     samples_per_prompt: int = option(24, "videos of a group, from one prompt; one has nothing to compare", minimum=2)
+    trained_fraction: float = option(
+        1.0,
+        "of each batch the part that is trained: the videos whose advantages are farthest from 0, the best and the "
+        "worst. Losses are means over these",
+        above=0,
+        maximum=1,
+    )
+    draws_per_video: int = option(
+        1, "how often a trained video is trained in a step, each time with other noise and noise level", minimum=1
+    )
     merge_lora: bool = option(
         True,
         "videos for training come from weights with the LoRA merged in: passes cost what the base's do, and the "
@@ -157,7 +167,11 @@ class OnlineConfig(VideoConfig, RecipeConfig, SwitchConfig):
         minimum=0,
         below=1,
     )
-    collapse_factor: float = option(2.0, "stop if predicted videos' norm changes by this factor; 0: never", minimum=0)
+    collapse_factor: float = option(
+        2.0,
+        "stop if predicted videos' norm changes by this factor, or in a single step by its square; 0: never",
+        minimum=0,
+    )
     nan_loss: str = option(
         "stop", "a loss or gradient that is not finite stops the run, or skips its step", choices=("stop", "skip")
     )
@@ -216,6 +230,16 @@ class OnlineConfig(VideoConfig, RecipeConfig, SwitchConfig):
             raise UserError(
                 f"with shared_past a batch is of one group: train_batch_size={self.train_batch_size} has to divide "
                 f"samples_per_prompt={self.samples_per_prompt}."
+            )
+        if self.trained_fraction < 1 and self.train_batch_size == AUTO:
+            raise UserError(
+                "trained_fraction chooses among the videos of a batch, and would choose others in batches of another "
+                "size: give train_batch_size a number."
+            )
+        if self.trained_fraction < 1 and self.trained_videos == self.train_batch_size:
+            raise UserError(
+                f"trained_fraction={self.trained_fraction:g} of train_batch_size={self.train_batch_size} leaves no "
+                "video out: raise train_batch_size, or lower the fraction."
             )
         if self.transitions and self.window_size is None:
             raise UserError("transitions need window_size: the window, after the switch, is what is trained.")
@@ -282,6 +306,11 @@ class OnlineConfig(VideoConfig, RecipeConfig, SwitchConfig):
     def _batch_size(self) -> int:
         """As what counts batches has it."""
         return 1 if self.train_batch_size == AUTO else self.train_batch_size
+
+    @property
+    def trained_videos(self) -> int:
+        """Of a batch those that are trained."""
+        return max(round(self.trained_fraction * self._batch_size), 1)
 
     def batch_sizes(self) -> list[int]:
         """What `train_batch_size` can be, the largest first, with as many samples a step and an epoch as there are."""

@@ -1,8 +1,10 @@
 """The optimizer, its schedule, and what a step of it is."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -56,13 +58,23 @@ def set_schedule(optimizer, lr_scheduler, steps: int):
 ADVICE = "Lower learning_rate or add lr_warmup_steps, and resume from a checkpoint before the collapse."
 
 
-@dataclass
-class CollapseGuard:
-    """Stops a run whose policy falls apart, before the step that would make it worse: the norm of the predicted clean
-    videos is compared with that of the first step."""
+# Steps over which the guard against collapse averages.
+_WINDOW = 8
 
-    factor: float
-    start_norm: float | None = None
+
+class CollapseGuard:
+    """
+    Stops a run whose policy falls apart, before the step that would make it worse: the norm of the predicted clean
+    videos is compared with that of the first steps.
+
+    Prompts of one step may ask for darker pictures than those of another, by which healthy steps of few prompts differ
+    twofold. So means over eight steps must not differ by `factor`, and a single step by its square. Never with 0.
+    """
+
+    def __init__(self, factor: float):
+        self.factor = factor
+        self.first: list[float] = []  # norms of the first steps
+        self.last: deque[float] = deque(maxlen=_WINDOW)
 
     def check(self, statistics: dict[str, float], step: int):
         """Raises a [`UserError`] if values of a step are not finite, or `x0_norm`, if there is one, is far off."""
@@ -73,19 +85,24 @@ class CollapseGuard:
             )
         if norm is None:
             return
-        self.start_norm = self.start_norm or norm
-        ratio = norm / self.start_norm
-        if self.factor and not 1 / self.factor <= ratio <= self.factor:
-            raise UserError(
-                f"step {step}: predicted videos have {ratio:.2f} times the norm they started with "
-                f"(collapse_factor={self.factor:g}); the policy has collapsed. {ADVICE}"
-            )
+        # A norm that is off is no part of the beginning.
+        first, last = mean(self.first or [norm]), mean([*self.last, norm][-_WINDOW:])
+        for what, ratio, factor in (("", norm / first, self.factor**2), ("of late ", last / first, self.factor)):
+            if self.factor and not 1 / factor <= ratio <= factor:
+                raise UserError(
+                    f"step {step}: predicted videos have {what}{ratio:.2f} times the norm they started with "
+                    f"(collapse_factor={self.factor:g}); the policy has collapsed. {ADVICE}"
+                )
+        self.last.append(norm)
+        if len(self.first) < _WINDOW:
+            self.first.append(norm)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start_norm": self.start_norm}
+        return {"first": self.first, "last": list(self.last)}
 
     def load_state_dict(self, state: dict[str, Any]):
-        self.start_norm = state["start_norm"]
+        # A checkpoint of before has one norm, of its first step: which may be far from the mean.
+        self.first, self.last = list(state.get("first", [])), deque(state.get("last", []), maxlen=_WINDOW)
 
 
 @dataclass

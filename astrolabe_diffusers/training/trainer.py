@@ -43,6 +43,7 @@ from .callbacks import TrainerCallback
 from .checkpointing import CHECKPOINTING
 from .checkpoints import Checkpoints, policy_identity, read_state
 from .config import AUTO, OnlineConfig
+from .down_sampling import trained_part
 from .optimization import CollapseGuard, Optimization, make_optimizer, set_schedule
 from .policies import (
     EMA,
@@ -311,7 +312,8 @@ class OnlineTrainer:
             advantages = self.advantages(scores, samples)
             if not advantages.valid.any():
                 raise UserError("no video of this epoch has a finite reward: nothing is left to train on.")
-            statistics = self.update(batches, self.sample_values(scores, advantages))
+            values = self.sample_values(scores, advantages)
+            statistics = self.update(batches, advantages, values)
             self.after_epoch(statistics)
             ended = time.perf_counter()
 
@@ -369,15 +371,17 @@ class OnlineTrainer:
     def primary_reward(self) -> str:
         return self.config.primary_reward or next(iter(self.config.rewards))
 
-    def update(self, batches: list[VideoBatch], values: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+    def update(
+        self, batches: list[VideoBatch], advantages: Advantages, values: dict[str, torch.Tensor]
+    ) -> list[dict[str, float]]:
         """The optimizer steps of an epoch, with [`~OnlineTrainer.sample_values`]; returns their statistics."""
         config, statistics = self.config, []
         prepared = self.accelerator, self.model, self.optimizer, self.lr_scheduler
         optimization = Optimization(*prepared, config.max_grad_norm, skip_bad=config.nan_loss == "skip")
-        mine = zip(*map(self.split, values.values()))
+        mine = zip(*map(self.split, [advantages.values, *values.values()]))
         parts = [
-            (batch, {name: part.to(batch.latents.device) for name, part in zip(values, columns)})
-            for batch, columns in zip(batches, mine)
+            trained_part(batch, of_batch, dict(zip(values, columns)), config)
+            for batch, (of_batch, *columns) in zip(batches, mine)
         ]
         for first in range(0, len(parts), config.gradient_accumulation_steps):
             self.report.progress.set_postfix_str("training")

@@ -171,7 +171,7 @@ def serving(args: argparse.Namespace):
     from astrolabe_diffusers.live.model import LiveModel
     from astrolabe_diffusers.live.server import make_live_server
     from astrolabe_diffusers.serving.binding import bind
-    from astrolabe_diffusers.serving.running import in_thread
+    from astrolabe_diffusers.serving.running import in_thread, leave_loaded_alone
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.recipe:
@@ -190,6 +190,7 @@ def serving(args: argparse.Namespace):
     else:
         settings = {"compile": args.compile, "tiny_decoder": args.tiny_decoder}
         app = load_live_app(LiveConfig(model=args.model, sessions=args.viewers, **settings))
+    leave_loaded_alone()
     with app as live, bind("127.0.0.1", 0) as listener:
         with in_thread(make_live_server(live), listener) as address:
             yield f"ws://{address}/ws"

@@ -175,7 +175,8 @@ def test_the_reference_has_no_pass_without_samples_that_are_held_to_it(
     trainer.transformer.register_forward_pre_hook(
         lambda *_: counts.update(["base" if layer.disable_adapters else layer.active_adapter[0]])
     )
-    trainer.update(batches, trainer.sample_values(scores, trainer.advantages(scores, samples)))
+    advantages = trainer.advantages(scores, samples)
+    trainer.update(batches, advantages, trainer.sample_values(scores, advantages))
     trainer.end()
     assert counts == passes
 

@@ -23,7 +23,7 @@ class BlockwiseConfig(OnlineConfig):
         None,
         "context=clean: blocks of the window that go through the transformer together, and have one backward pass; "
         "fewer take less memory, and on a GPU that one does not fill more time; if not given as many as make "
-        "about 7 with those of the batch's other videos",
+        "about 7 with those of the batch's other videos that are trained",
         minimum=1,
     )
     train_steps: list[int] = option(
@@ -44,7 +44,9 @@ class BlockwiseConfig(OnlineConfig):
     @property
     def num_pass_blocks(self) -> int:
         """`blocks_per_pass`, or what it is if not given: of one video a clip of 81 frames, of more the same memory."""
-        return max(7 // self._batch_size, 1) if self.blocks_per_pass is None else self.blocks_per_pass
+        if self.blocks_per_pass is not None:
+            return self.blocks_per_pass
+        return max(7 // (self.trained_videos * self.draws_per_video), 1)
 
 
 @dataclass

@@ -71,6 +71,10 @@ class NFTConfig(ForwardProcessConfig):
                 "is not to be trained on."
             )
 
+        if self.selective_kl and self.trained_fraction < 1:
+            raise UserError(
+                "selective_kl chooses among all videos of an epoch, and trained_fraction leaves some out: set it to 1."
+            )
         if self.train_batch_size == AUTO and self.selective_kl and self.kl_average == "batch":
             raise UserError(
                 "kl_average=batch trains something else with batches of another size: give train_batch_size a number, "

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -247,7 +248,7 @@ def test_step_without_a_finite_loss_or_gradient(trained, accelerator, where):
     optimization.skip_bad = True
     statistics = step(batches, guard, 1)
     assert statistics["skipped_steps"] == 1
-    assert all(map(torch.equal, parameters, before)) and not optimizer.state and guard.start_norm is None
+    assert all(map(torch.equal, parameters, before)) and not optimizer.state and not guard.first
     assert schedule.last_epoch == 1  # the schedule counts steps, taken or not
     if where == "gradient":
         handle.remove()
@@ -259,19 +260,45 @@ def test_step_without_a_finite_loss_or_gradient(trained, accelerator, where):
     torch.testing.assert_close(seen, [g * min(1.0, cfg.max_grad_norm / norm.item()) for g in expected])
 
 
+def guarded(norms, factor=2.0) -> CollapseGuard:
+    guard = CollapseGuard(factor)
+    for step, norm in enumerate(norms, 1):
+        guard.check({"loss": 0.5, "grad_norm": 1.0, "x0_norm": norm}, step)
+    return guard
+
+
 def test_collapse_guard_watches_the_norm_in_both_directions():
-    guard = CollapseGuard(factor=2.0)
     values = {"loss": 0.5, "grad_norm": 1.0}
-    for norm in (1.0, 1.9, 0.6):
-        guard.check(values | {"x0_norm": norm}, 1)
-    with pytest.raises(UserError, match="2.10 times.*collapse_factor=2"):
-        guard.check(values | {"x0_norm": 2.1}, 2)
-    with pytest.raises(UserError, match="0.40 times"):
-        guard.check(values | {"x0_norm": 0.4}, 2)
-    CollapseGuard(factor=0, start_norm=1.0).check(values | {"x0_norm": 100.0}, 1)
+    # A step that is off by more than the square.
+    for norm, ratio in ((4.1, "4.10"), (0.24, "0.24")):
+        guard = guarded([1.0])
+        with pytest.raises(UserError, match=f"step 2: predicted videos have {ratio} times.*collapse_factor=2"):
+            guard.check(values | {"x0_norm": norm}, 2)
+        guard.check(values | {"x0_norm": 1.0}, 2)  # it has left nothing behind
+    # Eight of them that are by less: 5 of 2.7 and 3 of 1 make 2.06, 6 of .3 and 2 of 1 make .475.
+    with pytest.raises(UserError, match="step 13: predicted videos have of late 2.06 times"):
+        guarded([1.0] * 8 + [2.7] * 8)
+    with pytest.raises(UserError, match="step 14: predicted videos have of late 0.47 times"):
+        guarded([1.0] * 8 + [0.3] * 8)
+    guarded([1.0, 100.0 * 1e3], factor=0)
+    guard = guarded([1.0])
     guard.check(values, 3)  # of an algorithm that predicts no videos
     with pytest.raises(UserError, match="step 3: the loss is nan"):
         guard.check(values | {"loss": float("nan")}, 3)
+
+
+def test_collapse_guard_lets_prompts_differ_and_goes_on_from_a_checkpoint():
+    # Norms of a healthy run of two prompts a step, the first of which are dark.
+    norms = [0.55, 0.83, 0.70, 0.68, 0.88, 0.72, 0.58, 0.88, 1.17, 1.25, 1.30, 0.98, 1.07, 0.85, 1.19, 1.12]
+    guard = guarded(norms)
+    resumed = CollapseGuard(2.0)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for again in (guard, resumed):
+        with pytest.raises(UserError, match="step 18: predicted videos have of late 2.0[0-9] times"):
+            for step in (17, 18):
+                again.check({"loss": 0.5, "grad_norm": 1.0, "x0_norm": 2.8}, step)
+    resumed.load_state_dict({"start_norm": 1.0})  # as checkpoints were once
+    resumed.check({"loss": 0.5, "grad_norm": 1.0, "x0_norm": 2.8}, 1)
 
 
 def test_training_sigmas_are_the_samplers(pipe):
