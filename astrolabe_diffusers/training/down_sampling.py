@@ -16,9 +16,8 @@ def trained_part(
     on the batch's device.
 
     These are the best and the worst, those whose `advantages` `(B,)` are farthest from 0, `trained_fraction` of the
-    batch: what they lose against all is little, and of the noise in the gradient they have a part (PODS, arXiv
-    2504.13818, chooses by the variance of the rewards, which comes to the same). As many in every batch, so that
-    processes go on making the same passes.
+    batch: the others add little to the gradient but noise (after PODS, arXiv 2504.13818, which takes those whose
+    rewards vary most). As many in every batch, so that processes go on making the same passes.
     """
     device = batch.latents.device
     videos = advantages.abs().topk(config.trained_videos).indices.sort().values
