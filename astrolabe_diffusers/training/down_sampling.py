@@ -22,7 +22,7 @@ def trained_part(
     device = batch.latents.device
     videos = advantages.abs().topk(config.trained_videos).indices.sort().values
     rows = videos.repeat(config.draws_per_video)
-    if len(videos) < len(advantages) or len(videos) < len(rows):
+    if config.trained_fraction < 1 or config.draws_per_video > 1:
         chosen = [batch.samples[video] for video in videos]
         samples = list(chosen)
         # Each draw has random numbers of its own; the first has those of a single one.

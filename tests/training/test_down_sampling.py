@@ -130,8 +130,8 @@ def test_a_run_trains_as_many_in_every_batch(model_folder, tmp_path, monkeypatch
     numbers_of_run(tmp_path)
 
 
-def test_batches_are_the_same_on_any_number_of_processes():
-    """A batch of one process is one of another's, and what is trained of it hangs on nothing else."""
+def test_a_batch_chooses_for_itself():
+    """Any number of processes has the same batches."""
     batch = video_batch()
     halves = [batch.map(batch.samples[half], lambda x: x[half]) for half in (slice(4), slice(4, 8))]
     settings = config(train_batch_size=4, trained_fraction=0.5)
