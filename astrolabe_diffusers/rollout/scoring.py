@@ -280,7 +280,7 @@ def _decode_take(
         if window < latents.shape[2]:
             pieces.append(decoder.decode(latents[:, :, window:]))
         frames = torch.cat(pieces, dim=2)
-    return (frames.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    return (frames.float() / 2).add_(0.5).clamp_(0, 1).transpose(1, 2)
 
 
 def stack_scores(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
