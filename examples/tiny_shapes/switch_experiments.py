@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import Draws, captions, draw_scenes, held_out
-from experiments import MATCH, SHARED_PAST, STUDENT, parse, start, submit
+from experiments import MATCH, SHARED_PAST, SIXTY_FOUR, STUDENT, parse, start, submit
 
 from astrolabe_diffusers import TINY_SHAPES
 from astrolabe_diffusers.rewards.metrics.tiny_shapes_world import SHAPES
@@ -81,7 +81,7 @@ EVALUATIONS: dict[str, dict] = {
     "minute": {**AFTER, "transitions": "roll", "num_frames": 957, "batch_size": 8},
 }
 # As the recipe `tiny_shapes_switch` has it, of which "roll or recache, twice the KL" is the whole.
-LONGER = {"learning_rate": 1e-3, "adam_epsilon": 1e-8, "max_train_steps": 120}
+LONGER = {**SIXTY_FOUR, "learning_rate": 1e-3, "adam_epsilon": 1e-8, "max_train_steps": 120}
 WINDOW = {**LONGER, "window_size": 3, "sample_frames": 12, **SHARED_PAST}
 SCENES = {**WINDOW, "prompts": "scenes", "switch_prompts": "scenes"}
 EITHER = {**SCENES, "transitions": "roll,recache"}

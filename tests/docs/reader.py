@@ -51,6 +51,7 @@ SHORT = {
     "train_batch_size": 2,
     "batches_per_epoch": 1,
     "samples_per_prompt": 2,
+    "trained_fraction": 1,
     "max_train_steps": 1,
     "lr_warmup_steps": 0,
     "num_eval_prompts": 1,

@@ -191,7 +191,7 @@ def test_sizes():
         NFTConfig(train_batch_size="automatic")
 
 
-@pytest.mark.parametrize("recipe", [[], ["--config", "tiny_shapes"]])
+@pytest.mark.parametrize("recipe", [[], ["--config", "tiny_shapes", "--trained_fraction", "1"]])
 def test_a_recipe_and_the_defaults_keep_their_samples(recipe):
     written, auto = parse_args(recipe), parse_args([*recipe, "--train_batch_size", "auto"])
     assert auto.train_batch_size == "auto"
