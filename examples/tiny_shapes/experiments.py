@@ -41,7 +41,7 @@ TEMPTED = {"rewards": f"{DETAIL}=2,{MATCH}=1", "eval_rewards": "flicker"}
 TWO_BLOCKS = {"num_frames": 21}
 LONG = {"eval_num_frames": 81, "num_eval_prompts": 31}
 WINDOWS = {**LONG, "window_size": 3, "sample_frames": 9}
-# What the runs of docs/experiments.md have, and the recipe had. Its own steps cost less than half.
+# What the runs of docs/experiments.md have, and the recipe had. Its own steps cost about half.
 SIXTY_FOUR = {"train_batch_size": 32, "batches_per_epoch": 2, "samples_per_prompt": 16, "trained_fraction": 1}
 SIXTY_FOUR |= {"adam_epsilon": 1e-3, "kl_weight": 0.01}
 THIRTY_TWO = {"train_batch_size": 32, "batches_per_epoch": 1, "samples_per_prompt": 8, "trained_fraction": 0.75}
